@@ -1,0 +1,45 @@
+# Sets itself up: every target first makes .venv if it is not there or if its inputs have changed.
+# Needs make and Python 3.10 or newer with its venv module.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+TYPED := $(wildcard nodepass tests/support benchmarks contrib/demo)
+
+.PHONY: help venv demo test lint bench clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: $(VENV)/stamp ## Make .venv with what nodepass needs to run
+
+demo: $(VENV)/stamp ## Show a tunnel at work; ends with Ctrl-C (ONCE=1: check and exit)
+	@$(RUN) contrib/demo/demo.py $(if $(filter-out 0,$(ONCE)),--once)
+
+test: $(VENV)/test.stamp ## Run the tests (ARGS='-k name' goes to pytest)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/test.stamp $(VENV)/lint.stamp ## Check style, format and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy $(TYPED)
+
+bench: $(VENV)/bench.stamp ## Measure against other tunnels (ARGS='--quick', ARGS='--help')
+	$(RUN) -m benchmarks $(ARGS)
+
+clean: ## Remove everything that was made here
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/stamp: requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("nodepass needs Python 3.10 or newer, $(PYTHON) is %d.%d: say make PYTHON=..." \
+		% sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/stamp
+	$(PIP) install --editable '.[$*]'
+	@touch $@

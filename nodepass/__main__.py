@@ -1,0 +1,30 @@
+"""The entry point: patches the standard library for gevent, then imports the rest.
+
+Nothing else may be imported before the patch: a socket made by an unpatched module would block the whole process.
+"""
+
+import sys
+
+
+def main() -> int:
+    """Run nodepass with the arguments of the command line; its exit status."""
+    try:
+        from gevent import monkey
+    except ImportError as error:
+        sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
+        return 1
+    # Not ssl, subprocess and threads: the program has none of its own, and each costs memory.
+    monkey.patch_socket()
+    monkey.patch_time()
+    monkey.patch_select()
+
+    try:
+        from nodepass.cli import main as run
+    except ImportError as error:
+        sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
+        return 1
+    return run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

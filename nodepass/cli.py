@@ -1,0 +1,108 @@
+"""The command line: from arguments and environment to settings and URLs, and from errors to exit statuses.
+
+0: stopped by a signal. 1: an address cannot be listened on. 2: bad input, said in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import configargparse
+
+from nodepass import __version__, log
+from nodepass.config import Settings, rows
+from nodepass.daemon import Daemon
+from nodepass.errors import ConfigError, ListenError
+from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url
+
+DESCRIPTION = """\
+A TCP/UDP reverse tunnel. Each URL is one tunnel:
+
+  server://TUNNEL_HOST:PORT/TARGET_HOST:PORT?log=LEVEL&tls=0|1|2&crt=FILE&key=FILE
+  client://TUNNEL_HOST:PORT/TARGET_HOST:PORT?log=LEVEL
+
+The server runs where visitors can reach it: it listens on its tunnel address for its client and on its target
+address for visitors, TCP and UDP. The client runs next to the service: it connects to the server's tunnel address
+and, for every visitor, to its target address. LEVEL is debug, info, warn, error or fatal.
+"""
+EPILOG = "Quote a URL that has a '&' or a '?'. A flag wins over its environment variable. Durations: 500ms, 5s, 1h30m."
+
+
+class Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArgParse has no types
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"nodepass: {message}\n")
+        sys.exit(2)
+
+
+def make_parser() -> Parser:
+    """The parser that the table of settings describes."""
+    parser = Parser(
+        prog="nodepass",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=configargparse.RawDescriptionHelpFormatter,
+        add_config_file_help=False,
+        add_env_var_help=False,
+        allow_abbrev=False,
+    )
+    parser.add("--version", action="version", version=f"nodepass {__version__}")
+    parser.add("urls", metavar="URL", nargs="*", help="a tunnel, see above")
+    groups = {row.group: parser.add_argument_group(row.group) for row in rows().values()}
+    for name, row in rows().items():
+        groups[row.group].add_argument(
+            _flag(name),
+            env_var=name.upper(),
+            metavar=row.kind.unit.upper(),
+            help=f"{row.help}; default {row.default} [{name.upper()}]",
+        )
+    return parser
+
+
+def read_settings(parser: Parser, arguments: Sequence[str]) -> tuple[list[str], Settings]:
+    """The URLs, as text, and the settings of flags and environment. Raises ConfigError naming what is wrong."""
+    namespace = parser.parse_args(list(arguments))
+    from_environment = parser.get_source_to_settings_dict().get("environment_variables", {})
+    texts = {
+        name: (name.upper() if name.upper() in from_environment else _flag(name), text)
+        for name in rows()
+        if (text := getattr(namespace, name)) is not None
+    }
+    return namespace.urls, Settings.from_texts(texts)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; its exit status."""
+    parser = make_parser()
+    try:
+        texts, settings = read_settings(parser, arguments)
+        if not texts:
+            parser.print_usage(sys.stderr)
+            sys.stderr.write("nodepass: no URL given; see nodepass --help\n")
+            return 2
+        urls = [parse_url(text) for text in texts]
+        _start_log(urls)
+        Daemon(urls, settings).run()
+    except ConfigError as error:
+        sys.stderr.write(f"nodepass: {error}\n")
+        return 2
+    except ListenError as error:
+        sys.stderr.write(f"nodepass: {error}\n")
+        return 1
+    return 0
+
+
+def _start_log(urls: Sequence[ServerURL | ClientURL]) -> None:
+    """The most verbose of the URLs decides."""
+    log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ)
+    for url in urls:
+        for warning in url.warnings:
+            log.Log(url.name).warning("%s", warning)

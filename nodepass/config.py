@@ -1,0 +1,177 @@
+"""The settings, as one table.
+
+A row of `Settings` is a setting: its name is the flag (`--udp-read-timeout`) and the environment variable
+(`UDP_READ_TIMEOUT`), its kind says how a text becomes a value and what is allowed. The command line is built from this
+table, `--help` and the README print it, and nothing else in the program reads the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nodepass.errors import ConfigError
+
+# Go's time.ParseDuration, without its sign: people bring their durations from there.
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
+_DURATION = re.compile(f"(?:{_PART})+", re.ASCII)
+DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a text becomes a value; `parse` raises ValueError, `allowed` completes the sentence «allowed: …»."""
+
+    unit: str
+    allowed: str
+    parse: Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Ports:
+    """An inclusive range of ports to try in turn; 0 to 0 lets the kernel choose."""
+
+    first: int
+    last: int
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration in Go's syntax: `500ms`, `1h30m`, `5s`, `0`. Raises ValueError."""
+    if text == "0":
+        return 0.0
+    if not _DURATION.fullmatch(text):
+        raise ValueError("not a duration")
+    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text, re.ASCII))
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in Go's syntax, as short as it can be said: 90.0 is `1m30s`."""
+    if seconds < 1:
+        return f"{round(seconds * 1000)}ms"
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    parts = (f"{hours}h" if hours else "", f"{minutes}m" if minutes else "", f"{rest:g}s" if rest else "")
+    return "".join(parts)
+
+
+def parse_ports(text: str) -> Ports:
+    """One port or a range of them: `0`, `20000`, `20000-20099`. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text, re.ASCII)
+    if not match:
+        raise ValueError("not a port")
+    ports = Ports(int(match[1]), int(match[2] or match[1]))
+    if not (ports.first <= ports.last <= 65535) or (ports.first == 0 and ports.last != 0):
+        raise ValueError("not a range of ports")
+    return ports
+
+
+def count(lowest: int, highest: int, unit: str) -> Kind:
+    """A whole number between two bounds."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not lowest <= int(text) <= highest:
+            raise ValueError("out of range")
+        return int(text)
+
+    return Kind(unit, f"a whole number from {lowest} to {highest}", parse)
+
+
+def duration(lowest: float, highest: float) -> Kind:
+    """A duration between two bounds, in seconds."""
+
+    def parse(text: str) -> float:
+        seconds = parse_duration(text)
+        if not lowest <= seconds <= highest:
+            raise ValueError("out of range")
+        return seconds
+
+    bounds = f"{format_duration(lowest)} to {format_duration(highest)}"
+    return Kind("duration", f"a duration from {bounds}, such as 500ms, 5s or 1h30m", parse)
+
+
+PORTS = Kind("port", "0 (the kernel chooses), a port from 1 to 65535, or a range such as 20000-20099", parse_ports)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table says of a setting beside its value."""
+
+    kind: Kind
+    default: str
+    group: str
+    help: str
+
+
+def setting(default: str, kind: Kind, group: str, text: str) -> Any:
+    """One row of the table; the default is written as a user would write it."""
+    return field(default=kind.parse(default), metadata={"row": Row(kind, default, group, text)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a process, checked. Durations are in seconds."""
+
+    semaphore_limit: int = setting(
+        "1024", count(1, 1_000_000, "sessions"), "limits", "concurrent sessions; at the limit new visitors wait"
+    )
+    min_pool_capacity: int = setting(
+        "16", count(1, 65536, "connections"), "pool", "data connections kept ready when it is quiet"
+    )
+    max_pool_capacity: int = setting(
+        "1024", count(1, 65536, "connections"), "pool", "data connections kept ready at most"
+    )
+    pool_get_timeout: float = setting(
+        "5s", duration(0.01, DAY), "pool", "how long a visitor waits for a data connection before it is closed"
+    )
+    data_port: Ports = setting(
+        "0", PORTS, "pool", "server: port of the data connections; in a range the first free one is taken"
+    )
+    udp_data_buf_size: int = setting(
+        "8192", count(1, 65507, "bytes"), "UDP", "largest datagram; a larger one is dropped and logged"
+    )
+    udp_read_timeout: float = setting("5s", duration(0.01, DAY), "UDP", "how long the target has to answer a datagram")
+    handshake_timeout: float = setting(
+        "5s", duration(0.01, DAY), "timing", "control, TLS, id exchange and a dial each end within it"
+    )
+    report_interval: float = setting(
+        "5s", duration(0.05, DAY), "timing", "heartbeats, statistics, and the pool's capacity is thought over"
+    )
+    service_cooldown: float = setting(
+        "5s", duration(0.05, DAY), "timing", "longest pause between two attempts to reach the server"
+    )
+    shutdown_timeout: float = setting(
+        "5s", duration(0, DAY), "timing", "grace for running sessions at shutdown; the rest is cut"
+    )
+    reload_interval: float = setting(
+        "1h", duration(0.05, 365 * DAY), "timing", "server, tls=2: how often the certificate files are looked at"
+    )
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, tuple[str, str]]) -> Settings:
+        """Settings from what the user wrote: name -> (where it was written, text).
+
+        Raises ConfigError naming that place.
+        """
+        values: dict[str, Any] = {}
+        for name, (place, text) in texts.items():
+            kind = rows()[name].kind
+            try:
+                values[name] = kind.parse(text)
+            except ValueError:
+                raise ConfigError(f"{place}: {text!r} is not usable; allowed: {kind.allowed}") from None
+        settings = cls(**values)
+        if settings.min_pool_capacity > settings.max_pool_capacity:
+            named = " and ".join(texts[n][0] for n in ("min_pool_capacity", "max_pool_capacity") if n in texts)
+            raise ConfigError(
+                f"{named}: MIN_POOL_CAPACITY {settings.min_pool_capacity} is above MAX_POOL_CAPACITY"
+                f" {settings.max_pool_capacity}; allowed: at most as much"
+            )
+        return settings
+
+
+def rows() -> dict[str, Row]:
+    """The table: a setting's name -> what is said of it."""
+    return {each.name: each.metadata["row"] for each in fields(Settings)}

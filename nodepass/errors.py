@@ -1,0 +1,33 @@
+"""What can go wrong, as types.
+
+Everything raised on purpose is a `NodepassError`. What ends one connection is an `OSError` too, so that the code around
+a connection needs one `except OSError` for the kernel's errors, TLS's and ours.
+"""
+
+
+class NodepassError(Exception):
+    """Base of the errors that this program raises on purpose; its text is one line for the user."""
+
+
+class ConfigError(NodepassError):
+    """A setting, a URL or a certificate file is not usable: the process exits with status 2."""
+
+
+class ListenError(NodepassError):
+    """An address cannot be listened on: the process exits with status 1 when this happens at start."""
+
+
+class ProtocolError(NodepassError, ConnectionError):
+    """The peer sent bytes that the wire does not allow."""
+
+
+class TLSError(NodepassError, ConnectionError):
+    """A TLS handshake or record failed."""
+
+
+class VerificationError(TLSError):
+    """The server's certificate was refused: its chain or its name."""
+
+
+class NoDataConnection(NodepassError, ConnectionError):
+    """No data connection could be had in the time allowed."""

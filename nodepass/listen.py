@@ -1,0 +1,192 @@
+"""Listening: TCP and UDP sockets on an address, the accept loop, datagrams answered from where they were sent to.
+
+Whoever listens closes. Errors at opening are `ListenError`s, one line for the user.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gevent
+
+from nodepass.config import Ports
+from nodepass.errors import ListenError
+from nodepass.log import Log
+from nodepass.net import Endpoint, format_sockaddr, reason, resolve, set_stream_options
+from nodepass.urls import Address
+
+BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
+UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max
+ACCEPTS_PER_TURN = 64  # then the accepted ones get to run
+ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, EMFILE above all
+_CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
+
+
+def listen_tcp(address: Address, what: str) -> list[socket.socket]:
+    """Listeners on every endpoint of an address; an empty host is one dual-stack socket. Raises ListenError.
+
+    Options set here are inherited by what is accepted, which saves their system calls on each connection.
+    """
+
+    def open_one(endpoint: Endpoint) -> socket.socket:
+        listener = _bind(endpoint, socket.SOCK_STREAM)
+        set_stream_options(listener)
+        listener.listen(BACKLOG)
+        return listener
+
+    return _listen_all(address, what, open_one)
+
+
+def listen_udp(address: Address, what: str) -> list[socket.socket]:
+    """UDP sockets on every endpoint of an address, which tell where a datagram was sent to. Raises ListenError."""
+
+    def open_one(endpoint: Endpoint) -> socket.socket:
+        sock = _bind(endpoint, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_QUEUE)
+        if endpoint.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        return sock
+
+    return _listen_all(address, what, open_one)
+
+
+def listen_in_range(host: str, ports: Ports, what: str) -> list[socket.socket]:
+    """TCP listeners on the first free port of a range. Raises ListenError."""
+    for port in range(ports.first, ports.last + 1):
+        try:
+            return listen_tcp(Address(host, port), what)
+        except ListenError:
+            if port == ports.last:
+                raise
+    raise AssertionError("a range has at least one port")
+
+
+def listen_target(address: Address) -> tuple[list[socket.socket], list[socket.socket]]:
+    """TCP and UDP sockets on one port, also where the kernel chooses it. Raises ListenError."""
+    for attempt in range(10):
+        listeners = listen_tcp(address, "target address (tcp)")
+        chosen = Address(address.host, port_of(listeners))
+        try:
+            return listeners, listen_udp(chosen, "target address (udp)")
+        except ListenError:
+            close_all(listeners)
+            if address.port or attempt == 9:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+def port_of(listeners: list[socket.socket]) -> int:
+    """The port that these listeners share."""
+    return int(listeners[0].getsockname()[1])
+
+
+def close_all(sockets: list[socket.socket]) -> None:
+    """Close what was listened on."""
+    for each in sockets:
+        each.close()
+
+
+def _listen_all(address: Address, what: str, open_one: Callable[[Endpoint], socket.socket]) -> list[socket.socket]:
+    opened: list[socket.socket] = []
+    try:
+        for endpoint in _listening_endpoints(address):
+            try:
+                opened.append(open_one(endpoint.with_port(port_of(opened)) if opened else endpoint))
+            except OSError as error:
+                # A name may have an address of a family that this machine does not have; one is enough.
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) or not opened:
+                    raise
+    except OSError as error:
+        close_all(opened)
+        raise ListenError(f"cannot listen on {what} {address}: {reason(error)}") from None
+    return opened
+
+
+def _listening_endpoints(address: Address) -> list[Endpoint]:
+    if address.host:
+        return list(dict.fromkeys(sorted(resolve(address), key=lambda found: found.family)))
+    if socket.has_dualstack_ipv6():
+        return [Endpoint(socket.AF_INET6, ("::", address.port))]
+    return [Endpoint(socket.AF_INET, ("0.0.0.0", address.port))]
+
+
+def _bind(endpoint: Endpoint, kind: int) -> socket.socket:
+    sock = socket.socket(endpoint.family, kind)
+    try:
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.family == socket.AF_INET6:
+            # Only the empty host is dual-stack: `[::1]` and `127.0.0.1` can then both be listened on.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, endpoint.sockaddr[0] != "::")
+        sock.bind(endpoint.sockaddr)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def accept_forever(listener: socket.socket, log: Log, ready: Callable[[], object]) -> Iterator[socket.socket]:
+    """Accepted connections, until the listener is closed; `ready` is waited for before each is accepted."""
+    pause = ACCEPT_PAUSES[0]
+    accepted = 0
+    while True:
+        ready()
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:
+            if listener.fileno() < 0 or error.errno in _CLOSED:
+                return
+            if error.errno != errno.ECONNABORTED:  # that visitor went away by itself
+                log.limited(logging.WARNING, f"accept {error.errno}", "cannot accept connections: %s", reason(error))
+                gevent.sleep(pause)
+                pause = min(2 * pause, ACCEPT_PAUSES[1])
+            continue
+        pause = ACCEPT_PAUSES[0]
+        yield sock
+        accepted += 1
+        if accepted % ACCEPTS_PER_TURN == 0:
+            gevent.sleep(0)
+
+
+_IP_PKTINFO = 8  # <linux/in.h>; the standard library names it from Python 3.14 on
+_IN_PKTINFO = struct.Struct("@i4s4s")  # interface index, local address, header destination
+_IN6_PKTINFO = struct.Struct("@16si")  # local address, interface index
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Where a datagram came from and which local address it was sent to: what the answer must swap."""
+
+    sockaddr: tuple[Any, ...]
+    control: tuple[tuple[int, int, bytes], ...]
+
+    def __str__(self) -> str:
+        return format_sockaddr(self.sockaddr)
+
+
+def receive_datagram(sock: socket.socket) -> tuple[bytes, Visitor]:
+    """One datagram of any size."""
+    payload, ancillary, _, sockaddr = sock.recvmsg(65536, 64)
+    control: list[tuple[int, int, bytes]] = []
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+            _, local, _ = _IN_PKTINFO.unpack(data)
+            control.append((level, kind, _IN_PKTINFO.pack(0, local, bytes(4))))
+        elif (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            local, interface = _IN6_PKTINFO.unpack(data)
+            # Only a link-local address needs its interface; elsewhere routing chooses.
+            control.append((level, kind, _IN6_PKTINFO.pack(local, interface if local[:2] == b"\xfe\x80" else 0)))
+    return payload, Visitor(sockaddr, tuple(control))
+
+
+def send_datagram(sock: socket.socket, payload: bytes, visitor: Visitor) -> None:
+    """Answer a visitor from the address it spoke to. Raises OSError."""
+    sock.sendmsg([payload], visitor.control, 0, visitor.sockaddr)

@@ -1,0 +1,197 @@
+"""The server's story: it listens for its client and for visitors, and brings each visitor to a data connection."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from typing import TYPE_CHECKING
+
+import gevent
+from gevent.event import AsyncResult
+
+from nodepass.config import Settings, format_duration
+from nodepass.control import Control
+from nodepass.crew import Crew
+from nodepass.datagrams import DatagramDoor
+from nodepass.errors import NoDataConnection
+from nodepass.link import Link
+from nodepass.listen import (
+    accept_forever,
+    close_all,
+    listen_in_range,
+    listen_target,
+    listen_tcp,
+    port_of,
+)
+from nodepass.log import Log
+from nodepass.net import TCPStream, format_sockaddr, reason
+from nodepass.protocol import TCP, Tunnel
+from nodepass.relay import exchange
+from nodepass.stats import Stats
+from nodepass.urls import ServerURL
+
+if TYPE_CHECKING:
+    from OpenSSL import SSL
+
+    from nodepass.certificates import ServerCertificate
+
+CLIENTS_AT_ONCE = 64  # control connections, of which one becomes the client
+
+
+class Server:
+    """One tunnel's server: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
+
+    def __init__(self, url: ServerURL, settings: Settings, log: Log) -> None:
+        self.url = url
+        self.log = log
+        self.stats = Stats()
+        self._settings = settings
+        self._failed: AsyncResult[None] = AsyncResult()
+        self.sessions = Crew(log, settings.semaphore_limit)
+        self._loops = Crew(log, on_crash=self._failed.set_exception)
+        self._doors = Crew(log, on_crash=self._failed.set_exception)  # the loops that let visitors in
+        self._clients = Crew(log, CLIENTS_AT_ONCE)
+        self._link = Link(settings, log, self.stats)
+        self._listeners: dict[str, list[socket.socket]] = {}
+        self._certificate: ServerCertificate | None = None
+        if url.tls:
+            from nodepass.certificates import ServerCertificate
+
+            self._certificate = ServerCertificate(url.crt, url.key, log)
+
+    def start(self) -> None:
+        """Open every listener. Raises ListenError."""
+        try:
+            self._listeners["tunnel"] = listen_tcp(self.url.tunnel, "tunnel address")
+            self._listeners["data"] = listen_in_range(self.url.tunnel.host, self._settings.data_port, "data port")
+            self._listeners["tcp"], self._listeners["udp"] = listen_target(self.url.target)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self) -> None:
+        """Serve until `close`; raises what crashed one of the loops."""
+        tunnel, data, target = (self._addresses(each) for each in ("tunnel", "data", "tcp"))
+        self.log.info("listening: tunnel %s, data %s, target %s (tcp, udp), tls %d", tunnel, data, target, self.url.tls)
+        for listener in self._listeners["tunnel"]:
+            self._loops.spawn("accept clients", self._accept_clients, listener)
+        for listener in self._listeners["data"]:
+            self._loops.spawn("accept data connections", self._link.accept_data, listener, self._context)
+        for listener in self._listeners["tcp"]:
+            self._doors.spawn("accept visitors", self._accept_visitors, listener)
+        for sock in self._listeners["udp"]:
+            door = DatagramDoor(sock, self.sessions, self._link.launch, self._settings, self.log, self.stats)
+            self._doors.spawn("receive datagrams", door.run)
+        self._loops.spawn("report", self._report)
+        if self._certificate:
+            self._loops.spawn("watch certificate", self._certificate.watch, self._settings.reload_interval)
+        self._failed.get()
+
+    def stop_accepting(self) -> None:
+        """Take no new visitors; running sessions, and the client that serves them, go on."""
+        self._doors.kill()
+        close_all(self._listeners.get("tcp", []))  # not the UDP sockets: sessions answer from them
+
+    def close(self) -> None:
+        """End everything at once."""
+        for crew in (self._doors, self._loops, self._clients):
+            crew.kill()
+        if self._link.control:
+            self._link.lose(self._link.control, "this end is stopping")
+        self._link.filler.handshakes.kill()
+        self.sessions.kill()
+        for listeners in self._listeners.values():
+            close_all(listeners)
+        self._failed.set(None)
+
+    def reload(self) -> None:
+        """Look at the certificate files now."""
+        if self._certificate:
+            self._certificate.reload(asked=True)
+
+    def describe(self) -> str:
+        """One line for an operator: who is connected, and what has been done."""
+        client = self._link.control.peer if self._link.control else "none"
+        return f"client {client}, {self._link.pool!r}, {len(self.sessions)} sessions, {self.stats}"
+
+    def _context(self) -> SSL.Context | None:
+        return self._certificate.context if self._certificate else None
+
+    def _addresses(self, what: str) -> str:
+        return " and ".join(format_sockaddr(each.getsockname()) for each in self._listeners[what])
+
+    # The client
+
+    def _accept_clients(self, listener: socket.socket) -> None:
+        for sock in accept_forever(listener, self.log, self._clients.wait_for_place):
+            self._clients.spawn("serve client", self._serve_client, sock)
+
+    def _serve_client(self, sock: socket.socket) -> None:
+        with contextlib.closing(sock):
+            try:
+                control = Control(sock, self._settings.report_interval, self.log, self.stats)
+                if not self._link.admit(control, Tunnel(port_of(self._listeners["data"]), self.url.tls)):
+                    self.stats.trouble["clients_turned_away"] += 1
+                    return
+            except OSError as error:
+                self.log.debug("a connection to the tunnel address ended at once: %s", reason(error))
+                return
+            self._stay_with(control)
+
+    def _stay_with(self, control: Control) -> None:
+        """Keep the connected client until it is gone."""
+        self.stats.connects += 1
+        self.log.info("client connected from %s", control.peer)
+        beat = self._clients.spawn("send heartbeats", control.beat)
+        try:
+            control.wait_until_ended()
+        finally:
+            beat.kill(block=False)
+            self._link.lose(control, "this end is stopping")
+            self.log.info("client disconnected: %s (%s)", control.closed_because, control.peer)
+
+    # Visitors
+
+    def _accept_visitors(self, listener: socket.socket) -> None:
+        for sock in accept_forever(listener, self.log, self._wait_for_slot):
+            self.sessions.spawn("serve visitor", self._serve_visitor, sock)
+
+    def _wait_for_slot(self) -> None:
+        if self.sessions.full():
+            self.stats.trouble["limit_reached"] += 1
+            self.log.limited(logging.WARNING, "limit", "SEMAPHORE_LIMIT reached: new visitors wait", seconds=5)
+            self.sessions.wait_for_place()
+
+    def _serve_visitor(self, sock: socket.socket) -> None:
+        with contextlib.closing(sock):
+            self._bring(sock)
+
+    def _bring(self, sock: socket.socket) -> None:
+        """Bring a visitor to a data connection, and stay until both have ended."""
+        timeout = self._settings.pool_get_timeout
+        try:
+            peer = format_sockaddr(sock.getpeername())
+            id, data = self._link.launch(TCP, timeout)
+        except NoDataConnection:
+            self.stats.trouble["visitors_unserved"] += 1
+            because = "" if self._link.control else ": no client is connected"
+            self.log.warning(
+                "visitor %s closed, no data connection within %s%s", peer, format_duration(timeout), because
+            )
+            return
+        except OSError as error:
+            self.log.debug("a visitor left at once: %s", reason(error))
+            return
+        log = self.log.session(id)
+        log.debug("visitor %s connected", peer)
+        self.stats.tcp_sessions += 1
+        log.debug("visitor %s: %s", peer, exchange(TCPStream(sock), data, self.stats))
+
+    # Upkeep
+
+    def _report(self) -> None:
+        while True:
+            gevent.sleep(self._settings.report_interval)
+            self._link.pool.end_interval()
+            self.log.debug("%s", self.describe())

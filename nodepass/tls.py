@@ -1,0 +1,251 @@
+"""TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
+
+This module and `certificates` alone import OpenSSL and cryptography, and are imported only when TLS is on, because
+that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends the greenlet only.
+pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Any, cast
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.x509 import Certificate
+from OpenSSL import SSL
+
+from nodepass.errors import TLSError, VerificationError
+from nodepass.net import reset
+
+BATCH = 65536  # bytes per read from the kernel and per write to it; 256 KiB was slower
+RECORD = 16384  # bytes of payload in one TLS record, at most
+RECORD_OVERHEAD = 64  # bytes that TLS adds to a record, at most
+_CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
+# AES-128 first: as safe as anything here needs, and the cheapest per byte.
+_CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+# X509_V_ERR_* of <openssl/x509_vfy.h> that a misconfigured server meets.
+_CHAIN_ERRORS = {
+    9: "it is not valid yet",
+    10: "it has expired",
+    18: "it is self-signed",
+    19: "its root is self-signed and not trusted here",
+    20: "its issuer is not trusted here",
+    21: "its issuer is not in the chain that was sent, and not trusted here",
+    23: "it is revoked",
+    26: "it is not meant for servers",
+}
+
+
+PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSAPrivateKey
+
+
+class TLSStream:
+    """A connection under TLS, with the methods of `net.Stream`. One greenlet reads and one writes at a time."""
+
+    __slots__ = ("_connection", "_raw", "sock")
+
+    batch = BATCH
+
+    def __init__(self, sock: socket.socket, connection: SSL.Connection) -> None:
+        self.sock = sock
+        self._raw: socket.socket = cast(Any, sock)._sock
+        self._connection = connection
+
+    def recv_into(self, buffer: memoryview) -> int:
+        while True:
+            received = self._decrypt(buffer)
+            if received is not None:
+                return received
+            data = self.sock.recv(BATCH)
+            if not data:
+                raise TLSError("the connection ended without TLS close_notify: the stream is cut")
+            self._connection.bio_write(data)
+
+    def write(self, data: memoryview | bytes) -> None:
+        sent, size = 0, len(data)
+        try:
+            while sent < size:  # all of it before the first switch: the buffer may be shared
+                sent += self._connection.send(data[sent:] if sent else data)
+        except SSL.Error as error:
+            raise _translated(error) from None
+        self._flush(size)
+
+    def half_close(self) -> None:
+        try:
+            self._connection.shutdown()
+        except SSL.Error as error:
+            raise _translated(error) from None
+        self._flush(0)
+
+    def peek(self) -> bool | None:
+        try:
+            while True:
+                try:
+                    return bool(self._connection.recv(1, socket.MSG_PEEK))
+                except SSL.WantReadError:
+                    data = self._raw.recv(BATCH)
+                    if not data:
+                        return False
+                    self._connection.bio_write(data)
+        except BlockingIOError:
+            return None
+        except (OSError, SSL.Error):
+            return False
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def abort(self) -> None:
+        reset(self.sock)
+
+    def handshake(self) -> None:
+        """Complete the handshake; its deadline is the caller's. Raises OSError, TLSError among them."""
+        while True:
+            try:
+                self._connection.do_handshake()
+                self._flush(0)
+                return
+            except SSL.WantReadError:
+                self._flush(0)
+            except SSL.Error as error:
+                self._flush(0)  # the alert that tells the peer why
+                raise _translated(error) from None
+            data = self.sock.recv(BATCH)
+            if not data:
+                raise TLSError("the peer closed the connection during the TLS handshake")
+            self._connection.bio_write(data)
+
+    def _decrypt(self, buffer: memoryview) -> int | None:
+        """Fill the buffer with the records at hand; 0 at the peer's close_notify, None when more must be read."""
+        done, size = 0, len(buffer)
+        try:
+            while done < size:
+                done += self._connection.recv_into(buffer[done:], min(RECORD, size - done))
+        except SSL.ZeroReturnError:
+            return done
+        except SSL.WantReadError:
+            return done or None
+        except SSL.Error as error:
+            raise _translated(error) from None
+        return done
+
+    def _flush(self, payload: int) -> None:
+        """Send the records that OpenSSL made of so many bytes of payload."""
+        size = payload + (payload // RECORD + 1) * RECORD_OVERHEAD + RECORD
+        try:
+            while True:
+                records = self._connection.bio_read(size)
+                self.sock.sendall(records)
+                if len(records) < size:
+                    return
+        except SSL.WantReadError:
+            return
+
+
+def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:
+    """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context."""
+    context = _context()
+    context.use_certificate(chain[0])
+    for issuer in chain[1:]:
+        context.add_extra_chain_cert(issuer)
+    context.use_privatekey(key)
+    # A data connection is never resumed, so tickets would be bytes and work for nothing.
+    context.set_options(SSL.OP_NO_TICKET)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    return context
+
+
+def client_context(verify: bool) -> SSL.Context:
+    """A context for a client; with `verify`, chains are checked against SSL_CERT_FILE or the system's CAs."""
+    context = _context()
+    if verify:
+        context.set_default_verify_paths()
+        context.set_verify(SSL.VERIFY_PEER, _note_chain_error)
+    return context
+
+
+def accept_tls(sock: socket.socket, context: SSL.Context) -> TLSStream:
+    """The server's side of a handshake. Raises OSError, TLSError among them; closing `sock` is the caller's."""
+    connection = SSL.Connection(context, None)
+    connection.set_accept_state()
+    stream = TLSStream(sock, connection)
+    stream.handshake()
+    return stream
+
+
+def connect_tls(sock: socket.socket, context: SSL.Context, host: str) -> TLSStream:
+    """The client's side of a handshake; where the context verifies, the certificate must be for `host`.
+
+    Raises OSError, with a VerificationError among them that says whether the chain or the name was refused.
+    """
+    connection = SSL.Connection(context, None)
+    connection.set_connect_state()
+    connection.set_app_data([])
+    if not _is_ip(host):
+        connection.set_tlsext_host_name(host.encode("idna"))
+    stream = TLSStream(sock, connection)
+    try:
+        stream.handshake()
+    except TLSError:
+        if noted := connection.get_app_data():
+            what = _CHAIN_ERRORS.get(noted[0], f"X509 error {noted[0]}")
+            raise VerificationError(f"certificate chain refused for {host!r}: {what}") from None
+        raise
+    if context.get_verify_mode() & SSL.VERIFY_PEER:
+        _verify_name(connection, host)
+    return stream
+
+
+def _context() -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(_CIPHERS_12)
+    context.set_tls13_ciphersuites(_CIPHERS_13)
+    context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
+    return context
+
+
+def _note_chain_error(connection: SSL.Connection, _cert: object, error: int, _depth: int, ok: int) -> bool:
+    if not ok:
+        connection.get_app_data().append(error)
+    return bool(ok)
+
+
+def _verify_name(connection: SSL.Connection, host: str) -> None:
+    # Imported here: only a client in mode 2 needs it.
+    import service_identity
+    from service_identity.pyopenssl import extract_patterns, verify_hostname, verify_ip_address
+
+    try:
+        (verify_ip_address if _is_ip(host) else verify_hostname)(connection, host)
+    except (service_identity.VerificationError, service_identity.CertificateError):
+        certificate = connection.get_peer_certificate()
+        names = ", ".join(_pattern_text(each) for each in extract_patterns(certificate)) if certificate else ""
+        raise VerificationError(
+            f"certificate name refused for {host!r}: it is made out to {names or 'no name'}"
+        ) from None
+
+
+def _pattern_text(pattern: object) -> str:
+    value = getattr(pattern, "pattern", None)
+    value = getattr(value, "pattern", value)
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _translated(error: SSL.Error) -> TLSError:
+    queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return TLSError(f"TLS: {queue[-1][-1] if queue else error.args[-1] if error.args else type(error).__name__}")

@@ -1,0 +1,67 @@
+"""All metadata of the nodepass distribution; pyproject.toml holds tool settings only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Return the version written in nodepass/__init__.py, without importing the package and what it needs."""
+    source = (ROOT / "nodepass" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r"""^__version__\b[^=\n]*=\s*["']([^"']+)["']""", source, re.MULTILINE)
+    if found is None:
+        raise SystemExit("setup.py: nodepass/__init__.py has no line __version__ = '...'")
+    return found.group(1)
+
+
+def read_requirements() -> list[str]:
+    """Return the lines of requirements.txt that name a requirement."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    stripped = (line.partition("#")[0].strip() for line in lines)
+    return [line for line in stripped if line]
+
+
+def read_readme() -> str:
+    """Return README.md; an image build that leaves it out gets an empty description."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="nodepass",
+    version=read_version(),
+    description="A TCP and UDP reverse tunnel as one small daemon",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    author="nodepass contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords="tunnel reverse-tunnel tcp udp tls gevent",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: No Input/Output (Daemon)",
+        "Intended Audience :: System Administrators",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Internet :: Proxy Servers",
+        "Topic :: System :: Networking",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["nodepass", "nodepass.*"]),
+    package_data={"nodepass": ["py.typed"]},
+    install_requires=read_requirements(),
+    extras_require={
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7"],
+        "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools"],
+        "bench": ["matplotlib>=3.8,<4"],
+    },
+    entry_points={"console_scripts": ["nodepass = nodepass.__main__:main"]},
+)
