@@ -152,4 +152,6 @@ def warn_of_expiry(identity: Identity, log: Log) -> None:
     if identity.lifetime < EXPIRY_WARNING:
         days = identity.lifetime / datetime.timedelta(days=1)
         words = f"expires in {days:.1f} days" if days > 0 else f"expired {-days:.1f} days ago"
-        log.limited(logging.WARNING, f"expiry {identity.fingerprint}", "the certificate %s", words, seconds=_DAY)
+        log.limited(
+            logging.WARNING, f"expiry {identity.fingerprint}", "the certificate %s", words, seconds=_DAY, burst=1
+        )

@@ -65,7 +65,9 @@ class Client:
                     self.stats.trouble["connects_failed"] += 1
                     why = reason(error)
                     message = "cannot reach the server %s: %s; trying again"
-                    self.log.limited(logging.WARNING, why, message, self.url.tunnel, why, seconds=REPEAT_WARNING)
+                    self.log.limited(
+                        logging.WARNING, why, message, self.url.tunnel, why, seconds=REPEAT_WARNING, burst=1
+                    )
                 else:
                     self._serve(control, tunnel, data)
                     if time.monotonic() - began > SETTLED:
@@ -225,6 +227,7 @@ class Attachment:
         while True:
             gevent.sleep(self._settings.report_interval)
             self.pool.end_interval()
+            self._log.tell_rest()
             self._log.debug("%r, %d sessions, %s", self.pool, len(self._sessions), self._stats)
 
 

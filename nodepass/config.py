@@ -124,7 +124,7 @@ class Settings:
         "1024", count(1, 65536, "connections"), "pool", "data connections kept ready at most"
     )
     pool_get_timeout: float = setting(
-        "5s", duration(0.01, DAY), "pool", "how long a visitor waits for a data connection before it is closed"
+        "5s", duration(0.001, DAY), "pool", "how long a visitor waits for a data connection before it is closed"
     )
     data_port: Ports = setting(
         "0", PORTS, "pool", "server: port of the data connections; in a range the first free one is taken"
@@ -132,21 +132,21 @@ class Settings:
     udp_data_buf_size: int = setting(
         "8192", count(1, 65507, "bytes"), "UDP", "largest datagram; a larger one is dropped and logged"
     )
-    udp_read_timeout: float = setting("5s", duration(0.01, DAY), "UDP", "how long the target has to answer a datagram")
+    udp_read_timeout: float = setting("5s", duration(0.001, DAY), "UDP", "how long the target has to answer a datagram")
     handshake_timeout: float = setting(
-        "5s", duration(0.01, DAY), "timing", "control, TLS, id exchange and a dial each end within it"
+        "5s", duration(0.001, DAY), "timing", "control, TLS, id exchange and a dial each end within it"
     )
     report_interval: float = setting(
-        "5s", duration(0.05, DAY), "timing", "heartbeats, statistics, and the pool's capacity is thought over"
+        "5s", duration(0.01, DAY), "timing", "heartbeats, statistics, and the pool's capacity is thought over"
     )
     service_cooldown: float = setting(
-        "5s", duration(0.05, DAY), "timing", "longest pause between two attempts to reach the server"
+        "5s", duration(0.01, DAY), "timing", "longest pause between two attempts to reach the server"
     )
     shutdown_timeout: float = setting(
         "5s", duration(0, DAY), "timing", "grace for running sessions at shutdown; the rest is cut"
     )
     reload_interval: float = setting(
-        "1h", duration(0.05, 365 * DAY), "timing", "server, tls=2: how often the certificate files are looked at"
+        "1h", duration(0.001, 365 * DAY), "timing", "server, tls=2: how often the certificate files are looked at"
     )
 
     @classmethod

@@ -83,7 +83,7 @@ class DialingFiller:
             self._failures += 1
             self._stats.trouble["data_connections_failed"] += 1
             level = logging.ERROR if isinstance(error, VerificationError) else logging.WARNING
-            self._log.limited(level, "data connection", "cannot make a data connection: %s", reason(error), seconds=5)
+            self._log.limited(level, "data connection", "cannot make a data connection: %s", reason(error), burst=1)
         else:
             self._failures = 0
             self._backoff.reset()

@@ -145,7 +145,9 @@ def accept_forever(listener: socket.socket, log: Log, ready: Callable[[], object
             if listener.fileno() < 0 or error.errno in _CLOSED:
                 return
             if error.errno != errno.ECONNABORTED:  # that visitor went away by itself
-                log.limited(logging.WARNING, f"accept {error.errno}", "cannot accept connections: %s", reason(error))
+                log.limited(
+                    logging.WARNING, f"accept {error.errno}", "cannot accept connections: %s", reason(error), burst=1
+                )
                 gevent.sleep(pause)
                 pause = min(2 * pause, ACCEPT_PAUSES[1])
             continue

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, MutableMapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -26,14 +26,25 @@ _COLOURS = {logging.DEBUG: 2, logging.INFO: 32, logging.WARNING: 33, logging.ERR
 
 _root = logging.getLogger("nodepass")
 
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # takes no parameter before Python 3.11
 
-class Log(logging.LoggerAdapter[logging.Logger]):
+
+class Log(_Adapter):
     """A logger that knows which tunnel, and perhaps which session, it speaks for."""
 
     def __init__(self, where: str) -> None:
         super().__init__(_root, {"where": where})
         self._where = where
-        self._spoken: dict[str, tuple[float, int]] = {}
+        self._bursts: dict[str, tuple[float, int]] = {}  # key -> when it began (time.monotonic()), lines since
+        self._left_out: dict[str, tuple[int, int]] = {}  # key -> level, lines
+
+    def rename(self, where: str) -> None:
+        """Speak under another name from now on."""
+        self._where = where
+        self.extra = {"where": where}
 
     def session(self, id: str) -> Log:
         """The log of one session of this tunnel."""
@@ -43,15 +54,24 @@ class Log(logging.LoggerAdapter[logging.Logger]):
         kwargs["extra"] = self.extra
         return msg, kwargs
 
-    def limited(self, level: int, key: str, message: str, *args: object, seconds: float = 1.0) -> None:
-        """Log at most once in so many seconds under this key; the next line says how many were left out."""
+    def limited(self, level: int, key: str, message: str, *args: object, seconds: float = 1.0, burst: int = 10) -> None:
+        """Log at most `burst` lines in so many seconds under this key; `tell_rest` says how many were left out."""
         now = time.monotonic()
-        last, left_out = self._spoken.get(key, (float("-inf"), 0))
-        if now - last < seconds:
-            self._spoken[key] = (last, left_out + 1)
-            return
-        self._spoken[key] = (now, 0)
-        self.log(level, message + (f" (and {left_out} more like it)" if left_out else ""), *args)
+        began, count = self._bursts.get(key, (now, 0))
+        if now - began >= seconds:
+            self.tell_rest()
+            began, count = now, 0
+        self._bursts[key] = (began, count + 1)
+        if count < burst:
+            self.log(level, message, *args)
+        else:
+            self._left_out[key] = (level, self._left_out.get(key, (level, 0))[1] + 1)
+
+    def tell_rest(self) -> None:
+        """Say how many lines were left out, so that none is lost silently; called at every report."""
+        for key, (level, count) in self._left_out.items():
+            self.log(level, "%d more lines like the last about: %s", count, key)
+        self._left_out.clear()
 
     def always(self, message: str, *args: object) -> None:
         """A line that was asked for by name, whatever the level."""

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import gevent
+
 from nodepass.urls import Address
 
 KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a vanished peer is found in a minute
@@ -215,7 +217,7 @@ def wait_delivered(sock: socket.socket, seconds: float) -> None:
     """Wait until the peer has acknowledged all that was written, or the connection is gone; at most `seconds`."""
     deadline = time.monotonic() + seconds
     while sock.fileno() >= 0 and _unsent(sock) and time.monotonic() < deadline:
-        time.sleep(0.01)  # the kernel has no event for this
+        gevent.sleep(0.01)  # the kernel has no event for this
 
 
 def _unsent(sock: socket.socket) -> int:

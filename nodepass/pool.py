@@ -1,8 +1,9 @@
 """The pool: data connections made in advance, by id, each used once.
 
-`Pool` keeps idle connections and watches them: on the server one that becomes readable is dead, on the client one at
-its end is (bytes there are the first of its session). The server `take`s any live one, the client `claim`s the one that a
-launch names. Who makes connections, and when, is the business of `fillers`.
+`Pool` keeps idle connections and watches them. On the server one that becomes readable is dead. On the client it is no
+longer idle: its launch is on its way, or the server has closed it, which a visitor that left at once looks like. The
+server `take`s any live one, the client `claim`s the one that a launch names. Who makes connections, and when, is the
+business of `fillers`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from nodepass.log import Log
 from nodepass.net import Stream
 from nodepass.stats import Stats
 
-LAUNCH_WITHIN = 30.0  # seconds from a session's first bytes to its launch; more, and the launch was lost
+LAUNCH_WITHIN = 2.0  # seconds from a session's first bytes, or its end, to its launch, which was written before
+INSISTS_AFTER = 8  # intervals of trimming in vain, and the client is left its larger pool
 YOUNG = 1.0  # seconds: the age under which an idle connection's end counts as a failure to make it
 
 
@@ -58,8 +60,7 @@ class _Idle:
     id: str
     stream: Stream
     watcher: Any  # gevent's io watcher, which has no type
-    since: float  # time.monotonic() when it was added, or when its first bytes came
-    spoken: bool = False  # the client's end: the first bytes of its session are here
+    since: float  # time.monotonic() when it was added
 
 
 class Pool:
@@ -138,7 +139,7 @@ class ServerPool(Pool):
         self._waiting: dict[_Waiter, None] = {}  # in the order they came
         self._taken = 0  # in this interval
         self._trimmed = 0  # in the interval before
-        self._insists = False
+        self._made_again = 0  # intervals in a row in which the client made again what had been trimmed
 
     def add(self, id: str, stream: Stream) -> None:
         if not self._waiting:
@@ -168,19 +169,21 @@ class ServerPool(Pool):
 
     def flush(self, because: str) -> None:
         super().flush(because)
-        self._insists, self._trimmed = False, 0
+        self._trimmed = self._made_again = 0
 
     def end_interval(self) -> None:
         """As for any pool; then close the oldest of what is idle beyond the capacity.
 
-        Our own client takes that as the word that it makes too many. One that makes them again insists, and is left
-        alone. Only the server may trim: a client that closes an idle connection may cross a launch on its way.
+        Our own client takes that as the word that it makes too many. One that keeps making them again is left alone.
+        Only the server may trim: a client that closes an idle connection may cross a launch on its way.
         """
-        if self._trimmed and self.created - self._taken >= self._trimmed / 2:
-            self._insists = True
+        if self._trimmed:
+            made_again = self.created - self._taken >= self._trimmed / 2
+            self._made_again = self._made_again + 1 if made_again else 0
         super().end_interval()
         self._taken = 0
-        surplus = [] if self._insists else list(self._idle.values())[: max(0, len(self) - self.capacity)]
+        count = 0 if self._made_again >= INSISTS_AFTER else max(0, len(self) - self.capacity)
+        surplus = list(self._idle.values())[:count]
         self._trimmed = len(surplus)
         for idle in surplus:
             self._discard(idle, "more than needed")
@@ -208,6 +211,7 @@ class ClientPool(Pool):
         self.dialling = 0
         self.died_young = 0  # idle connections that the server closed as soon as they were made
         self._expected: dict[str, _Waiter] = {}
+        self._spoken: dict[str, _Idle] = {}  # readable, waiting for their launch since then
 
     @property
     def missing(self) -> int:
@@ -234,16 +238,19 @@ class ClientPool(Pool):
     def end_interval(self) -> None:
         super().end_interval()
         limit = time.monotonic() - LAUNCH_WITHIN
-        for idle in [each for each in self._idle.values() if each.spoken and each.since < limit]:
-            self._stats.trouble["launches_missed"] += 1
-            self._discard(idle, "bytes came, but no launch")
+        for id in [id for id, spoken in self._spoken.items() if spoken.since < limit]:
+            self._spoken.pop(id).stream.close()
         self.wanted.set()
+
+    def flush(self, because: str) -> None:
+        super().flush(because)
+        while self._spoken:
+            self._spoken.popitem()[1].stream.close()
 
     def drop(self, id: str) -> None:
         """Close the connection of a launch that cannot be served, so that the server's visitor is not left waiting."""
-        if idle := self._idle.get(id):
-            self._discard(idle, "its launch was dropped")
-            self.wanted.set()
+        if stream := self._find(id):
+            stream.close()
 
     def claim(self, id: str, timeout: float) -> Stream:
         """The connection of this id; it is the caller's now. Raises NoDataConnection where it is not known.
@@ -251,11 +258,7 @@ class ClientPool(Pool):
         A launch may overtake the id that the server wrote just before it on another connection: while one is being
         made, wait for it, `timeout` seconds at most.
         """
-        if idle := self._idle.get(id):
-            stream = self._release(idle)
-            if not self._idle:
-                self._find_empty()
-            self.wanted.set()
+        if stream := self._find(id):
             return stream
         if not self.dialling or id in self._expected:
             raise NoDataConnection(f"no data connection has the id {id}")
@@ -267,14 +270,34 @@ class ClientPool(Pool):
             if self._expected.get(id) is expected:
                 del self._expected[id]
 
+    def _find(self, id: str) -> Stream | None:
+        if spoken := self._spoken.pop(id, None):
+            return spoken.stream
+        if idle := self._idle.get(id):
+            return self._leave(idle)
+        return None
+
+    def _leave(self, idle: _Idle) -> Stream:
+        """Take a connection out of what is idle, and have it replaced."""
+        stream = self._release(idle)
+        if not self._idle:
+            self._find_empty()
+        self.wanted.set()
+        return stream
+
     def _readable(self, idle: _Idle) -> None:
         state = idle.stream.peek()
-        if state is False:
-            # The server's word that there are more than it needs; it grows again when sessions come.
+        if state is None:
+            return
+        now = time.monotonic()
+        if state:
+            self._leave(idle)
+        else:
+            # The server has more than it needs: one less is made, until sessions come again.
             self.capacity = max(self.bounds[0], self.capacity - 1)
-            self.died_young += time.monotonic() - idle.since < YOUNG
-            self._discard(idle, "closed by the server")
+            self.died_young += now - idle.since < YOUNG
+            self._release(idle)
             self.wanted.set()
-        elif state:
-            idle.watcher.stop()  # its launch is on its way
-            idle.spoken, idle.since = True, time.monotonic()
+        idle.since = now
+        self._spoken[idle.id] = idle
+        self._log.debug("pool: %s %s", idle.id, "has its first bytes" if state else "ended by the server")

@@ -64,6 +64,8 @@ class Server:
         """Open every listener. Raises ListenError."""
         try:
             self._listeners["tunnel"] = listen_tcp(self.url.tunnel, "tunnel address")
+            if not self.url.tunnel.port:
+                self.log.rename(f"server:{port_of(self._listeners['tunnel'])}")
             self._listeners["data"] = listen_in_range(self.url.tunnel.host, self._settings.data_port, "data port")
             self._listeners["tcp"], self._listeners["udp"] = listen_target(self.url.target)
         except BaseException:
@@ -160,7 +162,7 @@ class Server:
     def _wait_for_slot(self) -> None:
         if self.sessions.full():
             self.stats.trouble["limit_reached"] += 1
-            self.log.limited(logging.WARNING, "limit", "SEMAPHORE_LIMIT reached: new visitors wait", seconds=5)
+            self.log.limited(logging.WARNING, "limit", "SEMAPHORE_LIMIT reached: new visitors wait", burst=1)
             self.sessions.wait_for_place()
 
     def _serve_visitor(self, sock: socket.socket) -> None:
@@ -194,4 +196,5 @@ class Server:
         while True:
             gevent.sleep(self._settings.report_interval)
             self._link.pool.end_interval()
+            self.log.tell_rest()
             self.log.debug("%s", self.describe())

@@ -1,7 +1,7 @@
 """TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
 
-This module and `certificates` alone import OpenSSL and cryptography, and are imported only when TLS is on, because
-that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends the greenlet only.
+This module and `certificates` alone import OpenSSL and cryptography, and are imported only when TLS is on: that costs
+10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends the greenlet only.
 pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
 """
 

@@ -1,0 +1,266 @@
+"""What `make demo` runs: a small service, a nodepass server and a nodepass client, all on this machine.
+
+The service is a web page (TCP) and an echo (UDP) on one port. The two tunnel ends are real processes of
+bin/nodepass on ports that the kernel chooses; their readiness is read from their logs. The demo then uses
+the tunnel as a visitor would, says what it saw, and goes on until Ctrl-C. It ends only what it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.server
+import re
+import shlex
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+NODEPASS = Path(__file__).resolve().parents[2] / "bin" / "nodepass"
+LOOPBACK = "127.0.0.1"
+
+# Seconds: for a process to say that it is ready, for an answer through the tunnel, for a process to end. The
+# first is long because a first start also compiles the byte code.
+READY_TIMEOUT = 20.0
+ANSWER_TIMEOUT = 10.0
+STOP_TIMEOUT = 10.0
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+LISTENING = re.compile(r"listening: tunnel \S+:(\d+), data \S+, target \S+:(\d+) ")
+CLIENT_CONNECTED = re.compile(r"client connected from ")
+
+PAGE = b"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>nodepass demo</title>
+<body style="font: 1.1rem/1.6 system-ui; max-width: 34rem; margin: 4rem auto">
+<h1>Hello through the tunnel</h1>
+<p>This page is served by a port that only the nodepass <em>client</em> can see. Your browser asked the
+nodepass <em>server</em>; the server launched one of the connections that the client keeps open to it,
+encrypted, and the bytes went through.</p>
+<p>Stop the demo with Ctrl-C, and this page is gone.</p>
+</body></html>
+"""
+
+
+class DemoError(Exception):
+    """Something did not go as promised; the text says what."""
+
+
+class PageHandler(http.server.BaseHTTPRequestHandler):
+    """Answers every GET with the page, and logs nothing."""
+
+    def do_GET(self) -> None:
+        """Send the page."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(PAGE)))
+        self.end_headers()
+        self.wfile.write(PAGE)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (the base class chose the name)
+        """Keep the terminal for the demo's own words."""
+
+
+class EchoHandler(socketserver.BaseRequestHandler):
+    """Sends every datagram back where it came from."""
+
+    def handle(self) -> None:
+        """Answer one datagram."""
+        payload, endpoint = self.request
+        endpoint.sendto(payload, self.client_address)
+
+
+class Tunnel:
+    """One running bin/nodepass, the lines of its log so far, and a way to wait for one of them."""
+
+    def __init__(self, role: str, url: str) -> None:
+        self.role = role
+        self.lines: list[str] = []
+        self._grown = threading.Condition()
+        self._ended = False
+        # In a session of its own, so that a Ctrl-C at the terminal reaches it once, through the demo.
+        self.process = subprocess.Popen(
+            [NODEPASS, url], stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
+        self._reader = threading.Thread(target=self._read_log, name=f"{role}-log", daemon=True)
+        self._reader.start()
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._grown:
+                self.lines.append(line.rstrip("\n"))
+                self._grown.notify_all()
+        with self._grown:
+            self._ended = True
+            self._grown.notify_all()
+
+    def wait_for(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        """Return the first log line that matches; DemoError if it does not come within READY_TIMEOUT."""
+        with self._grown:
+            self._grown.wait_for(lambda: self._search(pattern) or self._ended, READY_TIMEOUT)
+            found = self._search(pattern)
+        if found is None:
+            outcome = "ended" if self._ended else f"was not ready after {READY_TIMEOUT:.0f} s"
+            raise DemoError(f"the {self.role} {outcome}; its log has no line with {pattern.pattern!r}")
+        return found
+
+    def _search(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        return next((found for found in map(pattern.search, self.lines) if found), None)
+
+    def stop(self) -> None:
+        """Ask the process to end, and make it end after STOP_TIMEOUT."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(STOP_TIMEOUT)
+        if self.process.stderr is not None and not self._reader.is_alive():
+            self.process.stderr.close()
+
+
+def say(text: str = "") -> None:
+    """Print one line at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def bind_service() -> tuple[http.server.ThreadingHTTPServer, socketserver.UDPServer]:
+    """Return the page and the echo, bound to the same free port."""
+    for _ in range(20):
+        page = http.server.ThreadingHTTPServer((LOOPBACK, 0), PageHandler)
+        try:
+            return page, socketserver.UDPServer((LOOPBACK, page.server_port), EchoHandler)
+        except OSError:  # that number is taken on the UDP side: try another
+            page.server_close()
+    raise DemoError("found no port that is free for both TCP and UDP")
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[int]:
+    """Run the service in threads; yields its port."""
+    page, echo = bind_service()
+    for server in (page, echo):
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    try:
+        yield page.server_port
+    finally:
+        for server in (page, echo):
+            server.shutdown()
+            server.server_close()
+
+
+@contextlib.contextmanager
+def running(role: str, url: str) -> Iterator[Tunnel]:
+    """Run bin/nodepass with one URL; shows its log if anything fails meanwhile."""
+    say(f"  $ bin/nodepass {shlex.quote(url)}")
+    tunnel = Tunnel(role, url)
+    try:
+        yield tunnel
+    except BaseException as error:
+        tunnel.stop()
+        if not isinstance(error, KeyboardInterrupt):
+            say(f"\nThe log of the {role} (exit status {tunnel.process.returncode}):")
+            say("\n".join(f"  {line}" for line in tunnel.lines) or "  (empty)")
+        raise
+    tunnel.stop()
+
+
+def fetch_page(port: int) -> str:
+    """Get the page as a browser would; returns what happened in words."""
+    started = time.perf_counter()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is no matter for a proxy
+    with opener.open(f"http://{LOOPBACK}:{port}/", timeout=ANSWER_TIMEOUT) as response:
+        body = response.read()
+    if body != PAGE:
+        raise DemoError(f"the page came back changed: {len(body)} bytes instead of {len(PAGE)}")
+    milliseconds = 1000 * (time.perf_counter() - started)
+    return f"the page, {len(body)} bytes, status {response.status}, in {milliseconds:.1f} ms"
+
+
+def echo_datagram(port: int) -> str:
+    """Send one datagram and wait for its echo; returns what happened in words."""
+    payload = b"knock, knock"
+    started = time.perf_counter()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as visitor:
+        visitor.settimeout(ANSWER_TIMEOUT)
+        visitor.connect((LOOPBACK, port))
+        visitor.send(payload)
+        answer = visitor.recv(2048)
+    if answer != payload:
+        raise DemoError(f"the datagram came back changed: {answer!r}")
+    milliseconds = 1000 * (time.perf_counter() - started)
+    return f"the echo of {payload.decode()!r} in {milliseconds:.1f} ms"
+
+
+def show_picture(visitor_port: int, tunnel_port: int, service_port: int) -> None:
+    """Draw who talks to whom."""
+    say(f"""
+What travels where:
+
+  visitor -- TCP, UDP --> server :{visitor_port}
+                             ^
+                             |  TLS, on connections that the client opened (to :{tunnel_port} first)
+                             |
+                          client -- TCP, UDP --> service :{service_port}""")
+
+
+def run_demo(once: bool) -> None:
+    """Tell the whole story; raises DemoError or OSError where it breaks."""
+    with contextlib.ExitStack() as stack:
+        service_port = stack.enter_context(serving())
+        say(f"The service, a web page and a UDP echo, waits on {LOOPBACK}:{service_port}.\n")
+        say("On the machine with the public address:")
+        server = stack.enter_context(running("server", f"server://{LOOPBACK}:0/{LOOPBACK}:0?tls=1"))
+        tunnel_port, visitor_port = map(int, server.wait_for(LISTENING).groups())
+        say("On the machine behind the firewall:")
+        client_url = f"client://{LOOPBACK}:{tunnel_port}/{LOOPBACK}:{service_port}"
+        stack.enter_context(running("client", client_url))
+        server.wait_for(CLIENT_CONNECTED)
+        show_picture(visitor_port, tunnel_port, service_port)
+        say(f"\nA visitor asks the server, {LOOPBACK}:{visitor_port}:\n")
+        say(f"  TCP: {fetch_page(visitor_port)}")
+        say(f"  UDP: {echo_datagram(visitor_port)}")
+        if once:
+            say("\nIt works.")
+            return
+        say(f"\nIt works. Open http://{LOOPBACK}:{visitor_port}/ in a browser; Ctrl-C ends the demo.")
+        signal.pause()
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """End the demo by unwinding it; an impatient second signal does not cut that short."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Parse, run, translate the outcome into an exit status."""
+    parser = argparse.ArgumentParser(description="A nodepass tunnel at work, all on this machine.")
+    parser.add_argument("--once", action="store_true", help="check the tunnel once and exit with 0 or 1")
+    once = parser.parse_args().once
+    for number in ENDING_SIGNALS:
+        signal.signal(number, interrupt)
+    try:
+        run_demo(once)
+    except KeyboardInterrupt:
+        say("\nDone: the tunnel and the service are closed.")
+        return 130 if once else 0
+    except (DemoError, OSError) as error:
+        say(f"\nThe demo failed: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

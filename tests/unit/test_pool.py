@@ -1,0 +1,176 @@
+"""The pool's two ends, on real sockets inside this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import count
+
+import gevent
+import pytest
+from gevent import socket
+
+from nodepass.errors import NoDataConnection
+from nodepass.log import Log
+from nodepass.pool import INSISTS_AFTER, ClientPool, ServerPool
+from nodepass.stats import Stats
+from tests.unit.streams import tcp_pair
+
+
+class Connections:
+    """Makes data connections; `peers` has the other ends by id."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.peers: dict[str, socket.socket] = {}
+        self._stack = stack
+        self._numbers = count()
+
+    def add_to(self, pool: ServerPool | ClientPool, number: int = 1) -> list[str]:
+        """Put so many new connections into a pool; their ids."""
+        ids = []
+        for _ in range(number):
+            stream, peer = self._stack.enter_context(tcp_pair())
+            ids.append(f"{next(self._numbers):08x}")
+            self.peers[ids[-1]] = peer
+            pool.add(ids[-1], stream)
+        return ids
+
+
+@pytest.fixture
+def connections() -> Iterator[Connections]:
+    with contextlib.ExitStack() as stack:
+        yield Connections(stack)
+
+
+@pytest.fixture
+def server() -> Iterator[ServerPool]:
+    pool = ServerPool(Log("test"), Stats(), 2, 64)
+    yield pool
+    pool.flush("the test is over")
+
+
+@pytest.fixture
+def client() -> Iterator[ClientPool]:
+    pool = ClientPool(Log("test"), Stats(), 2, 64)
+    yield pool
+    pool.flush("the test is over")
+
+
+def test_a_connection_is_handed_out_once(server: ServerPool, connections: Connections) -> None:
+    ids = connections.add_to(server, 3)
+    assert {server.take(1)[0] for _ in ids} == set(ids)
+    with pytest.raises(NoDataConnection):
+        server.take(0.01)
+
+
+def test_who_has_waited_longest_is_served_first(server: ServerPool, connections: Connections) -> None:
+    waiting = [gevent.Greenlet.spawn(server.take, 10) for _ in range(3)]
+    gevent.idle()
+    ids = connections.add_to(server, 3)
+    assert [each.get(timeout=10)[0] for each in waiting] == ids
+
+
+def test_a_dead_connection_is_never_handed_out(server: ServerPool, connections: Connections) -> None:
+    first, second = connections.add_to(server, 2)
+    connections.peers[second].close()
+    assert server.take(1)[0] == first
+
+
+def test_a_connection_that_speaks_out_of_turn_is_dead_to_the_server(
+    server: ServerPool, connections: Connections
+) -> None:
+    [id] = connections.add_to(server)
+    connections.peers[id].sendall(b"?")
+    with pytest.raises(NoDataConnection):
+        server.take(0.05)
+    assert not len(server)
+
+
+def test_a_waiter_that_is_ended_leaves_its_connection_to_the_next(server: ServerPool, connections: Connections) -> None:
+    first = gevent.Greenlet.spawn(server.take, 10)
+    second = gevent.Greenlet.spawn(server.take, 10)
+    gevent.idle()
+    first.kill()
+    [id] = connections.add_to(server)
+    assert second.get(timeout=10)[0] == id
+
+
+def test_a_connection_handed_over_to_a_greenlet_being_ended_is_closed(
+    server: ServerPool, connections: Connections
+) -> None:
+    [id] = connections.add_to(server)
+    stream = server.take(1)[1]
+    waiter = gevent.Greenlet.spawn(server.take, 10)
+    gevent.idle()
+    waiter.kill(block=False)  # it is given its connection before it hears of its end
+    server.add(id, stream)
+    assert connections.peers[id].recv(1) == b""
+
+
+def test_quiet_time_closes_what_is_beyond_the_capacity(server: ServerPool, connections: Connections) -> None:
+    ids = connections.add_to(server, 20)
+    for _ in range(30):
+        server.end_interval()
+    assert len(server) == 2
+    assert ids[-1] in server
+    assert connections.peers[ids[0]].recv(1) == b""
+
+
+def test_a_client_that_makes_them_again_is_left_alone_after_a_while(
+    server: ServerPool, connections: Connections
+) -> None:
+    connections.add_to(server, 20)
+    for _ in range(10 * INSISTS_AFTER):
+        server.end_interval()
+        connections.add_to(server, 20 - len(server))
+    before = set(server._idle)
+    for _ in range(5):
+        server.end_interval()
+    assert set(server._idle) == before
+
+
+def test_a_claim_finds_the_connection_of_its_id(client: ClientPool, connections: Connections) -> None:
+    first, second = connections.add_to(client, 2)
+    client.claim(first, 1)
+    assert second in client
+    with pytest.raises(NoDataConnection):
+        client.claim(first, 1)
+
+
+def test_a_launch_may_overtake_its_connection(client: ClientPool, connections: Connections) -> None:
+    client.dialling = 1
+    claim = gevent.Greenlet.spawn(client.claim, "00000000", 10)
+    gevent.idle()
+    connections.add_to(client)
+    client.end_dial()
+    assert claim.get(timeout=10)
+
+
+def test_a_claim_gives_up_when_no_connection_is_being_made_any_more(client: ClientPool) -> None:
+    client.dialling = 1
+    claim = gevent.Greenlet.spawn(client.claim, "00000000", 10)
+    gevent.idle()
+    client.end_dial()
+    with pytest.raises(NoDataConnection):
+        claim.get(timeout=5)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_connection_may_have_bytes_or_its_end_before_its_launch(
+    client: ClientPool, connections: Connections, ends: bool
+) -> None:
+    [id] = connections.add_to(client)
+    connections.peers[id].sendall(b"" if ends else b"first bytes")
+    if ends:
+        connections.peers[id].shutdown(socket.SHUT_WR)
+    gevent.wait(timeout=0.05)
+    assert not len(client)  # so that another is made
+    assert client.missing >= 2
+    buffer = memoryview(bytearray(20))
+    assert client.claim(id, 1).recv_into(buffer) == (0 if ends else 11)
+
+
+def test_an_empty_pool_grows_once_it_has_been_filled_once_over(client: ClientPool, connections: Connections) -> None:
+    for id in connections.add_to(client, 2):
+        client.claim(id, 1)
+    assert client.capacity == 4
