@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ class Identity:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the certificate in DER, 64 hex digits."""
-        return hashlib.sha256(self.chain[0].public_bytes(serialization.Encoding.DER)).hexdigest()
+        return self.chain[0].fingerprint(hashes.SHA256()).hex()
 
     @property
     def lifetime(self) -> datetime.timedelta:
@@ -116,7 +115,7 @@ class ServerCertificate:
         except ConfigError as error:
             self._log.error("keeping the old certificate: %s", error)
             return
-        if identity.fingerprint == self._identity.fingerprint:
+        if identity.fingerprint == self.identity.fingerprint:
             self._log.info("certificate unchanged")
         else:
             self._use(identity, "certificate reloaded: certificate")
@@ -126,10 +125,10 @@ class ServerCertificate:
         while True:
             gevent.sleep(interval)
             self.reload()
-            warn_of_expiry(self._identity, self._log)
+            warn_of_expiry(self.identity, self._log)
 
     def _use(self, identity: Identity, what: str) -> None:
-        self._identity = identity
+        self.identity = identity
         self.context = server_context(identity.chain, identity.key)
         self._log.info("%s SHA-256 %s", what, identity.fingerprint)
         warn_of_expiry(identity, self._log)

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import configargparse
 
-from nodepass import __version__, log
+from nodepass import __version__, log, secret
 from nodepass.config import Settings, rows
 from nodepass.daemon import Daemon
 from nodepass.errors import ConfigError, ListenError
 from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url
+
+if TYPE_CHECKING:
+    from nodepass.proofs import Key
 
 DESCRIPTION = """\
 A TCP/UDP reverse tunnel. Each URL is one tunnel:
@@ -51,6 +55,7 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add("--version", action="version", version=f"nodepass {__version__}")
+    parser.add("--generate-key", action="store_true", help="print a fresh key for TUNNEL_KEY_FILE, and exit")
     parser.add("urls", metavar="URL", nargs="*", help="a tunnel, see above")
     groups = {row.group: parser.add_argument_group(row.group) for row in rows().values()}
     for name, row in rows().items():
@@ -60,19 +65,21 @@ def make_parser() -> Parser:
             metavar=row.kind.unit.upper(),
             help=f"{row.help}; default {row.default} [{name.upper()}]",
         )
+    key = parser.add_argument_group("key", "TUNNEL_KEY in the environment may hold the key itself; a flag could not.")
+    help_text = "file with the key that both ends share; none means no key [TUNNEL_KEY_FILE]"
+    key.add_argument("--tunnel-key-file", env_var="TUNNEL_KEY_FILE", metavar="FILE", help=help_text)
     return parser
 
 
-def read_settings(parser: Parser, arguments: Sequence[str]) -> tuple[list[str], Settings]:
-    """The URLs, as text, and the settings of flags and environment. Raises ConfigError naming what is wrong."""
-    namespace = parser.parse_args(list(arguments))
+def read_settings(parser: Parser, namespace: argparse.Namespace) -> Settings:
+    """The settings of flags and environment. Raises ConfigError naming what is wrong."""
     from_environment = parser.get_source_to_settings_dict().get("environment_variables", {})
     texts = {
         name: (name.upper() if name.upper() in from_environment else _flag(name), text)
         for name in rows()
         if (text := getattr(namespace, name)) is not None
     }
-    return namespace.urls, Settings.from_texts(texts)
+    return Settings.from_texts(texts)
 
 
 def _flag(name: str) -> str:
@@ -82,15 +89,19 @@ def _flag(name: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     parser = make_parser()
+    namespace = parser.parse_args(list(arguments))
+    if namespace.generate_key:
+        sys.stdout.write(f"{secret.generate()}\n")
+        return 0
+    if not namespace.urls:
+        parser.print_usage(sys.stderr)
+        sys.stderr.write("nodepass: no URL given; see nodepass --help\n")
+        return 2
     try:
-        texts, settings = read_settings(parser, arguments)
-        if not texts:
-            parser.print_usage(sys.stderr)
-            sys.stderr.write("nodepass: no URL given; see nodepass --help\n")
-            return 2
-        urls = [parse_url(text) for text in texts]
-        _start_log(urls)
-        Daemon(urls, settings).run()
+        settings = read_settings(parser, namespace)
+        urls = [parse_url(text) for text in namespace.urls]
+        key = _start(urls, namespace.tunnel_key_file)
+        Daemon(urls, settings, key).run()
     except ConfigError as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 2
@@ -100,9 +111,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _start_log(urls: Sequence[ServerURL | ClientURL]) -> None:
-    """The most verbose of the URLs decides."""
+def _start(urls: Sequence[ServerURL | ClientURL], key_file: str | None) -> Key | None:
+    """Begin to log, at the level of the most verbose URL, say what is to be warned of, and make the key."""
+    text, warnings = secret.find_secret(key_file, os.environ)
     log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ)
+    for warning in warnings:
+        log.Log("nodepass").warning("%s", warning)
     for url in urls:
         for warning in url.warnings:
             log.Log(url.name).warning("%s", warning)
+    if text is None:
+        return None
+    from nodepass.proofs import Key
+
+    return Key(text)

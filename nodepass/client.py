@@ -18,13 +18,16 @@ from nodepass.control import Control
 from nodepass.crew import Crew
 from nodepass.datagrams import ask_target, read_datagram
 from nodepass.errors import NoDataConnection
-from nodepass.fillers import Backoff, DialingFiller, dial_data
+from nodepass.fillers import Backoff, DialingFiller, Route
+from nodepass.handshake import Agreement, introduce
 from nodepass.log import Log
 from nodepass.net import Endpoint, Stream, TCPStream, dial, dial_udp, reason, resolve
 from nodepass.pool import ClientPool
-from nodepass.protocol import KIND_NAMES, TCP, UDP, Launch, Tunnel
+from nodepass.proofs import Key
+from nodepass.protocol import KIND_NAMES, LANE, TCP, UDP, Launch
 from nodepass.relay import exchange
 from nodepass.stats import Stats
+from nodepass.target_flows import TargetFlows
 from nodepass.urls import Address, ClientURL
 
 if TYPE_CHECKING:
@@ -38,13 +41,16 @@ FAREWELL = 1.0  # seconds for the server to end its side of the control connecti
 class Client:
     """One tunnel's client: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
 
-    def __init__(self, url: ClientURL, settings: Settings, log: Log) -> None:
+    def __init__(self, url: ClientURL, settings: Settings, key: Key | None, log: Log) -> None:
         self.url = url
         self.log = log
         self.stats = Stats()
         self.sessions = Crew(log, settings.semaphore_limit)
         self.settings = settings
+        self.key = key
         self.target = Target(url.target)
+        self.flows = TargetFlows(self.target.dial_udp, settings, log, self.stats)
+        self.lanes = Crew(log)
         self._stopping = Event()
         self._ended = Event()
         self._control: Control | None = None
@@ -56,11 +62,12 @@ class Client:
     def run(self) -> None:
         """Connect, serve, and connect again, until `stop_accepting`; raises what crashed."""
         backoff = Backoff(self.settings.service_cooldown)
+        sweeper = gevent.spawn(self.flows.sweep_forever)
         try:
             while not self._stopping.is_set():
                 began = time.monotonic()
                 try:
-                    control, tunnel, data = self._connect()
+                    control, agreement = self._connect()
                 except OSError as error:
                     self.stats.trouble["connects_failed"] += 1
                     why = reason(error)
@@ -69,11 +76,12 @@ class Client:
                         logging.WARNING, why, message, self.url.tunnel, why, seconds=REPEAT_WARNING, burst=1
                     )
                 else:
-                    self._serve(control, tunnel, data)
+                    self._serve(control, agreement)
                     if time.monotonic() - began > SETTLED:
                         backoff.reset()
                 self._stopping.wait(backoff.pause())
         finally:
+            sweeper.kill()
             self._ended.set()
 
     def stop_accepting(self) -> None:
@@ -88,6 +96,7 @@ class Client:
         self._stopping.set()
         if self._control:
             self._control.close("this end is stopping")
+        self.lanes.kill()
         self.sessions.kill()
 
     def reload(self) -> None:
@@ -95,13 +104,13 @@ class Client:
 
     def describe(self) -> str:
         """One line for an operator: where it is connected, and what has been done."""
-        server = self._control.peer if self._control else "none"
-        return f"server {server}, {self._pool!r}, {len(self.sessions)} sessions, {self.stats}"
+        server = self._control.describe() if self._control else "none"
+        return f"server {server}, {self._pool!r}, {len(self.sessions)} sessions, {len(self.flows)} flows, {self.stats}"
 
     # One control connection
 
-    def _connect(self) -> tuple[Control, Tunnel, Endpoint]:
-        """A control connection after its handshake, and where data connections go. Raises OSError."""
+    def _connect(self) -> tuple[Control, Agreement]:
+        """A control connection after its handshake. Raises OSError, RefusedError among them."""
         timeout = self.settings.handshake_timeout
         try:
             self.target.resolve()
@@ -110,45 +119,61 @@ class Client:
         sock = dial(resolve(self.url.tunnel), timeout)
         try:
             control = Control(sock, self.settings.report_interval, self.log, self.stats)
-            with gevent.Timeout(timeout, TimeoutError(f"{control.peer} sent no tunnel signal within {timeout:g}s")):
-                tunnel = control.read_tunnel()
-            return control, tunnel, Endpoint(sock.family, sock.getpeername()).with_port(tunnel.data_port)
+            with gevent.Timeout(
+                timeout, TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s")
+            ):
+                agreement = introduce(control, self.key)
+            heartbeat = agreement.tunnel.heartbeat
+            control.agree(agreement.version, heartbeat / 1000 if heartbeat else self.settings.report_interval)
         except BaseException:
             sock.close()
             raise
+        return control, agreement
 
-    def _serve(self, control: Control, tunnel: Tunnel, data: Endpoint) -> None:
+    def _serve(self, control: Control, agreement: Agreement) -> None:
         """Serve one control connection until it ends."""
         self.stats.connects += 1
-        self.log.info("connected to %s: data port %d, tls %d", control.peer, tunnel.data_port, tunnel.tls)
-        attachment = Attachment(self, control, tunnel, data)
+        tunnel = agreement.tunnel
+        words = "connected to %s: data port %d, tls %d, wire v%d"
+        self.log.info(words, control.peer, tunnel.data_port, tunnel.tls, tunnel.version)
+        attachment = Attachment(self, control, self._route(control, agreement))
         self._control, self._pool = control, attachment.pool
         try:
             attachment.run()
         finally:
             self._control = self._pool = None
+            if control.vanished:
+                self.lanes.kill()  # they are as dead as their server; without it their flows would hang
             self.log.info("disconnected: %s", control.closed_because)
+
+    def _route(self, control: Control, agreement: Agreement) -> Route:
+        """How data connections are made: to where the server was reached, on the port that it named."""
+        tunnel = agreement.tunnel
+        reached = Endpoint(control.sock.family, control.sock.getpeername())
+        return Route(
+            endpoint=reached if tunnel.mux else reached.with_port(tunnel.data_port),
+            host=self.url.tunnel.host or "localhost",
+            timeout=self.settings.handshake_timeout,
+            context=_context(tunnel.tls),
+            session=agreement.session,
+            shared_port=tunnel.mux,
+            fingerprint=tunnel.fingerprint if agreement.session else "",
+        )
 
 
 class Attachment:
     """What a client has while it is connected: control connection, pool with its filler, queue of launches."""
 
-    def __init__(self, client: Client, control: Control, tunnel: Tunnel, data: Endpoint) -> None:
+    def __init__(self, client: Client, control: Control, route: Route) -> None:
         settings = self._settings = client.settings
+        self._client = client
         self._log, self._stats, self._sessions, self._target = client.log, client.stats, client.sessions, client.target
         self._control = control
         self._launches: Queue[Launch | None] = Queue(settings.semaphore_limit)
         self._crew = Crew(self._log, on_crash=lambda _: control.close("a bug in this end, see above"))
         self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
-        context = _context(tunnel.tls)
-        host = client.url.tunnel.host or "localhost"
-        self._filler = DialingFiller(
-            self.pool,
-            lambda: dial_data(data, host, context, settings.handshake_timeout),
-            Backoff(settings.service_cooldown),
-            self._log,
-            self._stats,
-        )
+        backoff = Backoff(settings.service_cooldown)
+        self._filler = DialingFiller(self.pool, route.make, backoff, self._log, self._stats)
 
     def run(self) -> None:
         """Serve launches until the control connection ends."""
@@ -178,9 +203,11 @@ class Attachment:
             self._launches.put(None)
 
     def _dispatch_signals(self) -> None:
-        handlers = {TCP: self._launch_tcp, UDP: self._launch_udp}
+        handlers = {TCP: self._launch_tcp, UDP: self._launch_udp, LANE: self._client.flows.run_lane}
         while launch := self._launches.get():
-            self._sessions.spawn("launch", self._launch, handlers[launch.kind], launch.id)
+            # A lane has no end of its own, so it is no session that a shutdown waits for.
+            crew = self._client.lanes if launch.kind == LANE else self._sessions
+            crew.spawn("launch", self._launch, handlers[launch.kind], launch.id)
 
     def _launch(self, handler: Callable[[Stream, Log], None], id: str) -> None:
         try:
@@ -228,7 +255,7 @@ class Attachment:
             gevent.sleep(self._settings.report_interval)
             self.pool.end_interval()
             self._log.tell_rest()
-            self._log.debug("%r, %d sessions, %s", self.pool, len(self._sessions), self._stats)
+            self._log.debug("%s", self._client.describe())
 
 
 class Target:

@@ -32,10 +32,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Ports:
-    """An inclusive range of ports to try in turn; 0 to 0 lets the kernel choose."""
+    """An inclusive range of ports to try in turn; 0 to 0 lets the kernel choose. `tunnel`: the tunnel port itself."""
 
     first: int
     last: int
+    tunnel: bool = False
 
 
 def parse_duration(text: str) -> float:
@@ -58,7 +59,9 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_ports(text: str) -> Ports:
-    """One port or a range of them: `0`, `20000`, `20000-20099`. Raises ValueError."""
+    """One port or a range of them: `0`, `20000`, `20000-20099`, `tunnel`. Raises ValueError."""
+    if text == "tunnel":
+        return Ports(0, 0, tunnel=True)
     match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text, re.ASCII)
     if not match:
         raise ValueError("not a port")
@@ -92,7 +95,9 @@ def duration(lowest: float, highest: float) -> Kind:
     return Kind("duration", f"a duration from {bounds}, such as 500ms, 5s or 1h30m", parse)
 
 
-PORTS = Kind("port", "0 (the kernel chooses), a port from 1 to 65535, or a range such as 20000-20099", parse_ports)
+PORTS = Kind(
+    "port", "0 (the kernel chooses), a port from 1 to 65535, a range such as 20000-20099, or tunnel", parse_ports
+)
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,21 @@ class Settings:
         "5s", duration(0.001, DAY), "pool", "how long a visitor waits for a data connection before it is closed"
     )
     data_port: Ports = setting(
-        "0", PORTS, "pool", "server: port of the data connections; in a range the first free one is taken"
+        "0",
+        PORTS,
+        "pool",
+        "server: port of data connections; of a range the first free one; tunnel: the tunnel port",
     )
     udp_data_buf_size: int = setting(
-        "8192", count(1, 65507, "bytes"), "UDP", "largest datagram; a larger one is dropped and logged"
+        "8192", count(1, 65507, "bytes"), "UDP", "largest datagram, where the peer speaks wire v1"
     )
-    udp_read_timeout: float = setting("5s", duration(0.001, DAY), "UDP", "how long the target has to answer a datagram")
+    udp_read_timeout: float = setting(
+        "5s", duration(0.001, DAY), "UDP", "how long the target has to answer, where the peer speaks wire v1"
+    )
+    udp_session_timeout: float = setting(
+        "60s", duration(0.01, DAY), "UDP", "a flow ends after so long without a datagram, either way"
+    )
+    udp_lanes: int = setting("4", count(1, 64, "connections"), "UDP", "data connections that carry all flows")
     handshake_timeout: float = setting(
         "5s", duration(0.001, DAY), "timing", "control, TLS, id exchange and a dial each end within it"
     )

@@ -1,24 +1,28 @@
 """The control connection: signals as lines, in order, on a plain TCP connection.
 
-The server writes and the client reads; a v1 client never writes. A vanished peer is found by the kernel (keepalive and
-TCP_USER_TIMEOUT) within about three heartbeats. What to do about a signal is the caller's business.
+How it begins is the business of `handshake`. After that the server writes and the client reads; a v2 client answers
+each heartbeat, a v1 client never writes. In v2 each end gives the other up after three heartbeats without a line; in
+v1 the kernel finds a vanished peer (keepalive and TCP_USER_TIMEOUT) in about the same time. What a launch means is the
+caller's business.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
 import gevent
 from gevent.lock import Semaphore
 
-from nodepass.errors import ProtocolError
+from nodepass.errors import ClosedError, ProtocolError
 from nodepass.log import Log
 from nodepass.net import TCPStream, bound_failure_detection, format_sockaddr, reason, unacknowledged
-from nodepass.protocol import HEARTBEAT, Launch, LineBuffer, Tunnel, Unknown, parse_signal, parse_tunnel, printable
+from nodepass.protocol import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable
 from nodepass.stats import Stats
 
 MISSED_HEARTBEATS = 3  # then the peer is given up
@@ -38,7 +42,8 @@ class Control:
     def __init__(self, sock: socket.socket, interval: float, log: Log, stats: Stats) -> None:
         self.sock = sock
         self.peer = format_sockaddr(sock.getpeername())
-        self.closed_because = ""  # why this end closed it, where it did
+        self.closed_because = ""  # why it ended
+        self.vanished = False  # it ended without the peer's saying so: its other connections are as dead
         self._stream = TCPStream(sock)
         self._interval = interval
         self._log = log
@@ -46,7 +51,29 @@ class Control:
         self._sending = Semaphore()
         self._lines = LineBuffer()
         self._ready: list[bytes] = []
+        self._version = 1
+        self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
+        self._answers = 0
+        self._on_heartbeat = self._answer
+        self.round_trip: float | None = None  # seconds, of the last heartbeat that was answered
         bound_failure_detection(sock, MISSED_HEARTBEATS * interval)
+
+    @property
+    def version(self) -> int:
+        """The wire's version that the handshake has agreed on."""
+        return self._version
+
+    def describe(self) -> str:
+        """The peer, its version and how far away it is, for a line of statistics."""
+        far = "" if self.round_trip is None else f", round trip {1000 * self.round_trip:.2f} ms"
+        return f"{self.peer} (wire v{self._version}{far})"
+
+    def agree(self, version: int, interval: float) -> None:
+        """The handshake is over: heartbeats come every `interval` seconds, and in v2 three missing ones are the end."""
+        self._version, self._interval = version, interval
+        bound_failure_detection(self.sock, MISSED_HEARTBEATS * interval)
+        if version > 1:
+            self.sock.settimeout(MISSED_HEARTBEATS * interval)
 
     def __repr__(self) -> str:
         return f"<Control {self.peer} {'closed' if self.sock.fileno() < 0 else 'open'}>"
@@ -61,16 +88,17 @@ class Control:
         try:
             while True:
                 gevent.sleep(self._interval)
-                self.send(HEARTBEAT)
+                self._beat_once()
         except OSError as error:
             self.close(f"heartbeat failed: {reason(error)}")
 
-    def acknowledges(self, timeout: float) -> bool:
-        """Whether the peer's kernel acknowledges a heartbeat within `timeout` seconds: the life sign of a v1 client."""
+    def shows_life(self, timeout: float) -> bool:
+        """Whether the client reacts to a heartbeat within `timeout` seconds: v2 by its answer, v1 by its kernel's."""
         deadline = time.monotonic() + timeout
+        answers = self._answers
         try:
-            self.send(HEARTBEAT)
-            while unacknowledged(self.sock):
+            self._beat_once()
+            while self._answers == answers if self._version > 1 else unacknowledged(self.sock):
                 if time.monotonic() > deadline:
                     return False
                 gevent.sleep(_PROBE_STEP)
@@ -78,16 +106,29 @@ class Control:
             return False
         return True
 
-    def read_tunnel(self) -> Tunnel:
-        """The server's first line; its deadline is the caller's. Raises OSError, ProtocolError among them."""
-        return parse_tunnel(self._read_line())
+    def _beat_once(self) -> None:
+        self._unanswered.append(time.monotonic())
+        self.send(HEARTBEAT)
+
+    def _take_answer(self) -> None:
+        self._answers += 1
+        if self._unanswered:
+            self.round_trip = time.monotonic() - self._unanswered.popleft()
 
     def signals(self) -> Iterator[Launch]:
         """The launches that arrive, until the connection ends, which is not an error here: see `closed_because`."""
         while True:
             try:
-                line = self._read_line()
+                line = self.read_line()
+            except ClosedError:
+                self.closed_because = self.closed_because or "closed by the peer"
+                return
+            except TimeoutError:
+                self.vanished = True
+                self.closed_because = self.closed_because or f"no sign of life for {MISSED_HEARTBEATS} heartbeats"
+                return
             except OSError as error:
+                self.vanished = not self.closed_because
                 self.closed_because = self.closed_because or reason(error)
                 return
             try:
@@ -97,11 +138,19 @@ class Control:
                 continue
             if isinstance(signal, Launch):
                 yield signal
+            elif isinstance(signal, Heartbeat):
+                self._on_heartbeat()
             elif isinstance(signal, Unknown):
                 self._count("signals_unknown", "ignoring an unknown signal: %s", printable(signal.line))
 
+    def _answer(self) -> None:
+        if self._version > 1:
+            with contextlib.suppress(OSError):  # the next read says what is wrong
+                self.send(HEARTBEAT)
+
     def wait_until_ended(self) -> None:
-        """Read, and ignore, what a v1 client should not send, until the connection ends."""
+        """The server's end: take the client's answers, until the connection ends."""
+        self._on_heartbeat = self._take_answer
         for launch in self.signals():
             self._count("signals_unknown", "ignoring a launch from the client: %s", launch.id)
 
@@ -118,11 +167,12 @@ class Control:
         self.closed_because = self.closed_because or because
         self.sock.close()
 
-    def _read_line(self) -> bytes:
+    def read_line(self) -> bytes:
+        """The next line; its deadline is the caller's, or what `agree` set. Raises OSError."""
         while not self._ready:
             data = self.sock.recv(_READ_SIZE)
             if not data:
-                raise ConnectionError("closed by the peer")
+                raise ClosedError("closed by the peer")
             skipped = self._lines.skipped
             self._ready = self._lines.feed(data)
             if self._lines.skipped > skipped:

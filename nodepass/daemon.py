@@ -21,6 +21,7 @@ from nodepass.config import Settings, format_duration
 from nodepass.crew import Crew
 from nodepass.errors import ListenError, NodepassError
 from nodepass.log import Log
+from nodepass.proofs import Key
 from nodepass.server import Server
 from nodepass.stats import Stats
 from nodepass.urls import ClientURL, ServerURL
@@ -54,22 +55,25 @@ class Tunnel(Protocol):
         """One line for an operator."""
 
 
-def make_tunnel(url: ServerURL | ClientURL, settings: Settings, log: Log) -> Tunnel:
+def make_tunnel(url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log) -> Tunnel:
     """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
-    return Server(url, settings, log) if isinstance(url, ServerURL) else Client(url, settings, log)
+    if isinstance(url, ServerURL):
+        return Server(url, settings, key, log)
+    return Client(url, settings, key, log)
 
 
 class Daemon:
     """All tunnels of the process."""
 
-    def __init__(self, urls: Sequence[ServerURL | ClientURL], settings: Settings) -> None:
+    def __init__(self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None) -> None:
         self._settings = settings
+        self._key = key
         self._log = Log("nodepass")
         self._signals: SimpleQueue[int] = SimpleQueue()
         self._stopping = Event()
         self._supervisors = Crew(self._log)
         self._urls = [(url, Log(name)) for url, name in zip(urls, _names(urls), strict=True)]
-        self._tunnels = [make_tunnel(url, settings, log) for url, log in self._urls]
+        self._tunnels = [make_tunnel(url, settings, key, log) for url, log in self._urls]
 
     def run(self) -> None:
         """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
@@ -118,7 +122,7 @@ class Daemon:
         url, log = self._urls[index]
         while not self._stopping.wait(self._settings.service_cooldown):
             try:
-                tunnel = make_tunnel(url, self._settings, log)
+                tunnel = make_tunnel(url, self._settings, self._key, log)
                 tunnel.start()
             except NodepassError as error:
                 log.error("cannot start again: %s", error)

@@ -21,6 +21,10 @@ class ProtocolError(NodepassError, ConnectionError):
     """The peer sent bytes that the wire does not allow."""
 
 
+class ClosedError(NodepassError, ConnectionError):
+    """The peer closed the connection in good order."""
+
+
 class TLSError(NodepassError, ConnectionError):
     """A TLS handshake or record failed."""
 
@@ -31,3 +35,11 @@ class VerificationError(TLSError):
 
 class NoDataConnection(NodepassError, ConnectionError):
     """No data connection could be had in the time allowed."""
+
+
+class RefusedError(NodepassError, ConnectionError):
+    """The handshake ended in a no; `reason` is the wire's token, the text says it in plain words."""
+
+    def __init__(self, reason: str, words: str = "") -> None:
+        super().__init__(words or f"the server turned this client away: {reason}")
+        self.reason = reason

@@ -6,21 +6,24 @@ Each connection is prepared in a greenlet of its own with a deadline, so that on
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import uniform
 from typing import TYPE_CHECKING
 
 import gevent
 
 from nodepass.crew import Crew
-from nodepass.errors import VerificationError
+from nodepass.errors import ProtocolError, VerificationError
+from nodepass.handshake import Agreement
 from nodepass.listen import accept_forever
 from nodepass.log import Log
 from nodepass.net import Endpoint, Stream, TCPStream, dial, format_sockaddr, reason, recv_exactly
 from nodepass.pool import ClientPool, ServerPool
-from nodepass.protocol import ID_LENGTH, parse_id
+from nodepass.proofs import PROOF_LENGTH, SessionKey, same
+from nodepass.protocol import DATA_PREFIX, ID_LENGTH, parse_id
 from nodepass.stats import Stats
 
 if TYPE_CHECKING:
@@ -92,60 +95,80 @@ class DialingFiller:
             self._pool.end_dial()
 
 
-def dial_data(endpoint: Endpoint, host: str, context: SSL.Context | None, timeout: float) -> tuple[str, Stream]:
-    """One data connection: dial, TLS if the server has it, read the id; all within `timeout` seconds.
+@dataclass(frozen=True)
+class Route:
+    """How a client makes data connections while it has one control connection."""
 
-    Raises OSError.
-    """
-    with gevent.Timeout(timeout, TimeoutError(f"{endpoint}: no id within {timeout:g}s")):
-        sock = dial([endpoint], timeout)
-        try:
-            stream: Stream = TCPStream(sock)
-            if context:
-                from nodepass.tls import connect_tls
+    endpoint: Endpoint
+    host: str  # that the server was asked for by: the certificate's name
+    timeout: float  # seconds for each connection to become ready
+    context: SSL.Context | None  # None without TLS
+    session: SessionKey | None  # None without a key
+    shared_port: bool  # connections say first what they are
+    fingerprint: str  # that the certificate must have, or nothing
 
-                stream = connect_tls(sock, context, host)
-            return parse_id(recv_exactly(stream, ID_LENGTH)), stream
-        except BaseException:
-            sock.close()
-            raise
+    def make(self) -> tuple[str, Stream]:
+        """Dial, TLS, read the id, prove the key. Raises OSError."""
+        late = TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s")
+        with gevent.Timeout(self.timeout, late):
+            sock = dial([self.endpoint], self.timeout)
+            try:
+                return self._prepare(sock)
+            except BaseException:
+                sock.close()
+                raise
+
+    def _prepare(self, sock: socket.socket) -> tuple[str, Stream]:
+        stream: Stream = TCPStream(sock)
+        if self.shared_port:
+            stream.write(DATA_PREFIX)
+        if self.context:
+            from nodepass.tls import connect_tls
+
+            stream = connect_tls(sock, self.context, self.host, self.fingerprint)
+        id = parse_id(recv_exactly(stream, ID_LENGTH))
+        if self.session:
+            stream.write(self.session.data_proof(id))
+        return id, stream
 
 
 class AcceptingFiller:
     """The server's: takes the data connections of the connected client, and of nobody else."""
 
-    def __init__(self, pool: ServerPool, log: Log, stats: Stats, timeout: float) -> None:
+    def __init__(
+        self,
+        pool: ServerPool,
+        owner: Callable[[socket.socket], Agreement | None],
+        log: Log,
+        stats: Stats,
+        timeout: float,
+    ) -> None:
+        """`owner` says whose a connection is: the agreement with the client, None if it is nobody's."""
         self._pool = pool
+        self._owner = owner
         self._log = log
         self._stats = stats
         self._timeout = timeout
         self.handshakes = Crew(log, HANDSHAKES_AT_ONCE)
 
-    def run(
-        self,
-        listener: socket.socket,
-        owner: Callable[[socket.socket], object],
-        context: Callable[[], SSL.Context | None],
-    ) -> None:
-        """Accept until the listener is closed.
-
-        `owner` says whose a connection is, None for nobody's; it is asked again when the handshake is over, since the
-        client may have changed meanwhile.
-        """
+    def run(self, listener: socket.socket, context: Callable[[], SSL.Context | None]) -> None:
+        """Accept until the listener is closed."""
         for sock in accept_forever(listener, self._log, self.handshakes.wait_for_place):
-            whose = owner(sock)
-            if whose is None:
-                self._refuse(sock, "it is not from the connected client")
-            elif len(self._pool) >= self._pool.bounds[1]:
-                self._refuse(sock, "the pool is full")
-            else:
-                self.handshakes.spawn(
-                    "accept data connection", self._prepare, sock, context(), lambda s=sock, w=whose: owner(s) is w
-                )
+            self.admit(sock, context())
 
-    def _prepare(self, sock: socket.socket, context: SSL.Context | None, still_wanted: Callable[[], bool]) -> None:
+    def admit(self, sock: socket.socket, context: SSL.Context | None) -> None:
+        """Prepare one connection for the pool, which owns it from then on."""
+        whose = self._owner(sock)
+        if whose is None:
+            self._refuse(sock, "it is not from the connected client")
+        elif len(self._pool) >= self._pool.bounds[1]:
+            self._refuse(sock, "the pool is full")
+        else:
+            self.handshakes.spawn("accept data connection", self._prepare, sock, context, whose)
+
+    def _prepare(self, sock: socket.socket, context: SSL.Context | None, whose: Agreement) -> None:
         try:
-            with gevent.Timeout(self._timeout, TimeoutError(f"no TLS handshake within {self._timeout:g}s")):
+            with gevent.Timeout(self._timeout, TimeoutError(f"not ready within {self._timeout:g}s")):
                 stream: Stream = TCPStream(sock)
                 if context:
                     from nodepass.tls import accept_tls
@@ -153,19 +176,21 @@ class AcceptingFiller:
                     stream = accept_tls(sock, context)
                 id = self._new_id()
                 stream.write(id.encode())
+                if whose.session:
+                    _check(recv_exactly(stream, PROOF_LENGTH), whose.session.data_proof(id))
         except OSError as error:
             self._refuse(sock, reason(error))
         except BaseException:
             sock.close()
             raise
         else:
-            if still_wanted():
+            if self._owner(sock) is whose:
                 self._pool.add(id, stream)
             else:
-                stream.close()
+                stream.close()  # the client has changed meanwhile
 
     def _new_id(self) -> str:
-        while (id := secrets.token_hex(ID_LENGTH // 2)) in self._pool:
+        while (id := os.urandom(ID_LENGTH // 2).hex()) in self._pool:
             pass
         return id
 
@@ -177,3 +202,8 @@ class AcceptingFiller:
             peer = "a peer that has gone"
         self._log.limited(logging.WARNING, "data refused", "data connection from %s refused: %s", peer, because)
         sock.close()
+
+
+def _check(proof: bytes, expected: bytes) -> None:
+    if not same(proof, expected):
+        raise ProtocolError("its proof of the key is wrong")

@@ -1,30 +1,30 @@
 """The link: the place that a server has for its client.
 
-It keeps what belongs to that client: the control connection while there is one, the pool, and the listener of the data
-connections, which stays open over reconnects. A second client would be a second link.
+It keeps what belongs to that client: the control connection while there is one, the pool, and the flows of UDP. All of
+it stays over reconnects, and so do the listeners. A second client would be a second link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from gevent.event import Event
 from gevent.lock import Semaphore
 
 from nodepass.config import Settings
 from nodepass.control import Control
-from nodepass.errors import NoDataConnection
+from nodepass.errors import NoDataConnection, RefusedError
 from nodepass.fillers import AcceptingFiller
+from nodepass.handshake import Agreement, Caller, answer
 from nodepass.log import Log
 from nodepass.net import Stream, plain_host
 from nodepass.pool import ServerPool
-from nodepass.protocol import Launch, Tunnel
+from nodepass.proofs import Key
+from nodepass.protocol import BUSY, LANE, Launch, Tunnel
 from nodepass.stats import Stats
-
-if TYPE_CHECKING:
-    from OpenSSL import SSL
+from nodepass.visitor_flows import VisitorFlows
 
 LIFE_SIGN_WITHIN = 1.0  # seconds for a client to show that it lives when another asks for its place
 
@@ -32,43 +32,72 @@ LIFE_SIGN_WITHIN = 1.0  # seconds for a client to show that it lives when anothe
 class Link:
     """One client's place; `control` is None while no client is connected."""
 
-    def __init__(self, settings: Settings, log: Log, stats: Stats) -> None:
+    def __init__(self, key: Key | None, settings: Settings, log: Log, stats: Stats) -> None:
         self.control: Control | None = None
         self.pool = ServerPool(log, stats, settings.min_pool_capacity, settings.max_pool_capacity)
-        self.filler = AcceptingFiller(self.pool, log, stats, settings.handshake_timeout)
+        self.filler = AcceptingFiller(self.pool, self._owner, log, stats, settings.handshake_timeout)
+        self.flows = VisitorFlows(self.launch, settings, log, stats)
+        self._key = key
+        self._interval = settings.report_interval
+        self._agreement: Agreement | None = None
+        self._host = ""  # of the connected client
         self._admission = Semaphore()
-        self._log = log
+        self._connected = Event()
 
-    def accept_data(self, listener: socket.socket, context: Callable[[], SSL.Context | None]) -> None:
-        """Fill the pool from this listener until it is closed."""
-        self.filler.run(listener, self._owner, context)
+    @property
+    def version(self) -> int:
+        """The wire's version that the client speaks, 0 while none is connected."""
+        return self.control.version if self.control else 0
 
-    def _owner(self, sock: socket.socket) -> Control | None:
-        """The control connection that a data connection belongs to: it must come from the same address."""
+    def wait_for_client(self, timeout: float) -> bool:
+        """Whether a client is connected now or within `timeout` seconds."""
+        return bool(self._connected.wait(timeout))
+
+    def is_from_client(self, sock: socket.socket) -> bool:
+        """Whether a connection comes from the address of the connected client."""
         try:
-            same = self.control and plain_host(sock.getpeername()) == plain_host(self.control.sock.getpeername())
+            return bool(self.control) and plain_host(sock.getpeername()) == self._host
         except OSError:
-            return None
-        return self.control if same else None
+            return False
 
-    def admit(self, control: Control, tunnel: Tunnel) -> bool:
-        """Make this the client's control connection, unless a living client has the place. Raises OSError."""
+    def _owner(self, sock: socket.socket) -> Agreement | None:
+        """The agreement that a data connection belongs to; without a key it must come from the client's address."""
+        return self._agreement if self.control and (self._key or self.is_from_client(sock)) else None
+
+    def admit(self, control: Control, caller: Caller, tunnel: Tunnel) -> None:
+        """Make a newcomer the client, if the place is free or may be taken. Raises OSError, RefusedError among them.
+
+        Who has proven the key takes over at once; anybody else only from a client that gives no sign of life.
+        """
         with self._admission:
             if incumbent := self.control:
-                if incumbent.acknowledges(LIFE_SIGN_WITHIN):
-                    self._log.warning("client %s turned away: %s is connected and alive", control.peer, incumbent.peer)
-                    return False
-                self.lose(incumbent, f"no sign of life, and {control.peer} asks for its place")
-            control.send(tunnel)
+                if caller.challenge:
+                    self.lose(incumbent, f"{control.peer} has proven the key and takes over")
+                elif incumbent.shows_life(LIFE_SIGN_WITHIN):
+                    raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")
+                else:
+                    incumbent.vanished = True
+                    self.lose(incumbent, f"no sign of life, and {control.peer} asks for its place")
+            self._agreement = answer(control, caller, self._key, tunnel)
             self.control = control
-        return True
+            self._host = plain_host(control.sock.getpeername())
+            control.agree(caller.version, self._interval)
+            self._connected.set()
 
     def lose(self, control: Control, because: str) -> None:
-        """End a control connection. Its idle data connections go with it, its sessions run on."""
+        """End a control connection. Its idle data connections go with it, its sessions run on.
+
+        The lanes of a client that vanished are as dead as it is, and end: their flows begin anew with the next client.
+        """
         control.close(because)
         if self.control is control:
-            self.control = None
+            self.control = self._agreement = None
+            self._connected.clear()
             self.pool.flush("its client is gone")
+            if control.vanished:
+                self.flows.end_all()
+            else:
+                self.flows.abandon()
 
     def launch(self, kind: int, timeout: float) -> tuple[str, Stream]:
         """A data connection that the client has been told to use for a session; it is the caller's now.
@@ -79,14 +108,22 @@ class Link:
         while True:
             id, stream = self.pool.take(max(0.0, deadline - time.monotonic()))
             try:
-                if self.control:
-                    self.control.send(Launch(id, kind))
+                if self._announce(id, kind):
                     return id, stream
-            except OSError:
-                pass
             except BaseException:
                 stream.close()
                 raise
             stream.close()
             if time.monotonic() >= deadline:
                 raise NoDataConnection("the client went away")
+
+    def _announce(self, id: str, kind: int) -> bool:
+        """Whether the client could be told."""
+        if not self.control:
+            return False
+        if kind == LANE and self.control.version < 2:
+            raise NoDataConnection("the client that is connected now speaks wire v1, which has no lanes")
+        with contextlib.suppress(OSError):
+            self.control.send(Launch(id, kind))
+            return True
+        return False

@@ -69,7 +69,7 @@ class Pool:
     def __init__(self, log: Log, stats: Stats, lowest: int, highest: int) -> None:
         self.capacity = lowest
         self.bounds = (lowest, highest)
-        self.created = 0  # in this interval
+        self.created = -lowest  # in this interval; the first fill says nothing about what is needed
         self.found_empty = False  # in this interval
         self._log = log
         self._stats = stats
@@ -169,6 +169,7 @@ class ServerPool(Pool):
 
     def flush(self, because: str) -> None:
         super().flush(because)
+        self.created = -self.bounds[0]
         self._trimmed = self._made_again = 0
 
     def end_interval(self) -> None:

@@ -13,8 +13,9 @@ from gevent.event import AsyncResult
 from nodepass.config import Settings, format_duration
 from nodepass.control import Control
 from nodepass.crew import Crew
-from nodepass.datagrams import DatagramDoor
-from nodepass.errors import NoDataConnection
+from nodepass.door import DatagramDoor
+from nodepass.errors import NoDataConnection, RefusedError
+from nodepass.handshake import hear
 from nodepass.link import Link
 from nodepass.listen import (
     accept_forever,
@@ -26,8 +27,10 @@ from nodepass.listen import (
 )
 from nodepass.log import Log
 from nodepass.net import TCPStream, format_sockaddr, reason
-from nodepass.protocol import TCP, Tunnel
+from nodepass.proofs import Key
+from nodepass.protocol import SHUTDOWN, TCP, Refusal, Tunnel
 from nodepass.relay import exchange
+from nodepass.sorting import is_data_connection
 from nodepass.stats import Stats
 from nodepass.urls import ServerURL
 
@@ -42,7 +45,7 @@ CLIENTS_AT_ONCE = 64  # control connections, of which one becomes the client
 class Server:
     """One tunnel's server: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
 
-    def __init__(self, url: ServerURL, settings: Settings, log: Log) -> None:
+    def __init__(self, url: ServerURL, settings: Settings, key: Key | None, log: Log) -> None:
         self.url = url
         self.log = log
         self.stats = Stats()
@@ -52,7 +55,9 @@ class Server:
         self._loops = Crew(log, on_crash=self._failed.set_exception)
         self._doors = Crew(log, on_crash=self._failed.set_exception)  # the loops that let visitors in
         self._clients = Crew(log, CLIENTS_AT_ONCE)
-        self._link = Link(settings, log, self.stats)
+        self._link = Link(key, settings, log, self.stats)
+        self._key = key
+        self._stopping = False
         self._listeners: dict[str, list[socket.socket]] = {}
         self._certificate: ServerCertificate | None = None
         if url.tls:
@@ -66,7 +71,8 @@ class Server:
             self._listeners["tunnel"] = listen_tcp(self.url.tunnel, "tunnel address")
             if not self.url.tunnel.port:
                 self.log.rename(f"server:{port_of(self._listeners['tunnel'])}")
-            self._listeners["data"] = listen_in_range(self.url.tunnel.host, self._settings.data_port, "data port")
+            if not self._settings.data_port.tunnel:
+                self._listeners["data"] = listen_in_range(self.url.tunnel.host, self._settings.data_port, "data port")
             self._listeners["tcp"], self._listeners["udp"] = listen_target(self.url.target)
         except BaseException:
             self.close()
@@ -74,24 +80,26 @@ class Server:
 
     def run(self) -> None:
         """Serve until `close`; raises what crashed one of the loops."""
-        tunnel, data, target = (self._addresses(each) for each in ("tunnel", "data", "tcp"))
+        tunnel, data, target = (self._addresses(each) for each in ("tunnel", self._data_listeners, "tcp"))
         self.log.info("listening: tunnel %s, data %s, target %s (tcp, udp), tls %d", tunnel, data, target, self.url.tls)
         for listener in self._listeners["tunnel"]:
             self._loops.spawn("accept clients", self._accept_clients, listener)
-        for listener in self._listeners["data"]:
-            self._loops.spawn("accept data connections", self._link.accept_data, listener, self._context)
+        for listener in self._listeners.get("data", []):
+            self._loops.spawn("accept data connections", self._link.filler.run, listener, self._context)
         for listener in self._listeners["tcp"]:
             self._doors.spawn("accept visitors", self._accept_visitors, listener)
         for sock in self._listeners["udp"]:
-            door = DatagramDoor(sock, self.sessions, self._link.launch, self._settings, self.log, self.stats)
+            door = DatagramDoor(sock, self._link, self.sessions, self._settings, self.log, self.stats)
             self._doors.spawn("receive datagrams", door.run)
         self._loops.spawn("report", self._report)
+        self._loops.spawn("end silent flows", self._link.flows.sweep_forever)
         if self._certificate:
             self._loops.spawn("watch certificate", self._certificate.watch, self._settings.reload_interval)
         self._failed.get()
 
     def stop_accepting(self) -> None:
         """Take no new visitors; running sessions, and the client that serves them, go on."""
+        self._stopping = True
         self._doors.kill()
         close_all(self._listeners.get("tcp", []))  # not the UDP sockets: sessions answer from them
 
@@ -102,6 +110,7 @@ class Server:
         if self._link.control:
             self._link.lose(self._link.control, "this end is stopping")
         self._link.filler.handshakes.kill()
+        self._link.flows.end_all()
         self.sessions.kill()
         for listeners in self._listeners.values():
             close_all(listeners)
@@ -114,8 +123,9 @@ class Server:
 
     def describe(self) -> str:
         """One line for an operator: who is connected, and what has been done."""
-        client = self._link.control.peer if self._link.control else "none"
-        return f"client {client}, {self._link.pool!r}, {len(self.sessions)} sessions, {self.stats}"
+        link = self._link
+        client = link.control.describe() if link.control else "none"
+        return f"client {client}, {link.pool!r}, {len(self.sessions)} sessions, {len(link.flows)} flows, {self.stats}"
 
     def _context(self) -> SSL.Context | None:
         return self._certificate.context if self._certificate else None
@@ -125,26 +135,69 @@ class Server:
 
     # The client
 
+    @property
+    def _data_listeners(self) -> str:
+        return "data" if "data" in self._listeners else "tunnel"
+
+    def _tunnel(self) -> Tunnel:
+        """What a client that has been let in is told."""
+        return Tunnel(
+            port_of(self._listeners[self._data_listeners]),
+            self.url.tls,
+            heartbeat=max(1, round(1000 * self._settings.report_interval)),
+            mux=self._data_listeners == "tunnel",
+            fingerprint=self._certificate.identity.fingerprint if self._certificate and self.url.tls == 1 else "",
+        )
+
     def _accept_clients(self, listener: socket.socket) -> None:
+        shared = self._data_listeners == "tunnel"
         for sock in accept_forever(listener, self.log, self._clients.wait_for_place):
-            self._clients.spawn("serve client", self._serve_client, sock)
+            if shared and self._link.version == 1 and self._link.is_from_client(sock):
+                self._link.filler.admit(sock, self._context())
+            else:
+                self._clients.spawn("greet", self._sort if shared else self._serve_client, sock)
+
+    def _sort(self, sock: socket.socket) -> None:
+        """Tell a client from a data connection, where both come to one port."""
+        try:
+            is_data = is_data_connection(sock)
+        except OSError:
+            sock.close()
+            return
+        if is_data:
+            self._link.filler.admit(sock, self._context())
+        else:
+            self._serve_client(sock)
 
     def _serve_client(self, sock: socket.socket) -> None:
         with contextlib.closing(sock):
             try:
                 control = Control(sock, self._settings.report_interval, self.log, self.stats)
-                if not self._link.admit(control, Tunnel(port_of(self._listeners["data"]), self.url.tls)):
-                    self.stats.trouble["clients_turned_away"] += 1
-                    return
+                admitted = self._greet(control)
             except OSError as error:
-                self.log.debug("a connection to the tunnel address ended at once: %s", reason(error))
-                return
-            self._stay_with(control)
+                self.log.debug("a connection to the tunnel address came to nothing: %s", reason(error))
+            else:
+                if admitted:
+                    self._stay_with(control)
+
+    def _greet(self, control: Control) -> bool:
+        """Whether a newcomer is the client now. Raises OSError."""
+        try:
+            caller = hear(control, self._key, self._settings.handshake_timeout)
+            if self._stopping:
+                raise RefusedError(SHUTDOWN, "this server is shutting down")
+            self._link.admit(control, caller, self._tunnel())
+        except RefusedError as error:
+            self.stats.trouble["clients_turned_away"] += 1
+            self.log.limited(logging.WARNING, "turned away", "client %s turned away: %s", control.peer, error)
+            control.send(Refusal(error.reason))
+            return False
+        return True
 
     def _stay_with(self, control: Control) -> None:
         """Keep the connected client until it is gone."""
         self.stats.connects += 1
-        self.log.info("client connected from %s", control.peer)
+        self.log.info("client connected from %s: wire v%d", control.peer, control.version)
         beat = self._clients.spawn("send heartbeats", control.beat)
         try:
             control.wait_until_ended()

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509 import Certificate
 from OpenSSL import SSL
 
@@ -178,10 +179,11 @@ def accept_tls(sock: socket.socket, context: SSL.Context) -> TLSStream:
     return stream
 
 
-def connect_tls(sock: socket.socket, context: SSL.Context, host: str) -> TLSStream:
+def connect_tls(sock: socket.socket, context: SSL.Context, host: str, fingerprint: str = "") -> TLSStream:
     """The client's side of a handshake; where the context verifies, the certificate must be for `host`.
 
-    Raises OSError, with a VerificationError among them that says whether the chain or the name was refused.
+    With a `fingerprint` (SHA-256 of the certificate in DER, hex) it must be that very certificate. Raises OSError,
+    with a VerificationError among them that says whether the chain, the name or the fingerprint was refused.
     """
     connection = SSL.Connection(context, None)
     connection.set_connect_state()
@@ -198,6 +200,8 @@ def connect_tls(sock: socket.socket, context: SSL.Context, host: str) -> TLSStre
         raise
     if context.get_verify_mode() & SSL.VERIFY_PEER:
         _verify_name(connection, host)
+    if fingerprint:
+        _verify_fingerprint(connection, fingerprint)
     return stream
 
 
@@ -215,6 +219,16 @@ def _note_chain_error(connection: SSL.Connection, _cert: object, error: int, _de
     if not ok:
         connection.get_app_data().append(error)
     return bool(ok)
+
+
+def _verify_fingerprint(connection: SSL.Connection, fingerprint: str) -> None:
+    certificate = connection.get_peer_certificate(as_cryptography=True)
+    shown = certificate.fingerprint(SHA256()).hex() if certificate else ""
+    if shown != fingerprint:
+        raise VerificationError(
+            f"certificate fingerprint refused: it is {shown or 'missing'}, the server has proven {fingerprint};"
+            " somebody may be in between"
+        )
 
 
 def _verify_name(connection: SSL.Connection, host: str) -> None:

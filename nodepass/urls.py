@@ -72,7 +72,10 @@ def parse_url(text: str) -> ServerURL | ClientURL:
         raise ConfigError(f"URL {text!r}: the scheme must be server:// or client://; allowed: {_FORM}")
     if "@" in parts.netloc:
         # The text is not repeated: what stands before the @ may be a secret.
-        raise ConfigError(f"URL {scheme}://…@…: a user part is not allowed; allowed: {_FORM}")
+        raise ConfigError(
+            f"URL {scheme}://…@…: a user part is not allowed, a key would show in the process list; put it into"
+            f" TUNNEL_KEY_FILE; allowed: {_FORM}"
+        )
     if "#" in text:
         raise ConfigError(f"URL {text!r}: a fragment (#) is not allowed; allowed: {_FORM}")
     listens = scheme == "server"

@@ -171,6 +171,7 @@ def test_a_connection_may_have_bytes_or_its_end_before_its_launch(
 
 
 def test_an_empty_pool_grows_once_it_has_been_filled_once_over(client: ClientPool, connections: Connections) -> None:
-    for id in connections.add_to(client, 2):
-        client.claim(id, 1)
-    assert client.capacity == 4
+    for expected in (2, 4):  # the first fill does not count
+        for id in connections.add_to(client, 2):
+            client.claim(id, 1)
+        assert client.capacity == expected

@@ -1,0 +1,108 @@
+"""The server's UDP door: receives visitors' datagrams and sends each the way that the connected client's wire has.
+
+With a v2 client they go on lanes, with a v1 client each is a session of its own; while no client is there they wait
+for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import gevent
+
+from nodepass.config import Settings, format_duration
+from nodepass.crew import Crew
+from nodepass.datagrams import ANSWER_GRACE, read_datagram
+from nodepass.errors import NoDataConnection
+from nodepass.link import Link
+from nodepass.listen import Visitor, receive_datagram, send_datagram
+from nodepass.log import Log
+from nodepass.net import reason
+from nodepass.protocol import UDP
+from nodepass.stats import Stats
+
+DATAGRAMS_PER_TURN = 32  # received in a row, then what they set going gets to run
+
+
+class DatagramDoor:
+    """Receives on one socket. No datagram waits here for another's session."""
+
+    def __init__(
+        self, sock: socket.socket, link: Link, sessions: Crew, settings: Settings, log: Log, stats: Stats
+    ) -> None:
+        self._sock = sock
+        self._link = link
+        self._sessions = sessions
+        self._settings = settings
+        self._log = log
+        self._stats = stats
+
+    def run(self) -> None:
+        """Receive until killed."""
+        received = 0
+        while True:
+            try:
+                payload, visitor = receive_datagram(self._sock)
+            except OSError as error:
+                self._log.limited(logging.WARNING, "receive", "cannot receive datagrams: %s", reason(error))
+                gevent.sleep(0.01)
+                continue
+            self._let_in(payload, visitor)
+            received += 1
+            if received % DATAGRAMS_PER_TURN == 0:
+                gevent.sleep(0)
+
+    def _let_in(self, payload: bytes, visitor: Visitor) -> None:
+        if self._link.version == 2:
+            self._link.flows.carry(self._sock, payload, visitor)
+        elif self._sessions.full():
+            self._drop(payload, visitor, "SEMAPHORE_LIMIT is reached")  # to wait would stall the datagrams of others
+        else:
+            self._sessions.spawn("serve datagram", self._serve, payload, visitor)
+
+    def _serve(self, payload: bytes, visitor: Visitor) -> None:
+        """Carry a datagram that cannot go on a lane right now."""
+        timeout = self._settings.pool_get_timeout
+        largest = self._settings.udp_data_buf_size
+        if not self._link.wait_for_client(timeout):
+            self._drop(payload, visitor, f"no client is connected within {format_duration(timeout)}")
+        elif self._link.version == 2:
+            self._link.flows.carry(self._sock, payload, visitor)
+        elif not payload:
+            self._drop(payload, visitor, "it is empty, which wire v1 cannot carry")
+        elif len(payload) > largest:
+            self._drop(payload, visitor, f"it is larger than UDP_DATA_BUF_SIZE ({largest})")
+        else:
+            self._ask(payload, visitor)
+
+    def _ask(self, question: bytes, visitor: Visitor) -> None:
+        """Wire v1: one data connection carries the datagram and its one answer."""
+        settings = self._settings
+        try:
+            id, data = self._link.launch(UDP, settings.pool_get_timeout)
+        except NoDataConnection:
+            because = f"no data connection within {format_duration(settings.pool_get_timeout)}"
+            self._drop(question, visitor, because)
+            return
+        log = self._log.session(id)
+        log.debug("visitor %s sent %d bytes", visitor, len(question))
+        self._stats.udp_sessions += 1
+        try:
+            data.write(question)
+            self._stats.bytes_up += len(question)
+            answer = read_datagram(data, settings.udp_data_buf_size, settings.udp_read_timeout + ANSWER_GRACE)
+            if answer:
+                send_datagram(self._sock, answer, visitor)
+                self._stats.bytes_down += len(answer)
+            log.debug("answered visitor %s with %d bytes", visitor, len(answer))
+        except OSError as error:
+            self._stats.trouble["dropped_answer"] += 1
+            self._log.limited(logging.WARNING, "answer", "no answer to visitor %s: %s", visitor, reason(error))
+        finally:
+            data.close()
+
+    def _drop(self, payload: bytes, visitor: Visitor, because: str) -> None:
+        self._stats.trouble["dropped_datagram"] += 1
+        what = f"a datagram of {len(payload)} bytes from {visitor}"
+        self._log.limited(logging.WARNING, f"datagram {because}", "dropped %s: %s", what, because)

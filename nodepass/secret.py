@@ -1,0 +1,55 @@
+"""Where the tunnel's secret comes from: a file, the environment, or systemd's credentials. Never the command line."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+
+from nodepass.errors import ConfigError
+
+SHORTEST = 16  # characters; fewer can be guessed
+CREDENTIAL = "tunnel-key"
+
+
+def generate() -> str:
+    """A fresh secret: 256 random bits as 64 hex digits."""
+    return os.urandom(32).hex()
+
+
+def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | None, list[str]]:
+    """The secret, if one is given, and what is to be warned of.
+
+    Raises ConfigError naming the place, never the secret.
+    """
+    text = environ.get("TUNNEL_KEY")
+    if file is not None and text is not None:
+        raise ConfigError("TUNNEL_KEY and TUNNEL_KEY_FILE are both given; allowed: one of them")
+    warnings: list[str] = []
+    place = "TUNNEL_KEY"
+    if file is None and text is None and (folder := environ.get("CREDENTIALS_DIRECTORY")):
+        credential = os.path.join(folder, CREDENTIAL)
+        file = credential if os.path.exists(credential) else None
+    if file is not None:
+        place = f"TUNNEL_KEY_FILE={file}"
+        text = _read(file, place, warnings)
+    if text is None:
+        return None, warnings
+    secret = text.strip()
+    if not secret:
+        raise ConfigError(f"{place}: the key is empty; allowed: a text, best one that nodepass --generate-key prints")
+    if len(secret) < SHORTEST:
+        warnings.append(f"{place}: the key has fewer than {SHORTEST} characters and can be guessed")
+    return secret, warnings
+
+
+def _read(file: str, place: str, warnings: list[str]) -> str:
+    try:
+        with open(file, encoding="utf-8") as opened:
+            if os.fstat(opened.fileno()).st_mode & stat.S_IROTH:
+                warnings.append(f"{place}: others can read it; chmod 600 {file}")
+            return opened.read()
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{place}: it is not UTF-8 text") from None
