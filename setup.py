@@ -59,7 +59,7 @@ setup(
     package_data={"nodepass": ["py.typed"]},
     install_requires=read_requirements(),
     extras_require={
-        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools"],
         "bench": ["matplotlib>=3.8,<4"],
     },

@@ -17,7 +17,7 @@ from nodepass.config import Settings
 from nodepass.control import Control
 from nodepass.crew import Crew
 from nodepass.datagrams import ask_target, read_datagram
-from nodepass.errors import NoDataConnection
+from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
 from nodepass.handshake import Agreement, introduce
 from nodepass.log import Log
@@ -155,6 +155,7 @@ class Client:
             host=self.url.tunnel.host or "localhost",
             timeout=self.settings.handshake_timeout,
             context=_context(tunnel.tls),
+            verify=tunnel.tls == 2,
             session=agreement.session,
             shared_port=tunnel.mux,
             fingerprint=tunnel.fingerprint if agreement.session else "",
@@ -243,6 +244,9 @@ class Attachment:
                 answer = ask_target(sock, question, largest, timeout)
             data.write(answer)
             data.half_close()
+        except ProtocolError as error:
+            self._stats.trouble["dropped_too_large"] += 1
+            self._log.limited(logging.WARNING, "too large", "dropped: %s", error)
         except OSError as error:
             self._stats.trouble["datagrams_unanswered"] += 1
             self._log.limited(logging.WARNING, "datagram", "datagram unanswered: %s", reason(error))

@@ -33,7 +33,7 @@ def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:
             received = stream.recv_into(buffer[size:])
         size += received
     if size > largest:
-        raise ProtocolError(f"a datagram of more than {largest} bytes (UDP_DATA_BUF_SIZE)")
+        raise ProtocolError(f"a datagram of {size} bytes or more is larger than UDP_DATA_BUF_SIZE ({largest})")
     return bytes(buffer[:size])
 
 
@@ -46,9 +46,9 @@ def ask_target(sock: socket.socket, question: bytes, largest: int, timeout: floa
     sock.settimeout(timeout)
     sock.send(question)
     try:
-        answer = sock.recv(largest + 1)
+        answer = sock.recv(65536)
     except TimeoutError:
         raise TimeoutError(f"the target gave no answer within {timeout:g}s") from None
     if len(answer) > largest:
-        raise ProtocolError(f"an answer of more than {largest} bytes (UDP_DATA_BUF_SIZE)")
+        raise ProtocolError(f"an answer of {len(answer)} bytes is larger than UDP_DATA_BUF_SIZE ({largest})")
     return answer

@@ -66,7 +66,8 @@ class DatagramDoor:
         timeout = self._settings.pool_get_timeout
         largest = self._settings.udp_data_buf_size
         if not self._link.wait_for_client(timeout):
-            self._drop(payload, visitor, f"no client is connected within {format_duration(timeout)}")
+            because = f"no data connection within {format_duration(timeout)}, no client is connected"
+            self._drop(payload, visitor, because)
         elif self._link.version == 2:
             self._link.flows.carry(self._sock, payload, visitor)
         elif not payload:
@@ -98,7 +99,7 @@ class DatagramDoor:
             log.debug("answered visitor %s with %d bytes", visitor, len(answer))
         except OSError as error:
             self._stats.trouble["dropped_answer"] += 1
-            self._log.limited(logging.WARNING, "answer", "no answer to visitor %s: %s", visitor, reason(error))
+            self._log.limited(logging.WARNING, "answer", "dropped the answer to visitor %s: %s", visitor, reason(error))
         finally:
             data.close()
 

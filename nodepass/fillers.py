@@ -103,6 +103,7 @@ class Route:
     host: str  # that the server was asked for by: the certificate's name
     timeout: float  # seconds for each connection to become ready
     context: SSL.Context | None  # None without TLS
+    verify: bool  # the certificate's chain and name
     session: SessionKey | None  # None without a key
     shared_port: bool  # connections say first what they are
     fingerprint: str  # that the certificate must have, or nothing
@@ -124,8 +125,9 @@ class Route:
             stream.write(DATA_PREFIX)
         if self.context:
             from nodepass.tls import connect_tls
+            from nodepass.verification import Expected
 
-            stream = connect_tls(sock, self.context, self.host, self.fingerprint)
+            stream = connect_tls(sock, self.context, Expected(self.host, self.verify, self.fingerprint))
         id = parse_id(recv_exactly(stream, ID_LENGTH))
         if self.session:
             stream.write(self.session.data_proof(id))

@@ -58,8 +58,7 @@ class Caller:
 
 def hear(control: Control, key: Key | None, timeout: float) -> Caller:
     """Read what a newcomer has to say, and have it prove the key. Raises OSError, RefusedError among them."""
-    deadline = gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:g}s"))
-    with deadline:
+    with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:g}s")):
         hello = _hear_hello(control, timeout if key else min(timeout, HELLO_WITHIN))
         if hello is None:
             if key:
@@ -74,7 +73,9 @@ def hear(control: Control, key: Key | None, timeout: float) -> Caller:
         try:
             auth = parse_auth(control.read_line())
         except ProtocolError as error:
-            raise RefusedError(KEY_REQUIRED, f"it did not answer the challenge: {error}") from None
+            raise RefusedError(KEY_MISMATCH, f"its answer to the challenge is no proof of the key: {error}") from None
+        except TimeoutError:
+            raise RefusedError(KEY_REQUIRED, f"it did not prove the key within {timeout:g}s") from None
         except ConnectionError:
             raise RefusedError(KEY_REQUIRED, "it left at the challenge: it has no key, or another one") from None
         if not same(auth.mac, key.client_proof(hello.nonce, challenge)):

@@ -263,7 +263,8 @@ class ClientPool(Pool):
             return stream
         if not self.dialling or id in self._expected:
             raise NoDataConnection(f"no data connection has the id {id}")
-        self._find_empty()
+        if not self._idle:
+            self._find_empty()
         expected = self._expected[id] = _Waiter()
         try:
             return expected.wait(timeout, f"no data connection had the id {id} within {timeout:g}s")[1]

@@ -1,27 +1,27 @@
 """TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
 
-This module and `certificates` alone import OpenSSL and cryptography, and are imported only when TLS is on: that costs
-10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends the greenlet only.
-pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
+This module, `certificates` and `verification` alone import OpenSSL and cryptography, and are imported only when TLS is
+on: that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends the
+greenlet only. pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from ipaddress import ip_address
 from typing import Any, cast
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509 import Certificate
 from OpenSSL import SSL
+from OpenSSL.crypto import X509
 
 from nodepass.errors import TLSError, VerificationError
 from nodepass.net import reset
+from nodepass.verification import Expected, is_ip
 
 BATCH = 65536  # bytes per read from the kernel and per write to it; 256 KiB was slower
 RECORD = 16384  # bytes of payload in one TLS record, at most
@@ -29,18 +29,6 @@ RECORD_OVERHEAD = 64  # bytes that TLS adds to a record, at most
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 # AES-128 first: as safe as anything here needs, and the cheapest per byte.
 _CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
-# X509_V_ERR_* of <openssl/x509_vfy.h> that a misconfigured server meets.
-_CHAIN_ERRORS = {
-    9: "it is not valid yet",
-    10: "it has expired",
-    18: "it is self-signed",
-    19: "its root is self-signed and not trusted here",
-    20: "its issuer is not trusted here",
-    21: "its issuer is not in the chain that was sent, and not trusted here",
-    23: "it is revoked",
-    26: "it is not meant for servers",
-}
-
 
 PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSAPrivateKey
 
@@ -166,7 +154,6 @@ def client_context(verify: bool) -> SSL.Context:
     context = _context()
     if verify:
         context.set_default_verify_paths()
-        context.set_verify(SSL.VERIFY_PEER, _note_chain_error)
     return context
 
 
@@ -179,29 +166,35 @@ def accept_tls(sock: socket.socket, context: SSL.Context) -> TLSStream:
     return stream
 
 
-def connect_tls(sock: socket.socket, context: SSL.Context, host: str, fingerprint: str = "") -> TLSStream:
-    """The client's side of a handshake; where the context verifies, the certificate must be for `host`.
+def connect_tls(sock: socket.socket, context: SSL.Context, expected: Expected) -> TLSStream:
+    """The client's side of a handshake. Raises OSError.
 
-    With a `fingerprint` (SHA-256 of the certificate in DER, hex) it must be that very certificate. Raises OSError,
-    with a VerificationError among them that says whether the chain, the name or the fingerprint was refused.
+    A VerificationError among them says whether the chain, the name or the fingerprint was refused. The server hears of
+    it in the handshake, so it never takes a refused connection for a ready one.
     """
     connection = SSL.Connection(context, None)
     connection.set_connect_state()
-    connection.set_app_data([])
-    if not _is_ip(host):
-        connection.set_tlsext_host_name(host.encode("idna"))
+    if not is_ip(expected.host):
+        connection.set_tlsext_host_name(expected.host.encode("idna"))
+    refusals: list[str] = []
+
+    def judge(_connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
+        refusal = expected.refuses_chain(error if not ok else 0)
+        if not refusal and depth == 0:
+            refusal = expected.refuses_leaf(certificate)
+        if refusal:
+            refusals.append(refusal)
+        return not refusal
+
+    if expected.verify or expected.fingerprint:
+        connection.set_verify(SSL.VERIFY_PEER, judge)
     stream = TLSStream(sock, connection)
     try:
         stream.handshake()
     except TLSError:
-        if noted := connection.get_app_data():
-            what = _CHAIN_ERRORS.get(noted[0], f"X509 error {noted[0]}")
-            raise VerificationError(f"certificate chain refused for {host!r}: {what}") from None
+        if refusals:
+            raise VerificationError(f"certificate {refusals[0]}") from None
         raise
-    if context.get_verify_mode() & SSL.VERIFY_PEER:
-        _verify_name(connection, host)
-    if fingerprint:
-        _verify_fingerprint(connection, fingerprint)
     return stream
 
 
@@ -213,51 +206,6 @@ def _context() -> SSL.Context:
     context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
     return context
-
-
-def _note_chain_error(connection: SSL.Connection, _cert: object, error: int, _depth: int, ok: int) -> bool:
-    if not ok:
-        connection.get_app_data().append(error)
-    return bool(ok)
-
-
-def _verify_fingerprint(connection: SSL.Connection, fingerprint: str) -> None:
-    certificate = connection.get_peer_certificate(as_cryptography=True)
-    shown = certificate.fingerprint(SHA256()).hex() if certificate else ""
-    if shown != fingerprint:
-        raise VerificationError(
-            f"certificate fingerprint refused: it is {shown or 'missing'}, the server has proven {fingerprint};"
-            " somebody may be in between"
-        )
-
-
-def _verify_name(connection: SSL.Connection, host: str) -> None:
-    # Imported here: only a client in mode 2 needs it.
-    import service_identity
-    from service_identity.pyopenssl import extract_patterns, verify_hostname, verify_ip_address
-
-    try:
-        (verify_ip_address if _is_ip(host) else verify_hostname)(connection, host)
-    except (service_identity.VerificationError, service_identity.CertificateError):
-        certificate = connection.get_peer_certificate()
-        names = ", ".join(_pattern_text(each) for each in extract_patterns(certificate)) if certificate else ""
-        raise VerificationError(
-            f"certificate name refused for {host!r}: it is made out to {names or 'no name'}"
-        ) from None
-
-
-def _pattern_text(pattern: object) -> str:
-    value = getattr(pattern, "pattern", None)
-    value = getattr(value, "pattern", value)
-    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _translated(error: SSL.Error) -> TLSError:

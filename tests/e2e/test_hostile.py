@@ -1,0 +1,232 @@
+"""Peers that break the rules: logged and survived, and the next visitor is served."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.conftest import TunnelFactory
+from tests.support.process import Nodepass
+from tests.support.sockets import abort, connect, is_over, reset, until
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.v1_client import V1Client
+from tests.support.v1_server import V1Server
+
+UNKNOWN_ID = b"//00000000#1\n"
+OVER_LONG = b"//" + b"a" * 5000 + b"#1\n"
+
+HARMLESS = {
+    "an empty line": b"\n",
+    "a line of blanks": b"  \t \r\n",
+    "an unknown fragment": b"//deadbeef#99\n",
+    "no fragment": b"//deadbeef\n",
+    "a query": b"//deadbeef?x=1&y=2#77\n",
+    "many empty lines": b"\n" * 10_000,
+}
+
+LOGGED = {
+    "an unknown id": UNKNOWN_ID,
+    "an unknown id for a datagram": b"//00000000#2\n",
+    "an id that is no id": b"//../../etc/passwd#1\n",
+    "no id": b"//#1\n",
+    "bytes that are no text": b"\xff\xfe\x00\x01//#1\n",
+    "text that is no URL": b"//[half-an-ipv6#1\n",
+    "an over-long line": OVER_LONG,
+    "an over-long line in pieces of a megabyte": b"x" * (1 << 20) + b"\n",
+}
+
+
+@pytest.fixture
+def victim() -> Iterator[Tunnel]:
+    """A client of ours with a v1 server that will say anything."""
+    with contextlib.ExitStack() as stack:
+        server, target = stack.enter_context(V1Server()), stack.enter_context(Target())
+        client = stack.enter_context(OurClient(server.tunnel_address, target.address))
+        client.wait_until_connected()
+        yield Tunnel(server, client, target)
+
+
+@pytest.mark.parametrize("line", HARMLESS.values(), ids=list(HARMLESS))
+def test_our_client_passes_over(victim: Tunnel, line: bytes) -> None:
+    connects = victim.v1_server.connects
+    victim.v1_server.write(line)
+    victim.assert_works()
+    assert victim.v1_server.connects == connects
+
+
+@pytest.mark.parametrize("line", LOGGED.values(), ids=list(LOGGED))
+def test_our_client_logs_and_survives(victim: Tunnel, line: bytes) -> None:
+    victim.v1_server.write(line)
+    victim.our_client.wait_for("WARN|ERROR")
+    assert max(map(len, victim.our_client.lines)) < 1000, "rubbish must not fill the log"
+    victim.assert_works()
+
+
+def test_a_flood_of_launches_for_unknown_ids_is_survived(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(V1Server())
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address))
+    client.wait_until_connected()
+    before = client.settled_descriptors()
+    server.write(UNKNOWN_ID * 20_000)
+    client.wait_for("WARN|ERROR")
+    until(lambda: serves_soon(server, target), what="serves nobody after the flood")
+    client.wait_for_descriptors(before)
+
+
+def serves_soon(server: V1Server | OurServer, target: Target) -> bool:
+    """A launch that comes while the queue is full is dropped: ask again."""
+    with connect(server.visitor_address):
+        try:
+            target.accept(timeout=0.3).close()
+        except TimeoutError:
+            return False
+        return True
+
+
+def test_a_control_connection_cut_in_the_middle_of_a_line_is_made_again(
+    stack: contextlib.ExitStack,
+) -> None:
+    server = stack.enter_context(V1Server())
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address))
+    client.wait_until_connected()
+    mark = client.mark()
+    server.write(b"//dead")
+    server.drop_client()
+    client.wait_for(r"disconnected: \S", after=mark)
+    client.wait_until_connected(after=mark)
+    Tunnel(server, client, target).assert_works()
+
+
+GREETINGS = {
+    "no port": b"//#0\n",
+    "a port out of range": b"//99999#0\n",
+    "an unknown TLS mode": b"//10101#7\n",
+    "another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "rubbish": b"\xff\xff\xff\xff\n",
+    "an over-long line": b"a" * 10_000,
+    "silence": b"",
+}
+
+
+@pytest.mark.parametrize("greeting", GREETINGS.values(), ids=list(GREETINGS))
+def test_our_client_leaves_a_server_that_greets_it_with(stack: contextlib.ExitStack, greeting: bytes) -> None:
+    server = stack.enter_context(V1Server(greeting=greeting, heartbeat=None))
+    env = {**BRISK, "HANDSHAKE_TIMEOUT": "300ms"}
+    client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=env))
+    line = client.wait_for("(WARN|ERROR).*").string
+    assert len(line) < 1000
+    assert client.is_running
+    assert not client.find("Traceback")
+
+
+BAD_IDS = {"no hex": b"zzzzzzzz", "bytes": b"\xff" * 8, "too short": b"abc", "a line": b"ab\ncd\0ef"}
+
+
+@pytest.mark.parametrize("bad", BAD_IDS.values(), ids=list(BAD_IDS))
+def test_our_client_drops_a_data_connection_whose_id_is(stack: contextlib.ExitStack, bad: bytes) -> None:
+    """Every second one; the pool is filled with the others."""
+    ids = iter(range(100_000))
+
+    def make_id() -> bytes:
+        number = next(ids)
+        return bad if number % 2 else b"%08x" % number
+
+    server = stack.enter_context(V1Server(make_id=make_id))
+    target = stack.enter_context(Target())
+    env = {**BRISK, "HANDSHAKE_TIMEOUT": "300ms"}
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
+    client.wait_for("(WARN|ERROR|DEBUG).*(id|identi|timed? ?out)")
+    until(lambda: serves_soon(server, target), what="serves nobody")
+    assert not client.find("Traceback")
+
+
+def test_one_id_for_every_data_connection_is_survived(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(V1Server(make_id=lambda: b"deadbeef"))
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address))
+    client.wait_until_connected()
+    until(lambda: serves_soon(server, target), what="serves nobody")
+    assert client.count_descriptors() < 200
+    assert not client.find("Traceback")
+
+
+TALK = {
+    "nothing": b"",
+    "another protocol": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "rubbish": b"\0\xff" * 2000,
+    "a line without end": b"a" * 100_000,
+}
+
+
+@pytest.mark.parametrize("talk", TALK.values(), ids=list(TALK))
+def test_our_server_survives_a_stranger_on_the_tunnel_port_who_says(stack: contextlib.ExitStack, talk: bytes) -> None:
+    server = stack.enter_context(OurServer())
+    for _ in range(5):
+        stranger = connect(server.tunnel_address)
+        with contextlib.suppress(ConnectionError):
+            stranger.sendall(talk)
+        abort(stranger)
+    reset(connect(server.tunnel_address))
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address))
+    client.wait_until_connected()
+    Tunnel(server, client, target).assert_works()
+    assert not server.find("Traceback")
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_running_out_of_descriptors_is_survived_and_does_not_fill_the_log(tunnel: TunnelFactory, name: str) -> None:
+    started = tunnel(server_env={**BRISK, "POOL_GET_TIMEOUT": "500ms"})
+    run: Nodepass = started.our_server if name == "server" else started.our_client
+    limit = run.settled_descriptors() + 20
+    _, hard = resource.prlimit(run.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(run.pid, resource.RLIMIT_NOFILE, (limit, hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(connect(started.visitor_address))
+        run.wait_for("(WARN|ERROR).*too many open files")
+        until(lambda: run.count_descriptors() > limit - 5)
+    started.target.drain()
+    until(lambda: serves_soon(started.server, started.target), what="serves nobody afterwards")
+    assert len(run.find("too many open files")) < 20
+
+
+def test_a_second_client_does_not_disturb_the_first(tunnel: TunnelFactory) -> None:
+    started = tunnel()
+    with V1Client(started.our_server.tunnel_address, pool=2) as second:
+        with started.session() as (visitor, service):
+            for _ in range(3):
+                started.assert_works()
+            visitor.sendall(b"x")
+            assert service.recv(1) == b"x"
+        assert second.idle == 0
+    started.assert_works()
+
+
+def test_a_client_that_talks_on_the_control_connection_is_survived(
+    stack: contextlib.ExitStack,
+) -> None:
+    server = stack.enter_context(OurServer())
+    target = stack.enter_context(Target())
+    client = stack.enter_context(V1Client(server.tunnel_address, target.address))
+    client.wait_until_full()
+    client.write(b"rubbish\n" + OVER_LONG)
+    until(lambda: serves_through(server, target), what="serves nobody after rubbish")
+    assert not server.find("Traceback")
+
+
+def serves_through(server: OurServer, target: Target) -> bool:
+    with connect(server.visitor_address) as visitor:
+        try:
+            with target.accept(timeout=0.5) as service:
+                service.shutdown(socket.SHUT_WR)
+                return is_over(visitor)
+        except TimeoutError:
+            return False

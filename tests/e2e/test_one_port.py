@@ -1,0 +1,160 @@
+"""`DATA_PORT=tunnel`: one port for everything, with peers of both versions, mapped ports and strangers."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.certificates import Authority
+from tests.support.proc import count_connections
+from tests.support.process import Environment
+from tests.support.sockets import connect, is_over, is_silent, reset
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, Pair, Tunnel, assert_connected, open_tunnel
+from tests.support.v1_client import V1Client
+from tests.support.v2_client import V2Client
+from tests.support.v2_middle import Forwarder
+from tests.support.v2_tunnel import KEYED, SECRET, V2Pair, V2Side, open_v2_tunnel
+
+ONE_PORT: Environment = {"DATA_PORT": "tunnel"}
+ENV: Environment = {**BRISK, **ONE_PORT}
+SIDES: tuple[tuple[V2Side, V2Side], ...] = (("ours", "ours"), ("ours", "v2"), ("v2", "ours"))
+PAIRS = [V2Pair(*sides, tls, keyed) for sides in SIDES for tls, keyed in ((0, False), (1, True), (2, False))]
+
+STRANGERS = {
+    "garbage": bytes(range(256)),
+    "an HTTP request": b"GET / HTTP/1.1\r\nHost: example.test\r\n\r\n",
+    "a TLS record that is none": b"\x16\x03\x01\x00\x05hello",
+    "half a marker": b"//da",
+    "a marker that goes on": b"//database\n",
+    "a marker and nothing more": b"//data\n",
+    "a long line": b"//hello?" + b"x" * 9000,
+    "nothing": b"",
+}
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=str)
+def one_port(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Tunnel]:
+    """A v2 tunnel of every kind on one port."""
+    with open_v2_tunnel(request.param, authority, ONE_PORT) as tunnel:
+        yield tunnel
+
+
+def assert_all_works(tunnel: Tunnel) -> None:
+    """Carry more sessions than the pool holds, several at once, and a datagram."""
+    with contextlib.ExitStack() as stack:
+        for visitor, service in [stack.enter_context(tunnel.session()) for _ in range(10)]:
+            assert_connected(visitor, service)
+    for _ in range(15):
+        tunnel.assert_works()
+    assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
+
+
+def test_a_v2_tunnel_works_on_one_port(one_port: Tunnel) -> None:
+    assert_all_works(one_port)
+
+
+def test_the_signal_names_the_tunnel_port_and_says_so(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(OurServer(env=ENV))
+    client = stack.enter_context(V2Client(server.tunnel_address, automatic=False))
+    client.connect()
+    assert client.is_mux
+    assert int(client.signal.host) == server.tunnel_address[1]
+
+
+def test_our_client_connects_nowhere_else(stack: contextlib.ExitStack) -> None:
+    """The number in the signal is for v1: a v2 client follows the address at which it reached the server."""
+    server = stack.enter_context(OurServer(env=ENV))
+    target = stack.enter_context(Target())
+    mapped = stack.enter_context(Forwarder(server.tunnel_address))
+    client = stack.enter_context(OurClient(mapped.address, target.address))
+    client.wait_until_connected()
+    tunnel = Tunnel(server, client, target)
+    assert_all_works(tunnel)
+    assert count_connections(client.pid, mapped.address[1]) > 1
+    assert count_connections(client.pid, server.tunnel_address[1]) == 0
+
+
+@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize("keyed", [False, True], ids=["without a key", "with a key"])
+def test_a_mapped_port_works(stack: contextlib.ExitStack, tls: int, keyed: bool) -> None:
+    env = {**(KEYED if keyed else BRISK), **ONE_PORT}
+    server = stack.enter_context(OurServer(tls, env=env))
+    target = stack.enter_context(Target())
+    mapped = stack.enter_context(Forwarder(server.tunnel_address))
+    client = stack.enter_context(OurClient(mapped.address, target.address, env=env))
+    assert_all_works(Tunnel(server, client, target))
+
+
+@pytest.mark.parametrize("tls", [0, 1, 2])
+def test_a_v1_client_works_on_one_port(tls: int, authority: Authority) -> None:
+    with open_tunnel(Pair("ours", "v1", tls), authority, server_env=ENV) as tunnel:
+        assert tunnel.v1_client.data_address == tunnel.server.tunnel_address
+        assert_all_works(tunnel)
+
+
+def test_a_v1_client_on_one_port_comes_back(authority: Authority) -> None:
+    with open_tunnel(Pair("ours", "v1", 1), authority, server_env=ENV) as tunnel:
+        before = tunnel.v1_client.connects
+        mark = tunnel.our_server.mark()
+        tunnel.v1_client.disconnect()
+        tunnel.our_server.wait_for("client disconnected", after=mark)
+        tunnel.our_server.wait_for_client(after=mark)
+        assert_all_works(tunnel)
+        assert tunnel.v1_client.connects > before
+
+
+def test_a_client_of_the_other_version_may_follow(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(OurServer(env=ENV))
+    target = stack.enter_context(Target())
+    for kind in (V1Client, V2Client, V1Client):
+        mark = server.mark()
+        with kind(server.tunnel_address, target.address) as client:
+            client.wait_until_full()
+            assert_all_works(Tunnel(server, client, target))
+        server.wait_for("client disconnected", after=mark)
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("env", [ENV, {**KEYED, **ONE_PORT}], ids=["without a key", "with a key"])
+def test_strangers_on_the_tunnel_port_harm_nobody(stack: contextlib.ExitStack, env: Environment, stranger: str) -> None:
+    server = stack.enter_context(OurServer(1, env={**env, "HANDSHAKE_TIMEOUT": "400ms"}))
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
+    client.wait_until_connected()
+    tunnel = Tunnel(server, client, target)
+    strangers = [stack.enter_context(connect(server.tunnel_address)) for _ in range(3)]
+    for sock in strangers:
+        sock.sendall(STRANGERS[stranger])
+    tunnel.assert_works()
+    strangers[0].shutdown(socket.SHUT_WR)
+    reset(strangers[1])
+    assert_is_closed(strangers[2])
+    assert_all_works(tunnel)
+    assert not server.find(r"traceback|\bbug\b|client disconnected")
+
+
+def assert_is_closed(stranger: socket.socket) -> None:
+    """Whatever a stranger is told, and it may be told why, in the end he is shown out."""
+    while not is_over(stranger):
+        pass
+
+
+def test_strangers_before_any_client_harm_nobody(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(OurServer(env={**KEYED, **ONE_PORT, "HANDSHAKE_TIMEOUT": "400ms"}))
+    for begin in STRANGERS.values():
+        stack.enter_context(connect(server.tunnel_address)).sendall(begin)
+    target = stack.enter_context(Target())
+    client = stack.enter_context(V2Client(server.tunnel_address, target.address, secret=SECRET))
+    client.wait_until_full()
+    assert_all_works(Tunnel(server, client, target))
+
+
+def test_silence_is_a_v1_client_after_a_quarter_of_a_second(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(OurServer(env=ENV))
+    with connect(server.tunnel_address) as silent:
+        assert is_silent(silent, 0.2)
+        assert silent.recv(100) == b"//%d#0\n" % server.tunnel_address[1]

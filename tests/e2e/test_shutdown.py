@@ -1,0 +1,126 @@
+"""Shutdown: running sessions may finish, the rest is cut and counted, a second signal ends at once."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.e2e.conftest import TunnelFactory
+from tests.support.process import Nodepass
+from tests.support.sockets import connect, is_over, receive_exactly, until
+from tests.support.tunnel import BRISK, OurServer, Tunnel, assert_connected
+
+PATIENT = {**BRISK, "SHUTDOWN_TIMEOUT": "60s"}
+HASTY = {**BRISK, "SHUTDOWN_TIMEOUT": "200ms"}
+SIDES = ["server", "client"]
+
+
+def side(tunnel: Tunnel, name: str) -> Nodepass:
+    return tunnel.our_server if name == "server" else tunnel.our_client
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", SIDES)
+def test_a_signal_ends_an_idle_process_with_success(tunnel: TunnelFactory, name: str, number: signal.Signals) -> None:
+    run = side(tunnel(server_env=PATIENT, client_env=PATIENT), name)
+    assert run.stop(number) == 0
+    assert run.find("stopping: 0 sessions running")
+    assert run.lines[-1].endswith("stopped")
+
+
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("tls", [0, 1])
+def test_a_running_session_may_finish(tunnel: TunnelFactory, name: str, tls: int) -> None:
+    started = tunnel(tls, server_env=PATIENT, client_env=PATIENT)
+    run = side(started, name)
+    with started.session() as (visitor, service):
+        assert_connected(visitor, service)
+        run.send(signal.SIGTERM)
+        run.wait_for("stopping: 1 sessions? running")
+        for _ in range(3):
+            assert_connected(visitor, service)
+        assert run.is_running
+        visitor.sendall(b"the end")
+        visitor.close()
+        assert receive_exactly(service, 7) == b"the end"
+        assert service.recv(1) == b""
+    assert run.wait() == 0
+    assert not run.find(r"cut \d+")
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_what_still_runs_after_the_grace_is_cut_and_counted(tunnel: TunnelFactory, name: str) -> None:
+    started = tunnel(server_env=HASTY, client_env=HASTY)
+    run = side(started, name)
+    with started.session() as first, started.session() as second:
+        for pair in (first, second):
+            assert_connected(*pair)
+        run.send(signal.SIGTERM)
+        run.wait_for("stopping: 2 sessions running")
+        run.wait_for("cut 2 sessions")
+        assert all(is_over(end) for pair in (first, second) for end in pair)
+    assert run.wait() == 0
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_a_second_signal_ends_it_at_once(tunnel: TunnelFactory, name: str) -> None:
+    started = tunnel(server_env=PATIENT, client_env=PATIENT)
+    run = side(started, name)
+    with started.session() as (visitor, service):
+        assert_connected(visitor, service)
+        run.send(signal.SIGTERM)
+        run.wait_for("stopping: 1 sessions? running")
+        began = time.monotonic()
+        run.stop(signal.SIGINT)
+        assert time.monotonic() - began < 20
+        assert is_over(visitor)
+
+
+def test_a_stopping_server_takes_no_new_visitors(tunnel: TunnelFactory) -> None:
+    started = tunnel(server_env=PATIENT, client_env=PATIENT)
+    server = started.our_server
+    with started.session() as (visitor, service):
+        assert_connected(visitor, service)
+        server.send(signal.SIGTERM)
+        server.wait_for("stopping")
+        until(lambda: refuses(server), what="still takes visitors")
+        assert_connected(visitor, service)
+    assert server.wait() == 0
+
+
+def refuses(server: OurServer) -> bool:
+    try:
+        with connect(server.visitor_address) as visitor:
+            visitor.settimeout(0.2)
+            return is_over(visitor)
+    except ConnectionRefusedError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def test_a_client_is_stopped_while_it_waits_for_its_server() -> None:
+    with Nodepass("client://127.0.0.1:9/127.0.0.1:9", env={"SERVICE_COOLDOWN": "1h"}) as client:
+        client.wait_for("cannot reach")
+        assert client.stop() == 0
+
+
+def test_a_server_is_stopped_while_a_visitor_waits() -> None:
+    env = {**PATIENT, "POOL_GET_TIMEOUT": "50s", "SHUTDOWN_TIMEOUT": "300ms"}
+    with OurServer(env=env) as server, connect(server.visitor_address) as visitor:
+        assert server.stop() == 0
+        assert is_over(visitor)
+
+
+def test_the_client_notices_that_its_server_has_stopped(tunnel: TunnelFactory) -> None:
+    started = tunnel()
+    assert started.our_server.stop() == 0
+    started.our_client.wait_for("disconnected")
+
+
+def test_the_server_notices_that_its_client_has_stopped(tunnel: TunnelFactory) -> None:
+    started = tunnel()
+    assert started.our_client.stop() == 0
+    started.our_server.wait_for("client disconnected")

@@ -1,0 +1,236 @@
+"""The real program under test: started, watched through its log, and ended by its own handle.
+
+A `Nodepass` is one run of `bin/nodepass`. Its log is collected line by line by a thread, so that a test
+waits for what the program says and never for a length of time. The environment is scrubbed: no setting
+of the machine that runs the tests reaches the program.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, TypeVar
+
+from tests.support.proc import count_descriptors
+from tests.support.sockets import PATIENCE, until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = REPOSITORY / "bin" / "nodepass"
+INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "VIRTUAL_ENV")
+
+SHOWN = 150
+"""Lines of a log, the last ones, that a failed test shows."""
+
+Environment = Mapping[str, str]
+Output = Literal["pipe", "journal", "terminal"]
+Run = TypeVar("Run", bound="Nodepass")
+
+runs: list[Nodepass] = []
+"""Every run that has not been forgotten yet; a failed test shows their logs."""
+
+
+def scrubbed(extra: Environment | None = None) -> dict[str, str]:
+    """An environment without settings, where `python3` is the interpreter that runs the tests."""
+    kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    kept["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", os.defpath)))
+    return {**kept, **(extra or {})}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run that ended by itself left behind."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of standard error that are not blank."""
+        return [line for line in self.errors.splitlines() if line.strip()]
+
+
+def run(*arguments: str, env: Environment | None = None, timeout: float = PATIENCE) -> Finished:
+    """Run the program to its end; it is killed, and the test fails, if it has none in time."""
+    done = subprocess.run(
+        [str(PROGRAM), *arguments],
+        env=scrubbed(env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+class Nodepass:
+    """One run of the program; a context manager that starts it and makes sure that it has ended."""
+
+    def __init__(self, *arguments: str, env: Environment | None = None, output: Output = "pipe") -> None:
+        self.arguments = arguments
+        self._env = scrubbed(env)
+        self._output = output
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._drained = False
+        self._shown_from = 0
+
+    def __repr__(self) -> str:
+        state = "not started"
+        if hasattr(self, "process"):
+            code = self.process.poll()
+            state = "running" if code is None else f"exit {code}"
+        return f"<nodepass {' '.join(self.arguments)}: {state}>"
+
+    def __enter__(self: Run) -> Run:
+        reading, writing = pty.openpty() if self._output == "terminal" else os.pipe()
+        if self._output == "journal":
+            status = os.fstat(writing)
+            self._env["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+        try:
+            self.process = subprocess.Popen(
+                [str(PROGRAM), *self.arguments],
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=writing,
+            )
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        self._reader = threading.Thread(target=self._collect, args=(reading,), daemon=True)
+        self._reader.start()
+        runs.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def _collect(self, descriptor: int) -> None:
+        buffered = b""
+        with open(descriptor, "rb", buffering=0) as stream:
+            while data := self._read(stream.fileno()):
+                *whole, buffered = (buffered + data).split(b"\n")
+                self._append(whole)
+        self._append([buffered] if buffered else [])
+        with self._changed:
+            self._drained = True
+            self._changed.notify_all()
+
+    @staticmethod
+    def _read(descriptor: int) -> bytes:
+        try:
+            return os.read(descriptor, 1 << 16)
+        except OSError:  # a terminal whose other side has closed
+            return b""
+
+    def _append(self, lines: list[bytes]) -> None:
+        with self._changed:
+            self._lines += [line.decode(errors="replace").rstrip("\r") for line in lines]
+            self._changed.notify_all()
+
+    @property
+    def pid(self) -> int:
+        """The process id, while it runs."""
+        return self.process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process has not ended."""
+        return self.process.poll() is None
+
+    @property
+    def lines(self) -> list[str]:
+        """The log so far."""
+        with self._changed:
+            return list(self._lines)
+
+    def mark(self) -> int:
+        """A place in the log: what `wait_for` and `find` are given to look only behind it."""
+        return len(self.lines)
+
+    def find(self, pattern: str, after: int = 0) -> list[str]:
+        """The lines so far that match, upper and lower case alike."""
+        return [line for line in self.lines[after:] if re.search(pattern, line, re.I)]
+
+    def wait_for(self, pattern: str, timeout: float = PATIENCE, after: int = 0) -> re.Match[str]:
+        """The first match in the log behind the mark; AssertionError at the timeout or the end of the log."""
+        deadline = time.monotonic() + timeout
+        seen = after
+        with self._changed:
+            while True:
+                for line in self._lines[seen:]:
+                    if match := re.search(pattern, line, re.I):
+                        return match
+                seen = max(seen, len(self._lines))
+                left = deadline - time.monotonic()
+                if self._drained or left <= 0:
+                    why = "before the log ended" if self._drained else f"in {timeout:g} s"
+                    raise AssertionError(f"no line matches {pattern!r} {why}: {self!r}")
+                self._changed.wait(left)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a POSIX signal, if the process still runs."""
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for the process to end by itself and for its whole log; the exit code."""
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return code
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = PATIENCE) -> int:
+        """Ask the process to end and wait for it; the exit code."""
+        self.send(number)
+        return self.wait(timeout)
+
+    def kill(self) -> None:
+        """End the process at once, if it still runs, as a crash would."""
+        self.process.kill()
+        self.wait()
+
+    def count_descriptors(self) -> int:
+        """Open file descriptors of the process now."""
+        return count_descriptors(self.pid)
+
+    def settled_descriptors(self, seconds: float = 0.5) -> int:
+        """The descriptor count once it has stayed the same for so long."""
+        count, since = self.count_descriptors(), time.monotonic()
+        deadline = since + PATIENCE
+        while time.monotonic() - since < seconds:
+            assert time.monotonic() < deadline, f"descriptors never settled: {self!r}"
+            time.sleep(0.02)
+            if (now := self.count_descriptors()) != count:
+                count, since = now, time.monotonic()
+        return count
+
+    def wait_for_descriptors(self, at_most: int, timeout: float = PATIENCE) -> None:
+        """Return once no more descriptors than these are open."""
+        what = f"more descriptors than {at_most}: {self!r}"
+        until(lambda: self.count_descriptors() <= at_most, timeout, what)
+
+    def show_from_here(self) -> None:
+        """Leave out what is in the log so far when a failed test shows it."""
+        self._shown_from = self.mark()
+
+    def text(self) -> str:
+        """The part of the log that a failed test shows."""
+        return "\n".join(self.lines[self._shown_from :][-SHOWN:])

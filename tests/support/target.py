@@ -1,0 +1,58 @@
+"""The service behind a tunnel, played by the test."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from types import TracebackType
+
+from tests.support.sockets import PATIENCE, Address
+
+
+def bind_pair(host: str) -> tuple[socket.socket, socket.socket]:
+    """A TCP listener and a UDP socket on the same kernel-chosen port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    while True:
+        listener = socket.create_server((host, 0), family=family, backlog=1024)
+        datagrams = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            datagrams.bind(listener.getsockname())
+        except OSError:
+            listener.close()
+            datagrams.close()
+        else:
+            return listener, datagrams
+
+
+class Target:
+    """The service behind a tunnel, played by the test: a TCP and a UDP socket on one address."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._listener, self.udp = bind_pair(host)
+        self.udp.settimeout(PATIENCE)
+        self.address: Address = self._listener.getsockname()[:2]
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._listener.close()
+        self.udp.close()
+
+    def accept(self, timeout: float = PATIENCE) -> socket.socket:
+        """The next session that the client has dialled; TimeoutError if there is none in time."""
+        self._listener.settimeout(timeout)
+        accepted, _ = self._listener.accept()
+        accepted.settimeout(PATIENCE)
+        return accepted
+
+    def drain(self) -> None:
+        """Close every session that waits to be accepted."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.accept(timeout=0.1).close()

@@ -1,0 +1,212 @@
+"""Whole tunnels for tests: a server, a client, and the target between which the test itself plays the
+service.
+
+The test holds both ends: `visit` gives the visitor's socket, `open` the visitor's and the service's.
+Either side of the tunnel is our program or a v1 peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+from tests.support.certificates import Authority, Certificate
+from tests.support.process import Environment, Nodepass, Output
+from tests.support.sockets import (
+    Address,
+    connect,
+    datagram_socket,
+    format_address,
+    parse_address,
+    receive_exactly,
+)
+from tests.support.target import Target
+from tests.support.v1_client import V1Client
+from tests.support.v1_server import V1Server
+
+Side = Literal["ours", "v1"]
+
+BRISK: Environment = {"REPORT_INTERVAL": "200ms", "SERVICE_COOLDOWN": "500ms"}
+"""Settings with which things that happen every few seconds happen several times a second."""
+
+LISTENING = r"listening: tunnel (\S+), data (\S+), target (\S+) \(tcp, udp\), tls (\d)"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who is on either side of a tunnel, and its TLS mode."""
+
+    server: Side
+    client: Side
+    tls: int
+
+    def __str__(self) -> str:
+        return f"{self.server}-server-{self.client}-client-tls{self.tls}"
+
+
+class OurServer(Nodepass):
+    """Our program as a server; entering waits until it listens."""
+
+    def __init__(
+        self,
+        tls: int = 0,
+        certificate: Certificate | None = None,
+        *,
+        tunnel: str = "127.0.0.1:0",
+        target: str = "127.0.0.1:0",
+        log: str = "debug",
+        env: Environment | None = None,
+        flags: tuple[str, ...] = (),
+        output: Output = "pipe",
+    ) -> None:
+        url = f"server://{tunnel}/{target}?tls={tls}&log={log}"
+        if tls == 2:
+            assert certificate is not None, "tls=2 needs a certificate"
+            url += f"&crt={certificate.crt}&key={certificate.key}"
+        super().__init__(*flags, url, env=BRISK if env is None else env, output=output)
+
+    def __enter__(self) -> OurServer:
+        super().__enter__()
+        try:
+            found = self.wait_for(LISTENING)
+        except BaseException:
+            self.kill()
+            raise
+        self.tunnel_address, self.data_address, self.visitor_address = (
+            parse_address(found[number]) for number in (1, 2, 3)
+        )
+        return self
+
+    def wait_for_client(self, after: int = 0) -> re.Match[str]:
+        """Return once a client is connected."""
+        return self.wait_for("client connected from", after=after)
+
+
+class OurClient(Nodepass):
+    """Our program as a client; it need not be connected when it has been entered."""
+
+    def __init__(
+        self,
+        tunnel: Address,
+        target: Address,
+        *,
+        log: str = "debug",
+        env: Environment | None = None,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        url = f"client://{format_address(tunnel)}/{format_address(target)}?log={log}"
+        super().__init__(*flags, url, env=BRISK if env is None else env)
+
+    def __enter__(self) -> OurClient:
+        super().__enter__()
+        return self
+
+    def wait_until_connected(self, after: int = 0) -> re.Match[str]:
+        """Return once it is connected to a server."""
+        return self.wait_for(r"connected to \S+: data port \d+, tls \d", after=after)
+
+
+@dataclass
+class Tunnel:
+    """A running tunnel, connected; visitors go to `visitor_address` and come out at the target."""
+
+    server: OurServer | V1Server
+    client: OurClient | V1Client
+    target: Target
+
+    @property
+    def visitor_address(self) -> Address:
+        """Where visitors connect, by TCP and UDP."""
+        return self.server.visitor_address
+
+    @property
+    def our_server(self) -> OurServer:
+        """The server, where it is our program."""
+        assert isinstance(self.server, OurServer)
+        return self.server
+
+    @property
+    def our_client(self) -> OurClient:
+        """The client, where it is our program."""
+        assert isinstance(self.client, OurClient)
+        return self.client
+
+    @property
+    def v1_server(self) -> V1Server:
+        """The server, where it is a v1 peer."""
+        assert isinstance(self.server, V1Server)
+        return self.server
+
+    @property
+    def v1_client(self) -> V1Client:
+        """The client, where it is a v1 peer."""
+        assert isinstance(self.client, V1Client)
+        return self.client
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """Both ends of a new session: the visitor's socket and the service's."""
+        with connect(self.visitor_address) as visitor, self.target.accept() as service:
+            yield visitor, service
+
+    def exchange(self, question: bytes, answer: bytes) -> tuple[bytes, bytes]:
+        """Send a datagram in and one back; what arrived at the target and at the visitor."""
+        with datagram_socket() as visitor:
+            visitor.sendto(question, self.visitor_address)
+            asked, client = self.target.udp.recvfrom(1 << 16)
+            self.target.udp.sendto(answer, client)
+            return asked, visitor.recv(1 << 16)
+
+    def assert_works(self) -> None:
+        """Carry a few bytes both ways."""
+        with self.session() as (visitor, service):
+            assert_connected(visitor, service)
+
+
+def assert_connected(visitor: socket.socket, service: socket.socket) -> None:
+    """Check that both ends of a session hear each other."""
+    visitor.sendall(b"ping")
+    assert receive_exactly(service, 4) == b"ping"
+    service.sendall(b"pong")
+    assert receive_exactly(visitor, 4) == b"pong"
+
+
+@contextlib.contextmanager
+def open_tunnel(
+    pair: Pair,
+    authority: Authority,
+    *,
+    server_env: Environment = BRISK,
+    client_env: Environment = BRISK,
+) -> Iterator[Tunnel]:
+    """Start both sides around a target and wait until they are connected."""
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(Target())
+        server = stack.enter_context(make_server(pair, authority.local, server_env))
+        client = stack.enter_context(make_client(pair, authority, server.tunnel_address, target.address, client_env))
+        if isinstance(client, OurClient):
+            client.wait_until_connected()
+        else:
+            client.wait_until_full()
+        yield Tunnel(server, client, target)
+
+
+def make_server(pair: Pair, certificate: Certificate, env: Environment) -> AbstractContextManager[OurServer | V1Server]:
+    """The server side of a pair, not yet started."""
+    if pair.server == "ours":
+        return OurServer(pair.tls, certificate, env=env)
+    return V1Server(pair.tls, certificate)
+
+
+def make_client(
+    pair: Pair, authority: Authority, tunnel: Address, target: Address, env: Environment
+) -> AbstractContextManager[OurClient | V1Client]:
+    """The client side of a pair, not yet started; it trusts the authority."""
+    if pair.client == "ours":
+        return OurClient(tunnel, target, env={**env, "SSL_CERT_FILE": str(authority.crt)})
+    return V1Client(tunnel, target, cafile=authority.crt, server_name="127.0.0.1")
