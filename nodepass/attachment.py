@@ -1,0 +1,147 @@
+"""A client's attachment to its server: what it has while one control connection lasts.
+
+Signals are read into a bounded queue and dispatched to launch handlers under the semaphore. What outlives the control
+connection, running sessions above all, belongs to the client and is only used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gevent
+from gevent.queue import Full, Queue
+
+from nodepass.config import Settings
+from nodepass.control import Control
+from nodepass.crew import Crew
+from nodepass.datagrams import ask_target, read_datagram
+from nodepass.errors import NoDataConnection, ProtocolError
+from nodepass.fillers import Backoff, DialingFiller, Route
+from nodepass.log import Log
+from nodepass.net import Stream, TCPStream, reason
+from nodepass.pool import ClientPool
+from nodepass.protocol import KIND_NAMES, LANE, TCP, UDP, Launch
+from nodepass.relay import exchange
+from nodepass.stats import Stats
+from nodepass.target import Target
+from nodepass.target_flows import TargetFlows
+
+LAST_LAUNCHES = 1.0  # seconds for launches that were read before the end to begin
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """What a client keeps over reconnects."""
+
+    settings: Settings
+    log: Log
+    stats: Stats
+    target: Target
+    sessions: Crew
+    lanes: Crew  # apart from the sessions: a lane has no end of its own, so a shutdown does not wait for it
+    flows: TargetFlows
+
+
+class Attachment:
+    """What a client has while it is connected: control connection, pool with its filler, queue of launches."""
+
+    def __init__(self, lasting: Lasting, control: Control, route: Route, describe: Callable[[], str]) -> None:
+        settings = self._settings = lasting.settings
+        self._lasting = lasting
+        self._log, self._stats = lasting.log, lasting.stats
+        self._control = control
+        self._describe = describe
+        self._launches: Queue[Launch | None] = Queue(settings.semaphore_limit)
+        self._crew = Crew(self._log, on_crash=lambda _: control.close("a bug in this end, see above"))
+        self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
+        backoff = Backoff(settings.service_cooldown)
+        self._filler = DialingFiller(self.pool, route.make, backoff, self._log, self._stats)
+
+    def run(self) -> None:
+        """Serve launches until the control connection ends."""
+        reader = self._crew.spawn("read signals", self._read_signals)
+        dispatcher = self._crew.spawn("dispatch signals", self._dispatch_signals)
+        self._crew.spawn("fill pool", self._filler.run)
+        self._crew.spawn("report", self._report)
+        try:
+            reader.join()
+            dispatcher.join(LAST_LAUNCHES)  # not for ever: it may wait for a slot, and the server for us
+            gevent.sleep(0)  # the launches dispatched last claim their connections before the pool is flushed
+        finally:
+            self._control.close("this end is stopping")
+            self._crew.kill()
+            self._filler.dials.kill()
+            self.pool.flush("the control connection ended")
+
+    def _read_signals(self) -> None:
+        try:
+            for launch in self._control.signals():
+                self._log.debug("signal: launch %s as %s", launch.id, KIND_NAMES[launch.kind])
+                try:
+                    self._launches.put_nowait(launch)
+                except Full:
+                    self._stats.trouble["launches_dropped"] += 1
+                    self._log.limited(logging.WARNING, "full", "launch dropped: SEMAPHORE_LIMIT launches wait already")
+                    self.pool.drop(launch.id)
+        finally:
+            self._launches.put(None)
+
+    def _dispatch_signals(self) -> None:
+        handlers = {TCP: self._launch_tcp, UDP: self._launch_udp, LANE: self._lasting.flows.run_lane}
+        while launch := self._launches.get():
+            crew = self._lasting.lanes if launch.kind == LANE else self._lasting.sessions
+            crew.spawn("launch", self._launch, handlers[launch.kind], launch.id)
+
+    def _launch(self, handler: Callable[[Stream, Log], None], id: str) -> None:
+        try:
+            data = self.pool.claim(id, self._settings.handshake_timeout)
+        except NoDataConnection as error:
+            self._stats.trouble["launches_unknown"] += 1
+            self._log.limited(logging.WARNING, "unknown", "launch ignored: %s", error)
+            return
+        try:
+            handler(data, self._log.session(id))
+        finally:
+            data.close()
+
+    def _launch_tcp(self, data: Stream, log: Log) -> None:
+        try:
+            sock = self._lasting.target.dial(self._settings.handshake_timeout)
+        except OSError as error:
+            self._stats.trouble["targets_unreachable"] += 1
+            self._log.limited(logging.WARNING, "target", "cannot reach the target: %s", reason(error))
+            data.abort()  # the visitor is refused, too
+            return
+        log.debug("target %s connected", self._lasting.target)
+        self._stats.tcp_sessions += 1
+        log.debug("target %s: %s", self._lasting.target, exchange(data, TCPStream(sock), self._stats))
+
+    def _launch_udp(self, data: Stream, log: Log) -> None:
+        largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
+        self._stats.udp_sessions += 1
+        try:
+            question = read_datagram(data, largest, timeout)
+            self._stats.bytes_up += len(question)
+            with contextlib.closing(self._lasting.target.dial_udp()) as sock:
+                answer = ask_target(sock, question, largest, timeout)
+            data.write(answer)
+            data.half_close()
+        except ProtocolError as error:
+            self._stats.trouble["dropped_too_large"] += 1
+            self._log.limited(logging.WARNING, "too large", "dropped: %s", error)
+        except OSError as error:
+            self._stats.trouble["datagrams_unanswered"] += 1
+            self._log.limited(logging.WARNING, "datagram", "datagram unanswered: %s", reason(error))
+        else:
+            self._stats.bytes_down += len(answer)
+            log.debug("target %s: %d bytes asked, %d bytes answered", self._lasting.target, len(question), len(answer))
+
+    def _report(self) -> None:
+        while True:
+            gevent.sleep(self._settings.report_interval)
+            self.pool.end_interval()
+            self._log.tell_rest()
+            self._log.debug("%s", self._describe())
