@@ -16,7 +16,7 @@ from nodepass.crew import Crew
 from nodepass.fillers import Backoff, Route
 from nodepass.handshake import Agreement, introduce
 from nodepass.log import Log
-from nodepass.net import Endpoint, dial, reason, resolve
+from nodepass.net import dial, reason, resolve
 from nodepass.pool import ClientPool
 from nodepass.proofs import Key
 from nodepass.stats import Stats
@@ -145,7 +145,7 @@ class Client:
     def _route(self, control: Control, agreement: Agreement) -> Route:
         """How data connections are made: to where the server was reached, on the port that it named."""
         tunnel = agreement.tunnel
-        reached = Endpoint(control.sock.family, control.sock.getpeername())
+        reached = control.endpoint
         return Route(
             endpoint=reached if tunnel.mux else reached.with_port(tunnel.data_port),
             host=self._url.tunnel.host or "localhost",

@@ -21,7 +21,7 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError
 from nodepass.log import Log
-from nodepass.net import TCPStream, bound_failure_detection, format_sockaddr, reason, unacknowledged
+from nodepass.net import Endpoint, TCPStream, bound_failure_detection, reason, unacknowledged
 from nodepass.protocol import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable
 from nodepass.stats import Stats
 
@@ -41,7 +41,9 @@ class Control:
 
     def __init__(self, sock: socket.socket, interval: float, log: Log, stats: Stats) -> None:
         self.sock = sock
-        self.peer = format_sockaddr(sock.getpeername())
+        # Asked for once: a peer that has gone has no address any more.
+        self.endpoint = Endpoint(sock.family, sock.getpeername())
+        self.peer = str(self.endpoint)
         self.closed_because = ""  # why it ended
         self.vanished = False  # it ended without the peer's saying so: its other connections are as dead
         self._stream = TCPStream(sock)

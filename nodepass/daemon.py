@@ -20,6 +20,7 @@ from nodepass.client import Client
 from nodepass.config import Settings, format_duration
 from nodepass.crew import Crew
 from nodepass.errors import ListenError, NodepassError
+from nodepass.limits import raise_descriptor_limit
 from nodepass.log import Log
 from nodepass.proofs import Key
 from nodepass.server import Server
@@ -77,6 +78,7 @@ class Daemon:
 
     def run(self) -> None:
         """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
+        raise_descriptor_limit(len(self._tunnels), self._settings, self._log)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
         started: list[Tunnel] = []

@@ -40,7 +40,6 @@ class Link:
         self._key = key
         self._interval = settings.report_interval
         self._agreement: Agreement | None = None
-        self._host = ""  # of the connected client
         self._admission = Semaphore()
         self._connected = Event()
 
@@ -56,9 +55,10 @@ class Link:
     def is_from_client(self, sock: socket.socket) -> bool:
         """Whether a connection comes from the address of the connected client."""
         try:
-            return bool(self.control) and plain_host(sock.getpeername()) == self._host
+            host = plain_host(sock.getpeername())
         except OSError:
             return False
+        return self.control is not None and host == plain_host(self.control.endpoint.sockaddr)
 
     def _owner(self, sock: socket.socket) -> Agreement | None:
         """The agreement that a data connection belongs to; without a key it must come from the client's address."""
@@ -78,10 +78,9 @@ class Link:
                 else:
                     incumbent.vanished = True
                     self.lose(incumbent, f"no sign of life, and {control.peer} asks for its place")
-            self._agreement = answer(control, caller, self._key, tunnel)
-            self.control = control
-            self._host = plain_host(control.sock.getpeername())
+            agreement = answer(control, caller, self._key, tunnel)
             control.agree(caller.version, self._interval)
+            self.control, self._agreement = control, agreement
             self._connected.set()
 
     def lose(self, control: Control, because: str) -> None:

@@ -14,7 +14,7 @@ LEVELS = (
     ("__init__", "errors", "capacity", "frames"),
     ("config", "urls", "protocol", "stats", "log", "secret"),
     ("proofs",),
-    ("net", "sorting", "verification"),
+    ("net", "sorting", "verification", "limits"),
     ("listen", "tls", "crew", "lanes", "target"),
     ("certificates", "control", "pool", "relay", "datagrams"),
     ("handshake", "visitor_flows", "target_flows"),
