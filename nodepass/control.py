@@ -21,7 +21,7 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError
 from nodepass.log import Log
-from nodepass.net import Endpoint, TCPStream, bound_failure_detection, reason, unacknowledged
+from nodepass.net import Endpoint, TCPStream, acknowledged, bound_failure_detection, reason
 from nodepass.protocol import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable
 from nodepass.stats import Stats
 
@@ -100,13 +100,14 @@ class Control:
         answers = self._answers
         try:
             self._beat_once()
-            while self._answers == answers if self._version > 1 else unacknowledged(self.sock):
-                if time.monotonic() > deadline:
-                    return False
+            while time.monotonic() < deadline:
+                alive = self._answers > answers if self._version > 1 else acknowledged(self.sock)
+                if alive is not False:
+                    return bool(alive)
                 gevent.sleep(_PROBE_STEP)
         except OSError:
-            return False
-        return True
+            pass
+        return False
 
     def _beat_once(self) -> None:
         self._unanswered.append(time.monotonic())

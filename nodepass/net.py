@@ -22,6 +22,7 @@ from nodepass.urls import Address
 
 KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a vanished peer is found in a minute
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST
+_TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
 _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked in struct tcp_info
 
@@ -126,9 +127,10 @@ def bound_failure_detection(sock: socket.socket, seconds: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(seconds * 1000)))
 
 
-def unacknowledged(sock: socket.socket) -> int:
-    """Segments sent and not yet acknowledged (TCP_INFO)."""
-    return int(_UNACKED.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104))[0])
+def acknowledged(sock: socket.socket) -> bool | None:
+    """Whether the peer's kernel has acknowledged all that was sent (TCP_INFO); None where the connection is over."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return not _UNACKED.unpack_from(info)[0] if info[0] == _TCP_ESTABLISHED else None
 
 
 class Stream(Protocol):
