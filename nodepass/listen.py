@@ -133,7 +133,9 @@ def _bind(endpoint: Endpoint, kind: int) -> socket.socket:
     return sock
 
 
-def accept_forever(listener: socket.socket, log: Log, ready: Callable[[], object]) -> Iterator[socket.socket]:
+def accept_forever(
+    listener: socket.socket, log: Log, ready: Callable[[], object] = lambda: None
+) -> Iterator[socket.socket]:
     """Accepted connections, until the listener is closed; `ready` is waited for before each is accepted."""
     pause = ACCEPT_PAUSES[0]
     accepted = 0

@@ -18,12 +18,16 @@ from typing import Any, Protocol, cast
 
 import gevent
 
+from nodepass.errors import ClosedError
 from nodepass.urls import Address
 
 KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a vanished peer is found in a minute
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST
+_GRACEFUL = struct.pack("ii", 0, 0)
+_MOST_KEEPALIVE = 32767  # seconds: the kernel takes no more (MAX_TCP_KEEPIDLE)
 _TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
 _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
+_LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since an acknowledgement came
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked in struct tcp_info
 
 
@@ -76,16 +80,18 @@ def dial(endpoints: Sequence[Endpoint], timeout: float) -> socket.socket:
     Raises OSError naming the last tried.
     """
     failure = OSError("no address to connect to")
+    deadline = time.monotonic() + timeout
     for left, endpoint in zip(range(len(endpoints), 0, -1), endpoints, strict=True):
+        share = max(0.001, deadline - time.monotonic()) / left
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(timeout / left)
+            sock.settimeout(share)
             sock.connect(endpoint.sockaddr)
             sock.settimeout(None)
             set_stream_options(sock)
             return sock
         except TimeoutError:
-            failure = TimeoutError(f"{endpoint}: no answer within {timeout / left:g}s")
+            failure = TimeoutError(f"{endpoint}: no answer within {share:.3g}s")
         except OSError as error:
             failure = OSError(f"{endpoint}: {reason(error)}")
         except BaseException:
@@ -106,6 +112,13 @@ def dial_udp(endpoint: Endpoint) -> socket.socket:
     return sock
 
 
+def stalled(sock: socket.socket, seconds: float) -> bool:
+    """Whether something sent has gone without any acknowledgement for so long (TCP_INFO), or the connection is over."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    unacknowledged, milliseconds = _UNACKED.unpack_from(info)[0], _LAST_ACK.unpack_from(info)[0]
+    return info[0] != _TCP_ESTABLISHED or bool(unacknowledged and milliseconds > 1000 * seconds)
+
+
 def set_stream_options(sock: socket.socket) -> None:
     """No Nagle delay, and keepalive probes that also hold a NAT's mapping open."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -122,9 +135,9 @@ def set_keepalive(sock: socket.socket, idle: int, interval: int, probes: int) ->
 
 def bound_failure_detection(sock: socket.socket, seconds: float) -> None:
     """Let the kernel give up a peer that acknowledges nothing for about so many seconds, also while we are silent."""
-    step = max(1, round(seconds / 3))
+    step = min(max(1, round(seconds / 3)), _MOST_KEEPALIVE)
     set_keepalive(sock, step, step, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(seconds * 1000)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
 
 
 def acknowledged(sock: socket.socket) -> bool | None:
@@ -204,9 +217,14 @@ class TCPStream:
 
 def reset(sock: socket.socket) -> None:
     """Close a connection with a TCP reset; nothing where it is closed already."""
+    reset_on_close(sock, True)
+    sock.close()
+
+
+def reset_on_close(sock: socket.socket, on: bool) -> None:
+    """Whether closing is a reset, also when it is the kernel that closes because the process is gone."""
     if sock.fileno() >= 0:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        sock.close()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _GRACEFUL)
 
 
 def end_reading(sock: socket.socket) -> None:
@@ -238,6 +256,6 @@ def recv_exactly(stream: Stream, size: int) -> bytes:
     while done < size:
         received = stream.recv_into(view[done:])
         if not received:
-            raise ConnectionError(f"closed by the peer after {done} of {size} bytes")
+            raise ClosedError(f"closed by the peer after {done} of {size} bytes")
         done += received
     return bytes(data)

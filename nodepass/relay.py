@@ -20,7 +20,7 @@ from typing import Literal
 import gevent
 from gevent import Greenlet
 
-from nodepass.net import Stream, TCPStream, end_reading, reason, wait_delivered
+from nodepass.net import Stream, TCPStream, end_reading, reason, reset_on_close, wait_delivered
 from nodepass.stats import Stats
 
 BYTES_PER_TURN = 1024 * 1024  # then a hot pump lets heartbeats and other sessions run
@@ -47,6 +47,8 @@ class Traffic:
 def exchange(near: Stream, far: Stream, stats: Stats) -> Traffic:
     """Move bytes until both directions have ended; up is from `near` to `far`. Both streams are closed on return."""
     traffic = Traffic()
+    for stream in (near, far):
+        reset_on_close(stream.sock, True)  # should this process be killed, the cut streams must not look whole
     downward = Greenlet.spawn(_pump, far, near, "down", traffic, stats)
     try:
         _pump(near, far, "up", traffic, stats)
@@ -58,6 +60,7 @@ def exchange(near: Stream, far: Stream, stats: Stats) -> Traffic:
         downward.kill()
         for stream in (near, far):
             if traffic.ended == 2:
+                reset_on_close(stream.sock, False)
                 stream.close()
             else:
                 stream.abort()
@@ -81,6 +84,8 @@ def _pump(source: Stream, sink: Stream, direction: Direction, traffic: Traffic, 
                 _account(direction, moved, traffic, stats)
                 moved = 0
                 gevent.sleep(0)
+        if traffic.failure:
+            return  # this end of stream is only the echo of the other direction's failure
         traffic.ended += 1
         _half_close(sink)
     except OSError as error:

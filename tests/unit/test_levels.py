@@ -16,7 +16,7 @@ LEVELS = (
     ("proofs",),
     ("net", "sorting", "verification", "limits"),
     ("listen", "tls", "crew", "lanes", "target"),
-    ("certificates", "control", "pool", "relay", "datagrams"),
+    ("certificates", "control", "pool", "relay", "datagrams", "lobby"),
     ("handshake", "visitor_flows", "target_flows"),
     ("fillers",),
     ("link",),
