@@ -20,7 +20,8 @@ from gevent import Greenlet
 from gevent.event import Event
 
 from nodepass.frames import FrameBuffer, encode_frame
-from nodepass.net import Stream, reason
+from nodepass.net import reason
+from nodepass.stream import Stream
 
 QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds of delay
 UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is on its way, for the same reason

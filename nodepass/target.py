@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from nodepass.net import Endpoint, dial, dial_udp, resolve
+from nodepass.net import Endpoint, Socket, dial, dial_udp, resolve
 from nodepass.urls import Address
 
 
@@ -22,7 +22,7 @@ class Target:
         """Look the name up. Raises OSError; the old endpoints stay then."""
         self._endpoints = resolve(self._address)
 
-    def dial(self, timeout: float) -> socket.socket:
+    def dial(self, timeout: float) -> Socket:
         """A TCP connection to the service. Raises OSError."""
         known = self._endpoints
         try:

@@ -15,6 +15,7 @@ LEVELS = (
     ("config", "urls", "protocol", "stats", "log", "secret"),
     ("proofs",),
     ("net", "sorting", "verification", "limits"),
+    ("stream", "pipes"),
     ("listen", "tls", "crew", "lanes", "target"),
     ("certificates", "control", "pool", "relay", "datagrams"),
     ("handshake", "visitor_flows", "target_flows"),
