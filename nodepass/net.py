@@ -158,6 +158,11 @@ def acknowledged(sock: socket.socket) -> bool | None:
     return not _UNACKED.unpack_from(info)[0] if info[0] == _TCP_ESTABLISHED else None
 
 
+def set_low_water_mark(sock: Socket, size: int) -> None:
+    """Tell of bytes to read once there are so many, or the end; the kernel tells earlier where its buffer is full."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+
+
 def reset(sock: Socket) -> None:
     """Close a connection with a TCP reset; nothing where it is closed already."""
     if sock.fileno() >= 0:

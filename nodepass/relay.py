@@ -18,12 +18,14 @@ A cut stream is never made to look like a whole one.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import gevent
 from gevent.hub import Waiter
 
-from nodepass.net import end_reading, reason, wait_delivered
+from nodepass.net import end_reading, reason, set_low_water_mark, wait_delivered
 from nodepass.pipes import Pipe, pipes
 from nodepass.stats import Stats
 from nodepass.stream import Stream, TCPStream
@@ -31,6 +33,9 @@ from nodepass.stream import Stream, TCPStream
 BYTES_PER_TURN = 1024 * 1024  # then a hot direction lets heartbeats and other sessions run
 BUSY_READ = 64 * 1024  # bytes: a read of at least so many is one of a busy stream
 SPLICE_AFTER = 4  # busy reads in a row
+GATHER_AFTER = 32  # busy reads in a row; from then on the source wakes us for much at once only
+GATHER = 512 * 1024  # bytes: a wake-up costs as much as moving 20 KiB; this saves a fifth of the CPU time per byte
+GATHER_LOOK = 0.002  # seconds after which a source that has stalled with less than that is read all the same
 DELIVERY_GRACE = 1.0  # seconds for a peer to acknowledge what was written before it is told of the reset
 
 _shared = memoryview(bytearray(TCPStream.batch))
@@ -126,6 +131,8 @@ class _Direction:
     __slots__ = (
         "_buffer",
         "_busy_reads",
+        "_gathering",
+        "_looked_at",
         "_moved",
         "_over",
         "_pipe",
@@ -153,6 +160,8 @@ class _Direction:
         self._pipe: Pipe | None = None  # with bytes that are not yet taken by the sink
         self._spliceable = source.plain and sink.plain
         self._busy_reads = 0  # in a row
+        self._gathering: Any = None  # a timer, which has no type, while the source has a low-water mark
+        self._looked_at = 0  # busy reads when it last ran
 
     def start(self) -> None:
         """Begin with what is there already: often the first bytes have come before the session."""
@@ -161,6 +170,8 @@ class _Direction:
 
     def stop(self) -> None:
         """End it where it is."""
+        if self._gathering:
+            self._stop_gathering()
         self._source.unwatch()
         self._sink.unwatch_writable()
         if self._pipe:
@@ -233,11 +244,30 @@ class _Direction:
     def _go_on_busily(self, received: int) -> None:
         """After a large read, or one that the sink has not taken whole."""
         self._busy_reads = self._busy_reads + 1 if received >= BUSY_READ else 0
+        if self._busy_reads >= GATHER_AFTER and not self._gathering:
+            self._start_gathering()
         if self._moved >= BYTES_PER_TURN:
             self._account()
         if self._rest or self._pipe:
             self._source.unwatch()
             self._sink.watch_writable(self._on_writable)
+
+    def _start_gathering(self) -> None:
+        set_low_water_mark(self._source.sock, GATHER)
+        self._gathering = gevent.get_hub().loop.timer(GATHER_LOOK, GATHER_LOOK)
+        self._gathering.start(self._look)
+
+    def _look(self) -> None:
+        if self._looked_at == self._busy_reads:
+            self._stop_gathering()
+        self._looked_at = self._busy_reads
+
+    def _stop_gathering(self) -> None:
+        self._gathering.close()
+        self._gathering = None
+        self._busy_reads = 0
+        with contextlib.suppress(OSError):  # it is closed
+            set_low_water_mark(self._source.sock, 1)
 
     def _on_writable(self) -> None:
         try:
