@@ -8,8 +8,10 @@ import gevent
 import pytest
 from gevent import socket
 
+from nodepass.direction import BYTES_PER_TURN
 from nodepass.net import wait_delivered
-from nodepass.relay import BYTES_PER_TURN, Traffic, exchange
+from nodepass.relay import exchange
+from nodepass.session import Traffic
 from nodepass.stats import Stats
 from tests.unit.streams import receive_all, reset, tcp_pair
 
