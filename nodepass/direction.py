@@ -148,7 +148,7 @@ class Direction:
     def _go_on_busily(self, received: int) -> None:
         """After a large read, or one that the sink has not taken whole."""
         self._busy_reads = self._busy_reads + 1 if received >= BUSY_READ else 0
-        if self._busy_reads >= GATHER_AFTER and not self._gathering:
+        if self._spliceable and self._busy_reads >= GATHER_AFTER and not self._gathering:
             self._start_gathering()
         if self._moved >= BYTES_PER_TURN:
             self._account()

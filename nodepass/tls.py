@@ -23,10 +23,11 @@ from nodepass.net import Socket
 from nodepass.stream import Data, SocketStream
 from nodepass.verification import Expected, is_ip
 
-BATCH = 65536  # bytes per read from the kernel and of payload per write; 256 KiB was slower
+BATCH = 131072  # bytes per read from the kernel and of payload per write; 64 KiB and 256 KiB were slower
 FLIGHT = 4096  # bytes of the handshake that one look usually finds
 RECORD = 16384  # bytes of payload in one TLS record, at most
 RECORD_OVERHEAD = 64  # bytes that TLS adds to a record, at most
+_PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 # AES-128 first: as safe as anything here needs, and the cheapest per byte.
 _CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
@@ -216,6 +217,8 @@ def _context() -> SSL.Context:
     context.set_cipher_list(_CIPHERS_12)
     context.set_tls13_ciphersuites(_CIPHERS_13)
     context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    if hasattr(context, "clear_mode"):  # pyOpenSSL 25.1
+        context.clear_mode(_PARTIAL_WRITE)  # one call for a batch, not one for each record: 5 % less CPU time
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
     return context
 
