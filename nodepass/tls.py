@@ -108,7 +108,7 @@ class TLSStream(SocketStream):
     def _wait_for_records(self) -> bytes:
         while True:
             try:
-                return bytes(self._raw.recv(BATCH))
+                return bytes(self._raw.recv(RECORD))
             except BlockingIOError:
                 self._wait_readable()
 
