@@ -47,7 +47,7 @@ def answer_stream(stream: socket.socket) -> bool:
     """Send back what can be read now; returns False when the stream is over."""
     try:
         chunk = stream.recv(CHUNK)
-        if chunk:
+        if chunk and chunk[0]:  # zeros are a flood's, and only swallowed
             stream.send(chunk)  # the scenes send single bytes: never more than fits
     except BlockingIOError:
         return True

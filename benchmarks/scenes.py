@@ -6,13 +6,14 @@ The unit of every number is in its label; README and report show nothing else.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks import programs, visitors
 from benchmarks.processes import MeasurementError, Processes
-from benchmarks.targets import ECHO, IPERF, NGINX, Target
+from benchmarks.targets import ECHO, IPERF, NGINX, ROOT, Target
 
 Values = dict[str, float]
 
@@ -115,6 +116,17 @@ def run_connect(course: Course) -> Values:
         "p99_ms": 1e3 * samples.percentile(99),
         "errors": samples.failed,
     }
+
+
+def run_beside(course: Course) -> Values:
+    """One visitor after the other, beside a bulk stream."""
+    with Processes(course.processes.folder / "flood") as load:
+        command = [sys.executable, "-m", "benchmarks.flood", str(course.ports[0])]
+        load.start("flood", command, {"PYTHONPATH": str(ROOT)})
+        time.sleep(SETTLE_SECONDS)
+        values = run_connect(course)
+        load.check()
+    return values
 
 
 def run_hold(course: Course, *, count: int) -> Values:
@@ -227,6 +239,13 @@ SCENES = (
         ECHO,
         run_connect,
         (Metric("p50_ms", "p50, ms"), Metric("p99_ms", "p99, ms"), Metric("errors", "errors")),
+    ),
+    Scene(
+        "beside-bulk",
+        "connect and one byte echoed, beside one bulk stream up",
+        ECHO,
+        run_beside,
+        (Metric("p99_ms", "p99, ms"), Metric("p50_ms", "p50, ms"), Metric("errors", "errors")),
     ),
     hold_scene(1000, {}),
     hold_scene(5000, {"SEMAPHORE_LIMIT": "8192"}),  # the default limit of NodePass is 1,024 sessions

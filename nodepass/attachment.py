@@ -16,16 +16,17 @@ from gevent.queue import Full, Queue
 
 from nodepass.config import Settings
 from nodepass.control import Control
-from nodepass.crew import Crew
+from nodepass.crew import Crew, Workers
 from nodepass.datagrams import ask_target, read_datagram
 from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
 from nodepass.log import Log
-from nodepass.net import Stream, TCPStream, reason
+from nodepass.net import reason
 from nodepass.pool import ClientPool
 from nodepass.protocol import KIND_NAMES, LANE, TCP, UDP, Launch
 from nodepass.relay import exchange
 from nodepass.stats import Stats
+from nodepass.stream import Stream, TCPStream
 from nodepass.target import Target
 from nodepass.target_flows import TargetFlows
 
@@ -41,7 +42,7 @@ class Lasting:
     log: Log
     stats: Stats
     target: Target
-    sessions: Crew
+    sessions: Workers
     lanes: Crew  # apart from the sessions: a lane has no end of its own, so a shutdown does not wait for it
     flows: TargetFlows
 

@@ -12,12 +12,12 @@ from gevent.event import Event
 from nodepass.attachment import Attachment, Lasting
 from nodepass.config import Settings
 from nodepass.control import Control
-from nodepass.crew import Crew
+from nodepass.crew import Crew, Workers
 from nodepass.errors import RefusedError
 from nodepass.fillers import Backoff, Route
 from nodepass.handshake import Agreement, introduce
 from nodepass.log import Log
-from nodepass.net import dial, reason, resolve
+from nodepass.net import as_blocking, dial, reason, resolve
 from nodepass.pool import ClientPool
 from nodepass.proofs import Key
 from nodepass.stats import Stats
@@ -39,7 +39,7 @@ class Client:
     def __init__(self, url: ClientURL, settings: Settings, key: Key | None, log: Log) -> None:
         self.log = log
         self.stats = Stats()
-        self.sessions = Crew(log, settings.semaphore_limit)
+        self.sessions = Workers(log, settings.semaphore_limit)
         self._url = url
         self._key = key
         self._settings = settings
@@ -120,7 +120,7 @@ class Client:
             self._lasting.target.resolve()
         except OSError as error:
             self.log.warning("target: %s; it is looked up again for each session", error)
-        sock = dial(resolve(self._url.tunnel), timeout)
+        sock = as_blocking(dial(resolve(self._url.tunnel), timeout))
         try:
             control = Control(sock, self._settings.report_interval, self.log, self.stats)
             with gevent.Timeout(

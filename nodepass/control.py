@@ -21,9 +21,10 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError
 from nodepass.log import Log
-from nodepass.net import Endpoint, TCPStream, acknowledged, bound_failure_detection, reason
+from nodepass.net import Endpoint, acknowledged, bound_failure_detection, reason
 from nodepass.protocol import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable
 from nodepass.stats import Stats
+from nodepass.stream import TCPStream
 
 MISSED_HEARTBEATS = 3  # then the peer is given up
 _READ_SIZE = 4096  # bytes

@@ -18,7 +18,7 @@ from gevent.util import format_run_info
 
 from nodepass.client import Client
 from nodepass.config import Settings, format_duration
-from nodepass.crew import Crew
+from nodepass.crew import Crew, Workers
 from nodepass.errors import ListenError, NodepassError
 from nodepass.limits import raise_descriptor_limit
 from nodepass.log import Log
@@ -35,7 +35,7 @@ class Tunnel(Protocol):
 
     log: Log
     stats: Stats
-    sessions: Crew
+    sessions: Workers
 
     def start(self) -> None:
         """Open what must be there at start. Raises ListenError."""

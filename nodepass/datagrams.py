@@ -12,7 +12,7 @@ import socket
 import gevent
 
 from nodepass.errors import ProtocolError
-from nodepass.net import Stream
+from nodepass.stream import Stream
 
 SPLIT_FROM = 1000  # bytes: a first read of at least so many may be the beginning of a datagram (Go's first TLS records)
 REST_WITHIN = 0.005  # seconds for the next piece

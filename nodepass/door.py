@@ -12,7 +12,7 @@ import socket
 import gevent
 
 from nodepass.config import Settings, format_duration
-from nodepass.crew import Crew
+from nodepass.crew import Workers
 from nodepass.datagrams import ANSWER_GRACE, read_datagram
 from nodepass.errors import NoDataConnection
 from nodepass.link import Link
@@ -29,7 +29,7 @@ class DatagramDoor:
     """Receives on one socket. No datagram waits here for another's session."""
 
     def __init__(
-        self, sock: socket.socket, link: Link, sessions: Crew, settings: Settings, log: Log, stats: Stats
+        self, sock: socket.socket, link: Link, sessions: Workers, settings: Settings, log: Log, stats: Stats
     ) -> None:
         self._sock = sock
         self._link = link

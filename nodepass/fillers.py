@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING
 
 import gevent
 
-from nodepass.crew import Crew
+from nodepass.crew import Workers
 from nodepass.errors import ClosedError, ProtocolError, VerificationError
 from nodepass.handshake import Agreement
 from nodepass.listen import accept_forever
 from nodepass.lobby import Lobby
 from nodepass.log import Log
-from nodepass.net import Endpoint, Stream, TCPStream, dial, format_sockaddr, reason, recv_exactly
+from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason
 from nodepass.pool import ClientPool, ServerPool
 from nodepass.proofs import PROOF_LENGTH, SessionKey, same
 from nodepass.protocol import DATA_PREFIX, ID_LENGTH, parse_id
 from nodepass.stats import Stats
+from nodepass.stream import Stream, TCPStream, recv_exactly
 
 if TYPE_CHECKING:
     from OpenSSL import SSL
@@ -59,7 +60,7 @@ class DialingFiller:
         self, pool: ClientPool, make: Callable[[], tuple[str, Stream]], backoff: Backoff, log: Log, stats: Stats
     ) -> None:
         self._pool = pool
-        self.dials = Crew(log, DIALS_AT_ONCE)
+        self.dials = Workers(log, DIALS_AT_ONCE)
         self._make = make
         self._backoff = backoff
         self._log = log
@@ -119,7 +120,7 @@ class Route:
                 sock.close()
                 raise
 
-    def _prepare(self, sock: socket.socket) -> tuple[str, Stream]:
+    def _prepare(self, sock: Socket) -> tuple[str, Stream]:
         stream: Stream = TCPStream(sock)
         if self.shared_port:
             stream.write(DATA_PREFIX)
@@ -146,7 +147,7 @@ class AcceptingFiller:
     def __init__(
         self,
         pool: ServerPool,
-        owner: Callable[[socket.socket], Agreement | None],
+        owner: Callable[[Socket], Agreement | None],
         log: Log,
         stats: Stats,
         timeout: float,
@@ -161,20 +162,32 @@ class AcceptingFiller:
 
     def run(self, listener: socket.socket, context: Callable[[], SSL.Context | None]) -> None:
         """Accept until the listener is closed."""
-        for sock in accept_forever(listener, self._log):
+        for sock, _ in accept_forever(listener, self._log):
             self.admit(sock, context())
 
-    def admit(self, sock: socket.socket, context: SSL.Context | None) -> None:
+    def admit(self, sock: Socket, context: SSL.Context | None) -> None:
         """Prepare one connection for the pool, which owns it from then on."""
         whose = self._owner(sock)
         if whose is None:
             self._refuse(sock, "it is not from the connected client")
         elif len(self._pool) >= self._pool.bounds[1]:
             self._refuse(sock, "the pool is full")
-        else:
+        elif context or whose.session:
             self.handshakes.receive(sock, self._prepare, context, whose)
+        else:
+            self._add(sock, TCPStream(sock))
 
-    def _prepare(self, sock: socket.socket, context: SSL.Context | None, whose: Agreement) -> None:
+    def _add(self, sock: Socket, stream: Stream) -> None:
+        """Eight bytes into a new connection need neither a wait nor a greenlet."""
+        id = self._new_id()
+        try:
+            stream.write(id.encode())
+        except OSError as error:
+            self._refuse(sock, reason(error))
+        else:
+            self._pool.add(id, stream)
+
+    def _prepare(self, sock: Socket, context: SSL.Context | None, whose: Agreement) -> None:
         try:
             with gevent.Timeout(self._timeout, TimeoutError(f"not ready within {self._timeout:g}s")):
                 stream: Stream = TCPStream(sock)
@@ -202,7 +215,7 @@ class AcceptingFiller:
             pass
         return id
 
-    def _refuse(self, sock: socket.socket, because: str) -> None:
+    def _refuse(self, sock: Socket, because: str) -> None:
         self._stats.trouble["data_connections_refused"] += 1
         try:
             peer = format_sockaddr(sock.getpeername())

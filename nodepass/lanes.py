@@ -20,7 +20,8 @@ from gevent import Greenlet
 from gevent.event import Event
 
 from nodepass.frames import FrameBuffer, encode_frame
-from nodepass.net import Stream, reason, stalled
+from nodepass.net import reason, stalled
+from nodepass.stream import Stream
 
 QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds of delay
 OVERHEAD = 64  # bytes of memory that a queued frame takes beyond its own

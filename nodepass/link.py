@@ -7,7 +7,6 @@ it stays over reconnects, and so do the listeners. A second client would be a se
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 
 from gevent.event import Event
@@ -19,11 +18,12 @@ from nodepass.errors import NoDataConnection, RefusedError
 from nodepass.fillers import AcceptingFiller
 from nodepass.handshake import Agreement, Caller, answer
 from nodepass.log import Log
-from nodepass.net import Stream, plain_host
+from nodepass.net import Socket, plain_host
 from nodepass.pool import ServerPool
 from nodepass.proofs import Key
 from nodepass.protocol import BUSY, LANE, Launch, Tunnel
 from nodepass.stats import Stats
+from nodepass.stream import Stream
 from nodepass.visitor_flows import VisitorFlows
 
 LIFE_SIGN_WITHIN = 1.0  # seconds for a client to show that it lives when another asks for its place
@@ -53,7 +53,7 @@ class Link:
         """Whether a client is connected now or within `timeout` seconds."""
         return bool(self._connected.wait(timeout))
 
-    def is_from_client(self, sock: socket.socket) -> bool:
+    def is_from_client(self, sock: Socket) -> bool:
         """Whether a connection comes from the address of the connected client."""
         try:
             host = plain_host(sock.getpeername())
@@ -61,7 +61,7 @@ class Link:
             return False
         return self.control is not None and host == plain_host(self.control.endpoint.sockaddr)
 
-    def _owner(self, sock: socket.socket) -> Agreement | None:
+    def _owner(self, sock: Socket) -> Agreement | None:
         """The agreement that a data connection belongs to; without a key it must come from the client's address."""
         return self._agreement if self.control and (self._key or self.is_from_client(sock)) else None
 

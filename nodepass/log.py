@@ -50,6 +50,10 @@ class Log(_Adapter):
         """The log of one session of this tunnel."""
         return Log(f"{self._where} [{id}]")
 
+    def debug(self, msg: object, *args: object, **kwargs: Any) -> None:
+        if _root.isEnabledFor(logging.DEBUG):  # sessions call this many times each: one look instead of three calls
+            super().debug(msg, *args, **kwargs)
+
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         kwargs["extra"] = self.extra
         return msg, kwargs

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import gevent
 from gevent import GreenletExit
@@ -19,8 +18,8 @@ from gevent.event import AsyncResult, Event
 from nodepass.capacity import next_capacity
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
-from nodepass.net import Stream
 from nodepass.stats import Stats
+from nodepass.stream import Stream
 
 LAUNCH_WITHIN = 2.0  # seconds from a session's first bytes, or its end, to its launch, which was written before
 INSISTS_AFTER = 8  # intervals of trimming in vain, and the client is left its larger pool
@@ -55,11 +54,10 @@ class _Waiter:
         return given
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Idle:
     id: str
     stream: Stream
-    watcher: Any  # gevent's io watcher, which has no type
     since: float  # time.monotonic() when it was added
 
 
@@ -89,9 +87,8 @@ class Pool:
         self._count_new()
         if old := self._idle.get(id):
             self._discard(old, "its id was given again")
-        watcher = gevent.get_hub().loop.io(stream.sock.fileno(), 1)
-        idle = self._idle[id] = _Idle(id, stream, watcher, time.monotonic())
-        watcher.start(self._readable, idle)
+        idle = self._idle[id] = _Idle(id, stream, time.monotonic())
+        stream.watch(self._readable, idle)
         self._log.debug("pool: %s added, %d of %d idle", id, len(self), self.capacity)
 
     def flush(self, because: str) -> None:
@@ -119,8 +116,7 @@ class Pool:
 
     def _release(self, idle: _Idle) -> Stream:
         del self._idle[idle.id]
-        idle.watcher.stop()
-        idle.watcher.close()
+        idle.stream.unwatch()
         return idle.stream
 
     def _discard(self, idle: _Idle, because: str) -> None:

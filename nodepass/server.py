@@ -12,7 +12,7 @@ from gevent.event import AsyncResult
 
 from nodepass.config import Settings, format_duration
 from nodepass.control import Control
-from nodepass.crew import Crew
+from nodepass.crew import Crew, Workers
 from nodepass.door import DatagramDoor
 from nodepass.errors import NoDataConnection, RefusedError
 from nodepass.handshake import hear
@@ -27,12 +27,13 @@ from nodepass.listen import (
 )
 from nodepass.lobby import Lobby
 from nodepass.log import Log
-from nodepass.net import TCPStream, format_sockaddr, reason
+from nodepass.net import Endpoint, Socket, as_blocking, as_plain, format_sockaddr, reason
 from nodepass.proofs import Key
 from nodepass.protocol import SHUTDOWN, TCP, Refusal, Tunnel
 from nodepass.relay import exchange
 from nodepass.sorting import is_data_connection
 from nodepass.stats import Stats
+from nodepass.stream import TCPStream
 from nodepass.urls import ServerURL
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Server:
         self.stats = Stats()
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
-        self.sessions = Crew(log, settings.semaphore_limit)
+        self.sessions = Workers(log, settings.semaphore_limit)
         self._loops = Crew(log, on_crash=self._failed.set_exception)
         self._doors = Crew(log, on_crash=self._failed.set_exception)  # the loops that let visitors in
         self._clients = Lobby("the tunnel address", log, self.stats)
@@ -150,11 +151,11 @@ class Server:
 
     def _accept_clients(self, listener: socket.socket) -> None:
         shared = self._data_listeners == "tunnel"
-        for sock in accept_forever(listener, self.log):
+        for sock, _ in accept_forever(listener, self.log):
             if shared and self._link.version == 1 and self._link.is_from_client(sock):
                 self._link.filler.admit(sock, self._context())
             else:
-                self._clients.receive(sock, self._sort if shared else self._serve_client)
+                self._clients.receive(as_blocking(sock), self._sort if shared else self._serve_client)
 
     def _sort(self, sock: socket.socket) -> None:
         """Tell a client from a data connection, where both come to one port."""
@@ -165,7 +166,7 @@ class Server:
             return
         if is_data:
             self._clients.leave(sock)
-            self._link.filler.admit(sock, self._context())
+            self._link.filler.admit(as_plain(sock), self._context())
         else:
             self._serve_client(sock)
 
@@ -210,8 +211,8 @@ class Server:
     # Visitors
 
     def _accept_visitors(self, listener: socket.socket) -> None:
-        for sock in accept_forever(listener, self.log, self._wait_for_slot):
-            self.sessions.spawn("serve visitor", self._serve_visitor, sock)
+        for sock, peer in accept_forever(listener, self.log, self._wait_for_slot):
+            self.sessions.spawn("serve visitor", self._serve_visitor, sock, peer)
 
     def _wait_for_slot(self) -> None:
         if self.sessions.full():
@@ -219,15 +220,16 @@ class Server:
             self.log.limited(logging.WARNING, "limit", "SEMAPHORE_LIMIT reached: new visitors wait", burst=1)
             self.sessions.wait_for_place()
 
-    def _serve_visitor(self, sock: socket.socket) -> None:
-        with contextlib.closing(sock):
-            self._bring(sock)
+    def _serve_visitor(self, sock: Socket, peer: Endpoint) -> None:
+        try:
+            self._bring(sock, peer)
+        finally:
+            sock.close()
 
-    def _bring(self, sock: socket.socket) -> None:
+    def _bring(self, sock: Socket, peer: Endpoint) -> None:
         """Bring a visitor to a data connection, and stay until both have ended."""
         timeout = self._settings.pool_get_timeout
         try:
-            peer = format_sockaddr(sock.getpeername())
             id, data = self._link.launch(TCP, timeout)
         except NoDataConnection:
             self.stats.trouble["visitors_unserved"] += 1
@@ -235,9 +237,6 @@ class Server:
             self.log.warning(
                 "visitor %s closed, no data connection within %s%s", peer, format_duration(timeout), because
             )
-            return
-        except OSError as error:
-            self.log.debug("a visitor left at once: %s", reason(error))
             return
         log = self.log.session(id)
         log.debug("visitor %s connected", peer)

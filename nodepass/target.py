@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from nodepass.net import Endpoint, dial, dial_udp, resolve
+from nodepass.net import Endpoint, Socket, dial, dial_udp, resolve
 from nodepass.urls import Address
 
 
@@ -22,7 +22,7 @@ class Target:
         """Look the name up. Raises OSError; the old endpoints stay then."""
         self._endpoints = resolve(self._address)
 
-    def dial(self, timeout: float) -> socket.socket:
+    def dial(self, timeout: float) -> Socket:
         """A TCP connection to the service. Raises OSError."""
         known = self._endpoints
         try:
@@ -33,7 +33,7 @@ class Target:
                 raise
         return self._dial(timeout)
 
-    def _dial(self, timeout: float) -> socket.socket:
+    def _dial(self, timeout: float) -> Socket:
         sock = dial(self._endpoints, timeout)
         if len(self._endpoints) > 1:  # of several addresses the one that answers comes first, for datagrams too
             self._endpoints.sort(key=lambda endpoint: endpoint.sockaddr != sock.getpeername())

@@ -13,8 +13,9 @@ import gevent
 from nodepass.config import Settings
 from nodepass.lanes import FlowTable, Lane
 from nodepass.log import Log
-from nodepass.net import Stream, reason
+from nodepass.net import reason
 from nodepass.stats import Stats
+from nodepass.stream import Stream
 
 ANSWERS_PER_TURN = 64  # datagrams read from one socket before others get their turn
 

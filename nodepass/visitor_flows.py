@@ -14,9 +14,10 @@ from nodepass.errors import NoDataConnection
 from nodepass.lanes import FlowTable, Lane
 from nodepass.listen import Visitor, send_datagram
 from nodepass.log import Log
-from nodepass.net import Stream, reason
+from nodepass.net import reason
 from nodepass.protocol import LANE
 from nodepass.stats import Stats
+from nodepass.stream import Stream
 
 
 @dataclass(eq=False, slots=True)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from gevent import socket
 
-from nodepass.net import TCPStream, set_stream_options
+from nodepass.net import set_stream_options
+from nodepass.stream import TCPStream
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""Pipes for `splice`: bytes from one socket to another that never enter this process.
+
+A stream borrows a pipe for as long as bytes are in it, which is one call back of the loop unless its sink is full; so
+few pipes serve many streams, and an idle stream has none. Pipes that nobody has borrowed for a while are closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import gevent
+
+CAPACITY = 1 << 20  # bytes; the kernel may grant less, see `Pipes._open`
+AT_MOST = 64  # at once, idle or not: each may hold a capacity of kernel memory; who gets none copies
+IDLE_SECONDS = 2.0  # after so long without a borrower the pipes are closed
+
+_FLAGS = 3  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK, which the standard library names from Python 3.12 on
+
+
+@dataclass(eq=False)
+class Pipe:
+    """Its two file descriptors, and how many bytes are between them."""
+
+    outlet: int
+    inlet: int
+    held: int = 0
+
+    def fill_from(self, fileno: int) -> int:
+        """Take in what a socket has now; 0 at its end. Raises OSError, BlockingIOError where it has nothing."""
+        self.held = os.splice(fileno, self.inlet, CAPACITY, flags=_FLAGS)
+        return self.held
+
+    def drain_to(self, fileno: int) -> bool:
+        """Pass on what is held; whether all of it went. Raises OSError."""
+        try:
+            while self.held:
+                self.held -= os.splice(self.outlet, fileno, self.held, flags=_FLAGS)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close both ends; what is held is lost."""
+        os.close(self.outlet)
+        os.close(self.inlet)
+
+
+class Pipes:
+    """The pipes of the process."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self._idle: list[Pipe] = []
+        self._used = False  # since the timer ran last
+        self._timer: Any = None  # gevent's, which has no type
+
+    def borrow(self) -> Pipe | None:
+        """An empty pipe, to be given back; None where there are enough."""
+        self._used = True
+        if self._idle:
+            return self._idle.pop()
+        return self._open() if self.open < AT_MOST else None
+
+    def give_back(self, pipe: Pipe) -> None:
+        """End a loan. A pipe that still holds bytes is closed."""
+        if pipe.held:
+            self._close(pipe)
+            return
+        self._idle.append(pipe)
+        if self._timer is None:
+            self._timer = gevent.get_hub().loop.timer(IDLE_SECONDS, IDLE_SECONDS)
+            self._timer.start(self._tick)
+
+    def _open(self) -> Pipe | None:
+        try:
+            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # no more file descriptors: copying needs none
+            return None
+        # Past the user's share of pipe memory (fs.pipe-user-pages-soft) it stays at 64 KiB, and works.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, CAPACITY)
+        self.open += 1
+        return Pipe(outlet, inlet)
+
+    def _close(self, pipe: Pipe) -> None:
+        pipe.close()
+        self.open -= 1
+
+    def _tick(self) -> None:
+        if not self._used:
+            while self._idle:
+                self._close(self._idle.pop())
+            self._timer.close()
+            self._timer = None
+        self._used = False
+
+
+pipes = Pipes()

@@ -1,0 +1,168 @@
+"""What makes the program fast is its structure: counted here, never timed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import gevent
+import pytest
+from gevent import Greenlet, socket
+from greenlet import greenlet
+
+from nodepass import pipes
+from nodepass.crew import Workers
+from nodepass.direction import Direction, _shared
+from nodepass.log import Log
+from nodepass.relay import exchange
+from nodepass.stats import Stats
+from nodepass.stream import Data, TCPStream
+from tests.unit.streams import receive_all, tcp_pair
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"OpenSSL", "cryptography", "cffi", "service_identity", "ssl", "asyncio", "subprocess", "multiprocessing"}
+HELD = 20  # connections
+MODULES_AT_START = """\
+import contextlib, runpy, sys
+sys.argv = ["nodepass", "--version"]
+with contextlib.suppress(SystemExit):
+    runpy.run_module("nodepass", run_name="__main__")
+print(*sys.modules, sep="\\n")
+"""
+
+
+class Held:
+    """Sessions that have moved a byte each way and are quiet now."""
+
+    def __init__(self, stack: ExitStack, count: int) -> None:
+        self.ends = []
+        for _ in range(count):
+            near, visitor = stack.enter_context(tcp_pair())
+            far, target = stack.enter_context(tcp_pair())
+            running: Greenlet[..., object] = Greenlet.spawn(exchange, near, far, Stats())
+            stack.callback(running.kill)
+            visitor.sendall(b"?")
+            assert target.recv(1) == b"?"
+            target.sendall(b"!")
+            assert visitor.recv(1) == b"!"
+            self.ends.append((visitor, target))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def greenlets() -> int:
+    gc.collect()
+    return sum(isinstance(each, Greenlet) and not each.dead for each in gc.get_objects())
+
+
+def test_a_quiet_session_costs_one_greenlet_and_no_buffer(stack: ExitStack) -> None:
+    before = greenlets()
+    held = Held(stack, HELD)
+    assert greenlets() - before == HELD
+    for direction in [each for each in gc.get_objects() if isinstance(each, Direction)]:
+        assert not direction._rest
+        assert direction._pipe is None
+        assert direction._buffer.obj is _shared.obj
+    assert held.ends
+
+
+class Counted(TCPStream):
+    """Writes down what the relay calls."""
+
+    def __init__(self, plain: TCPStream, calls: list[str]) -> None:
+        super().__init__(plain.sock)
+        self._calls = calls
+        self.read = self._count_read  # type: ignore[method-assign]
+
+    def _count_read(self, buffer: memoryview) -> int:
+        self._calls.append("read")
+        return int(self._raw.recv_into(buffer))
+
+    def send(self, data: Data) -> Data:
+        self._calls.append("send")
+        return super().send(data)
+
+
+def test_a_message_costs_one_read_and_one_write(stack: ExitStack) -> None:
+    calls: list[str] = []
+    near, visitor = stack.enter_context(tcp_pair())
+    far, target = stack.enter_context(tcp_pair())
+    running: Greenlet[..., object] = Greenlet.spawn(exchange, Counted(near, calls), Counted(far, calls), Stats())
+    stack.callback(running.kill)
+    gevent.idle()
+    calls.clear()
+    for _ in range(10):
+        visitor.sendall(b"question")
+        assert target.recv(100) == b"question"
+        target.sendall(b"answer")
+        assert visitor.recv(100) == b"answer"
+    assert calls == ["read", "send"] * 20
+
+
+def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipes, "IDLE_SECONDS", 0.01)
+    spliced = 0
+    splice = os.splice
+
+    def count_splice(*args: int, **kwargs: int) -> int:
+        nonlocal spliced
+        moved = splice(*args, **kwargs)
+        spliced += moved
+        return moved
+
+    monkeypatch.setattr(os, "splice", count_splice)
+    visitor, target = Held(stack, 1).ends[0]
+    total = 64 << 20
+    sender = gevent.spawn(visitor.sendall, bytes(total))
+    received = 0
+    while received < total:
+        received += len(target.recv(1 << 20))
+    sender.get()
+    assert spliced > total  # each byte goes in and comes out
+    assert pipes.pipes.open <= 1
+    with gevent.Timeout(10):
+        while pipes.pipes.open:
+            gevent.sleep(0.01)
+    visitor.sendall(b"the end")
+    visitor.shutdown(socket.SHUT_WR)
+    assert receive_all(target) == b"the end"
+
+
+def test_short_work_runs_in_greenlets_that_are_used_again() -> None:
+    workers = Workers(Log("test"), 8)
+    seen: set[greenlet] = set()
+    for _ in range(50):
+        workers.spawn("work", lambda: seen.add(gevent.getcurrent()))
+        gevent.sleep(0)
+    assert workers.join(5)
+    assert len(seen) <= 2
+    with gevent.Timeout(10):
+        while not all(each.dead for each in seen):  # nobody rests for ever
+            gevent.sleep(0.01)
+
+
+def test_a_worker_that_is_killed_before_it_began_gives_its_place_back() -> None:
+    workers = Workers(Log("test"), 1)
+    workers.spawn("work", gevent.sleep, 10)
+    assert workers.full()
+    assert workers.kill() == 1
+    gevent.sleep(0)
+    assert not workers.full()
+    assert workers.join(5)
+
+
+def test_without_tls_nothing_heavy_is_imported() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", MODULES_AT_START], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    assert "nodepass.relay" in shown
+    assert not {each.partition(".")[0] for each in shown} & HEAVY
