@@ -9,6 +9,7 @@ A lane that cannot take more bytes loses datagrams, as a full network does; each
 
 from __future__ import annotations
 
+import mmap
 import socket
 import time
 from collections import OrderedDict
@@ -28,7 +29,7 @@ UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is on its way, fo
 SWEEP = 1.0  # seconds between looks for silent flows, at most
 READS_PER_TURN = 16
 
-_shared = memoryview(bytearray(256 * 1024))
+_shared = memoryview(mmap.mmap(-1, 256 * 1024))  # takes no memory before it is used
 
 
 class Lane:
