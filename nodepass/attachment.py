@@ -30,6 +30,7 @@ from nodepass.stream import Stream, TCPStream
 from nodepass.target import Target
 from nodepass.target_flows import TargetFlows
 
+SIGNALS_WAITING = 1024  # launches that may wait for a slot, at least
 LAST_LAUNCHES = 1.0  # seconds for launches that were read before the end to begin
 
 
@@ -55,7 +56,7 @@ class Attachment:
         self._log, self._stats = lasting.log, lasting.stats
         self._control = control
         self._describe = describe
-        self._launches: Queue[Launch | None] = Queue(settings.semaphore_limit)
+        self._launches: Queue[Launch | None] = Queue(max(SIGNALS_WAITING, settings.semaphore_limit))
         self._crew = Crew(self._log, on_crash=lambda _: control.close("a bug in this end, see above"))
         self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
         backoff = Backoff(settings.service_cooldown)
@@ -69,7 +70,10 @@ class Attachment:
         self._crew.spawn("report", self._report)
         try:
             reader.join()
-            dispatcher.join(LAST_LAUNCHES)  # not for ever: it may wait for a slot, and the server for us
+            # Not for ever: a launch may wait for a slot, and the server for us.
+            with contextlib.suppress(TimeoutError), gevent.Timeout(LAST_LAUNCHES, TimeoutError()):
+                self._launches.put(None)
+                dispatcher.join()
             gevent.sleep(0)  # the launches dispatched last claim their connections before the pool is flushed
         finally:
             self._control.close("this end is stopping")
@@ -78,23 +82,23 @@ class Attachment:
             self.pool.flush("the control connection ended")
 
     def _read_signals(self) -> None:
-        try:
-            for launch in self._control.signals():
-                self._log.debug("signal: launch %s as %s", launch.id, KIND_NAMES[launch.kind])
-                try:
-                    self._launches.put_nowait(launch)
-                except Full:
-                    self._stats.trouble["launches_dropped"] += 1
-                    self._log.limited(logging.WARNING, "full", "launch dropped: SEMAPHORE_LIMIT launches wait already")
-                    self.pool.drop(launch.id)
-        finally:
-            self._launches.put(None)
+        for launch in self._control.signals():
+            self._log.debug("signal: launch %s as %s", launch.id, KIND_NAMES[launch.kind])
+            if launch.kind == LANE:
+                self._lasting.lanes.spawn("lane", self._launch, self._lasting.flows.run_lane, launch.id)
+                continue
+            self.pool.reserve(launch.id)
+            try:
+                self._launches.put_nowait(launch)
+            except Full:
+                self._stats.trouble["launches_dropped"] += 1
+                self._log.limited(logging.WARNING, "full", "launch dropped: too many wait for a slot already")
+                self.pool.drop(launch.id)
 
     def _dispatch_signals(self) -> None:
-        handlers = {TCP: self._launch_tcp, UDP: self._launch_udp, LANE: self._lasting.flows.run_lane}
+        handlers = {TCP: self._launch_tcp, UDP: self._launch_udp}
         while launch := self._launches.get():
-            crew: Crew | Workers = self._lasting.lanes if launch.kind == LANE else self._lasting.sessions
-            crew.spawn("launch", self._launch, handlers[launch.kind], launch.id)
+            self._lasting.sessions.spawn("launch", self._launch, handlers[launch.kind], launch.id)
 
     def _launch(self, handler: Callable[[Stream, Log], None], id: str) -> None:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gevent
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -68,13 +69,13 @@ def load_pair(crt: str, key: str) -> Identity:
     """
     try:
         chain = x509.load_pem_x509_certificates(_read("crt", crt))
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise ConfigError(f"crt={crt}: not a PEM certificate") from None
     try:
         private = serialization.load_pem_private_key(_read("key", key), None)
     except TypeError:
         raise ConfigError(f"key={key}: the private key is encrypted; allowed: one without a passphrase") from None
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise ConfigError(f"key={key}: not a PEM private key") from None
     if private.public_key() != chain[0].public_key():
         raise ConfigError(f"crt={crt} and key={key} do not match: the key is not the certificate's")
@@ -112,26 +113,35 @@ class ServerCertificate:
         self._seen = state
         try:
             identity = load_pair(*self._paths)
+            if identity.fingerprint == self.identity.fingerprint:
+                self._log.info("certificate unchanged")
+            else:
+                self._use(identity, "certificate reloaded: certificate")
         except ConfigError as error:
             self._log.error("keeping the old certificate: %s", error)
-            return
-        if identity.fingerprint == self.identity.fingerprint:
-            self._log.info("certificate unchanged")
-        else:
-            self._use(identity, "certificate reloaded: certificate")
 
     def watch(self, interval: float) -> None:
         """Look at the files every `interval` seconds, and at how long the certificate is still valid; until killed."""
         while True:
             gevent.sleep(interval)
             self.reload()
-            warn_of_expiry(self.identity, self._log)
+            self._warn_of_expiry()
 
     def _use(self, identity: Identity, what: str) -> None:
-        self.identity = identity
-        self.context = server_context(identity.chain, identity.key)
+        context = server_context(identity.chain, identity.key)  # both or neither
+        self.identity, self.context = identity, context
         self._log.info("%s SHA-256 %s", what, identity.fingerprint)
-        warn_of_expiry(identity, self._log)
+        self._warned = float("-inf")
+        self._warn_of_expiry()
+
+    def _warn_of_expiry(self) -> None:
+        """A warning, once a day, from 14 days before the certificate expires."""
+        if self.identity.lifetime >= EXPIRY_WARNING or time.monotonic() - self._warned < _DAY:
+            return
+        self._warned = time.monotonic()
+        days = self.identity.lifetime / datetime.timedelta(days=1)
+        words = f"expires in {days:.1f} days" if days > 0 else f"expired {-days:.1f} days ago"
+        self._log.warning("the certificate %s", words)
 
     def _state(self) -> list[tuple[int, int, int] | None]:
         """What changes when a file is written or replaced: inode, size, time of change."""
@@ -144,13 +154,3 @@ def _stat(path: str) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def warn_of_expiry(identity: Identity, log: Log) -> None:
-    """A warning, once a day, from 14 days before the certificate expires."""
-    if identity.lifetime < EXPIRY_WARNING:
-        days = identity.lifetime / datetime.timedelta(days=1)
-        words = f"expires in {days:.1f} days" if days > 0 else f"expired {-days:.1f} days ago"
-        log.limited(
-            logging.WARNING, f"expiry {identity.fingerprint}", "the certificate %s", words, seconds=_DAY, burst=1
-        )

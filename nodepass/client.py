@@ -13,6 +13,7 @@ from nodepass.attachment import Attachment, Lasting
 from nodepass.config import Settings
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers
+from nodepass.errors import RefusedError
 from nodepass.fillers import Backoff, Route
 from nodepass.handshake import Agreement, introduce
 from nodepass.log import Log
@@ -63,13 +64,11 @@ class Client:
                 try:
                     control, agreement = self._connect()
                 except OSError as error:
-                    self.stats.trouble["connects_failed"] += 1
-                    why = reason(error)
-                    message = "cannot reach the server %s: %s; trying again"
-                    self.log.limited(
-                        logging.WARNING, why, message, self._url.tunnel, why, seconds=REPEAT_WARNING, burst=1
-                    )
+                    self._tell(error)
                 else:
+                    if self._stopping.is_set():
+                        control.close("this end is stopping")
+                        break
                     self._serve(control, agreement)
                     if time.monotonic() - began > SETTLED:
                         backoff.reset()
@@ -77,6 +76,15 @@ class Client:
         finally:
             sweeper.kill()
             self._ended.set()
+
+    def _tell(self, error: OSError) -> None:
+        """Say why there is no connection; the same reason again only once in a while."""
+        self.stats.trouble["connects_failed"] += 1
+        refused = isinstance(error, RefusedError)
+        level, what = (logging.ERROR, "no agreement with") if refused else (logging.WARNING, "cannot reach")
+        message = f"{what} the server %s: %s; trying again"
+        why = reason(error)
+        self.log.limited(level, why, message, self._url.tunnel, why, seconds=REPEAT_WARNING, burst=1)
 
     def stop_accepting(self) -> None:
         """Take no new launches beyond those that the server has already sent; running sessions go on."""

@@ -196,8 +196,12 @@ class Direction:
                 self._on_readable()
 
     def _end(self) -> None:
-        """End of stream."""
+        """End of stream, or only the echo of the other direction's failure."""
         self._over = True
+        if self._session.traffic.failure:
+            self._source.unwatch()
+            self._session.end_one()
+            return
         self._session.traffic.ended += 1
         self._source.unwatch()
         if self._session.is_last and self._sink.plain:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import gevent
 
 from nodepass.crew import Workers
-from nodepass.errors import ProtocolError, VerificationError
+from nodepass.errors import ClosedError, ProtocolError, VerificationError
 from nodepass.handshake import Agreement
 from nodepass.listen import accept_forever
+from nodepass.lobby import Lobby
 from nodepass.log import Log
 from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason
 from nodepass.pool import ClientPool, ServerPool
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from OpenSSL import SSL
 
 DIALS_AT_ONCE = 64
-HANDSHAKES_AT_ONCE = 256
 FIRST_PAUSE = 0.1  # seconds before a failed attempt is repeated; doubled with each failure
 
 
@@ -129,7 +129,13 @@ class Route:
             from nodepass.verification import Expected
 
             stream = connect_tls(sock, self.context, Expected(self.host, self.verify, self.fingerprint))
-        id = parse_id(recv_exactly(stream, ID_LENGTH))
+        try:
+            id = parse_id(recv_exactly(stream, ID_LENGTH))
+        except ClosedError:
+            words = (
+                "closed by the server before it gave an id: its pool is full (MAX_POOL_CAPACITY), or its log says why"
+            )
+            raise ClosedError(words) from None
         if self.session:
             stream.write(self.session.data_proof(id))
         return id, stream
@@ -152,11 +158,11 @@ class AcceptingFiller:
         self._log = log
         self._stats = stats
         self._timeout = timeout
-        self.handshakes = Workers(log, HANDSHAKES_AT_ONCE)
+        self.handshakes = Lobby("the data port", log, stats)
 
     def run(self, listener: socket.socket, context: Callable[[], SSL.Context | None]) -> None:
         """Accept until the listener is closed."""
-        for sock, _ in accept_forever(listener, self._log, self.handshakes.wait_for_place):
+        for sock, _ in accept_forever(listener, self._log):
             self.admit(sock, context())
 
     def admit(self, sock: Socket, context: SSL.Context | None) -> None:
@@ -167,7 +173,7 @@ class AcceptingFiller:
         elif len(self._pool) >= self._pool.bounds[1]:
             self._refuse(sock, "the pool is full")
         elif context or whose.session:
-            self.handshakes.spawn("accept data connection", self._prepare, sock, context, whose)
+            self.handshakes.receive(sock, self._prepare, context, whose)
         else:
             self._add(sock, TCPStream(sock))
 

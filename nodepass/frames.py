@@ -6,7 +6,6 @@ import struct
 from collections.abc import Iterator
 
 HEADER = struct.Struct(">IH")
-MAX_PAYLOAD = 65535  # bytes, by the header; UDP over IPv4 carries 65507
 
 
 def encode_frame(flow: int, payload: bytes) -> bytes:

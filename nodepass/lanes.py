@@ -21,11 +21,13 @@ from gevent import Greenlet
 from gevent.event import Event
 
 from nodepass.frames import FrameBuffer, encode_frame
-from nodepass.net import reason
+from nodepass.net import reason, stalled
 from nodepass.stream import Stream
 
 QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds of delay
+OVERHEAD = 64  # bytes of memory that a queued frame takes beyond its own
 UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is on its way, for the same reason
+STALLED = 1.0  # seconds without an acknowledgement after which the lane of a replaced client is lost
 SWEEP = 1.0  # seconds between looks for silent flows, at most
 READS_PER_TURN = 16
 
@@ -38,6 +40,7 @@ class Lane:
     def __init__(self, deliver: Callable[[int, bytes], object]) -> None:
         self.flows = 0
         self.ended = False
+        self.orphaned = False  # its client is not the connected one any more
         self._deliver = deliver
         self._frames: list[bytes] = []
         self._queued = 0
@@ -46,10 +49,11 @@ class Lane:
 
     def send(self, flow: int, payload: bytes) -> bool:
         """Queue one datagram; False where the lane cannot take it. Never blocks."""
-        if self.ended or self._queued + len(payload) > QUEUE:
+        frame = encode_frame(flow, payload)
+        if self.ended or self._queued + len(frame) > QUEUE:
             return False
-        self._frames.append(encode_frame(flow, payload))
-        self._queued += len(payload)
+        self._frames.append(frame)
+        self._queued += len(frame) + OVERHEAD
         self._wake.set()
         return True
 
@@ -71,6 +75,15 @@ class Lane:
             writer.kill()
             stream.close()
 
+    def lost(self) -> bool:
+        """Whether it has ended, or belongs to a client that was replaced and takes nothing any more."""
+        if self.ended or not self.orphaned:
+            return self.ended
+        try:
+            return self._stream is None or stalled(self._stream.sock, STALLED)
+        except OSError:
+            return True
+
     def close(self) -> None:
         """End the lane; whoever runs it hears of it."""
         self.ended = True
@@ -85,7 +98,7 @@ class Lane:
                 frames = b"".join(self._frames)
                 self._frames.clear()
                 stream.write(frames)
-                self._queued = sum(map(len, self._frames))
+                self._queued = sum(map(len, self._frames)) + OVERHEAD * len(self._frames)
         except OSError:
             stream.abort()  # the reader says why
 

@@ -38,6 +38,7 @@ class Link:
         self.filler = AcceptingFiller(self.pool, self._owner, log, stats, settings.handshake_timeout)
         self.flows = VisitorFlows(self.launch, settings, log, stats)
         self._key = key
+        self._log = log
         self._interval = settings.report_interval
         self._agreement: Agreement | None = None
         self._admission = Semaphore()
@@ -72,6 +73,9 @@ class Link:
         with self._admission:
             if incumbent := self.control:
                 if caller.challenge:
+                    self._log.warning(
+                        "client %s has proven the key and takes over from %s", control.peer, incumbent.peer
+                    )
                     self.lose(incumbent, f"{control.peer} has proven the key and takes over")
                 elif incumbent.shows_life(LIFE_SIGN_WITHIN):
                     raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")

@@ -133,7 +133,9 @@ def _bind(endpoint: Endpoint, kind: int) -> socket.socket:
     return sock
 
 
-def accept_forever(listener: socket.socket, log: Log, ready: Callable[[], object]) -> Iterator[tuple[Socket, Endpoint]]:
+def accept_forever(
+    listener: socket.socket, log: Log, ready: Callable[[], object] = lambda: None
+) -> Iterator[tuple[Socket, Endpoint]]:
     """Accepted connections and their peers, until the listener is closed.
 
     `ready` is waited for before each is accepted.

@@ -38,7 +38,7 @@ class Log(_Adapter):
     def __init__(self, where: str) -> None:
         super().__init__(_root, {"where": where})
         self._where = where
-        self._bursts: dict[str, tuple[float, int]] = {}  # key -> when it began (time.monotonic()), lines since
+        self._bursts: dict[str, tuple[float, int, float]] = {}  # key -> begin (time.monotonic()), lines, seconds
         self._left_out: dict[str, tuple[int, int]] = {}  # key -> level, lines
 
     def rename(self, where: str) -> None:
@@ -61,11 +61,11 @@ class Log(_Adapter):
     def limited(self, level: int, key: str, message: str, *args: object, seconds: float = 1.0, burst: int = 10) -> None:
         """Log at most `burst` lines in so many seconds under this key; `tell_rest` says how many were left out."""
         now = time.monotonic()
-        began, count = self._bursts.get(key, (now, 0))
+        began, count, _ = self._bursts.get(key, (now, 0, seconds))
         if now - began >= seconds:
             self.tell_rest()
             began, count = now, 0
-        self._bursts[key] = (began, count + 1)
+        self._bursts[key] = (began, count + 1, seconds)
         if count < burst:
             self.log(level, message, *args)
         else:
@@ -76,6 +76,8 @@ class Log(_Adapter):
         for key, (level, count) in self._left_out.items():
             self.log(level, "%d more lines like the last about: %s", count, key)
         self._left_out.clear()
+        now = time.monotonic()
+        self._bursts = {key: burst for key, burst in self._bursts.items() if now - burst[0] < burst[2]}
 
     def always(self, message: str, *args: object) -> None:
         """A line that was asked for by name, whatever the level."""
@@ -104,7 +106,7 @@ class JournalFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         priority = f"<{_PRIORITIES.get(record.levelno, 6)}>"
-        return "\n".join(priority + line for line in _text(self, record).splitlines())
+        return "\n".join(priority + line for line in _text(self, record).split("\n"))
 
 
 def _text(formatter: logging.Formatter, record: logging.LogRecord) -> str:

@@ -29,8 +29,11 @@ Socket = _socket.socket  # the one that gevent does not patch
 
 KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a vanished peer is found in a minute
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST
+_GRACEFUL = struct.pack("ii", 0, 0)
+_MOST_KEEPALIVE = 32767  # seconds: the kernel takes no more (MAX_TCP_KEEPIDLE)
 _TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
 _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
+_LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since an acknowledgement came
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked in struct tcp_info
 
 
@@ -82,14 +85,16 @@ def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
     Raises OSError naming the last tried.
     """
     failure = OSError("no address to connect to")
+    deadline = time.monotonic() + timeout
     for left, endpoint in zip(range(len(endpoints), 0, -1), endpoints, strict=True):
+        share = max(0.001, deadline - time.monotonic()) / left
         sock = Socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            _connect(sock, endpoint, timeout / left)
+            _connect(sock, endpoint, share)
             set_stream_options(sock)
             return sock
         except TimeoutError:
-            failure = TimeoutError(f"{endpoint}: no answer within {timeout / left:g}s")
+            failure = TimeoutError(f"{endpoint}: no answer within {share:.3g}s")
         except OSError as error:
             failure = OSError(f"{endpoint}: {reason(error)}")
         except BaseException:
@@ -131,6 +136,13 @@ def dial_udp(endpoint: Endpoint) -> socket.socket:
     return sock
 
 
+def stalled(sock: Socket, seconds: float) -> bool:
+    """Whether something sent has gone without any acknowledgement for so long (TCP_INFO), or the connection is over."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    unacknowledged, milliseconds = _UNACKED.unpack_from(info)[0], _LAST_ACK.unpack_from(info)[0]
+    return info[0] != _TCP_ESTABLISHED or bool(unacknowledged and milliseconds > 1000 * seconds)
+
+
 def set_stream_options(sock: Socket) -> None:
     """No Nagle delay, and keepalive probes that also hold a NAT's mapping open."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -147,9 +159,9 @@ def set_keepalive(sock: Socket, idle: int, interval: int, probes: int) -> None:
 
 def bound_failure_detection(sock: socket.socket, seconds: float) -> None:
     """Let the kernel give up a peer that acknowledges nothing for about so many seconds, also while we are silent."""
-    step = max(1, round(seconds / 3))
+    step = min(max(1, round(seconds / 3)), _MOST_KEEPALIVE)
     set_keepalive(sock, step, step, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(seconds * 1000)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
 
 
 def acknowledged(sock: socket.socket) -> bool | None:
@@ -165,9 +177,14 @@ def set_low_water_mark(sock: Socket, size: int) -> None:
 
 def reset(sock: Socket) -> None:
     """Close a connection with a TCP reset; nothing where it is closed already."""
+    reset_on_close(sock, True)
+    sock.close()
+
+
+def reset_on_close(sock: Socket, on: bool) -> None:
+    """Whether closing is a reset, also when it is the kernel that closes because the process is gone."""
     if sock.fileno() >= 0:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        sock.close()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _GRACEFUL)
 
 
 def end_reading(sock: Socket) -> None:

@@ -208,6 +208,7 @@ class ClientPool(Pool):
         self.dialling = 0
         self.died_young = 0  # idle connections that the server closed as soon as they were made
         self._expected: dict[str, _Waiter] = {}
+        self._reserved: dict[str, Stream] = {}  # launched, waiting for a slot
         self._spoken: dict[str, _Idle] = {}  # readable, waiting for their launch since then
 
     @property
@@ -243,10 +244,17 @@ class ClientPool(Pool):
         super().flush(because)
         while self._spoken:
             self._spoken.popitem()[1].stream.close()
+        while self._reserved:
+            self._reserved.popitem()[1].close()
+
+    def reserve(self, id: str) -> None:
+        """Keep the connection of a launch that has been read until it is claimed, however long that takes."""
+        if stream := self._find(id):
+            self._reserved[id] = stream
 
     def drop(self, id: str) -> None:
         """Close the connection of a launch that cannot be served, so that the server's visitor is not left waiting."""
-        if stream := self._find(id):
+        if stream := self._reserved.pop(id, None):
             stream.close()
 
     def claim(self, id: str, timeout: float) -> Stream:
@@ -255,7 +263,7 @@ class ClientPool(Pool):
         A launch may overtake the id that the server wrote just before it on another connection: while one is being
         made, wait for it, `timeout` seconds at most.
         """
-        if stream := self._find(id):
+        if stream := self._reserved.pop(id, None) or self._find(id):
             return stream
         if not self.dialling or id in self._expected:
             raise NoDataConnection(f"no data connection has the id {id}")

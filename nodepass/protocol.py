@@ -41,6 +41,7 @@ _LINE = re.compile(rb"//([^/?#\s]*)(?:\?([^#\s]*))?(?:#(\S*))?")
 _ID = re.compile(rb"[0-9a-f]{8}")
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_TOKEN = re.compile(r"[a-z-]{1,32}")
 _MILLISECONDS = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -166,7 +167,7 @@ def parse_opening(line: bytes) -> Challenge | Refusal | Tunnel:
     if host == b"challenge":
         return Challenge(_field(line, query, "nonce", _NONCE))
     if host == b"error":
-        return Refusal(query.get("reason", ""))
+        return Refusal(_field(line, query, "reason", _TOKEN))
     if not re.fullmatch(rb"[0-9]{1,5}", host) or fragment not in (b"0", b"1", b"2"):
         raise ProtocolError(f"not a tunnel signal: {printable(line)}")
     port, tls = int(host), int(fragment)

@@ -13,7 +13,7 @@ A cut stream is never made to look like a whole one.
 from __future__ import annotations
 
 from nodepass.direction import Direction
-from nodepass.net import wait_delivered
+from nodepass.net import reset_on_close, wait_delivered
 from nodepass.session import Session, Traffic
 from nodepass.stats import Stats
 from nodepass.stream import Stream
@@ -26,6 +26,8 @@ def exchange(near: Stream, far: Stream, stats: Stats) -> Traffic:
     session = Session(stats)
     traffic = session.traffic
     directions = Direction(session, "up", near, far), Direction(session, "down", far, near)
+    for stream in (near, far):
+        reset_on_close(stream.sock, True)  # should this process be killed, the cut streams must not look whole
     try:
         for direction in directions:
             direction.start()
@@ -43,6 +45,7 @@ def exchange(near: Stream, far: Stream, stats: Stats) -> Traffic:
             direction.stop()
         for stream in (near, far):
             if traffic.ended == 2:
+                reset_on_close(stream.sock, False)
                 stream.close()
             else:
                 stream.abort()

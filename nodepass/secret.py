@@ -36,6 +36,10 @@ def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | Non
     if text is None:
         return None, warnings
     secret = text.strip()
+    try:
+        secret.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{place}: it is not UTF-8 text") from None
     if not secret:
         raise ConfigError(f"{place}: the key is empty; allowed: a text, best one that nodepass --generate-key prints")
     if len(secret) < SHORTEST:

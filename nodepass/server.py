@@ -25,6 +25,7 @@ from nodepass.listen import (
     listen_tcp,
     port_of,
 )
+from nodepass.lobby import Lobby
 from nodepass.log import Log
 from nodepass.net import Endpoint, Socket, as_blocking, as_plain, format_sockaddr, reason
 from nodepass.proofs import Key
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
     from nodepass.certificates import ServerCertificate
 
-CLIENTS_AT_ONCE = 64  # control connections, of which one becomes the client
-
 
 class Server:
     """One tunnel's server: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
@@ -55,7 +54,7 @@ class Server:
         self.sessions = Workers(log, settings.semaphore_limit)
         self._loops = Crew(log, on_crash=self._failed.set_exception)
         self._doors = Crew(log, on_crash=self._failed.set_exception)  # the loops that let visitors in
-        self._clients = Crew(log, CLIENTS_AT_ONCE)
+        self._clients = Lobby("the tunnel address", log, self.stats)
         self._link = Link(key, settings, log, self.stats)
         self._key = key
         self._stopping = False
@@ -152,11 +151,11 @@ class Server:
 
     def _accept_clients(self, listener: socket.socket) -> None:
         shared = self._data_listeners == "tunnel"
-        for sock, _ in accept_forever(listener, self.log, self._clients.wait_for_place):
+        for sock, _ in accept_forever(listener, self.log):
             if shared and self._link.version == 1 and self._link.is_from_client(sock):
                 self._link.filler.admit(sock, self._context())
             else:
-                self._clients.spawn("greet", self._sort if shared else self._serve_client, as_blocking(sock))
+                self._clients.receive(as_blocking(sock), self._sort if shared else self._serve_client)
 
     def _sort(self, sock: socket.socket) -> None:
         """Tell a client from a data connection, where both come to one port."""
@@ -166,6 +165,7 @@ class Server:
             sock.close()
             return
         if is_data:
+            self._clients.leave(sock)
             self._link.filler.admit(as_plain(sock), self._context())
         else:
             self._serve_client(sock)
@@ -197,9 +197,10 @@ class Server:
 
     def _stay_with(self, control: Control) -> None:
         """Keep the connected client until it is gone."""
+        self._clients.leave(control.sock)
         self.stats.connects += 1
         self.log.info("client connected from %s: wire v%d", control.peer, control.version)
-        beat = self._clients.spawn("send heartbeats", control.beat)
+        beat = self._loops.spawn("send heartbeats", control.beat)
         try:
             control.wait_until_ended()
         finally:

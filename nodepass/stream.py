@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import gevent
 
+from nodepass.errors import ClosedError
 from nodepass.net import Socket, reset
 
 Data = bytes | memoryview
@@ -219,13 +220,13 @@ class TCPStream(SocketStream):
 
 
 def recv_exactly(stream: Stream, size: int) -> bytes:
-    """Read so many bytes. Raises ConnectionError when the stream ends before."""
+    """Read so many bytes. Raises ClosedError when the stream ends before."""
     data = bytearray(size)
     view = memoryview(data)
     done = 0
     while done < size:
         received = stream.recv_into(view[done:])
         if not received:
-            raise ConnectionError(f"closed by the peer after {done} of {size} bytes")
+            raise ClosedError(f"closed by the peer after {done} of {size} bytes")
         done += received
     return bytes(data)

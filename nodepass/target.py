@@ -26,12 +26,18 @@ class Target:
         """A TCP connection to the service. Raises OSError."""
         known = self._endpoints
         try:
-            return dial(known, timeout)
+            return self._dial(timeout)
         except OSError:
             self.resolve()
             if self._endpoints == known:
                 raise
-        return dial(self._endpoints, timeout)
+        return self._dial(timeout)
+
+    def _dial(self, timeout: float) -> socket.socket:
+        sock = dial(self._endpoints, timeout)
+        if len(self._endpoints) > 1:  # of several addresses the one that answers comes first, for datagrams too
+            self._endpoints.sort(key=lambda endpoint: endpoint.sockaddr != sock.getpeername())
+        return sock
 
     def dial_udp(self) -> socket.socket:
         """A UDP socket connected to the service. Raises OSError."""

@@ -18,7 +18,7 @@ from cryptography.x509 import Certificate
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
-from nodepass.errors import TLSError, VerificationError
+from nodepass.errors import ConfigError, TLSError, VerificationError
 from nodepass.net import Socket
 from nodepass.stream import Data, SocketStream
 from nodepass.verification import Expected, is_ip
@@ -150,12 +150,18 @@ class TLSStream(SocketStream):
 
 
 def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:
-    """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context."""
+    """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context.
+
+    Raises ConfigError where OpenSSL will not have them.
+    """
     context = _context()
-    context.use_certificate(chain[0])
-    for issuer in chain[1:]:
-        context.add_extra_chain_cert(issuer)
-    context.use_privatekey(key)
+    try:
+        context.use_certificate(chain[0])
+        for issuer in chain[1:]:
+            context.add_extra_chain_cert(issuer)
+        context.use_privatekey(key)
+    except SSL.Error as error:  # too weak a key, for one
+        raise ConfigError(f"the certificate cannot be used: {_translated(error)}") from None
     # A data connection is never resumed, so tickets would be bytes and work for nothing.
     context.set_options(SSL.OP_NO_TICKET)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)

@@ -91,8 +91,8 @@ def parse_url(text: str) -> ServerURL | ClientURL:
 
 
 def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([^\[\]:/\s]*)):(\d+)", text, re.ASCII)
-    if not match or not lowest_port <= int(match[3][:6]) <= 65535:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([^\[\]:/\s\x00-\x20]*)):(\d{1,5})", text, re.ASCII)
+    if not match or "\0" in unquote(text) or not lowest_port <= int(match[3]) <= 65535:
         allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535"
         raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable; allowed: {allowed}")
     return Address(unquote(match[1] or match[2] or ""), int(match[3]))
@@ -113,6 +113,8 @@ def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:
         if name in given:
             raise ConfigError(f"URL {url!r}: parameter {name!r} is given twice; allowed: once")
         given[name] = unquote(value)
+        if "\0" in given[name]:
+            raise ConfigError(f"URL {url!r}: {name} has a NUL in it; allowed: text without")
     return given
 
 

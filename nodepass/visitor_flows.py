@@ -55,14 +55,21 @@ class VisitorFlows:
 
     def carry(self, sock: socket.socket, payload: bytes, visitor: Visitor) -> None:
         """Send a visitor's datagram on its flow; one that the lane cannot take is dropped, counted and logged."""
-        flow = self._table.get(visitor) or self._begin(sock, visitor)
+        flow = self._table.get(visitor)
+        if flow and flow.lane.lost():
+            lost = flow.lane
+            self._table.end(lambda each: each.lane is lost)
+            flow = None
+        flow = flow or self._begin(sock, visitor)
         if flow.lane.send(flow.number, payload):
             self._stats.bytes_up += len(payload)
         else:
             self._drop("lane_full", "a datagram of %d bytes from %s: its lane is full", len(payload), visitor)
 
     def abandon(self) -> None:
-        """New flows go to new lanes: another client is connected. The old one's flows stay with it while it lives."""
+        """New flows go to new lanes: this client is replaced. Its flows stay with it while it takes their datagrams."""
+        for lane in self._lanes:
+            lane.orphaned = True
         self._lanes.clear()
 
     def end_all(self) -> None:
@@ -83,7 +90,7 @@ class VisitorFlows:
         """The lane of a new flow: a new one while there are fewer than allowed, then the least busy."""
         alive = [lane for lane in self._lanes if not lane.ended]
         if len(alive) < self._settings.udp_lanes:
-            lane = Lane(self._deliver)
+            lane = Lane(lambda number, payload: self._deliver(lane, number, payload))
             self._lanes.append(lane)
             self.crew.spawn("lane", self._run, lane)
             return lane
@@ -105,9 +112,9 @@ class VisitorFlows:
                 self._lanes.remove(lane)
             self._table.end(lambda flow: flow.lane is lane)
 
-    def _deliver(self, number: int, payload: bytes) -> None:
+    def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         flow = self._by_number.get(number)
-        if not flow:
+        if not flow or flow.lane is not lane:
             self._drop("flow_over", "an answer of %d bytes: its flow is over", len(payload))
             return
         self._table.get(flow.visitor)

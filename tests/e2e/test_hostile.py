@@ -48,6 +48,7 @@ def victim() -> Iterator[Tunnel]:
         server, target = stack.enter_context(V1Server()), stack.enter_context(Target())
         client = stack.enter_context(OurClient(server.tunnel_address, target.address))
         client.wait_until_connected()
+        until(lambda: server.connects, what="the server has not counted its client")
         yield Tunnel(server, client, target)
 
 

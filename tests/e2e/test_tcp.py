@@ -222,3 +222,15 @@ def test_descriptors_of_ended_sessions_are_given_back(our_tunnel: Tunnel) -> Non
             assert is_over(service)
     for run, count in zip((our_tunnel.our_server, our_tunnel.our_client), before, strict=True):
         run.wait_for_descriptors(count)
+
+
+@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize("victim", ["server", "client"])
+def test_a_killed_process_never_makes_a_cut_stream_look_whole(tunnel: TunnelFactory, tls: int, victim: str) -> None:
+    started = tunnel(tls)
+    with started.session() as (visitor, service):
+        assert_connected(visitor, service)
+        (started.our_server if victim == "server" else started.our_client).kill()
+        for end in (visitor, service):
+            with pytest.raises(ConnectionResetError):
+                end.recv(1)

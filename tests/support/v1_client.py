@@ -90,6 +90,8 @@ class V1Client:
         self._lines = self._control.makefile("rb")
         self.data_address = (self._tunnel[0], 0)
         greeting = urlsplit(self._next_line())
+        if not greeting.fragment:
+            raise ConnectionError(f"told no data port but {greeting.geturl()}")
         self.tls = int(greeting.fragment)
         self.data_address = (self._tunnel[0], int(greeting.netloc))
         self._control.settimeout(None)

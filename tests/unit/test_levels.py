@@ -18,7 +18,7 @@ LEVELS = (
     ("stream", "pipes"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target"),
-    ("certificates", "control", "pool", "relay", "datagrams"),
+    ("certificates", "control", "pool", "relay", "datagrams", "lobby"),
     ("handshake", "visitor_flows", "target_flows"),
     ("fillers",),
     ("link",),

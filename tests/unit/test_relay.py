@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import gevent
@@ -124,3 +125,20 @@ def test_a_busy_stream_lets_others_run(ends: Ends) -> None:
     assert len(receive_all(target)) == total
     counter.kill()
     assert turns >= 20
+
+
+@pytest.mark.parametrize("cutter", [0, 1])
+def test_a_reset_that_a_write_hears_of_first_is_still_a_reset_to_the_other_end(ends: Ends, cutter: int) -> None:
+    cut, other = ends[cutter], ends[1 - cutter]
+    other.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            other.send(bytes(65536))  # the relay is left writing to the one that cuts
+    gevent.wait(timeout=0.1)
+    other.setblocking(True)
+    cut.sendall(b"a beginning")
+    reset(cut)
+    received = b""
+    with pytest.raises(ConnectionResetError):
+        received = receive_all(other)
+    assert received == b""

@@ -1,0 +1,159 @@
+"""Where the key comes from, and that it is never shown: not in a log, an error or the process list."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.process import Nodepass, run
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.v2_client import V2Client
+from tests.support.v2_crypto import stretch
+from tests.support.v2_tunnel import KEYED, SECRET
+
+SHORTEST = 16
+URL = "server://127.0.0.1:0/127.0.0.1:0?tls=0"
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """The key in a file that only its owner can read, with the line end that an editor leaves."""
+    path = tmp_path / "tunnel-key"
+    path.write_text(SECRET + "\n")
+    path.chmod(0o600)
+    return path
+
+
+def assert_takes_the_key(env: dict[str, str]) -> list[str]:
+    """Check that a server with this environment has the key; its warnings."""
+    with OurServer(env={**BRISK, **env}) as server, V2Client(server.tunnel_address, secret=SECRET) as client:
+        client.wait_until_full()
+        return server.find("WARN|ERROR")
+
+
+def test_the_key_comes_from_the_environment() -> None:
+    assert_takes_the_key({"TUNNEL_KEY": SECRET})
+
+
+def test_the_key_comes_from_a_file(key_file: Path) -> None:
+    warnings = assert_takes_the_key({"TUNNEL_KEY_FILE": str(key_file)})
+    assert not [line for line in warnings if "key" in line.lower()]
+
+
+def test_the_key_comes_from_systemd(key_file: Path) -> None:
+    warnings = assert_takes_the_key({"CREDENTIALS_DIRECTORY": str(key_file.parent)})
+    assert not [line for line in warnings if "key" in line.lower()]
+
+
+def test_a_credentials_directory_without_our_credential_means_no_key(tmp_path: Path) -> None:
+    env = {**BRISK, "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    with OurServer(env=env) as server, V2Client(server.tunnel_address) as client:
+        client.wait_until_full()
+
+
+def test_a_key_file_that_others_can_read_is_warned_of(key_file: Path) -> None:
+    key_file.chmod(0o644)
+    warnings = assert_takes_the_key({"TUNNEL_KEY_FILE": str(key_file)})
+    about = [line for line in warnings if str(key_file) in line]
+    assert about
+    assert SECRET not in " ".join(about)
+
+
+@pytest.mark.parametrize("content", [None, "", "\n"], ids=["absent", "empty", "only a line end"])
+def test_a_key_file_without_a_key_is_an_error_and_never_a_tunnel_without_one(
+    tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_text(content)
+        path.chmod(0o600)
+    done = run(URL, env={"TUNNEL_KEY_FILE": str(path)})
+    assert done.code == 2
+    assert len(done.lines) == 1
+    assert str(path) in done.lines[0]
+
+
+def test_a_key_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(b"\xff\xfe" * 20)
+    path.chmod(0o600)
+    done = run(URL, env={"TUNNEL_KEY_FILE": str(path)})
+    assert done.code == 2
+    assert len(done.lines) == 1
+
+
+def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> None:
+    keys = [run("--generate-key") for _ in range(2)]
+    assert [done.code for done in keys] == [0, 0]
+    assert keys[0].output != keys[1].output
+    for done in keys:
+        assert re.fullmatch(r"\S{22,}\n", done.output)
+        assert not done.errors
+    path = tmp_path / "key"
+    path.write_text(keys[0].output)
+    path.chmod(0o600)
+    with OurServer(env={**BRISK, "TUNNEL_KEY_FILE": str(path)}) as server:
+        with V2Client(server.tunnel_address, secret=keys[0].output.strip()) as client:
+            client.wait_until_full()
+        assert not server.find("(WARN|ERROR).*key")
+
+
+@pytest.mark.parametrize("length", [SHORTEST - 1, SHORTEST])
+def test_a_key_under_sixteen_characters_is_warned_of(length: int) -> None:
+    secret = "qvz" * 6
+    with OurServer(env={**BRISK, "TUNNEL_KEY": secret[:length]}) as server:
+        about = server.find("WARN.*key")
+        assert bool(about) == (length < SHORTEST)
+        assert not any(secret[:length] in line for line in server.lines)
+
+
+@pytest.mark.parametrize(("scheme", "user"), [("server", "hunter2hunter2"), ("client", "me:hunter2hunter2")])
+def test_a_key_in_the_url_is_refused_with_advice_and_not_repeated(scheme: str, user: str) -> None:
+    done = run(f"{scheme}://{user}@127.0.0.1:10101/127.0.0.1:8080")
+    assert done.code == 2
+    assert len(done.lines) == 1
+    assert "TUNNEL_KEY_FILE" in done.errors
+    assert "hunter2" not in done.errors + done.output
+
+
+def test_the_key_is_no_flag() -> None:
+    output = run("--help").output
+    assert "TUNNEL_KEY" in output
+    assert not re.search(r"--tunnel-key(?!-file)", output)
+
+
+def command_line(process: Nodepass) -> bytes:
+    return Path(f"/proc/{process.pid}/cmdline").read_bytes()
+
+
+def secrets_of(client: V2Client) -> list[str]:
+    """Everything that must stay between the two ends."""
+    agreed = client.transcript
+    return [SECRET, stretch(SECRET).hex(), agreed.session_key().hex(), agreed.client_proof(), agreed.server_proof()]
+
+
+def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.ExitStack) -> None:
+    target = stack.enter_context(Target())
+    server = stack.enter_context(OurServer(1, env=KEYED))
+    with OurClient(server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": "wrong" * 4}) as wrong:
+        wrong.wait_for("(WARN|ERROR).*key")
+        assert not wrong.find("wrong" * 4)
+    with V2Client(server.tunnel_address, secret=SECRET, automatic=False) as peer:
+        peer.connect()
+        hidden = secrets_of(peer)
+        peer.open_data(prove=lambda _: bytes(32))
+    ours = stack.enter_context(OurClient(server.tunnel_address, target.address, env=KEYED))
+    ours.wait_until_connected()
+    Tunnel(server, ours, target).assert_works()
+    for process in (server, ours):
+        mark = process.mark()
+        process.send(signal.SIGUSR1)
+        process.wait_for(r"\+--- <", after=mark)
+        process.settled_descriptors(0.2)
+        shown = "\n".join(process.lines) + command_line(process).decode()
+        assert not [secret for secret in hidden if secret in shown]

@@ -1,0 +1,1 @@
+"""Tests in which something outside the program breaks."""

@@ -1,0 +1,50 @@
+"""A UDP service that answers every datagram with itself, in a thread."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from types import TracebackType
+
+from tests.support.sockets import Address, datagram_socket
+from tests.support.v2_lane import LARGEST
+
+ROOM = 4 << 20
+"""Bytes of receive buffer that are asked for: a test's burst must not be lost in the kernel."""
+
+STOP = b"\0stop"
+
+
+class DatagramEcho:
+    """The service; a context manager. `sources` are the addresses that it heard from."""
+
+    def __init__(self) -> None:
+        self._socket = datagram_socket()
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, ROOM)
+        self.address: Address = self._socket.getsockname()
+        self.sources: set[Address] = set()
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self) -> DatagramEcho:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with datagram_socket() as waker:
+            waker.sendto(STOP, self.address)
+        self._thread.join()
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            data, source = self._socket.recvfrom(LARGEST)
+            if data == STOP:
+                return
+            self.sources.add(source)
+            self._socket.sendto(data, source)
