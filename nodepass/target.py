@@ -33,7 +33,7 @@ class Target:
                 raise
         return self._dial(timeout)
 
-    def _dial(self, timeout: float) -> socket.socket:
+    def _dial(self, timeout: float) -> Socket:
         sock = dial(self._endpoints, timeout)
         if len(self._endpoints) > 1:  # of several addresses the one that answers comes first, for datagrams too
             self._endpoints.sort(key=lambda endpoint: endpoint.sockaddr != sock.getpeername())
