@@ -9,10 +9,12 @@ import sys
 def main() -> int:
     """Run nodepass with the arguments of the command line; its exit status."""
     try:
-        from gevent import monkey
+        from gevent import events, monkey
     except ImportError as error:
         sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
         return 1
+    # To look for plug-ins of the patching imports a mail parser and more: 2.7 MB.
+    events.notify_and_call_entry_points = events.notify  # type: ignore[attr-defined]  # its stubs know neither
     # Not ssl, subprocess and threads: the program has none of its own, and each costs memory.
     monkey.patch_socket()
     monkey.patch_time()

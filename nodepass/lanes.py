@@ -9,6 +9,7 @@ A lane that cannot take more bytes loses datagrams, as a full network does; each
 
 from __future__ import annotations
 
+import mmap
 import socket
 import time
 from collections import OrderedDict
@@ -30,7 +31,7 @@ STALLED = 1.0  # seconds without an acknowledgement after which the lane of a re
 SWEEP = 1.0  # seconds between looks for silent flows, at most
 READS_PER_TURN = 16
 
-_shared = memoryview(bytearray(256 * 1024))
+_shared = memoryview(mmap.mmap(-1, 256 * 1024))  # takes no memory before it is used
 
 
 class Lane:

@@ -6,11 +6,11 @@ has had its time. So silence, by whomever and however often, keeps nobody out.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 from collections import Counter
 from collections.abc import Callable
-
-from gevent import Greenlet
 
 from nodepass.crew import Crew
 from nodepass.log import Log
@@ -30,7 +30,7 @@ class Lobby:
         self._stats = stats
         self._limits = per_address, in_all
         self._crew = Crew(log)
-        self._inside: dict[Socket, tuple[str, Greenlet[..., None]]] = {}  # the oldest first: where from, who serves it
+        self._inside: dict[Socket, str] = {}  # the oldest first; the address that it came from
         self._addresses: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -45,16 +45,16 @@ class Lobby:
             return
         per_address, in_all = self._limits
         if self._addresses[host] >= per_address:
-            self._drop(next(each for each, (origin, _) in self._inside.items() if origin == host))
+            self._drop(next(each for each, came_from in self._inside.items() if came_from == host))
         elif len(self._inside) >= in_all:
             self._drop(next(iter(self._inside)))
+        self._inside[sock] = host
         self._addresses[host] += 1
-        self._inside[sock] = host, self._crew.spawn(self._name, self._run, sock, work, *args)
+        self._crew.spawn(self._name, self._run, sock, work, *args)
 
     def leave(self, sock: Socket) -> None:
         """This one has shown who it is, or is gone; its greenlet may go on."""
-        if entry := self._inside.pop(sock, None):
-            host = entry[0]
+        if host := self._inside.pop(sock, None):
             self._addresses[host] -= 1
             if not self._addresses[host]:
                 del self._addresses[host]
@@ -62,7 +62,7 @@ class Lobby:
     def kill(self) -> None:
         """End all, also those that have left the lobby and go on."""
         for sock in list(self._inside):
-            self._end(sock)
+            sock.close()
         self._crew.kill()
 
     def _run(self, sock: Socket, work: Callable[..., object], *args: object) -> None:
@@ -72,13 +72,10 @@ class Lobby:
             self.leave(sock)
 
     def _drop(self, sock: Socket) -> None:
+        """End it: whoever waits for its bytes hears of it, and closes it."""
         self._stats.trouble["newcomers_dropped"] += 1
         words = "too many newcomers to %s that say nothing: dropped the oldest, of %s"
-        self._log.limited(logging.WARNING, "lobby", words, self._name, self._inside[sock][0], burst=1)
-        self._end(sock)
-
-    def _end(self, sock: Socket) -> None:
-        greenlet = self._inside[sock][1]
+        self._log.limited(logging.WARNING, "lobby", words, self._name, self._inside[sock], burst=1)
         self.leave(sock)
-        greenlet.rawlink(lambda _: sock.close())  # also where it has never run
-        greenlet.kill(block=False)
+        with contextlib.suppress(OSError):  # it is gone already
+            sock.shutdown(socket.SHUT_RDWR)

@@ -220,7 +220,7 @@ class TCPStream(SocketStream):
 
 
 def recv_exactly(stream: Stream, size: int) -> bytes:
-    """Read so many bytes. Raises ConnectionError when the stream ends before."""
+    """Read so many bytes. Raises ClosedError when the stream ends before."""
     data = bytearray(size)
     view = memoryview(data)
     done = 0

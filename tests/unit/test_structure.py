@@ -25,7 +25,7 @@ from nodepass.stream import Data, TCPStream
 from tests.unit.streams import receive_all, tcp_pair
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"OpenSSL", "cryptography", "cffi", "service_identity", "ssl", "asyncio", "subprocess", "multiprocessing"}
+HEAVY = {"OpenSSL", "cryptography", "cffi", "service_identity", "ssl", "asyncio", "subprocess", "email"}
 HELD = 20  # connections
 MODULES_AT_START = """\
 import contextlib, runpy, sys
