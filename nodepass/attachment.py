@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import gevent
 from gevent.queue import Full, Queue
 
+from nodepass.client_pool import ClientPool
 from nodepass.config import Settings
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers
@@ -22,7 +23,6 @@ from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
 from nodepass.log import Log
 from nodepass.net import reason
-from nodepass.pool import ClientPool
 from nodepass.protocol import KIND_NAMES, LANE, TCP, UDP, Launch
 from nodepass.relay import exchange
 from nodepass.stats import Stats

@@ -91,6 +91,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     parser = make_parser()
     namespace = parser.parse_args(list(arguments))
+    if namespace.generate_key and namespace.urls:
+        parser.error("--generate-key prints a key and takes no URL")
     if namespace.generate_key:
         sys.stdout.write(f"{secret.generate()}\n")
         return 0

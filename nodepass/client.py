@@ -10,6 +10,7 @@ import gevent
 from gevent.event import Event
 
 from nodepass.attachment import Attachment, Lasting
+from nodepass.client_pool import ClientPool
 from nodepass.config import Settings
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers
@@ -18,7 +19,6 @@ from nodepass.fillers import Backoff, Route
 from nodepass.handshake import Agreement, introduce
 from nodepass.log import Log
 from nodepass.net import as_blocking, dial, reason, resolve
-from nodepass.pool import ClientPool
 from nodepass.proofs import Key
 from nodepass.stats import Stats
 from nodepass.target import Target

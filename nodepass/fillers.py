@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import gevent
 
+from nodepass.client_pool import ClientPool
 from nodepass.crew import Workers
 from nodepass.errors import ClosedError, ProtocolError, VerificationError
 from nodepass.handshake import Agreement
@@ -22,9 +23,9 @@ from nodepass.listen import accept_forever
 from nodepass.lobby import Lobby
 from nodepass.log import Log
 from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason
-from nodepass.pool import ClientPool, ServerPool
 from nodepass.proofs import PROOF_LENGTH, SessionKey, same
 from nodepass.protocol import DATA_PREFIX, ID_LENGTH, parse_id
+from nodepass.server_pool import ServerPool
 from nodepass.stats import Stats
 from nodepass.stream import Stream, TCPStream, recv_exactly
 

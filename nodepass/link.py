@@ -19,9 +19,9 @@ from nodepass.fillers import AcceptingFiller
 from nodepass.handshake import Agreement, Caller, answer
 from nodepass.log import Log
 from nodepass.net import Socket, plain_host
-from nodepass.pool import ServerPool
 from nodepass.proofs import Key
 from nodepass.protocol import BUSY, LANE, Launch, Tunnel
+from nodepass.server_pool import ServerPool
 from nodepass.stats import Stats
 from nodepass.stream import Stream
 from nodepass.visitor_flows import VisitorFlows

@@ -61,9 +61,10 @@ class Lobby:
 
     def kill(self) -> None:
         """End all, also those that have left the lobby and go on."""
-        for sock in list(self._inside):
-            sock.close()
+        inside = list(self._inside)
         self._crew.kill()
+        for sock in inside:
+            sock.close()  # of those that had not begun; the others have closed theirs
 
     def _run(self, sock: Socket, work: Callable[..., object], *args: object) -> None:
         try:

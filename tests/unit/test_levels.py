@@ -19,7 +19,7 @@ LEVELS = (
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target"),
     ("certificates", "control", "pool", "relay", "datagrams", "lobby"),
-    ("handshake", "visitor_flows", "target_flows"),
+    ("handshake", "visitor_flows", "target_flows", "server_pool", "client_pool"),
     ("fillers",),
     ("link",),
     ("door", "attachment"),
