@@ -234,9 +234,8 @@ class Server:
         except NoDataConnection:
             self.stats.trouble["visitors_unserved"] += 1
             because = "" if self._link.control else ": no client is connected"
-            self.log.warning(
-                "visitor %s closed, no data connection within %s%s", peer, format_duration(timeout), because
-            )
+            words = "visitor %s closed, no data connection within %s%s"
+            self.log.limited(logging.WARNING, "unserved visitors", words, peer, format_duration(timeout), because)
             return
         log = self.log.session(id)
         log.debug("visitor %s connected", peer)
