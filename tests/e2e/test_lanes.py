@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.process import Environment
-from tests.support.sockets import PATIENCE, Address, datagram_socket, is_silent, until
+from tests.support.sockets import PATIENCE, Address, datagram_socket, is_silent
 from tests.support.target import Target
 from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
 from tests.support.v2_echo import ROOM, DatagramEcho
@@ -116,10 +116,9 @@ def test_two_hundred_flows_at_once_keep_their_order(any_lanes: Tunnel, stack: co
 def test_a_flow_ends_and_its_socket_is_released(
     lanes: Callable[[Environment], Tunnel], stack: contextlib.ExitStack
 ) -> None:
-    tunnel = lanes({"UDP_SESSION_TIMEOUT": "700ms", "UDP_LANES": "1"})
-    tunnel.exchange(b"the lane", b"is open")
+    # Long enough for all flows to begin before the first one ends, on a busy machine too.
+    tunnel = lanes({"UDP_SESSION_TIMEOUT": "5s", "UDP_LANES": "1"})
     client, server = tunnel.our_client, tunnel.our_server
-    until(lambda: client.find("0 flows") and server.find("0 flows"))
     before = client.settled_descriptors(), server.settled_descriptors()
     visitors = [stack.enter_context(datagram_socket()) for _ in range(FLOWS)]
     sources = [ask(tunnel, visitor, b"hello") for visitor in visitors]
@@ -132,11 +131,11 @@ def test_a_flow_ends_and_its_socket_is_released(
 
 
 def test_traffic_in_either_direction_keeps_a_flow(lanes: Callable[[Environment], Tunnel]) -> None:
-    tunnel = lanes({"UDP_SESSION_TIMEOUT": "500ms"})
+    tunnel = lanes({"UDP_SESSION_TIMEOUT": "2s"})
     with datagram_socket() as speaker, datagram_socket() as listener, datagram_socket() as clock:
         spoken, heard = ask(tunnel, speaker, b"hello"), ask(tunnel, listener, b"hello")
         for _ in range(5):
-            assert is_silent(clock, 0.2)
+            assert is_silent(clock, 0.6)
             assert ask(tunnel, speaker, b"still here") == spoken
             answer(tunnel, heard, listener, b"still there")
         assert ask(tunnel, listener, b"the same flow") == heard
