@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
     from nodepass.certificates import ServerCertificate
 
+# Seconds for a launch to be read before the end of a visitor's stream that came with it: a v1 client takes an idle data
+# connection at its end for dead.
+HEAD_START = 0.1
+
 
 class Server:
     """One tunnel's server: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
@@ -240,7 +244,10 @@ class Server:
         log = self.log.session(id)
         log.debug("visitor %s connected", peer)
         self.stats.tcp_sessions += 1
-        log.debug("visitor %s: %s", peer, exchange(TCPStream(sock), data, self.stats))
+        visitor = TCPStream(sock)
+        if self._link.version == 1 and visitor.peek() is False:
+            gevent.sleep(HEAD_START)
+        log.debug("visitor %s: %s", peer, exchange(visitor, data, self.stats))
 
     # Upkeep
 
