@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from urllib.parse import unquote, urlsplit
 
 from nodepass.errors import ConfigError
@@ -92,10 +93,20 @@ def parse_url(text: str) -> ServerURL | ClientURL:
 
 def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([^\[\]:/\s\x00-\x20]*)):(\d{1,5})", text, re.ASCII)
-    if not match or "\0" in unquote(text) or not lowest_port <= int(match[3]) <= 65535:
+    sound = match and (not match[1] or _is_ipv6(unquote(match[1]))) and "\0" not in unquote(text)
+    if not match or not sound or not lowest_port <= int(match[3]) <= 65535:
         allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535"
         raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable; allowed: {allowed}")
     return Address(unquote(match[1] or match[2] or ""), int(match[3]))
+
+
+def _is_ipv6(host: str) -> bool:
+    """Whether what stands in brackets may; urlsplit looks only from Python 3.11 on."""
+    try:
+        IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:

@@ -26,6 +26,8 @@ from tests.unit.streams import receive_all, tcp_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"OpenSSL", "cryptography", "cffi", "service_identity", "ssl", "asyncio", "subprocess", "email"}
+if sys.version_info < (3, 11):
+    HEAVY -= {"subprocess"}  # of `platform`, which gevent needs
 HELD = 20  # connections
 MODULES_AT_START = """\
 import contextlib, runpy, sys
