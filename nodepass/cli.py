@@ -57,7 +57,8 @@ def make_parser() -> Parser:
     )
     parser.add("--version", action="version", version=f"nodepass {__version__}")
     parser.add("--generate-key", action="store_true", help="print a fresh key for TUNNEL_KEY_FILE, and exit")
-    parser.add("urls", metavar="URL", nargs="*", help="a tunnel, see above")
+    help_text = "a tunnel, see above; without any, those in NODEPASS_URL, separated by spaces"
+    parser.add("urls", metavar="URL", nargs="*", help=help_text)
     groups = {row.group: parser.add_argument_group(row.group) for row in rows().values()}
     for name, row in rows().items():
         groups[row.group].add_argument(
@@ -96,13 +97,14 @@ def main(arguments: Sequence[str]) -> int:
     if namespace.generate_key:
         sys.stdout.write(f"{secret.generate()}\n")
         return 0
-    if not namespace.urls:
+    texts = namespace.urls or os.environ.get("NODEPASS_URL", "").split()
+    if not texts:
         parser.print_usage(sys.stderr)
-        sys.stderr.write("nodepass: no URL given; see nodepass --help\n")
+        sys.stderr.write("nodepass: no URL given, nor NODEPASS_URL set; see nodepass --help\n")
         return 2
     try:
         settings = read_settings(parser, namespace)
-        urls = [parse_url(text) for text in namespace.urls]
+        urls = [parse_url(text) for text in texts]
         key = _start(urls, namespace.tunnel_key_file)
         gc.freeze()  # what is there now stays; 1 % of the time of short sessions
         Daemon(urls, settings, key).run()

@@ -48,7 +48,7 @@ class Client:
         self._lasting = Lasting(settings, log, self.stats, target, self.sessions, Crew(log), flows)
         self._stopping = Event()
         self._ended = Event()
-        self._control: Control | None = None
+        self.control: Control | None = None  # to the server, while it is connected
         self._pool: ClientPool | None = None
 
     def start(self) -> None:
@@ -89,15 +89,15 @@ class Client:
     def stop_accepting(self) -> None:
         """Take no new launches beyond those that the server has already sent; running sessions go on."""
         self._stopping.set()
-        if self._control:
-            self._control.finish()
+        if self.control:
+            self.control.finish()
         self._ended.wait(FAREWELL)
 
     def close(self) -> None:
         """End everything at once."""
         self._stopping.set()
-        if self._control:
-            self._control.close("this end is stopping")
+        if self.control:
+            self.control.close("this end is stopping")
         self._lasting.lanes.kill()
         self.sessions.kill()
 
@@ -106,7 +106,7 @@ class Client:
 
     def describe(self) -> str:
         """One line for an operator: where it is connected, and what has been done."""
-        server = self._control.describe() if self._control else "none"
+        server = self.control.describe() if self.control else "none"
         running = f"{len(self.sessions)} sessions, {len(self._lasting.flows)} flows"
         pool = "no pool" if self._pool is None else repr(self._pool)
         return f"server {server}, {pool}, {running}, {self.stats}"
@@ -141,11 +141,11 @@ class Client:
         words = "connected to %s: data port %d, tls %d, wire v%d"
         self.log.info(words, control.peer, tunnel.data_port, tunnel.tls, tunnel.version)
         attachment = Attachment(self._lasting, control, self._route(control, agreement), self.describe)
-        self._control, self._pool = control, attachment.pool
+        self.control, self._pool = control, attachment.pool
         try:
             attachment.run()
         finally:
-            self._control = self._pool = None
+            self.control = self._pool = None
             if control.vanished:
                 self._lasting.lanes.kill()  # they are as dead as their server; without it their flows would hang
             self.log.info("disconnected: %s", control.closed_because)

@@ -18,6 +18,7 @@ from gevent.util import format_run_info
 
 from nodepass.client import Client
 from nodepass.config import Settings, format_duration
+from nodepass.control import Control
 from nodepass.crew import Crew, Workers
 from nodepass.errors import ListenError, NodepassError
 from nodepass.limits import raise_descriptor_limit
@@ -36,6 +37,10 @@ class Tunnel(Protocol):
     log: Log
     stats: Stats
     sessions: Workers
+
+    @property
+    def control(self) -> Control | None:
+        """The control connection to its peer, while there is one."""
 
     def start(self) -> None:
         """Open what must be there at start. Raises ListenError."""

@@ -69,6 +69,11 @@ class Server:
 
             self._certificate = ServerCertificate(url.crt, url.key, log)
 
+    @property
+    def control(self) -> Control | None:
+        """The control connection to the client, while one is connected."""
+        return self._link.control
+
     def start(self) -> None:
         """Open every listener. Raises ListenError."""
         try:

@@ -64,6 +64,19 @@ def test_no_argument_shows_the_usage() -> None:
     assert "Traceback" not in done.errors
 
 
+def test_urls_may_come_from_the_environment() -> None:
+    urls = "server://127.0.0.1:0/127.0.0.1:0?tls=0 server://127.0.0.1:0/127.0.0.1:0?tls=1"
+    with Nodepass(env={"NODEPASS_URL": urls}) as both:
+        both.wait_for("listening: .* tls 0")
+        both.wait_for("listening: .* tls 1")
+
+
+def test_a_url_on_the_command_line_wins_over_the_environment() -> None:
+    done = run("client://nowhere", env={"NODEPASS_URL": "server://127.0.0.1:0/127.0.0.1:0"})
+    assert done.code == 2
+    assert "nowhere" in done.errors
+
+
 def test_the_program_runs_through_a_symbolic_link(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.symlink_to(REPOSITORY / "bin" / "nodepass")
