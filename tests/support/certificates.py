@@ -37,6 +37,19 @@ class Certificate:
         self.crt.write_bytes(other.crt.read_bytes())
 
 
+SIGNS_CERTIFICATES = x509.KeyUsage(
+    key_cert_sign=True,
+    crl_sign=True,
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
 def subject(name: str) -> x509.Name:
     """A distinguished name that is only a common name."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -60,6 +73,7 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         builder = self._builder(self._name, self._key, -30 * DAY, 3650 * DAY)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = builder.add_extension(SIGNS_CERTIFICATES, critical=True)
         self.crt = directory / "ca.crt"
         self.crt.write_bytes(self._sign(builder))
         self._issued = 0
@@ -100,6 +114,9 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now + start)
             .not_valid_after(now + end)
+            # Python 3.13 refuses a chain without these.
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
 
     def _sign(self, builder: x509.CertificateBuilder) -> bytes:
