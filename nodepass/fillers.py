@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from OpenSSL import SSL
 
 DIALS_AT_ONCE = 64
+SAME_MOMENT = 0.1  # seconds: a server that goes away refuses dials too; that it has gone then says it all
 FIRST_PAUSE = 0.1  # seconds before a failed attempt is repeated; doubled with each failure
 
 
@@ -87,6 +88,7 @@ class DialingFiller:
         except OSError as error:
             self._failures += 1
             self._stats.trouble["data_connections_failed"] += 1
+            gevent.sleep(SAME_MOMENT)
             level = logging.ERROR if isinstance(error, VerificationError) else logging.WARNING
             self._log.limited(level, "data connection", "cannot make a data connection: %s", reason(error), burst=1)
         else:
@@ -149,6 +151,7 @@ class AcceptingFiller:
         self,
         pool: ServerPool,
         owner: Callable[[Socket], Agreement | None],
+        has_client: Callable[[], bool],
         log: Log,
         stats: Stats,
         timeout: float,
@@ -156,6 +159,7 @@ class AcceptingFiller:
         """`owner` says whose a connection is: the agreement with the client, None if it is nobody's."""
         self._pool = pool
         self._owner = owner
+        self._has_client = has_client
         self._log = log
         self._stats = stats
         self._timeout = timeout
@@ -170,7 +174,7 @@ class AcceptingFiller:
         """Prepare one connection for the pool, which owns it from then on."""
         whose = self._owner(sock)
         if whose is None:
-            self._refuse(sock, "it is not from the connected client")
+            self._refuse_stranger(sock)
         elif len(self._pool) >= self._pool.bounds[1]:
             self._refuse(sock, "the pool is full")
         elif context or whose.session:
@@ -216,13 +220,19 @@ class AcceptingFiller:
             pass
         return id
 
-    def _refuse(self, sock: Socket, because: str) -> None:
+    def _refuse_stranger(self, sock: Socket) -> None:
+        if self._has_client():
+            self._refuse(sock, "it is not from the connected client")
+        else:  # most often the last ones of a client that has just left, which is nothing to warn of
+            self._refuse(sock, "no client is connected", logging.DEBUG)
+
+    def _refuse(self, sock: Socket, because: str, level: int = logging.WARNING) -> None:
         self._stats.trouble["data_connections_refused"] += 1
         try:
             peer = format_sockaddr(sock.getpeername())
         except OSError:
             peer = "a peer that has gone"
-        self._log.limited(logging.WARNING, "data refused", "data connection from %s refused: %s", peer, because)
+        self._log.limited(level, because, "data connection from %s refused: %s", peer, because)
         sock.close()
 
 

@@ -35,7 +35,6 @@ class Link:
     def __init__(self, key: Key | None, settings: Settings, log: Log, stats: Stats) -> None:
         self.control: Control | None = None
         self.pool = ServerPool(log, stats, settings.min_pool_capacity, settings.max_pool_capacity)
-        self.filler = AcceptingFiller(self.pool, self._owner, log, stats, settings.handshake_timeout)
         self.flows = VisitorFlows(self.launch, settings, log, stats)
         self._key = key
         self._log = log
@@ -43,6 +42,9 @@ class Link:
         self._agreement: Agreement | None = None
         self._admission = Semaphore()
         self._connected = Event()
+        self.filler = AcceptingFiller(
+            self.pool, self._owner, self._connected.is_set, log, stats, settings.handshake_timeout
+        )
 
     @property
     def version(self) -> int:
