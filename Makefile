@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
-TYPED := $(wildcard nodepass tests/support benchmarks contrib/demo)
+TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak benchmarks contrib/demo)
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench fuzz soak clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -29,8 +29,15 @@ lint: $(VENV)/test.stamp $(VENV)/lint.stamp ## Check style, format and types
 bench: $(VENV)/bench.stamp ## Measure against other tunnels (ARGS='--quick', ARGS='--help')
 	$(RUN) -m benchmarks $(ARGS)
 
+fuzz: $(VENV)/fuzz.stamp ## Fuzz whatever parses a peer's bytes (SECONDS=30 each, TARGET=name)
+	$(RUN) -m tests.fuzz --seconds $(or $(SECONDS),30) $(if $(TARGET),--target $(TARGET))
+
+soak: $(VENV)/test.stamp ## Traffic and faults for MINUTES=10 (SEED=number repeats a run's choices)
+	$(RUN) -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+	$(RUN) -m pytest -m soak tests/faults || test $$? = 5  # 5: no test is marked so
+
 clean: ## Remove everything that was made here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out tests/fuzz/found
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/stamp: requirements.txt setup.py

@@ -62,6 +62,7 @@ setup(
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools"],
         "bench": ["matplotlib>=3.8,<4"],
+        "fuzz": ["atheris>=3,<4; python_version >= '3.11' and python_version < '3.14'"],
     },
     entry_points={"console_scripts": ["nodepass = nodepass.__main__:main"]},
 )

@@ -49,10 +49,10 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in Go's syntax, as short as it can be said: 90.0 is `1m30s`."""
+    """A duration in Go's syntax, to the millisecond, as short as it can be said: 90.0 is `1m30s`."""
     if seconds < 1:
         return f"{round(seconds * 1000)}ms"
-    minutes, rest = divmod(seconds, 60)
+    minutes, rest = divmod(round(seconds, 3), 60)
     hours, minutes = divmod(int(minutes), 60)
     parts = (f"{hours}h" if hours else "", f"{minutes}m" if minutes else "", f"{rest:g}s" if rest else "")
     return "".join(parts)

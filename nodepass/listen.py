@@ -194,14 +194,14 @@ class Visitor:
 
 
 def receive_datagram(sock: socket.socket) -> tuple[bytes, Visitor]:
-    """One datagram of any size."""
+    """One datagram of any size. What is cut short of what is said beside it is left out: routing chooses then."""
     payload, ancillary, _, sockaddr = sock.recvmsg(65536, 64)
     control: list[tuple[int, int, bytes]] = []
     for level, kind, data in ancillary:
-        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+        if (level, kind, len(data)) == (socket.IPPROTO_IP, _IP_PKTINFO, _IN_PKTINFO.size):
             _, local, _ = _IN_PKTINFO.unpack(data)
             control.append((level, kind, _IN_PKTINFO.pack(0, local, bytes(4))))
-        elif (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+        elif (level, kind, len(data)) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _IN6_PKTINFO.size):
             local, interface = _IN6_PKTINFO.unpack(data)
             # Only a link-local address needs its interface; elsewhere routing chooses.
             control.append((level, kind, _IN6_PKTINFO.pack(local, interface if local[:2] == b"\xfe\x80" else 0)))

@@ -1,0 +1,66 @@
+"""What users type: URLs, durations, counts, ports."""
+
+from __future__ import annotations
+
+import math
+from urllib.parse import quote
+
+from nodepass.config import Ports, format_duration, parse_duration, rows
+from nodepass.errors import ConfigError
+from nodepass.urls import Address, ClientURL, ServerURL, parse_url
+from tests.fuzz.scripted import assert_plain
+from tests.fuzz.scripts import Script
+
+
+def check_url(data: bytes) -> None:
+    """A URL is refused in one line, or describes a tunnel that can be written as a URL again."""
+    text = data.decode("utf-8", "surrogateescape")  # as Python has the command line
+    try:
+        url = parse_url(text)
+    except ConfigError as error:
+        assert_plain(error, 400 + 30 * len(text))
+        return
+    for address in (url.tunnel, url.target):
+        assert 0 <= address.port <= 65535
+        assert "\0" not in address.host
+    if isinstance(url, ServerURL):
+        assert url.tls in (0, 1, 2)
+        assert (url.tls == 2) == bool(url.crt) == bool(url.key)
+    try:
+        again = parse_url(_written(url))
+    except UnicodeEncodeError:
+        return  # what is no UTF-8 can be typed as it is, and not with per cent signs
+    assert {**vars(again), "warnings": ()} == {**vars(url), "warnings": ()}
+
+
+def _written(url: ServerURL | ClientURL) -> str:
+    where = f"//{_address(url.tunnel)}/{_address(url.target)}?log={url.log}"
+    if isinstance(url, ClientURL):
+        return f"client:{where}"
+    files = f"&crt={quote(url.crt, '')}&key={quote(url.key, '')}" if url.tls == 2 else ""
+    return f"server:{where}&tls={url.tls}{files}"
+
+
+def _address(address: Address) -> str:
+    if ":" in address.host:
+        return f"[{address.host.replace('%', '%25')}]:{address.port}"
+    return f"{quote(address.host, '')}:{address.port}"
+
+
+def check_setting(data: bytes) -> None:
+    """A setting's text is refused as documented, by ValueError, or is a value within its bounds."""
+    script = Script(data)
+    table = list(rows().values())
+    row = table[script.number() % len(table)]
+    text = script.rest().decode("utf-8", "surrogateescape")
+    try:
+        value = row.kind.parse(text)
+    except ValueError:
+        return
+    if isinstance(value, Ports):
+        assert 0 <= value.first <= value.last <= 65535
+        return
+    assert math.isfinite(value)
+    assert value >= 0
+    if isinstance(value, float):
+        assert math.isclose(parse_duration(format_duration(value)), value, abs_tol=0.001, rel_tol=1e-5)
