@@ -28,6 +28,7 @@ from nodepass.stream import TCPStream
 
 MISSED_HEARTBEATS = 3  # then the peer is given up
 _READ_SIZE = 4096  # bytes
+_LINES_PER_TURN = 64  # then others get their turn, also while a peer sends as fast as it can
 _PROBE_STEP = 0.01  # seconds between looks at what a probe has brought
 
 
@@ -54,6 +55,8 @@ class Control:
         self._sending = Semaphore()
         self._lines = LineBuffer()
         self._ready: list[bytes] = []
+        self._steps = 0
+        self._agreed = False
         self._version = 1
         self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
         self._answers = 0
@@ -73,7 +76,7 @@ class Control:
 
     def agree(self, version: int, interval: float) -> None:
         """The handshake is over: heartbeats come every `interval` seconds, and in v2 three missing ones are the end."""
-        self._version, self._interval = version, interval
+        self._version, self._interval, self._agreed = version, interval, True
         bound_failure_detection(self.sock, MISSED_HEARTBEATS * interval)
         if version > 1:
             self.sock.settimeout(MISSED_HEARTBEATS * interval)
@@ -173,15 +176,24 @@ class Control:
 
     def read_line(self) -> bytes:
         """The next line; its deadline is the caller's, or what `agree` set. Raises OSError."""
+        self._give_way()
         while not self._ready:
+            self._give_way()
             data = self.sock.recv(_READ_SIZE)
             if not data:
                 raise ClosedError("closed by the peer")
             skipped = self._lines.skipped
             self._ready = self._lines.feed(data)
             if self._lines.skipped > skipped:
+                if not self._agreed:
+                    raise ProtocolError("a line longer than 4096 bytes")
                 self._count("signals_over_long", "skipping a signal longer than 4096 bytes from %s", self.peer)
         return self._ready.pop(0)
+
+    def _give_way(self) -> None:
+        self._steps += 1
+        if self._steps % _LINES_PER_TURN == 0:
+            gevent.sleep(0)
 
     def _count(self, key: str, message: str, *args: object) -> None:
         self._stats.trouble[key] += 1

@@ -29,7 +29,7 @@ class Lobby:
         self._log = log
         self._stats = stats
         self._limits = per_address, in_all
-        self._crew = Crew(log)
+        self._crew = Crew(log, stats)
         self._inside: dict[Socket, str] = {}  # the oldest first; the address that it came from
         self._addresses: Counter[str] = Counter()
 
