@@ -21,14 +21,14 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError
 from nodepass.log import Log
-from nodepass.net import Endpoint, acknowledged, bound_failure_detection, reason
+from nodepass.net import Endpoint, acknowledged, bound_failure_detection, reason, wait_readable
 from nodepass.protocol import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable
 from nodepass.stats import Stats
 from nodepass.stream import TCPStream
 
 MISSED_HEARTBEATS = 3  # then the peer is given up
-_READ_SIZE = 4096  # bytes
-_LINES_PER_TURN = 64  # then others get their turn, also while a peer sends as fast as it can
+_READ_SIZE = 1024  # bytes, for one turn of the loop: a peer may send as fast as it can
+_FIRST_READS = 256  # bytes, before an agreement: a stranger's lines are not worth more work at a time
 _PROBE_STEP = 0.01  # seconds between looks at what a probe has brought
 
 
@@ -55,7 +55,6 @@ class Control:
         self._sending = Semaphore()
         self._lines = LineBuffer()
         self._ready: list[bytes] = []
-        self._steps = 0
         self._agreed = False
         self._version = 1
         self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
@@ -176,10 +175,9 @@ class Control:
 
     def read_line(self) -> bytes:
         """The next line; its deadline is the caller's, or what `agree` set. Raises OSError."""
-        self._give_way()
         while not self._ready:
-            self._give_way()
-            data = self.sock.recv(_READ_SIZE)
+            wait_readable(self.sock)
+            data = self.sock.recv(_READ_SIZE if self._agreed else _FIRST_READS)
             if not data:
                 raise ClosedError("closed by the peer")
             skipped = self._lines.skipped
@@ -189,11 +187,6 @@ class Control:
                     raise ProtocolError("a line longer than 4096 bytes")
                 self._count("signals_over_long", "skipping a signal longer than 4096 bytes from %s", self.peer)
         return self._ready.pop(0)
-
-    def _give_way(self) -> None:
-        self._steps += 1
-        if self._steps % _LINES_PER_TURN == 0:
-            gevent.sleep(0)
 
     def _count(self, key: str, message: str, *args: object) -> None:
         self._stats.trouble[key] += 1

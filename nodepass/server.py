@@ -173,6 +173,9 @@ class Server:
         except OSError:
             sock.close()
             return
+        except BaseException:
+            sock.close()
+            raise
         if is_data:
             self._clients.leave(sock)
             self._link.filler.admit(as_plain(sock), self._context())
