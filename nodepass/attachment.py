@@ -45,6 +45,7 @@ class Lasting:
     sessions: Workers
     lanes: Crew  # apart from the sessions: a lane has no end of its own, so a shutdown does not wait for it
     flows: TargetFlows
+    on_crash: Callable[[Exception], object]  # told of a bug in a loop, which ends the tunnel
 
 
 class Attachment:
@@ -57,7 +58,7 @@ class Attachment:
         self._control = control
         self._describe = describe
         self._launches: Queue[Launch | None] = Queue(max(SIGNALS_WAITING, settings.semaphore_limit))
-        self._crew = Crew(self._log, on_crash=lambda _: control.close("a bug in this end, see above"))
+        self._crew = Crew(self._log, self._stats, on_crash=lasting.on_crash)
         self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
         backoff = Backoff(settings.service_cooldown)
         self._filler = DialingFiller(self.pool, route.make, backoff, self._log, self._stats)

@@ -1,6 +1,7 @@
 """The command line: from arguments and environment to settings and URLs, and from errors to exit statuses.
 
-0: stopped by a signal. 1: an address cannot be listened on. 2: bad input, said in one line.
+0: stopped by a signal. 1: an address cannot be listened on. 2: bad input, said in one line. 3: stopped by a signal, and
+there was a bug on the way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url
 
 if TYPE_CHECKING:
     from nodepass.proofs import Key
+
+BUGS = 3  # exit status
 
 DESCRIPTION = """\
 A TCP/UDP reverse tunnel. Each URL is one tunnel:
@@ -107,14 +110,15 @@ def main(arguments: Sequence[str]) -> int:
         urls = [parse_url(text) for text in texts]
         key = _start(urls, namespace.tunnel_key_file)
         gc.freeze()  # what is there now stays; 1 % of the time of short sessions
-        Daemon(urls, settings, key).run()
+        daemon = Daemon(urls, settings, key)
+        daemon.run()
     except ConfigError as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 2
     except ListenError as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 1
-    return 0
+    return BUGS if daemon.bugs else 0
 
 
 def _start(urls: Sequence[ServerURL | ClientURL], key_file: str | None) -> Key | None:

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import gevent
-from gevent.event import Event
+from gevent.event import AsyncResult, Event
 
 from nodepass.attachment import Attachment, Lasting
 from nodepass.client_pool import ClientPool
@@ -36,16 +36,20 @@ FAREWELL = 1.0  # seconds for the server to end its side of the control connecti
 class Client:
     """One tunnel's client: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
 
-    def __init__(self, url: ClientURL, settings: Settings, key: Key | None, log: Log) -> None:
+    def __init__(self, url: ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> None:
         self.log = log
-        self.stats = Stats()
-        self.sessions = Workers(log, settings.semaphore_limit)
+        self.stats = stats
+        self.sessions = Workers(log, stats, settings.semaphore_limit)
         self._url = url
         self._key = key
         self._settings = settings
         target = Target(url.target)
-        flows = TargetFlows(target.dial_udp, settings, log, self.stats)
-        self._lasting = Lasting(settings, log, self.stats, target, self.sessions, Crew(log), flows)
+        flows = TargetFlows(target.dial_udp, settings, log, stats)
+        self._failed: AsyncResult[None] = AsyncResult()
+        self._loops = Crew(log, stats, on_crash=self._failed.set_exception)
+        self._lasting = Lasting(
+            settings, log, stats, target, self.sessions, Crew(log, stats), flows, self._failed.set_exception
+        )
         self._stopping = Event()
         self._ended = Event()
         self.control: Control | None = None  # to the server, while it is connected
@@ -55,9 +59,13 @@ class Client:
         """Nothing to open: whatever a client needs is retried."""
 
     def run(self) -> None:
-        """Connect, serve, and connect again, until `stop_accepting`; raises what crashed."""
+        """Connect, serve, and connect again, until `stop_accepting`; raises what crashed one of the loops."""
+        self._loops.spawn("end silent flows", self._lasting.flows.sweep_forever)
+        self._loops.spawn("stay connected", self._stay_connected)
+        self._failed.get()
+
+    def _stay_connected(self) -> None:
         backoff = Backoff(self._settings.service_cooldown)
-        sweeper = gevent.spawn(self._lasting.flows.sweep_forever)
         try:
             while not self._stopping.is_set():
                 began = time.monotonic()
@@ -74,7 +82,6 @@ class Client:
                         backoff.reset()
                 self._stopping.wait(backoff.pause())
         finally:
-            sweeper.kill()
             self._ended.set()
 
     def _tell(self, error: OSError) -> None:
@@ -98,8 +105,10 @@ class Client:
         self._stopping.set()
         if self.control:
             self.control.close("this end is stopping")
+        self._loops.kill()
         self._lasting.lanes.kill()
         self.sessions.kill()
+        self._failed.set(None)
 
     def reload(self) -> None:
         """A client has no files of its own to look at."""

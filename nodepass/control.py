@@ -21,13 +21,14 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError
 from nodepass.log import Log
-from nodepass.net import Endpoint, acknowledged, bound_failure_detection, reason
+from nodepass.net import Endpoint, acknowledged, bound_failure_detection, reason, wait_readable
 from nodepass.protocol import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable
 from nodepass.stats import Stats
 from nodepass.stream import TCPStream
 
 MISSED_HEARTBEATS = 3  # then the peer is given up
-_READ_SIZE = 4096  # bytes
+_READ_SIZE = 1024  # bytes, for one turn of the loop: a peer may send as fast as it can
+_FIRST_READS = 256  # bytes, before an agreement: a stranger's lines are not worth more work at a time
 _PROBE_STEP = 0.01  # seconds between looks at what a probe has brought
 
 
@@ -54,6 +55,7 @@ class Control:
         self._sending = Semaphore()
         self._lines = LineBuffer()
         self._ready: list[bytes] = []
+        self._agreed = False
         self._version = 1
         self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
         self._answers = 0
@@ -73,7 +75,7 @@ class Control:
 
     def agree(self, version: int, interval: float) -> None:
         """The handshake is over: heartbeats come every `interval` seconds, and in v2 three missing ones are the end."""
-        self._version, self._interval = version, interval
+        self._version, self._interval, self._agreed = version, interval, True
         bound_failure_detection(self.sock, MISSED_HEARTBEATS * interval)
         if version > 1:
             self.sock.settimeout(MISSED_HEARTBEATS * interval)
@@ -174,12 +176,15 @@ class Control:
     def read_line(self) -> bytes:
         """The next line; its deadline is the caller's, or what `agree` set. Raises OSError."""
         while not self._ready:
-            data = self.sock.recv(_READ_SIZE)
+            wait_readable(self.sock)
+            data = self.sock.recv(_READ_SIZE if self._agreed else _FIRST_READS)
             if not data:
                 raise ClosedError("closed by the peer")
             skipped = self._lines.skipped
             self._ready = self._lines.feed(data)
             if self._lines.skipped > skipped:
+                if not self._agreed:
+                    raise ProtocolError("a line longer than 4096 bytes")
                 self._count("signals_over_long", "skipping a signal longer than 4096 bytes from %s", self.peer)
         return self._ready.pop(0)
 

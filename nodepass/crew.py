@@ -1,7 +1,12 @@
-"""Crews: named greenlets that belong together, with a limit on their number, and whose crash reaches their owner."""
+"""Crews: named greenlets that belong together, with a limit on their number, and whose crash reaches their owner.
+
+No greenlet of the program is made elsewhere (but a lane's writer, whose crash its lane raises), so none dies in
+silence.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,38 +16,32 @@ from gevent.lock import Semaphore
 from gevent.pool import Pool
 
 from nodepass.log import Log
+from nodepass.stats import Stats
 
 RESTING_AT_MOST = 64  # workers without work; each holds about 10 KiB
 REST = 0.25  # seconds: as many workers as nobody needed for so long are dismissed
 
 
+def report_bug(what: str, error: BaseException, log: Log, stats: Stats) -> None:
+    """Log with its traceback what nobody expected, and count it: the exit status tells of it, too (see `daemon`)."""
+    stats.trouble["bugs"] += 1
+    log.limited(logging.ERROR, f"{what} crashed", "%s crashed, this is a bug", what, exc_info=error)
+
+
 class Crew:
-    """The greenlets of one purpose.
+    """The greenlets of one purpose. A crash is logged with its traceback, counted, and handed to `on_crash`."""
 
-    A place is taken by `spawn` and given back when the greenlet has ended, however it ended, even killed before it
-    first ran: gevent's Pool does it from a link. A crash is logged with its traceback and handed to `on_crash`.
-    """
-
-    def __init__(
-        self, log: Log, limit: int | None = None, on_crash: Callable[[Exception], object] | None = None
-    ) -> None:
+    def __init__(self, log: Log, stats: Stats, on_crash: Callable[[Exception], object] | None = None) -> None:
         self._log = log
-        self._pool = Pool(limit)
+        self._stats = stats
+        self._pool = Pool()
         self._on_crash = on_crash
 
     def __len__(self) -> int:
         return len(self._pool)
 
-    def wait_for_place(self) -> None:
-        """Return when `spawn` would not have to wait."""
-        self._pool.wait_available()
-
-    def full(self) -> bool:
-        """Whether `spawn` would have to wait now."""
-        return bool(self._pool.full())
-
     def spawn(self, name: str, work: Callable[..., object], *args: object) -> Greenlet[..., None]:
-        """Run `work(*args)` in a greenlet of this name; waits while the crew is at its limit."""
+        """Run `work(*args)` in a greenlet of this name."""
         greenlet: Greenlet[..., None] = Greenlet(self._guarded, name, work, *args)
         greenlet.name = name
         self._pool.start(greenlet)  # type: ignore[arg-type]  # the stubs want no parameters
@@ -52,7 +51,7 @@ class Crew:
         try:
             work(*args)
         except Exception as error:  # noqa: BLE001  # whatever it is, its owner must hear of it
-            self._log.exception("%s crashed, this is a bug", name)
+            report_bug(name, error, self._log, self._stats)
             if self._on_crash:
                 self._on_crash(error)
 
@@ -71,11 +70,12 @@ class Workers:
     """Greenlets for many short pieces of work, used again: a new one costs 12 microseconds, an old one 1.
 
     (Python maps and unmaps a stack of frames for each.) A place is taken by `spawn` and given back when its work has
-    ended, however it ended, even killed before it first ran. A crash is logged with its traceback.
+    ended, however it ended, even killed before it first ran. A crash is logged with its traceback, and counted.
     """
 
-    def __init__(self, log: Log, limit: int) -> None:
+    def __init__(self, log: Log, stats: Stats, limit: int) -> None:
         self._log = log
+        self._stats = stats
         self._places = Semaphore(limit)
         self._busy: set[_Worker] = set()
         self._resting: list[_Worker] = []
@@ -105,7 +105,7 @@ class Workers:
             worker = self._resting.pop()
             self._surplus = min(self._surplus, len(self._resting))
         else:
-            worker = _Worker(self._log, self._finish, self._forget)
+            worker = _Worker(self._report, self._finish, self._forget)
         self._busy.add(worker)
         worker.begin(name, work, args)
 
@@ -118,6 +118,9 @@ class Workers:
         running = len(self._busy)
         killall([*self._busy, *self._resting])
         return running
+
+    def _report(self, name: str, error: Exception) -> None:
+        report_bug(name, error, self._log, self._stats)
 
     def _finish(self, worker: _Worker) -> bool:
         """A worker's work has ended; whether it is to stay for more."""
@@ -156,9 +159,14 @@ class Workers:
 class _Worker(Greenlet):  # type: ignore[type-arg]  # it takes none at run time
     """One greenlet: works, rests until it is called again, works."""
 
-    def __init__(self, log: Log, finish: Callable[[_Worker], bool], forget: Callable[[_Worker], None]) -> None:
+    def __init__(
+        self,
+        report: Callable[[str, Exception], None],
+        finish: Callable[[_Worker], bool],
+        forget: Callable[[_Worker], None],
+    ) -> None:
         super().__init__()
-        self._log = log
+        self._report = report
         self._finish = finish
         self._work: tuple[Callable[..., object], tuple[object, ...]] | None = None
         self._stay = True
@@ -187,7 +195,7 @@ class _Worker(Greenlet):  # type: ignore[type-arg]  # it takes none at run time
             (work, args), self._work = self._work, None
             try:
                 work(*args)
-            except Exception:  # noqa: BLE001  # whatever it is, the log must have it
-                self._log.exception("%s crashed, this is a bug", self.name)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the log must have it
+                self._report(str(self.name), error)
             del work, args  # a resting worker keeps nothing alive
             self._stay = self._finish(self)

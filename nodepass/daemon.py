@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import gevent
 from gevent.event import Event
@@ -19,7 +19,7 @@ from gevent.util import format_run_info
 from nodepass.client import Client
 from nodepass.config import Settings, format_duration
 from nodepass.control import Control
-from nodepass.crew import Crew, Workers
+from nodepass.crew import Crew, Workers, report_bug
 from nodepass.errors import ListenError, NodepassError
 from nodepass.limits import raise_descriptor_limit
 from nodepass.log import Log
@@ -61,11 +61,11 @@ class Tunnel(Protocol):
         """One line for an operator."""
 
 
-def make_tunnel(url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log) -> Tunnel:
+def make_tunnel(url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> Tunnel:
     """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
     if isinstance(url, ServerURL):
-        return Server(url, settings, key, log)
-    return Client(url, settings, key, log)
+        return Server(url, settings, key, log, stats)
+    return Client(url, settings, key, log, stats)
 
 
 class Daemon:
@@ -75,14 +75,22 @@ class Daemon:
         self._settings = settings
         self._key = key
         self._log = Log("nodepass")
+        self._stats = Stats()  # of what belongs to no tunnel
         self._signals: SimpleQueue[int] = SimpleQueue()
         self._stopping = Event()
-        self._supervisors = Crew(self._log)
-        self._urls = [(url, Log(name)) for url, name in zip(urls, _names(urls), strict=True)]
-        self._tunnels = [make_tunnel(url, settings, key, log) for url, log in self._urls]
+        self._crew = Crew(self._log, self._stats)
+        self._urls = [(url, Log(name), Stats()) for url, name in zip(urls, _names(urls), strict=True)]
+        self._tunnels = [make_tunnel(url, settings, key, log, stats) for url, log, stats in self._urls]
+
+    @property
+    def bugs(self) -> int:
+        """How often something crashed, a session, a loop or a whole tunnel; the log has each with its traceback."""
+        everywhere = (self._stats, *(stats for _, _, stats in self._urls))
+        return sum(stats.trouble["bugs"] + stats.trouble["crashes"] for stats in everywhere)
 
     def run(self) -> None:
         """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
+        gevent.get_hub().print_exception = self._report_stray  # type: ignore[method-assign,assignment]
         raise_descriptor_limit(len(self._tunnels), self._settings, self._log)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
@@ -96,9 +104,9 @@ class Daemon:
                 tunnel.close()
             raise
         for index in range(len(self._tunnels)):
-            self._supervisors.spawn("supervise", self._supervise, index)
+            self._crew.spawn("supervise", self._supervise, index)
         self._wait_for_stop()
-        stop, second = gevent.spawn(self._stop), gevent.spawn(self._wait_for_stop)
+        stop, second = self._crew.spawn("stop", self._stop), self._crew.spawn("hear signals", self._wait_for_stop)
         gevent.wait([stop, second], count=1)
         if not stop.ready():
             self._log.warning("a second signal: exiting at once, %d sessions cut", self._running())
@@ -109,9 +117,9 @@ class Daemon:
             if number == signal.SIGHUP:
                 self._log.info("SIGHUP: looking at the certificate files")
                 for tunnel in self._tunnels:
-                    tunnel.reload()
+                    self._crew.spawn("reload", tunnel.reload)
             else:
-                self._dump()
+                self._crew.spawn("dump", self._dump)
 
     def _supervise(self, index: int) -> None:
         """Run one tunnel; after a crash make it anew, so that the others in the process never notice."""
@@ -121,18 +129,22 @@ class Daemon:
                 tunnel.run()
                 return
             except Exception:
-                tunnel.log.exception("this tunnel crashed, which is a bug; it starts again")
-            tunnel.close()
+                tunnel.stats.trouble["crashes"] += 1
+                pause = format_duration(self._settings.service_cooldown)
+                tunnel.log.exception("this tunnel crashed, which is a bug; it starts again in %s", pause)
+            self._crew.spawn("close", tunnel.close).join()
             self._restart(index)
 
     def _restart(self, index: int) -> None:
-        url, log = self._urls[index]
+        url, log, stats = self._urls[index]
         while not self._stopping.wait(self._settings.service_cooldown):
             try:
-                tunnel = make_tunnel(url, self._settings, self._key, log)
+                tunnel = make_tunnel(url, self._settings, self._key, log, stats)
                 tunnel.start()
             except NodepassError as error:
                 log.error("cannot start again: %s", error)
+            except Exception as error:  # noqa: BLE001  # the next attempt may do better
+                report_bug("starting again", error, log, stats)
             else:
                 self._tunnels[index] = tunnel
                 return
@@ -143,14 +155,13 @@ class Daemon:
         deadline = time.monotonic() + self._settings.shutdown_timeout
         grace = format_duration(self._settings.shutdown_timeout)
         self._log.info("stopping: %d sessions running, they have %s to finish", self._running(), grace)
-        gevent.joinall([gevent.spawn(tunnel.stop_accepting) for tunnel in self._tunnels])
+        gevent.joinall([self._crew.spawn("stop accepting", tunnel.stop_accepting) for tunnel in self._tunnels])
         for tunnel in self._tunnels:
             tunnel.sessions.join(max(0.0, deadline - time.monotonic()))
         cut = sum(tunnel.sessions.kill() for tunnel in self._tunnels)
         if cut:
             self._log.warning("cut %d sessions that had not finished within %s", cut, grace)
-        for tunnel in self._tunnels:
-            tunnel.close()
+        gevent.joinall([self._crew.spawn("close", tunnel.close) for tunnel in self._tunnels])
         self._log.info("stopped")
 
     def _running(self) -> int:
@@ -160,8 +171,13 @@ class Daemon:
         """What an operator asks for with SIGUSR1."""
         for tunnel in self._tunnels:
             tunnel.log.always("%s", tunnel.describe())
+        self._log.always("%s", f"bugs {self.bugs}, see their tracebacks" if self.bugs else "no bugs")
         for line in cast(Callable[[], list[str]], format_run_info)():  # gevent's stubs say that it returns nothing
             self._log.always("%s", line)
+
+    def _report_stray(self, context: object, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """What gevent would print of an exception that nobody has caught: a callback's of the loop, say."""
+        report_bug(f"{context!r:.200}", (error or kind()).with_traceback(trace), self._log, self._stats)
 
 
 def _names(urls: Sequence[ServerURL | ClientURL]) -> list[str]:

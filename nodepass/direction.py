@@ -163,9 +163,12 @@ class Direction:
         self._gathering.start(self._look)
 
     def _look(self) -> None:
-        if self._looked_at == self._busy_reads:
-            self._stop_gathering()
-        self._looked_at = self._busy_reads
+        try:
+            if self._looked_at == self._busy_reads:
+                self._stop_gathering()
+            self._looked_at = self._busy_reads
+        except Exception as error:  # noqa: BLE001  # as above
+            self._session.crash(error)
 
     def _stop_gathering(self) -> None:
         self._gathering.close()
@@ -184,16 +187,17 @@ class Direction:
                 self._rest = self._sink.try_rest(self._rest)
                 if self._rest:
                     return
+            self._sink.unwatch_writable()
+            if self._over:
+                self._session.end_one()
+            else:
+                self._source.watch(self._on_readable)
+                if self._source.pending:
+                    self._on_readable()
         except OSError as error:
             self._fail_sink(error)
-            return
-        self._sink.unwatch_writable()
-        if self._over:
-            self._session.end_one()
-        else:
-            self._source.watch(self._on_readable)
-            if self._source.pending:
-                self._on_readable()
+        except Exception as error:  # noqa: BLE001  # a bug, which would otherwise be nobody's
+            self._session.crash(error)
 
     def _end(self) -> None:
         """End of stream, or only the echo of the other direction's failure."""

@@ -18,7 +18,7 @@ from nodepass.errors import NoDataConnection
 from nodepass.link import Link
 from nodepass.listen import Visitor, receive_datagram, send_datagram
 from nodepass.log import Log
-from nodepass.net import reason
+from nodepass.net import reason, wait_readable
 from nodepass.protocol import UDP
 from nodepass.stats import Stats
 
@@ -51,7 +51,7 @@ class DatagramDoor:
             self._let_in(payload, visitor)
             received += 1
             if received % DATAGRAMS_PER_TURN == 0:
-                gevent.sleep(0)
+                wait_readable(self._sock)
 
     def _let_in(self, payload: bytes, visitor: Visitor) -> None:
         if self._link.version == 2:

@@ -62,7 +62,7 @@ class DialingFiller:
         self, pool: ClientPool, make: Callable[[], tuple[str, Stream]], backoff: Backoff, log: Log, stats: Stats
     ) -> None:
         self._pool = pool
-        self.dials = Workers(log, DIALS_AT_ONCE)
+        self.dials = Workers(log, stats, DIALS_AT_ONCE)
         self._make = make
         self._backoff = backoff
         self._log = log
@@ -91,6 +91,9 @@ class DialingFiller:
             gevent.sleep(SAME_MOMENT)
             level = logging.ERROR if isinstance(error, VerificationError) else logging.WARNING
             self._log.limited(level, "data connection", "cannot make a data connection: %s", reason(error), burst=1)
+        except Exception:
+            self._failures += 1  # a bug must not be repeated without a pause
+            raise
         else:
             self._failures = 0
             self._backoff.reset()

@@ -46,6 +46,7 @@ class Lane:
         self._queued = 0
         self._wake = Event()
         self._stream: Stream | None = None
+        self._crash: Exception | None = None  # of the writer
 
     def send(self, flow: int, payload: bytes) -> bool:
         """Queue one datagram; False where the lane cannot take it. Never blocks."""
@@ -58,7 +59,7 @@ class Lane:
         return True
 
     def run(self, stream: Stream) -> str:
-        """Carry frames until the connection ends; why it did. The stream is closed on return."""
+        """Carry frames until the connection ends; why it did. The stream is closed on return. Raises what crashed."""
         self._stream = stream
         if self.ended:  # before it could begin
             stream.close()
@@ -69,6 +70,8 @@ class Lane:
             self._read(stream)
             return "closed by the peer"
         except OSError as error:
+            if self._crash:
+                raise self._crash from None
             return reason(error)
         finally:
             self.ended = True
@@ -101,6 +104,9 @@ class Lane:
                 self._queued = sum(map(len, self._frames)) + OVERHEAD * len(self._frames)
         except OSError:
             stream.abort()  # the reader says why
+        except Exception as error:  # noqa: BLE001  # a bug, which the reader raises where somebody hears of it
+            self._crash = error
+            stream.abort()
 
     def _read(self, stream: Stream) -> None:
         buffer, frames, deliver = _shared[: stream.batch], FrameBuffer(), self._deliver

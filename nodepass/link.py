@@ -113,7 +113,8 @@ class Link:
         while True:
             id, stream = self.pool.take(max(0.0, deadline - time.monotonic()))
             try:
-                if self._announce(id, kind):
+                # One that was given to us while its client was being replaced is closed: the next knows no such id.
+                if stream.sock.fileno() >= 0 and self._announce(id, kind):
                     return id, stream
             except BaseException:
                 stream.close()

@@ -18,12 +18,12 @@ import gevent
 from nodepass.config import Ports
 from nodepass.errors import ListenError
 from nodepass.log import Log
-from nodepass.net import Endpoint, Socket, format_sockaddr, reason, resolve, set_stream_options
+from nodepass.net import Endpoint, Socket, format_sockaddr, reason, resolve, set_stream_options, wait_readable
 from nodepass.urls import Address
 
 BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
 UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max
-ACCEPTS_PER_TURN = 64  # then the accepted ones get to run
+ACCEPTS_PER_TURN = 16  # then the accepted ones get to run
 ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, EMFILE above all
 _CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
 
@@ -145,6 +145,9 @@ def accept_forever(
     while True:
         ready()
         try:
+            if count == ACCEPTS_PER_TURN:
+                count = 0
+                wait_readable(listener)
             accepted = _accept(listener)
         except OSError as error:
             if listener.fileno() < 0 or error.errno in _CLOSED:
@@ -159,8 +162,6 @@ def accept_forever(
         pause = ACCEPT_PAUSES[0]
         yield accepted
         count += 1
-        if count % ACCEPTS_PER_TURN == 0:
-            gevent.sleep(0)
 
 
 def _accept(listener: Any) -> tuple[Socket, Endpoint]:
@@ -169,9 +170,9 @@ def _accept(listener: Any) -> tuple[Socket, Endpoint]:
         try:
             fileno, sockaddr = listener._sock._accept()
         except BlockingIOError:
-            listener._wait(listener._read_event)
+            wait_readable(listener)
             continue
-        family = listener.family
+        family = listener._sock.family
         sock = Socket(family, socket.SOCK_STREAM, 0, fileno)
         sock.setblocking(False)
         return sock, Endpoint(family, sockaddr)

@@ -6,11 +6,12 @@ has had its time. So silence, by whomever and however often, keeps nobody out.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import socket
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from gevent import Greenlet
 
 from nodepass.crew import Crew
 from nodepass.log import Log
@@ -21,6 +22,15 @@ PER_ADDRESS = 256
 IN_ALL = 1024
 
 
+@dataclass(eq=False, slots=True)
+class _Newcomer:
+    """Where it came from, and the greenlet that finds out who it is."""
+
+    host: str
+    greenlet: Greenlet[..., None] | None = None
+    begun: bool = False
+
+
 class Lobby:
     """Newcomers, each with a greenlet that finds out who it is."""
 
@@ -29,15 +39,15 @@ class Lobby:
         self._log = log
         self._stats = stats
         self._limits = per_address, in_all
-        self._crew = Crew(log)
-        self._inside: dict[Socket, str] = {}  # the oldest first; the address that it came from
+        self._crew = Crew(log, stats)
+        self._inside: dict[Socket, _Newcomer] = {}  # the oldest first
         self._addresses: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._inside)
 
     def receive(self, sock: Socket, work: Callable[..., object], *args: object) -> None:
-        """Run `work(sock, *args)`, which has to close the connection or hand it on."""
+        """Run `work(sock, *args)`, which has to close the connection or hand it on, also where it is killed."""
         try:
             host = plain_host(sock.getpeername())
         except OSError:
@@ -45,38 +55,44 @@ class Lobby:
             return
         per_address, in_all = self._limits
         if self._addresses[host] >= per_address:
-            self._drop(next(each for each, came_from in self._inside.items() if came_from == host))
+            self._drop(next(each for each, inside in self._inside.items() if inside.host == host))
         elif len(self._inside) >= in_all:
             self._drop(next(iter(self._inside)))
-        self._inside[sock] = host
+        newcomer = self._inside[sock] = _Newcomer(host)
         self._addresses[host] += 1
-        self._crew.spawn(self._name, self._run, sock, work, *args)
+        newcomer.greenlet = self._crew.spawn(self._name, self._run, newcomer, sock, work, *args)
 
     def leave(self, sock: Socket) -> None:
         """This one has shown who it is, or is gone; its greenlet may go on."""
-        if host := self._inside.pop(sock, None):
-            self._addresses[host] -= 1
-            if not self._addresses[host]:
-                del self._addresses[host]
+        if newcomer := self._inside.pop(sock, None):
+            self._addresses[newcomer.host] -= 1
+            if not self._addresses[newcomer.host]:
+                del self._addresses[newcomer.host]
 
     def kill(self) -> None:
         """End all, also those that have left the lobby and go on."""
-        inside = list(self._inside)
+        for sock in list(self._inside):
+            self._end(sock)
         self._crew.kill()
-        for sock in inside:
-            sock.close()  # of those that had not begun; the others have closed theirs
 
-    def _run(self, sock: Socket, work: Callable[..., object], *args: object) -> None:
+    def _run(self, newcomer: _Newcomer, sock: Socket, work: Callable[..., object], *args: object) -> None:
+        newcomer.begun = True
         try:
             work(sock, *args)
         finally:
             self.leave(sock)
 
     def _drop(self, sock: Socket) -> None:
-        """End it: whoever waits for its bytes hears of it, and closes it."""
+        """Make room. Whatever it waits for, be it its own bytes or its turn, it is to hold nothing any more."""
         self._stats.trouble["newcomers_dropped"] += 1
         words = "too many newcomers to %s that say nothing: dropped the oldest, of %s"
-        self._log.limited(logging.WARNING, "lobby", words, self._name, self._inside[sock], burst=1)
+        self._log.limited(logging.WARNING, "lobby", words, self._name, self._inside[sock].host, burst=1)
+        self._end(sock)
+
+    def _end(self, sock: Socket) -> None:
+        newcomer = self._inside[sock]
         self.leave(sock)
-        with contextlib.suppress(OSError):  # it is gone already
-            sock.shutdown(socket.SHUT_RDWR)
+        if newcomer.greenlet:
+            newcomer.greenlet.kill(block=False)
+        if not newcomer.begun:
+            sock.close()

@@ -58,7 +58,16 @@ class Log(_Adapter):
         kwargs["extra"] = self.extra
         return msg, kwargs
 
-    def limited(self, level: int, key: str, message: str, *args: object, seconds: float = 1.0, burst: int = 10) -> None:
+    def limited(
+        self,
+        level: int,
+        key: str,
+        message: str,
+        *args: object,
+        seconds: float = 1.0,
+        burst: int = 10,
+        exc_info: BaseException | None = None,
+    ) -> None:
         """Log at most `burst` lines in so many seconds under this key; `tell_rest` says how many were left out."""
         now = time.monotonic()
         began, count, _ = self._bursts.get(key, (now, 0, seconds))
@@ -67,7 +76,7 @@ class Log(_Adapter):
             began, count = now, 0
         self._bursts[key] = (began, count + 1, seconds)
         if count < burst:
-            self.log(level, message, *args)
+            self.log(level, message, *args, exc_info=exc_info)
         else:
             self._left_out[key] = (level, self._left_out.get(key, (level, 0))[1] + 1)
 

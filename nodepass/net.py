@@ -125,6 +125,15 @@ def as_plain(sock: socket.socket) -> Socket:
     return Socket(sock.family, sock.type, sock.proto, sock.detach())
 
 
+def wait_readable(sock: Any) -> None:
+    """Wait until there is something to read, for one turn of the event loop at least. Raises OSError.
+
+    That is how a loop which could go on gives way: `gevent.sleep(0)` lets ready greenlets run, up to fifty times before
+    the loop looks at its sockets again.
+    """
+    sock._wait(sock._read_event)
+
+
 def dial_udp(endpoint: Endpoint) -> socket.socket:
     """A UDP socket connected to an endpoint, so that only its answers arrive and its refusals are heard."""
     sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)

@@ -14,6 +14,7 @@ from gevent import GreenletExit
 from gevent.event import AsyncResult
 
 from nodepass.capacity import next_capacity
+from nodepass.crew import report_bug
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.stats import Stats
@@ -84,7 +85,7 @@ class Pool:
         if old := self._idle.get(id):
             self._discard(old, "its id was given again")
         idle = self._idle[id] = Idle(id, stream, time.monotonic())
-        stream.watch(self._readable, idle)
+        stream.watch(self._look, idle)
         self._log.debug("pool: %s added, %d of %d idle", id, len(self), self.capacity)
 
     def flush(self, because: str) -> None:
@@ -118,6 +119,16 @@ class Pool:
     def _discard(self, idle: Idle, because: str) -> None:
         self._release(idle).close()
         self._log.debug("pool: %s closed, %s; %d of %d idle", idle.id, because, len(self), self.capacity)
+
+    def _look(self, idle: Idle) -> None:
+        """An idle connection has become readable. The loop calls this, and would have nobody to tell of a bug."""
+        try:
+            self._readable(idle)
+        except Exception as error:  # noqa: BLE001  # its connection is lost, the others go on
+            report_bug("pool", error, self._log, self._stats)
+            self._idle.pop(idle.id, None)
+            idle.stream.unwatch()
+            idle.stream.abort()
 
     def _readable(self, idle: Idle) -> None:
         raise NotImplementedError

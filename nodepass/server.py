@@ -49,17 +49,17 @@ HEAD_START = 0.1
 class Server:
     """One tunnel's server: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
 
-    def __init__(self, url: ServerURL, settings: Settings, key: Key | None, log: Log) -> None:
+    def __init__(self, url: ServerURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> None:
         self.url = url
         self.log = log
-        self.stats = Stats()
+        self.stats = stats
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
-        self.sessions = Workers(log, settings.semaphore_limit)
-        self._loops = Crew(log, on_crash=self._failed.set_exception)
-        self._doors = Crew(log, on_crash=self._failed.set_exception)  # the loops that let visitors in
-        self._clients = Lobby("the tunnel address", log, self.stats)
-        self._link = Link(key, settings, log, self.stats)
+        self.sessions = Workers(log, stats, settings.semaphore_limit)
+        self._loops = Crew(log, stats, on_crash=self._failed.set_exception)
+        self._doors = Crew(log, stats, on_crash=self._failed.set_exception)  # the loops that let visitors in
+        self._clients = Lobby("the tunnel address", log, stats)
+        self._link = Link(key, settings, log, stats)
         self._key = key
         self._stopping = False
         self._listeners: dict[str, list[socket.socket]] = {}
@@ -173,6 +173,9 @@ class Server:
         except OSError:
             sock.close()
             return
+        except BaseException:
+            sock.close()
+            raise
         if is_data:
             self._clients.leave(sock)
             self._link.filler.admit(as_plain(sock), self._context())

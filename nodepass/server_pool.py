@@ -16,6 +16,7 @@ class ServerPool(Pool):
     def __init__(self, log: Log, stats: Stats, lowest: int, highest: int) -> None:
         super().__init__(log, stats, lowest, highest)
         self._waiting: dict[Waiter, None] = {}  # in the order they came
+        self._given: dict[Waiter, Stream] = {}  # to a waiter that has not run since
         self._taken = 0  # in this interval
         self._trimmed = 0  # in the interval before
         self._made_again = 0  # intervals in a row in which the client made again what had been trimmed
@@ -28,10 +29,14 @@ class ServerPool(Pool):
         del self._waiting[waiter]
         self._count_new()
         self._taken += 1
+        self._given[waiter] = stream
         waiter.give(id, stream)
 
     def take(self, timeout: float) -> tuple[str, Stream]:
-        """A live connection and its id; it is the caller's now. Raises NoDataConnection after `timeout` seconds."""
+        """A live connection and its id; it is the caller's now. Raises NoDataConnection after `timeout` seconds.
+
+        One that was waited for comes closed where `flush` has run between its being given and the return.
+        """
         while self._idle:
             idle = self._idle[next(reversed(self._idle))]
             if idle.stream.peek() is None:
@@ -45,9 +50,12 @@ class ServerPool(Pool):
             return waiter.wait(timeout, f"no data connection within {timeout:g}s")
         finally:
             self._waiting.pop(waiter, None)
+            self._given.pop(waiter, None)
 
     def flush(self, because: str) -> None:
         super().flush(because)
+        for stream in self._given.values():
+            stream.close()
         self.created = -self.bounds[0]
         self._trimmed = self._made_again = 0
 

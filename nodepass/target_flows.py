@@ -11,6 +11,7 @@ from typing import Any, cast
 import gevent
 
 from nodepass.config import Settings
+from nodepass.crew import report_bug
 from nodepass.lanes import FlowTable, Lane
 from nodepass.log import Log
 from nodepass.net import reason
@@ -77,7 +78,14 @@ class TargetFlows:
         return flow
 
     def _readable(self, flow: TargetFlow, sock: socket.socket) -> None:
-        """Pass on what the target has said. Runs in gevent's hub, so nothing here may wait."""
+        """Pass on what the target has said. Runs in gevent's hub, so nothing here may wait, nor hear of a bug."""
+        try:
+            self._pass_on(flow, sock)
+        except Exception as error:  # noqa: BLE001  # its flow is over, the others go on
+            report_bug(f"flow {flow.number}", error, self._log, self._stats)
+            self._table.end(lambda each: each is flow)
+
+    def _pass_on(self, flow: TargetFlow, sock: socket.socket) -> None:
         for _ in range(ANSWERS_PER_TURN):
             try:
                 answer = sock.recv(65536)

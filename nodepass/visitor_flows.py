@@ -37,7 +37,7 @@ class VisitorFlows:
     def __init__(
         self, launch: Callable[[int, float], tuple[str, Stream]], settings: Settings, log: Log, stats: Stats
     ) -> None:
-        self.crew = Crew(log)
+        self.crew = Crew(log, stats)
         self._launch = launch
         self._settings = settings
         self._log = log

@@ -77,6 +77,8 @@ def run(*arguments: str, env: Environment | None = None, timeout: float = PATIEN
 class Nodepass:
     """One run of the program; a context manager that starts it and makes sure that it has ended."""
 
+    program: tuple[str, ...] = (str(PROGRAM),)
+
     def __init__(self, *arguments: str, env: Environment | None = None, output: Output = "pipe") -> None:
         self.arguments = arguments
         self._env = scrubbed(env)
@@ -100,7 +102,7 @@ class Nodepass:
             self._env["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
         try:
             self.process = subprocess.Popen(
-                [str(PROGRAM), *self.arguments],
+                [*self.program, *self.arguments],
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

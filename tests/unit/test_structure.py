@@ -140,7 +140,7 @@ def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(stack: ExitStack, mon
 
 
 def test_short_work_runs_in_greenlets_that_are_used_again() -> None:
-    workers = Workers(Log("test"), 8)
+    workers = Workers(Log("test"), Stats(), 8)
     seen: set[greenlet] = set()
     for _ in range(50):
         workers.spawn("work", lambda: seen.add(gevent.getcurrent()))
@@ -153,7 +153,7 @@ def test_short_work_runs_in_greenlets_that_are_used_again() -> None:
 
 
 def test_a_worker_that_is_killed_before_it_began_gives_its_place_back() -> None:
-    workers = Workers(Log("test"), 1)
+    workers = Workers(Log("test"), Stats(), 1)
     workers.spawn("work", gevent.sleep, 10)
     assert workers.full()
     assert workers.kill() == 1

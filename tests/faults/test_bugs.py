@@ -1,0 +1,197 @@
+"""Bugs put into the running program: none is silent, and none takes more with it than it has to.
+
+One in a session ends that session; one in a loop has its tunnel start again after SERVICE_COOLDOWN; the other tunnels
+of the process run on; the log has the traceback, the statistics count it, and the exit status is 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.support import with_bug
+from tests.support.process import Nodepass
+from tests.support.sockets import connect, datagram_socket, free_port, until
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, assert_connected
+
+COOLDOWN = 0.5
+"""Seconds, as the settings of BRISK have it."""
+
+BUG = 3
+"""Exit status."""
+
+Act = Callable[[Nodepass, Target, OurServer], None]
+
+
+def broken(where: str, after: int = 0, times: int = 1) -> tuple[str, ...]:
+    """The program with a bug."""
+    return sys.executable, str(Path(with_bug.__file__)), where, str(after), str(times)
+
+
+def visit(_run: Nodepass, _target: Target, server: OurServer) -> None:
+    """Come and go as a visitor, whether served or not."""
+    with contextlib.suppress(OSError), connect(server.visitor_address, 1) as visitor:
+        visitor.sendall(b"hello")
+        visitor.settimeout(0.1)
+        visitor.recv(1)
+
+
+def stay_for_a_moment(_run: Nodepass, target: Target, server: OurServer) -> None:
+    """Be served, and leave."""
+    with contextlib.suppress(OSError), connect(server.visitor_address, 1), target.accept(1):
+        pass
+
+
+def ask(_run: Nodepass, target: Target, server: OurServer) -> None:
+    """Send a datagram and have it answered, if it arrives."""
+    with contextlib.suppress(OSError), datagram_socket(timeout=0.5) as visitor:
+        visitor.sendto(b"hello", server.visitor_address)
+        target.udp.settimeout(0.5)
+        target.udp.sendto(b"answer", target.udp.recvfrom(100)[1])
+        visitor.recv(100)
+
+
+def hang_up(run: Nodepass, _target: Target, _server: OurServer) -> None:
+    run.send(signal.SIGHUP)
+
+
+def dump(run: Nodepass, _target: Target, _server: OurServer) -> None:
+    run.send(signal.SIGUSR1)
+
+
+def wait(_run: Nodepass, _target: Target, _server: OurServer) -> None:
+    time.sleep(0.05)  # nothing need be done: it comes by itself
+
+
+IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
+    "serving a visitor": ("server", "nodepass.server:Server._bring", visit),
+    "relaying, when there is something to read": ("server", "nodepass.direction:Direction._copy", visit),
+    "greeting a client": ("server", "nodepass.server:Server._greet", wait),
+    "watching an idle connection on the client": ("client", "nodepass.client_pool:ClientPool._readable", visit),
+    "opening a lane": ("server", "nodepass.visitor_flows:VisitorFlows._run", ask),
+    "serving a launch": ("client", "nodepass.attachment:Attachment._launch_tcp", visit),
+    "making a data connection": ("client", "nodepass.fillers:Route.make", wait),
+    "hearing the target's datagrams": ("client", "nodepass.target_flows:TargetFlows._pass_on", ask),
+    "looking at the certificate when asked": ("server", "nodepass.server:Server.reload", hang_up),
+    "describing the tunnel": ("client", "nodepass.client:Client.describe", dump),
+    "a timer of the event loop": ("server", "nodepass.crew:Workers._dismiss_surplus", stay_for_a_moment),
+}
+
+IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
+    "accepting visitors": ("server", "nodepass.server:Server._wait_for_slot", visit),
+    "accepting clients": ("server", "nodepass.lobby:Lobby.receive", wait),
+    "accepting data connections": ("server", "nodepass.fillers:AcceptingFiller.admit", wait),
+    "receiving datagrams": ("server", "nodepass.door:DatagramDoor._let_in", ask),
+    "heartbeats": ("server", "nodepass.control:Control._beat_once", wait),
+    "the server's report": ("server", "nodepass.server_pool:ServerPool.end_interval", wait),
+    "the client's report": ("client", "nodepass.client_pool:ClientPool.end_interval", wait),
+    "connecting": ("client", "nodepass.client:Client._connect", wait),
+    "reading signals": ("client", "nodepass.client_pool:ClientPool.reserve", visit),
+    "dispatching launches": ("client", "nodepass.attachment:Attachment._dispatch_signals", wait),
+    "ending silent flows": ("client", "nodepass.lanes:FlowTable.sweep_forever", wait),
+}
+
+
+def start(stack: contextlib.ExitStack, side: str, where: str) -> tuple[Nodepass, Target, OurServer]:
+    """A tunnel with the bug on one side; that side comes first."""
+    port = free_port(2)
+    target, server = Target(), OurServer(log="info", tunnel=f"127.0.0.1:{port}", target=f"127.0.0.1:{port + 1}")
+    stack.enter_context(target)
+    if side == "server":
+        server.program = broken(where)
+    stack.enter_context(server)
+    client = OurClient(server.tunnel_address, target.address, log="info")
+    if side == "client":
+        client.program = broken(where)
+    stack.enter_context(client)
+    return (server if side == "server" else client), target, server
+
+
+def logged_at(line: str) -> float:
+    """Seconds since the epoch, from the beginning of a line of the log."""
+    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S.%f").astimezone().timestamp()
+
+
+def is_served(target: Target, server: OurServer) -> bool:
+    """Whether a visitor reaches the target."""
+    try:
+        with connect(server.visitor_address, 1) as visitor, target.accept(1) as service:
+            assert_connected(visitor, service)
+    except (OSError, AssertionError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", IN_A_SESSION)
+def test_a_bug_in_a_session_ends_that_session_with_a_traceback_in_the_log(
+    stack: contextlib.ExitStack, name: str
+) -> None:
+    side, where, act = IN_A_SESSION[name]
+    run, target, server = start(stack, side, where)
+    server.wait_for_client()
+    until(lambda: act(run, target, server) or run.find(rf"Bug: put into {where}"), what="no traceback in the log")
+    assert len(run.find("this is a bug")) == 1
+    target.drain()
+    until(lambda: is_served(target, server), what="serves nobody afterwards")
+    assert not run.find("starts again")
+    mark = run.mark()
+    run.send(signal.SIGUSR1)
+    run.wait_for("bugs 1", after=mark)
+    assert run.stop() == BUG
+
+
+@pytest.mark.parametrize("name", IN_A_LOOP)
+def test_a_bug_in_a_loop_has_its_tunnel_start_again_after_the_cooldown(stack: contextlib.ExitStack, name: str) -> None:
+    side, where, act = IN_A_LOOP[name]
+    run, target, server = start(stack, side, where)
+    until(lambda: act(run, target, server) or run.find("starts again"), what="no tunnel that starts again")
+    assert run.find(rf"Bug: put into {where}")
+    mark = next(number for number, line in enumerate(run.lines) if "starts again" in line)
+    again = run.wait_for("listening" if run is server else "connected to", after=mark)
+    assert logged_at(again.string) - logged_at(run.lines[mark]) >= COOLDOWN, "a bug at every start would be a busy loop"
+    target.drain()
+    until(lambda: is_served(target, server), what="serves nobody afterwards")
+    run.send(signal.SIGUSR1)
+    run.wait_for("crashes 1", after=mark)
+    assert run.stop() == BUG
+
+
+def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: contextlib.ExitStack) -> None:
+    first = free_port(4)
+    urls = [f"server://127.0.0.1:{port}/127.0.0.1:{port + 1}?tls=0&log=info" for port in (first, first + 2)]
+    env = {**BRISK, "SERVICE_COOLDOWN": "100ms"}
+    server = Nodepass(*urls, env=env)
+    server.program = broken("nodepass.server:Server._wait_for_slot", after=3)  # a look before each accept
+    stack.enter_context(server)
+    server.wait_for(rf"server:{first + 2} listening")
+    target = stack.enter_context(Target())
+    for port in (first, first + 2):
+        stack.enter_context(OurClient(("127.0.0.1", port), target.address, env=env)).wait_until_connected()
+    with connect(("127.0.0.1", first + 3)) as visitor, target.accept() as service:
+        assert_connected(visitor, service)
+        connect(("127.0.0.1", first + 1)).close()
+        server.wait_for(rf"server:{first} .*starts again")
+        mark = server.mark()
+        assert_connected(visitor, service)
+        server.wait_for(rf"server:{first} listening", after=mark)
+        server.wait_for(rf"server:{first} client connected", after=mark)
+        assert_connected(visitor, service)
+    assert not server.find(rf"server:{first + 2} .*(crashed|disconnected)")
+    assert server.stop() == BUG
+
+
+def test_a_bug_while_the_process_stops_does_not_keep_it_from_stopping() -> None:
+    server = OurServer()
+    server.program = broken("nodepass.server:Server.stop_accepting")
+    with server:
+        assert server.stop() == BUG
+    assert server.find("Bug: put into")
+    assert server.find("nodepass stopped")

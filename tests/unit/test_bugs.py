@@ -1,0 +1,100 @@
+"""Bugs where only a callback of the event loop or a greenlet of its own would hear of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import gevent
+import pytest
+from gevent import socket
+
+from nodepass.direction import Direction
+from nodepass.lanes import Lane
+from nodepass.relay import exchange
+from nodepass.stats import Stats
+from nodepass.stream import Data, TCPStream
+from tests.unit.streams import tcp_pair
+
+
+class Bug(Exception):
+    """What nobody expects."""
+
+
+class Broken(TCPStream):
+    """A stream that cannot be written to, for no reason that the program knows."""
+
+    plain = False
+
+    def write(self, _data: Data) -> None:
+        raise Bug
+
+    def try_rest(self, _rest: Data) -> Data:
+        raise Bug
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack, gevent.Timeout(10):
+        yield stack
+
+
+def read_to_the_end(sock: socket.socket) -> None:
+    with suppress(ConnectionError):
+        while sock.recv(1 << 20):
+            pass
+
+
+def pour(stack: ExitStack, visitor: socket.socket) -> None:
+    """Send without an end."""
+
+    def pour() -> None:
+        with suppress(ConnectionError):
+            while True:
+                visitor.sendall(bytes(1 << 20))
+
+    stack.callback(gevent.spawn(pour).kill)
+
+
+def test_a_bug_in_a_lanes_writer_ends_the_lane_and_is_raised_by_it(stack: ExitStack) -> None:
+    stream, _ = stack.enter_context(tcp_pair())
+    lane = Lane(lambda number, payload: (number, payload))
+    running = gevent.spawn(lane.run, Broken(stream.sock))
+    gevent.sleep(0)
+    assert lane.send(1, b"hello")
+    with pytest.raises(Bug):
+        running.get()
+    assert lane.ended
+
+
+def test_a_bug_when_a_full_sink_takes_bytes_again_ends_the_session_and_is_raised_by_it(stack: ExitStack) -> None:
+    near, visitor = stack.enter_context(tcp_pair())
+    far, target = stack.enter_context(tcp_pair())
+    running = gevent.spawn(exchange, near, Broken(far.sock), Stats())
+    pour(stack, visitor)
+    while not any(each._rest for each in gc.get_objects() if isinstance(each, Direction)):
+        gevent.sleep(0.01)
+    read_to_the_end(target)
+    with pytest.raises(Bug):
+        running.get()
+
+
+def test_a_bug_in_a_look_at_a_busy_stream_ends_the_session_and_is_raised_by_it(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Direction._stop_gathering
+
+    def wrong(_self: Direction) -> None:
+        monkeypatch.setattr(Direction, "_stop_gathering", right)
+        raise Bug
+
+    monkeypatch.setattr(Direction, "_stop_gathering", wrong)
+    near, visitor = stack.enter_context(tcp_pair())
+    far, target = stack.enter_context(tcp_pair())
+    running = gevent.spawn(exchange, near, far, Stats())
+    reader = gevent.spawn(read_to_the_end, target)
+    stack.callback(reader.kill)
+    visitor.sendall(bytes(64 << 20))  # and then nothing: it stalls
+    with pytest.raises(Bug):
+        running.get()
