@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import uniform
@@ -26,7 +27,7 @@ from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason
 from nodepass.proofs import PROOF_LENGTH, SessionKey, same
 from nodepass.protocol import DATA_PREFIX, ID_LENGTH, parse_id
 from nodepass.server_pool import ServerPool
-from nodepass.stats import Stats
+from nodepass.stats import Stats, failure
 from nodepass.stream import Stream, TCPStream, recv_exactly
 
 if TYPE_CHECKING:
@@ -82,14 +83,16 @@ class DialingFiller:
                 self.dials.spawn("dial data connection", self._add_one)
 
     def _add_one(self) -> None:
+        began = time.monotonic()
         try:
             id, stream = self._make()
         except OSError as error:
             self._failures += 1
-            self._stats.trouble["data_connections_failed"] += 1
+            self._stats.data_failures[failure(error)] += 1
             level = logging.ERROR if isinstance(error, VerificationError) else logging.WARNING
             self._log.limited(level, "data connection", "cannot make a data connection: %s", reason(error), burst=1)
         else:
+            self._stats.data_dials.observe(time.monotonic() - began)
             self._failures = 0
             self._backoff.reset()
             self._pool.add(id, stream)
@@ -170,9 +173,9 @@ class AcceptingFiller:
         """Prepare one connection for the pool, which owns it from then on."""
         whose = self._owner(sock)
         if whose is None:
-            self._refuse(sock, "it is not from the connected client")
+            self._refuse(sock, "stranger", "it is not from the connected client")
         elif len(self._pool) >= self._pool.bounds[1]:
-            self._refuse(sock, "the pool is full")
+            self._refuse(sock, "pool_full", "the pool is full")
         elif context or whose.session:
             self.handshakes.receive(sock, self._prepare, context, whose)
         else:
@@ -184,7 +187,7 @@ class AcceptingFiller:
         try:
             stream.write(id.encode())
         except OSError as error:
-            self._refuse(sock, reason(error))
+            self._refuse(sock, failure(error), reason(error))
         else:
             self._pool.add(id, stream)
 
@@ -201,7 +204,7 @@ class AcceptingFiller:
                 if whose.session:
                     _check(recv_exactly(stream, PROOF_LENGTH), whose.session.data_proof(id))
         except OSError as error:
-            self._refuse(sock, reason(error))
+            self._refuse(sock, failure(error), reason(error))
         except BaseException:
             sock.close()
             raise
@@ -216,8 +219,8 @@ class AcceptingFiller:
             pass
         return id
 
-    def _refuse(self, sock: Socket, because: str) -> None:
-        self._stats.trouble["data_connections_refused"] += 1
+    def _refuse(self, sock: Socket, why: str, because: str) -> None:
+        self._stats.data_failures[why] += 1
         try:
             peer = format_sockaddr(sock.getpeername())
         except OSError:
