@@ -13,9 +13,9 @@ PACKAGE = Path(nodepass.__file__).parent
 LEVELS = (
     ("__init__", "errors", "capacity", "frames"),
     ("config", "urls", "protocol", "stats", "log", "secret"),
-    ("proofs",),
-    ("net", "sorting", "verification", "limits"),
-    ("stream", "pipes"),
+    ("proofs", "top_scrape"),
+    ("net", "sorting", "verification", "limits", "top_table"),
+    ("stream", "pipes", "top_screen"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target", "unix"),
     ("certificates", "control", "pool", "relay", "datagrams", "lobby", "httpd", "metrics"),
@@ -24,7 +24,7 @@ LEVELS = (
     ("link",),
     ("door", "attachment"),
     ("server", "client", "monitor"),
-    ("daemon",),
+    ("daemon", "top"),
     ("cli",),
     ("__main__",),
 )
