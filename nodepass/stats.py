@@ -43,6 +43,16 @@ UDP_DROPS = (
     "unserved",
     "visitor_unreachable",
 )
+TROUBLE = (
+    "idle_connections_lost",
+    "launches_dropped",
+    "launches_unknown",
+    "limit_reached",
+    "newcomers_dropped",
+    "signals_malformed",
+    "signals_over_long",
+    "signals_unknown",
+)
 
 
 class Histogram:
@@ -99,7 +109,7 @@ class Stats:
         self.control_failures = _zeros(CONTROL_FAILURES)
         self.data_failures = _zeros(DATA_FAILURES)
         self.udp_drops = _zeros(UDP_DROPS)
-        self.trouble: Counter[str] = Counter()  # what else was dropped, refused or failed, by reason
+        self.trouble = _zeros(TROUBLE)  # what else was dropped, refused or failed, by reason
         self.pool_waits = Histogram()
         self.target_dials = Histogram()
         self.data_dials = Histogram()
@@ -127,15 +137,16 @@ class Stats:
             "found_empty": self.found_empty,
         }
         by_reason = {
-            "tcp": self.tcp.ended,
-            "udp": self.udp.ended,
-            "control handshake failed": self.control_failures,
-            "data connection failed": self.data_failures,
-            "dropped": self.udp_drops,
+            "tcp: ": self.tcp.ended,
+            "udp: ": self.udp.ended,
+            "control handshake failed: ": self.control_failures,
+            "data connection failed: ": self.data_failures,
+            "dropped: ": self.udp_drops,
+            "": self.trouble,
         }
         for what, counter in by_reason.items():
-            counts |= {f"{what}: {reason}": count for reason, count in counter.items() if count}
-        return counts | dict(sorted(self.trouble.items()))
+            counts |= {f"{what}{reason}": count for reason, count in sorted(counter.items()) if count}
+        return counts
 
     def __str__(self) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.snapshot().items())
