@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+METRICS = "prometheus-client>=0.20,<1"
+RICH = "rich>=13.7,<16"
 
 
 def read_version() -> str:
@@ -59,8 +61,10 @@ setup(
     package_data={"nodepass": ["py.typed"]},
     install_requires=read_requirements(),
     extras_require={
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
-        "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools"],
+        "metrics": [METRICS],
+        "top": [METRICS, RICH],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", METRICS, RICH],
+        "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH],
         "bench": ["matplotlib>=3.8,<4"],
         "fuzz": ["atheris>=3,<4; python_version >= '3.11' and python_version < '3.14'"],
     },

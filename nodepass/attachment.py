@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import gevent
 from gevent.queue import Full, Queue
@@ -23,7 +25,7 @@ from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
 from nodepass.log import Log
 from nodepass.net import reason
-from nodepass.protocol import KIND_NAMES, LANE, TCP, UDP, Launch
+from nodepass.protocol import KIND_NAMES, LANE, TCP, Launch
 from nodepass.relay import exchange
 from nodepass.stats import Stats
 from nodepass.stream import Stream, TCPStream
@@ -57,7 +59,7 @@ class Attachment:
         self._log, self._stats = lasting.log, lasting.stats
         self._control = control
         self._describe = describe
-        self._launches: Queue[Launch | None] = Queue(max(SIGNALS_WAITING, settings.semaphore_limit))
+        self._launches: Queue[tuple[Launch, float] | None] = Queue(max(SIGNALS_WAITING, settings.semaphore_limit))
         self._crew = Crew(self._log, self._stats, on_crash=lasting.on_crash)
         self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
         backoff = Backoff(settings.service_cooldown)
@@ -90,16 +92,17 @@ class Attachment:
                 continue
             self.pool.reserve(launch.id)
             try:
-                self._launches.put_nowait(launch)
+                self._launches.put_nowait((launch, time.monotonic()))
             except Full:
                 self._stats.trouble["launches_dropped"] += 1
                 self._log.limited(logging.WARNING, "full", "launch dropped: too many wait for a slot already")
                 self.pool.drop(launch.id)
 
     def _dispatch_signals(self) -> None:
-        handlers = {TCP: self._launch_tcp, UDP: self._launch_udp}
-        while launch := self._launches.get():
-            self._lasting.sessions.spawn("launch", self._launch, handlers[launch.kind], launch.id)
+        while waiting := self._launches.get():
+            launch, began = waiting
+            handler = partial(self._launch_tcp, began) if launch.kind == TCP else self._launch_udp
+            self._lasting.sessions.spawn("launch", self._launch, handler, launch.id)
 
     def _launch(self, handler: Callable[[Stream, Log], None], id: str) -> None:
         try:
@@ -113,37 +116,41 @@ class Attachment:
         finally:
             data.close()
 
-    def _launch_tcp(self, data: Stream, log: Log) -> None:
+    def _launch_tcp(self, began: float, data: Stream, log: Log) -> None:
+        dialled = time.monotonic()
         try:
             sock = self._lasting.target.dial(self._settings.handshake_timeout)
         except OSError as error:
-            self._stats.trouble["targets_unreachable"] += 1
+            self._stats.tcp.ended["unreachable"] += 1
             self._log.limited(logging.WARNING, "target", "cannot reach the target: %s", reason(error))
             data.abort()  # the visitor is refused, too
             return
         log.debug("target %s connected", self._lasting.target)
-        self._stats.tcp_sessions += 1
-        log.debug("target %s: %s", self._lasting.target, exchange(data, TCPStream(sock), self._stats))
+        self._stats.target_dials.observe(time.monotonic() - dialled)
+        log.debug("target %s: %s", self._lasting.target, exchange(data, TCPStream(sock), self._stats, began))
 
     def _launch_udp(self, data: Stream, log: Log) -> None:
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
-        self._stats.udp_sessions += 1
+        udp, outcome = self._stats.udp, "unanswered"
+        udp.begin()
         try:
             question = read_datagram(data, largest, timeout)
-            self._stats.bytes_up += len(question)
+            udp.up.bytes += len(question)
             with contextlib.closing(self._lasting.target.dial_udp()) as sock:
                 answer = ask_target(sock, question, largest, timeout)
             data.write(answer)
             data.half_close()
         except ProtocolError as error:
-            self._stats.trouble["dropped_too_large"] += 1
+            self._stats.udp_drops["too_large"] += 1
             self._log.limited(logging.WARNING, "too large", "dropped: %s", error)
         except OSError as error:
-            self._stats.trouble["datagrams_unanswered"] += 1
             self._log.limited(logging.WARNING, "datagram", "datagram unanswered: %s", reason(error))
         else:
-            self._stats.bytes_down += len(answer)
+            outcome = "completed"
+            udp.down.bytes += len(answer)
             log.debug("target %s: %d bytes asked, %d bytes answered", self._lasting.target, len(question), len(answer))
+        finally:
+            udp.end(outcome)
 
     def _report(self) -> None:
         while True:

@@ -39,6 +39,11 @@ class Identity:
         return self.chain[0].fingerprint(hashes.SHA256()).hex()
 
     @property
+    def expiry(self) -> float:
+        """When the certificate ceases to be valid, in Unix time."""
+        return self.chain[0].not_valid_after_utc.timestamp()
+
+    @property
     def lifetime(self) -> datetime.timedelta:
         """How long the certificate is still valid; negative once it has expired."""
         return self.chain[0].not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)

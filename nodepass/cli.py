@@ -35,6 +35,8 @@ A TCP/UDP reverse tunnel. Each URL is one tunnel:
 The server runs where visitors can reach it: it listens on its tunnel address for its client and on its target
 address for visitors, TCP and UDP. The client runs next to the service: it connects to the server's tunnel address
 and, for every visitor, to its target address. LEVEL is debug, info, warn, error or fatal.
+
+`nodepass top ENDPOINT` shows a running process that has METRICS_LISTEN set; see nodepass top --help.
 """
 EPILOG = "Quote a URL that has a '&' or a '?'. A flag wins over its environment variable. Durations: 500ms, 5s, 1h30m."
 

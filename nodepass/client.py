@@ -20,7 +20,7 @@ from nodepass.handshake import Agreement, introduce
 from nodepass.log import Log
 from nodepass.net import as_blocking, dial, reason, resolve
 from nodepass.proofs import Key
-from nodepass.stats import Stats
+from nodepass.stats import Stats, View, failure
 from nodepass.target import Target
 from nodepass.target_flows import TargetFlows
 from nodepass.urls import ClientURL
@@ -86,7 +86,7 @@ class Client:
 
     def _tell(self, error: OSError) -> None:
         """Say why there is no connection; the same reason again only once in a while."""
-        self.stats.trouble["connects_failed"] += 1
+        self.stats.control_failures[failure(error)] += 1
         refused = isinstance(error, RefusedError)
         level, what = (logging.ERROR, "no agreement with") if refused else (logging.WARNING, "cannot reach")
         message = f"{what} the server %s: %s; trying again"
@@ -119,6 +119,22 @@ class Client:
         running = f"{len(self.sessions)} sessions, {len(self._lasting.flows)} flows"
         pool = "no pool" if self._pool is None else repr(self._pool)
         return f"server {server}, {pool}, {running}, {self.stats}"
+
+    def view(self) -> View:
+        """What the metrics show of it at this moment."""
+        control, pool = self.control, self._pool
+        return View(
+            role="client",
+            unready="" if control else "not connected to the server",
+            peer=control.peer if control else "",
+            wire=control.version if control else 0,
+            round_trip=control.round_trip if control else None,
+            pool_idle=len(pool) if pool is not None else 0,
+            pool_capacity=pool.capacity if pool is not None else 0,
+            slots_used=len(self.sessions),
+            slots=self._settings.semaphore_limit,
+            certificate_expiry=None,
+        )
 
     # One control connection
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv6Address
 from typing import Any
 
 from nodepass.errors import ConfigError
@@ -18,6 +19,8 @@ from nodepass.errors import ConfigError
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(f"(?:{_PART})+", re.ASCII)
+_ENDPOINT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s\x00-\x20]*)):(\d{1,5})", re.ASCII)
+_LONGEST_PATH = 107  # bytes in sockaddr_un, without the NUL
 DAY = 86400.0
 
 
@@ -37,6 +40,15 @@ class Ports:
     first: int
     last: int
     tunnel: bool = False
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where to listen for an operator's programs: a host, which may be empty, and a port, or a Unix socket's path."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
 
 
 def parse_duration(text: str) -> float:
@@ -71,6 +83,21 @@ def parse_ports(text: str) -> Ports:
     return ports
 
 
+def parse_listen(text: str) -> Listen | None:
+    """`host:port`, `[IPv6]:port`, `:port`, `unix:/path`, or `off`, which is None. Raises ValueError."""
+    if text == "off":
+        return None
+    if text.startswith("unix:/"):
+        path = text.removeprefix("unix:")
+        if len(path.encode()) > _LONGEST_PATH or "\0" in path:
+            raise ValueError("not a path of a socket")
+        return Listen(path=path)
+    match = _ENDPOINT.fullmatch(text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError("not an address")
+    return Listen(str(IPv6Address(match[1])) if match[1] else match[2], int(match[3]))
+
+
 def count(lowest: int, highest: int, unit: str) -> Kind:
     """A whole number between two bounds."""
 
@@ -97,6 +124,11 @@ def duration(lowest: float, highest: float) -> Kind:
 
 PORTS = Kind(
     "port", "0 (the kernel chooses), a port from 1 to 65535, a range such as 20000-20099, or tunnel", parse_ports
+)
+LISTEN = Kind(
+    "address",
+    f"HOST:PORT, [IPv6]:PORT, :PORT (this machine only), unix:/PATH of at most {_LONGEST_PATH} bytes, or off",
+    parse_listen,
 )
 
 
@@ -161,6 +193,9 @@ class Settings:
     )
     reload_interval: float = setting(
         "1h", duration(0.001, 365 * DAY), "timing", "server, tls=2: how often the certificate files are looked at"
+    )
+    metrics_listen: Listen | None = setting(
+        "off", LISTEN, "metrics", "serve /metrics, /healthz and /readyz by HTTP; :PORT is for this machine only"
     )
 
     @classmethod

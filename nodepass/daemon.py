@@ -6,10 +6,12 @@ SIGHUP looks at the certificate files. SIGUSR1 writes statistics and greenlets t
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import gevent
 from gevent.event import Event
@@ -20,13 +22,18 @@ from nodepass.client import Client
 from nodepass.config import Settings, format_duration
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers, report_bug
-from nodepass.errors import ListenError, NodepassError
+from nodepass.errors import ConfigError, ListenError, NodepassError
 from nodepass.limits import raise_descriptor_limit
 from nodepass.log import Log
 from nodepass.proofs import Key
 from nodepass.server import Server
-from nodepass.stats import Stats
+from nodepass.stats import Stats, View, Watched
 from nodepass.urls import ClientURL, ServerURL
+
+if TYPE_CHECKING:
+    from gevent import Greenlet
+
+    from nodepass.monitor import Monitor
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -60,6 +67,9 @@ class Tunnel(Protocol):
     def describe(self) -> str:
         """One line for an operator."""
 
+    def view(self) -> View:
+        """What the metrics show of it at this moment."""
+
 
 def make_tunnel(url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> Tunnel:
     """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
@@ -81,6 +91,8 @@ class Daemon:
         self._crew = Crew(self._log, self._stats)
         self._urls = [(url, Log(name), Stats()) for url, name in zip(urls, _names(urls), strict=True)]
         self._tunnels = [make_tunnel(url, settings, key, log, stats) for url, log, stats in self._urls]
+        self._supervising: list[Greenlet[..., None]] = []
+        self._monitor = self._make_monitor()
 
     @property
     def bugs(self) -> int:
@@ -91,6 +103,44 @@ class Daemon:
     def run(self) -> None:
         """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
         gevent.get_hub().print_exception = self._report_stray  # type: ignore[method-assign,assignment]
+        with self._monitored():
+            self._run()
+
+    def _make_monitor(self) -> Monitor | None:
+        """What METRICS_LISTEN asks for. Raises ConfigError where what it needs is not installed."""
+        listen = self._settings.metrics_listen
+        if listen is None:
+            return None
+        try:
+            from nodepass.monitor import Monitor
+        except ImportError as error:
+            raise ConfigError(f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client") from None
+        return Monitor(listen, self._watch, self._log, self._stats)
+
+    @contextlib.contextmanager
+    def _monitored(self) -> Iterator[None]:
+        """Answer an operator's programs meanwhile, also while tunnels drain."""
+        if self._monitor is None:
+            yield
+            return
+        self._monitor.start()
+        try:
+            yield
+        finally:
+            self._monitor.close()
+
+    def _watch(self) -> list[Watched]:
+        """All tunnels as they are now."""
+        watched = []
+        for index, tunnel in enumerate(self._tunnels):
+            view = tunnel.view()
+            if self._stopping.is_set():
+                view = replace(view, unready="stopping")
+            dead = bool(self._supervising) and self._supervising[index].ready() and not self._stopping.is_set()
+            watched.append(Watched(tunnel.log.where, tunnel.stats, view, not dead))
+        return watched
+
+    def _run(self) -> None:
         raise_descriptor_limit(len(self._tunnels), self._settings, self._log)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
@@ -104,7 +154,7 @@ class Daemon:
                 tunnel.close()
             raise
         for index in range(len(self._tunnels)):
-            self._crew.spawn("supervise", self._supervise, index)
+            self._supervising.append(self._crew.spawn("supervise", self._supervise, index))
         self._wait_for_stop()
         stop, second = self._crew.spawn("stop", self._stop), self._crew.spawn("hear signals", self._wait_for_stop)
         gevent.wait([stop, second], count=1)

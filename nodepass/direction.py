@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import time
 from typing import Any, Literal
 
 import gevent
@@ -20,7 +21,6 @@ from nodepass.pipes import Pipe, pipes
 from nodepass.session import Session
 from nodepass.stream import Stream, TCPStream
 
-BYTES_PER_TURN = 1024 * 1024  # then a hot direction lets heartbeats and other sessions run
 BUSY_READ = 64 * 1024  # bytes: a read of at least so many is one of a busy stream
 SPLICE_AFTER = 4  # busy reads in a row
 GATHER_AFTER = 32  # busy reads in a row; from then on the source wakes us for much at once only
@@ -49,6 +49,7 @@ class Direction:
         "_source",
         "_spliceable",
         "_up",
+        "_way",
     )
 
     def __init__(self, session: Session, name: Literal["up", "down"], source: Stream, sink: Stream) -> None:
@@ -56,10 +57,11 @@ class Direction:
         self._up = name == "up"
         self._source = source
         self._sink = sink
-        self._read = source.read
+        self._read = source.read if self._up or session.began is None else self._read_first
         self._send = sink.send
         self._buffer = _shared[: sink.batch]
-        self._moved = 0  # not yet accounted for
+        self._moved = 0  # bytes
+        self._way = session.stats.tcp.up if self._up else session.stats.tcp.down
         self._over = False  # though the sink may still have to be told
         self._rest: bytes | memoryview = b""  # read, and not yet taken by the sink
         self._pipe: Pipe | None = None  # with bytes that are not yet taken by the sink
@@ -81,7 +83,11 @@ class Direction:
         self._sink.unwatch_writable()
         if self._pipe:
             self._give_back_pipe()
-        self._account()
+        self._read = self._source.read
+        if self._up:
+            self._session.traffic.up = self._moved
+        else:
+            self._session.traffic.down = self._moved
 
     def _on_readable(self) -> None:
         try:
@@ -96,6 +102,14 @@ class Direction:
 
     def _may_read(self) -> bool:
         return not (self._over or self._rest)
+
+    def _read_first(self, buffer: memoryview) -> int:
+        """The first read of the way back that brings something is the one whose time is taken."""
+        received = self._source.read(buffer)
+        self._read = self._source.read
+        if received and self._session.began is not None:
+            self._session.stats.first_bytes.observe(time.monotonic() - self._session.began)
+        return received
 
     def _copy(self) -> None:
         try:
@@ -114,6 +128,7 @@ class Direction:
             self._fail_sink(error)
             return
         self._moved += received
+        self._way.bytes += received
         if received >= BUSY_READ or self._rest:
             self._go_on_busily(received)
         else:
@@ -137,6 +152,7 @@ class Direction:
             self._end()
             return
         self._moved += received
+        self._way.bytes += received
         try:
             drained = pipe.drain_to(self._sink.sock.fileno())
         except OSError as error:
@@ -151,8 +167,6 @@ class Direction:
         self._busy_reads = self._busy_reads + 1 if received >= BUSY_READ else 0
         if self._spliceable and self._busy_reads >= GATHER_AFTER and not self._gathering:
             self._start_gathering()
-        if self._moved >= BYTES_PER_TURN:
-            self._account()
         if self._rest or self._pipe:
             self._source.unwatch()
             self._sink.watch_writable(self._on_writable)
@@ -236,13 +250,3 @@ class Direction:
         assert self._pipe
         pipes.give_back(self._pipe)
         self._pipe = None
-
-    def _account(self) -> None:
-        moved, self._moved = self._moved, 0
-        traffic, stats = self._session.traffic, self._session.stats
-        if self._up:
-            traffic.up += moved
-            stats.bytes_up += moved
-        else:
-            traffic.down += moved
-            stats.bytes_down += moved

@@ -57,7 +57,8 @@ class DatagramDoor:
         if self._link.version == 2:
             self._link.flows.carry(self._sock, payload, visitor)
         elif self._sessions.full():
-            self._drop(payload, visitor, "SEMAPHORE_LIMIT is reached")  # to wait would stall the datagrams of others
+            # To wait would stall the datagrams of others.
+            self._drop(payload, visitor, "limit", "SEMAPHORE_LIMIT is reached")
         else:
             self._sessions.spawn("serve datagram", self._serve, payload, visitor)
 
@@ -67,13 +68,13 @@ class DatagramDoor:
         largest = self._settings.udp_data_buf_size
         if not self._link.wait_for_client(timeout):
             because = f"no data connection within {format_duration(timeout)}, no client is connected"
-            self._drop(payload, visitor, because)
+            self._drop(payload, visitor, "unserved", because)
         elif self._link.version == 2:
             self._link.flows.carry(self._sock, payload, visitor)
         elif not payload:
-            self._drop(payload, visitor, "it is empty, which wire v1 cannot carry")
+            self._drop(payload, visitor, "empty", "it is empty, which wire v1 cannot carry")
         elif len(payload) > largest:
-            self._drop(payload, visitor, f"it is larger than UDP_DATA_BUF_SIZE ({largest})")
+            self._drop(payload, visitor, "too_large", f"it is larger than UDP_DATA_BUF_SIZE ({largest})")
         else:
             self._ask(payload, visitor)
 
@@ -84,26 +85,30 @@ class DatagramDoor:
             id, data = self._link.launch(UDP, settings.pool_get_timeout)
         except NoDataConnection:
             because = f"no data connection within {format_duration(settings.pool_get_timeout)}"
-            self._drop(question, visitor, because)
+            self._stats.udp.ended["unserved"] += 1
+            self._drop(question, visitor, "unserved", because)
             return
         log = self._log.session(id)
         log.debug("visitor %s sent %d bytes", visitor, len(question))
-        self._stats.udp_sessions += 1
+        udp, outcome = self._stats.udp, "unanswered"
+        udp.begin()
         try:
             data.write(question)
-            self._stats.bytes_up += len(question)
+            udp.up.bytes += len(question)
             answer = read_datagram(data, settings.udp_data_buf_size, settings.udp_read_timeout + ANSWER_GRACE)
             if answer:
                 send_datagram(self._sock, answer, visitor)
-                self._stats.bytes_down += len(answer)
+                udp.down.bytes += len(answer)
+                outcome = "completed"
             log.debug("answered visitor %s with %d bytes", visitor, len(answer))
         except OSError as error:
-            self._stats.trouble["dropped_answer"] += 1
+            self._stats.udp_drops["answer"] += 1
             self._log.limited(logging.WARNING, "answer", "dropped the answer to visitor %s: %s", visitor, reason(error))
         finally:
             data.close()
+            udp.end(outcome)
 
-    def _drop(self, payload: bytes, visitor: Visitor, because: str) -> None:
-        self._stats.trouble["dropped_datagram"] += 1
+    def _drop(self, payload: bytes, visitor: Visitor, why: str, because: str) -> None:
+        self._stats.udp_drops[why] += 1
         what = f"a datagram of {len(payload)} bytes from {visitor}"
         self._log.limited(logging.WARNING, f"datagram {because}", "dropped %s: %s", what, because)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import uniform
@@ -26,7 +27,7 @@ from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason
 from nodepass.proofs import PROOF_LENGTH, SessionKey, same
 from nodepass.protocol import DATA_PREFIX, ID_LENGTH, parse_id
 from nodepass.server_pool import ServerPool
-from nodepass.stats import Stats
+from nodepass.stats import Stats, failure
 from nodepass.stream import Stream, TCPStream, recv_exactly
 
 if TYPE_CHECKING:
@@ -83,11 +84,12 @@ class DialingFiller:
                 self.dials.spawn("dial data connection", self._add_one)
 
     def _add_one(self) -> None:
+        began = time.monotonic()
         try:
             id, stream = self._make()
         except OSError as error:
             self._failures += 1
-            self._stats.trouble["data_connections_failed"] += 1
+            self._stats.data_failures[failure(error)] += 1
             gevent.sleep(SAME_MOMENT)
             level = logging.ERROR if isinstance(error, VerificationError) else logging.WARNING
             self._log.limited(level, "data connection", "cannot make a data connection: %s", reason(error), burst=1)
@@ -95,6 +97,7 @@ class DialingFiller:
             self._failures += 1  # a bug must not be repeated without a pause
             raise
         else:
+            self._stats.data_dials.observe(time.monotonic() - began)
             self._failures = 0
             self._backoff.reset()
             self._pool.add(id, stream)
@@ -179,7 +182,7 @@ class AcceptingFiller:
         if whose is None:
             self._refuse_stranger(sock)
         elif len(self._pool) >= self._pool.bounds[1]:
-            self._refuse(sock, "the pool is full")
+            self._refuse(sock, "pool_full", "the pool is full")
         elif context or whose.session:
             self.handshakes.receive(sock, self._prepare, context, whose)
         else:
@@ -191,7 +194,7 @@ class AcceptingFiller:
         try:
             stream.write(id.encode())
         except OSError as error:
-            self._refuse(sock, reason(error))
+            self._refuse(sock, failure(error), reason(error))
         else:
             self._pool.add(id, stream)
 
@@ -208,7 +211,7 @@ class AcceptingFiller:
                 if whose.session:
                     _check(recv_exactly(stream, PROOF_LENGTH), whose.session.data_proof(id))
         except OSError as error:
-            self._refuse(sock, reason(error))
+            self._refuse(sock, failure(error), reason(error))
         except BaseException:
             sock.close()
             raise
@@ -225,12 +228,12 @@ class AcceptingFiller:
 
     def _refuse_stranger(self, sock: Socket) -> None:
         if self._has_client():
-            self._refuse(sock, "it is not from the connected client")
+            self._refuse(sock, "stranger", "it is not from the connected client")
         else:  # most often the last ones of a client that has just left, which is nothing to warn of
-            self._refuse(sock, "no client is connected", logging.DEBUG)
+            self._refuse(sock, "no_client", "no client is connected", logging.DEBUG)
 
-    def _refuse(self, sock: Socket, because: str, level: int = logging.WARNING) -> None:
-        self._stats.trouble["data_connections_refused"] += 1
+    def _refuse(self, sock: Socket, why: str, because: str, level: int = logging.WARNING) -> None:
+        self._stats.data_failures[why] += 1
         try:
             peer = format_sockaddr(sock.getpeername())
         except OSError:

@@ -131,10 +131,10 @@ Flow = TypeVar("Flow", bound=FlowLike)
 class FlowTable(Generic[Flow]):
     """Flows by key, the longest idle first; at most `limit`, each for `timeout` seconds beyond its last datagram.
 
-    `on_end` is told of each that leaves, and whether it had to make room for another.
+    `on_end` is told of each that leaves, and how it ended, as one of `stats.UDP_OUTCOMES`.
     """
 
-    def __init__(self, limit: int, timeout: float, on_end: Callable[[Flow, bool], object]) -> None:
+    def __init__(self, limit: int, timeout: float, on_end: Callable[[Flow, str], object]) -> None:
         self._limit = limit
         self._timeout = timeout
         self._on_end = on_end
@@ -155,15 +155,15 @@ class FlowTable(Generic[Flow]):
     def add(self, key: Hashable, flow: Flow) -> None:
         """A new flow; the longest idle one makes room for it if need be."""
         while len(self._flows) >= self._limit:
-            self._on_end(self._flows.popitem(last=False)[1], True)
+            self._on_end(self._flows.popitem(last=False)[1], "evicted")
         flow.last = time.monotonic()
         self._flows[key] = flow
         self._some.set()
 
     def end(self, wanted: Callable[[Flow], bool]) -> None:
-        """End all flows that are wanted."""
+        """End all flows that are wanted: their lane is gone."""
         for key in [key for key, flow in self._flows.items() if wanted(flow)]:
-            self._on_end(self._flows.pop(key), False)
+            self._on_end(self._flows.pop(key), "lost")
 
     def sweep_forever(self) -> None:
         """End silent flows, until killed."""
@@ -172,6 +172,6 @@ class FlowTable(Generic[Flow]):
             gevent.sleep(min(SWEEP, self._timeout / 4))
             oldest = time.monotonic() - self._timeout
             while self._flows and next(iter(self._flows.values())).last < oldest:
-                self._on_end(self._flows.popitem(last=False)[1], False)
+                self._on_end(self._flows.popitem(last=False)[1], "completed")
             if not self._flows:
                 self._some.clear()

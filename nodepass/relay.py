@@ -21,9 +21,13 @@ from nodepass.stream import Stream
 DELIVERY_GRACE = 1.0  # seconds for a peer to acknowledge what was written before it is told of the reset
 
 
-def exchange(near: Stream, far: Stream, stats: Stats) -> Traffic:
-    """Move bytes until both directions have ended; up is from `near` to `far`. Both streams are closed on return."""
-    session = Session(stats)
+def exchange(near: Stream, far: Stream, stats: Stats, began: float | None = None) -> Traffic:
+    """Move bytes until both directions have ended; up is from `near` to `far`. Both streams are closed on return.
+
+    With `began`, in time.monotonic(), the time from then to the first byte of the way back is counted.
+    """
+    session = Session(stats, began)
+    stats.tcp.begin()
     traffic = session.traffic
     for stream in (near, far):
         reset_on_close(stream.sock, True)  # should this process be killed, the cut streams must not look whole
@@ -41,6 +45,7 @@ def exchange(near: Stream, far: Stream, stats: Stats) -> Traffic:
                 wait_delivered(stream.sock, DELIVERY_GRACE)
                 stream.abort()
     finally:
+        stats.tcp.end(traffic.outcome)
         for direction in directions:
             direction.stop()
         for stream in (near, far):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import gevent
@@ -27,12 +28,12 @@ from nodepass.listen import (
 )
 from nodepass.lobby import Lobby
 from nodepass.log import Log
-from nodepass.net import Endpoint, Socket, as_blocking, as_plain, format_sockaddr, reason
+from nodepass.net import Endpoint, Socket, as_blocking, as_plain, format_sockaddr, plain_host, reason
 from nodepass.proofs import Key
 from nodepass.protocol import SHUTDOWN, TCP, Refusal, Tunnel
 from nodepass.relay import exchange
 from nodepass.sorting import is_data_connection
-from nodepass.stats import Stats
+from nodepass.stats import Stats, View, failure
 from nodepass.stream import TCPStream
 from nodepass.urls import ServerURL
 
@@ -136,6 +137,22 @@ class Server:
         client = link.control.describe() if link.control else "none"
         return f"client {client}, {link.pool!r}, {len(self.sessions)} sessions, {len(link.flows)} flows, {self.stats}"
 
+    def view(self) -> View:
+        """What the metrics show of it at this moment."""
+        control, pool = self._link.control, self._link.pool
+        return View(
+            role="server",
+            unready="" if control else "no client is connected",
+            peer=plain_host(control.endpoint.sockaddr) if control else "",  # its port changes with each reconnect
+            wire=control.version if control else 0,
+            round_trip=control.round_trip if control else None,
+            pool_idle=len(pool),
+            pool_capacity=pool.capacity,
+            slots_used=len(self.sessions),
+            slots=self._settings.semaphore_limit,
+            certificate_expiry=self._certificate.identity.expiry if self._certificate else None,
+        )
+
     def _context(self) -> SSL.Context | None:
         return self._certificate.context if self._certificate else None
 
@@ -188,6 +205,7 @@ class Server:
                 control = Control(sock, self._settings.report_interval, self.log, self.stats)
                 admitted = self._greet(control)
             except OSError as error:
+                self.stats.control_failures[failure(error)] += 1
                 self.log.debug("a connection to the tunnel address came to nothing: %s", reason(error))
             else:
                 if admitted:
@@ -201,7 +219,7 @@ class Server:
                 raise RefusedError(SHUTDOWN, "this server is shutting down")
             self._link.admit(control, caller, self._tunnel())
         except RefusedError as error:
-            self.stats.trouble["clients_turned_away"] += 1
+            self.stats.control_failures[failure(error)] += 1
             self.log.limited(logging.WARNING, "turned away", "client %s turned away: %s", control.peer, error)
             control.send(Refusal(error.reason))
             return False
@@ -224,7 +242,7 @@ class Server:
 
     def _accept_visitors(self, listener: socket.socket) -> None:
         for sock, peer in accept_forever(listener, self.log, self._wait_for_slot):
-            self.sessions.spawn("serve visitor", self._serve_visitor, sock, peer)
+            self.sessions.spawn("serve visitor", self._serve_visitor, sock, peer, time.monotonic())
 
     def _wait_for_slot(self) -> None:
         if self.sessions.full():
@@ -232,30 +250,29 @@ class Server:
             self.log.limited(logging.WARNING, "limit", "SEMAPHORE_LIMIT reached: new visitors wait", burst=1)
             self.sessions.wait_for_place()
 
-    def _serve_visitor(self, sock: Socket, peer: Endpoint) -> None:
+    def _serve_visitor(self, sock: Socket, peer: Endpoint, began: float) -> None:
         try:
-            self._bring(sock, peer)
+            self._bring(sock, peer, began)
         finally:
             sock.close()
 
-    def _bring(self, sock: Socket, peer: Endpoint) -> None:
+    def _bring(self, sock: Socket, peer: Endpoint, began: float) -> None:
         """Bring a visitor to a data connection, and stay until both have ended."""
         timeout = self._settings.pool_get_timeout
         try:
             id, data = self._link.launch(TCP, timeout)
         except NoDataConnection:
-            self.stats.trouble["visitors_unserved"] += 1
+            self.stats.tcp.ended["unserved"] += 1
             because = "" if self._link.control else ": no client is connected"
             words = "visitor %s closed, no data connection within %s%s"
             self.log.limited(logging.WARNING, "unserved visitors", words, peer, format_duration(timeout), because)
             return
         log = self.log.session(id)
         log.debug("visitor %s connected", peer)
-        self.stats.tcp_sessions += 1
         visitor = TCPStream(sock)
         if self._link.version == 1 and visitor.peek() is False:
             gevent.sleep(HEAD_START)
-        log.debug("visitor %s: %s", peer, exchange(visitor, data, self.stats))
+        log.debug("visitor %s: %s", peer, exchange(visitor, data, self.stats, began))
 
     # Upkeep
 

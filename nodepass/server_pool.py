@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from nodepass.log import Log
 from nodepass.pool import Idle, Pool, Waiter
 from nodepass.stats import Stats
@@ -41,9 +43,11 @@ class ServerPool(Pool):
             idle = self._idle[next(reversed(self._idle))]
             if idle.stream.peek() is None:
                 self._taken += 1
+                self._stats.pool_waits.observe(0.0)
                 return idle.id, self._release(idle)
             self._lose(idle)
         self._find_empty()
+        began = time.monotonic()
         waiter = Waiter()
         self._waiting[waiter] = None
         try:
@@ -51,6 +55,7 @@ class ServerPool(Pool):
         finally:
             self._waiting.pop(waiter, None)
             self._given.pop(waiter, None)
+            self._stats.pool_waits.observe(time.monotonic() - began)
 
     def flush(self, because: str) -> None:
         super().flush(because)

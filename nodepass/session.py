@@ -20,6 +20,11 @@ class Traffic:
     ended: int = 0  # directions that came to their end of stream
     failure: str = ""
 
+    @property
+    def outcome(self) -> str:
+        """One of `stats.TCP_OUTCOMES`."""
+        return "reset" if self.failure else "completed" if self.ended == 2 else "cut"
+
     def __str__(self) -> str:
         return f"{self.up} bytes up, {self.down} bytes down, {self.failure or 'both ends closed'}"
 
@@ -27,10 +32,11 @@ class Traffic:
 class Session:
     """What the two directions have in common."""
 
-    __slots__ = ("_open", "_waiter", "broken", "stats", "traffic")
+    __slots__ = ("_open", "_waiter", "began", "broken", "stats", "traffic")
 
-    def __init__(self, stats: Stats) -> None:
+    def __init__(self, stats: Stats, began: float | None) -> None:
         self.stats = stats
+        self.began = began  # time.monotonic() from which the first byte of the way back is timed, if it is
         self.traffic = Traffic()
         self.broken: Stream | None = None  # a read from it failed
         self._open = 2  # directions

@@ -1,30 +1,218 @@
-"""Counters of one tunnel, and the one snapshot that the log and an operator's dump print.
+"""Counters of one tunnel, and the one snapshot of them that the log and an operator's dump print.
 
-Plain attributes, so that counting costs an addition. `up` is from the visitor to the target, `down` the way back.
+Plain attributes, so that counting costs an addition, and a histogram a bisect. `metrics` shows the same numbers to
+Prometheus; nothing here knows of that. `up` is from the visitor to the target, `down` the way back.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
+
+# Seconds: from what a LAN does to what a handshake may take by default, and beyond.
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+TCP_OUTCOMES = ("completed", "reset", "cut", "unserved", "unreachable")
+UDP_OUTCOMES = ("completed", "evicted", "lost", "unserved", "unanswered")
+CONTROL_FAILURES = (
+    "busy",
+    "closed",
+    "key_mismatch",
+    "key_required",
+    "other",
+    "protocol",
+    "shutdown",
+    "timeout",
+    "unreachable",
+    "version",
+)
+DATA_FAILURES = (
+    "certificate",
+    "closed",
+    "no_client",
+    "pool_full",
+    "protocol",
+    "stranger",
+    "timeout",
+    "tls",
+    "unreachable",
+)
+UDP_DROPS = (
+    "answer",
+    "empty",
+    "flow_over",
+    "lane_full",
+    "lane_missing",
+    "limit",
+    "target_refused",
+    "target_unreachable",
+    "too_large",
+    "unserved",
+    "visitor_unreachable",
+)
+TROUBLE = (
+    "bugs",
+    "crashes",
+    "idle_connections_lost",
+    "launches_dropped",
+    "launches_unknown",
+    "limit_reached",
+    "newcomers_dropped",
+    "signals_malformed",
+    "signals_over_long",
+    "signals_unknown",
+)
+
+
+class Histogram:
+    """How many observations fell under each of BUCKETS, and their sum in seconds."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)  # the last: beyond all bounds
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
+
+
+class Way:
+    """Payload bytes that went one way: no framing, no TLS."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class Sessions:
+    """The sessions of one protocol: TCP connections, or flows of datagrams (single datagrams with a v1 peer)."""
+
+    def __init__(self, outcomes: Iterable[str]) -> None:
+        self.begun = 0
+        self.open = 0
+        self.ended = _zeros(outcomes)  # also those that could not begin
+        self.up = Way()
+        self.down = Way()
+
+    def begin(self) -> None:
+        self.begun += 1
+        self.open += 1
+
+    def end(self, outcome: str) -> None:
+        self.open -= 1
+        self.ended[outcome] += 1
 
 
 class Stats:
-    """What a tunnel has done since it started. Bytes are payload: no framing, no TLS."""
+    """What a tunnel has done since it started."""
 
     def __init__(self) -> None:
-        self.tcp_sessions = 0
-        self.udp_sessions = 0
-        self.bytes_up = 0
-        self.bytes_down = 0
+        self.tcp = Sessions(TCP_OUTCOMES)
+        self.udp = Sessions(UDP_OUTCOMES)
         self.connects = 0  # control connections that got through their handshake
         self.data_connections = 0  # data connections that entered the pool
         self.found_empty = 0  # sessions that had to wait for a data connection
-        self.trouble: Counter[str] = Counter()  # what was dropped, refused or failed, by reason
+        self.control_failures = _zeros(CONTROL_FAILURES)
+        self.data_failures = _zeros(DATA_FAILURES)
+        self.udp_drops = _zeros(UDP_DROPS)
+        self.trouble = _zeros(TROUBLE)  # what else was dropped, refused or failed, by reason
+        self.pool_waits = Histogram()
+        self.target_dials = Histogram()
+        self.data_dials = Histogram()
+        self.first_bytes = Histogram()
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes of both protocols."""
+        return self.tcp.up.bytes + self.udp.up.bytes
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes of both protocols."""
+        return self.tcp.down.bytes + self.udp.down.bytes
 
     def snapshot(self) -> dict[str, int]:
-        """Every counter under its name; a reason's has its reason in it."""
-        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
-        return counts | dict(sorted(self.trouble.items()))
+        """The counters under their names; of those by reason the ones that have happened."""
+        counts = {
+            "tcp_sessions": self.tcp.begun,
+            "udp_sessions": self.udp.begun,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "connects": self.connects,
+            "data_connections": self.data_connections,
+            "found_empty": self.found_empty,
+        }
+        by_reason = {
+            "tcp: ": self.tcp.ended,
+            "udp: ": self.udp.ended,
+            "control handshake failed: ": self.control_failures,
+            "data connection failed: ": self.data_failures,
+            "dropped: ": self.udp_drops,
+            "": self.trouble,
+        }
+        for what, counter in by_reason.items():
+            counts |= {f"{what}{reason}": count for reason, count in sorted(counter.items()) if count}
+        return counts
 
     def __str__(self) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.snapshot().items())
+
+
+def _zeros(reasons: Iterable[str]) -> Counter[str]:
+    """A counter that names its reasons before they happen: the first event is an increase then, too."""
+    return Counter(dict.fromkeys(reasons, 0))
+
+
+def failure(error: OSError) -> str:
+    """Why a connection came to nothing, as one of CONTROL_FAILURES or DATA_FAILURES."""
+    if isinstance(error, RefusedError):
+        token = error.reason.replace("-", "_")
+        return token if token in CONTROL_FAILURES else "other"  # it is a peer's word
+    for kind, name in _FAILURES:
+        if isinstance(error, kind):
+            return name
+    return "unreachable"
+
+
+# The first that fits; TLSError and the others are ConnectionErrors, too.
+_FAILURES: tuple[tuple[type[OSError], str], ...] = (
+    (VerificationError, "certificate"),
+    (TLSError, "tls"),
+    (ProtocolError, "protocol"),
+    (ClosedError, "closed"),
+    (TimeoutError, "timeout"),
+    (ConnectionRefusedError, "unreachable"),
+    (ConnectionError, "closed"),
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a tunnel is like at this moment."""
+
+    role: str  # server or client
+    unready: str  # why it could not serve a session now; nothing where it could
+    peer: str  # the other end's address; nothing while it is not connected
+    wire: int  # the version that the two speak, 0 likewise
+    round_trip: float | None  # seconds
+    pool_idle: int  # data connections
+    pool_capacity: int
+    slots_used: int  # of SEMAPHORE_LIMIT
+    slots: int
+    certificate_expiry: float | None  # Unix time
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A tunnel as its process sees it."""
+
+    name: str
+    stats: Stats
+    view: View
+    alive: bool  # whether somebody would start it again

@@ -64,7 +64,7 @@ class TargetFlows:
                 flow.sock.send(payload)
             except ConnectionRefusedError:  # of the datagram before this one
                 flow.sock.send(payload)
-            self._stats.bytes_up += len(payload)
+            self._stats.udp.up.bytes += len(payload)
         except OSError as error:
             self._drop("target_unreachable", "a datagram of %d bytes: %s", len(payload), reason(error))
 
@@ -73,7 +73,7 @@ class TargetFlows:
         flow = TargetFlow(number, lane, sock, gevent.get_hub().loop.io(sock.fileno(), 1))
         self._table.add((lane, number), flow)
         flow.watcher.start(self._readable, flow, cast(Any, sock)._sock)
-        self._stats.udp_sessions += 1
+        self._stats.udp.begin()
         self._log.debug("flow %d begins, %d flows", number, len(self))
         return flow
 
@@ -96,18 +96,20 @@ class TargetFlows:
                 return
             self._table.get((flow.lane, flow.number))
             if flow.lane.send(flow.number, answer):
-                self._stats.bytes_down += len(answer)
+                self._stats.udp.down.bytes += len(answer)
             else:
                 self._drop("lane_full", "an answer of %d bytes: its lane is full", len(answer))
 
-    def _end(self, flow: TargetFlow, to_make_room: bool) -> None:
+    def _end(self, flow: TargetFlow, outcome: str) -> None:
+        self._stats.udp.end(outcome)
         flow.watcher.stop()
         flow.watcher.close()
         flow.sock.close()
         self._log.debug("flow %d ends", flow.number)
-        if to_make_room:
-            self._drop("flow_made_room", "the longest idle flow: SEMAPHORE_LIMIT is reached")
+        if outcome == "evicted":
+            words = "dropped the longest idle flow: SEMAPHORE_LIMIT is reached"
+            self._log.limited(logging.WARNING, outcome, words, burst=3)
 
     def _drop(self, why: str, message: str, *args: object) -> None:
-        self._stats.trouble[f"dropped_{why}"] += 1
+        self._stats.udp_drops[why] += 1
         self._log.limited(logging.WARNING, why, f"dropped {message}", *args, burst=3)

@@ -62,7 +62,7 @@ class VisitorFlows:
             flow = None
         flow = flow or self._begin(sock, visitor)
         if flow.lane.send(flow.number, payload):
-            self._stats.bytes_up += len(payload)
+            self._stats.udp.up.bytes += len(payload)
         else:
             self._drop("lane_full", "a datagram of %d bytes from %s: its lane is full", len(payload), visitor)
 
@@ -82,7 +82,7 @@ class VisitorFlows:
         flow.lane.flows += 1
         self._table.add(visitor, flow)
         self._by_number[number] = flow
-        self._stats.udp_sessions += 1
+        self._stats.udp.begin()
         self._log.debug("flow %d begins: visitor %s, %d flows", number, visitor, len(self))
         return flow
 
@@ -120,19 +120,21 @@ class VisitorFlows:
         self._table.get(flow.visitor)
         try:
             send_datagram(flow.sock, payload, flow.visitor)
-            self._stats.bytes_down += len(payload)
+            self._stats.udp.down.bytes += len(payload)
         except OSError as error:
             self._drop("visitor_unreachable", "an answer of %d bytes: %s", len(payload), reason(error))
 
-    def _end(self, flow: VisitorFlow, to_make_room: bool) -> None:
+    def _end(self, flow: VisitorFlow, outcome: str) -> None:
+        self._stats.udp.end(outcome)
         del self._by_number[flow.number]
         flow.lane.flows -= 1
         self._log.debug("flow %d ends: visitor %s", flow.number, flow.visitor)
-        if to_make_room:
-            self._drop("flow_made_room", "the longest idle flow, of %s: SEMAPHORE_LIMIT is reached", flow.visitor)
+        if outcome == "evicted":
+            words = "dropped the longest idle flow, of %s: SEMAPHORE_LIMIT is reached"
+            self._log.limited(logging.WARNING, outcome, words, flow.visitor, burst=3)
         if not flow.lane.flows:
             flow.lane.close()
 
     def _drop(self, why: str, message: str, *args: object) -> None:
-        self._stats.trouble[f"dropped_{why}"] += 1
+        self._stats.udp_drops[why] += 1
         self._log.limited(logging.WARNING, why, f"dropped {message}", *args, burst=3)

@@ -15,6 +15,17 @@ TOGETHER = 4
 
 WRONG_COUNTS = ("", "many", "-1", "0", "99999999999999999999")
 WRONG_DURATIONS = ("", "soon", "5", "-5s", "99999999999h")
+WRONG_ADDRESSES = (
+    "",
+    "on",
+    "localhost",
+    "9464",
+    "127.0.0.1:65536",
+    "::1:9464",
+    "[1]:9464",
+    "unix:name",
+    "unix:/" + 107 * "p",
+)
 WRONG_PORTS = ("", "any", "-1", "65536", "20099-20000", "20000-", "1-2-3")
 
 WRONG: dict[str, tuple[str, ...]] = {
@@ -30,6 +41,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "HANDSHAKE_TIMEOUT": (*WRONG_DURATIONS, "0s"),
     "POOL_GET_TIMEOUT": WRONG_DURATIONS,
     "DATA_PORT": WRONG_PORTS,
+    "METRICS_LISTEN": WRONG_ADDRESSES,
 }
 
 

@@ -9,7 +9,6 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.direction import BYTES_PER_TURN
 from nodepass.net import wait_delivered
 from nodepass.relay import exchange
 from nodepass.session import Traffic
@@ -107,7 +106,7 @@ def test_a_slow_reader_holds_back_the_writer(ends: Ends) -> None:
 def test_a_busy_stream_lets_others_run(ends: Ends) -> None:
     """Counted in turns, not in time: each turn of the loop moves a bounded number of bytes."""
     visitor, target, _, _ = ends
-    total = 20 * BYTES_PER_TURN
+    total = 20 << 20
     turns = 0
 
     def send() -> None:

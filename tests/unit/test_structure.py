@@ -26,6 +26,7 @@ from tests.unit.streams import receive_all, tcp_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"OpenSSL", "cryptography", "cffi", "service_identity", "ssl", "asyncio", "subprocess", "email"}
+HEAVY |= {"prometheus_client", "rich"}  # of the extras
 if sys.version_info < (3, 11):
     HEAVY -= {"subprocess"}  # of `platform`, which gevent needs
 HELD = 20  # connections

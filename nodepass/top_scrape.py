@@ -1,0 +1,185 @@
+"""What `nodepass top` asks a running process: its metrics by HTTP, read into one `Tunnel` each.
+
+Knows the names of the metrics (`metrics.FAMILIES`) and nothing of how they are shown. What comes is not trusted: it is
+bounded in size and time, and its texts are made printable. prometheus_client is imported when the first answer is read.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import socket
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from nodepass.errors import ConfigError, NodepassError
+
+TIMEOUT = 5.0  # seconds for one answer
+LARGEST = 32 << 20  # bytes: some 10,000 tunnels
+_WEB = re.compile(r"(?:http://)?(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]*):(\d{1,5})(/\S*)?")
+ALLOWED = "HOST:PORT, http://HOST:PORT/metrics, unix:/PATH or a path"
+
+
+class NoAnswer(NodepassError):
+    """The endpoint is not there, or is not one of nodepass."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the metrics are: a Unix socket's path, or a host and a port."""
+
+    host: str
+    port: int
+    path: str = "/metrics"
+    socket_path: str = ""
+
+    def __str__(self) -> str:
+        return f"unix:{self.socket_path}" if self.socket_path else f"http://{self.host}:{self.port}{self.path}"
+
+    def fetch(self) -> str:
+        """The text that is there now. Raises NoAnswer."""
+        connection = _UnixConnection(self.socket_path) if self.socket_path else self._connection()
+        try:
+            connection.request("GET", self.path)
+            response = connection.getresponse()
+            body = response.read(LARGEST + 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswer(f"{self}: {_words(error)}") from None
+        finally:
+            connection.close()
+        if response.status != 200 or len(body) > LARGEST:
+            raise NoAnswer(f"{self}: this is no endpoint of nodepass (HTTP {response.status})")
+        return body.decode("utf-8", "replace")
+
+    def _connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.host.strip("[]"), self.port, timeout=TIMEOUT)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(self._path)
+
+
+def parse_source(text: str) -> Source:
+    """What a user calls the endpoint. Raises ConfigError."""
+    if text.startswith(("unix:", "/", "./")):
+        return Source("", 0, socket_path=text.removeprefix("unix:"))
+    match = _WEB.fullmatch(text)
+    if not match or not 0 < int(match[2]) < 65536:
+        raise ConfigError(f"{text!r} is no metrics endpoint; allowed: {ALLOWED}")
+    path = match[3] or "/metrics"
+    return Source(match[1] or "localhost", int(match[2]), "/metrics" if path == "/" else path)
+
+
+@dataclass
+class Tunnel:
+    """The numbers of one tunnel at one moment; counts and bytes are since it started."""
+
+    name: str
+    ready: bool = False
+    peer: str = ""
+    round_trip: float | None = None  # seconds
+    pool_idle: int = 0
+    pool_capacity: int = 0
+    tcp_open: int = 0
+    udp_open: int = 0
+    ended: float = 0.0  # sessions, and of them
+    failed: float = 0.0  # all but the completed
+    up: float = 0.0  # bytes
+    down: float = 0.0
+    drops: float = 0.0  # datagrams
+    handshakes_failed: float = 0.0
+
+
+@dataclass
+class Scrape:
+    """All that one answer says."""
+
+    taken: float  # time.monotonic()
+    version: str = ""
+    started: float | None = None  # Unix time
+    memory: float | None = None  # bytes
+    cpu: float | None = None  # seconds
+    tunnels: dict[str, Tunnel] = field(default_factory=dict)
+
+
+def take(source: Source) -> Scrape:
+    """Ask once. Raises NoAnswer; ImportError where prometheus_client is not installed."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = source.fetch()
+    try:
+        samples = [
+            (sample.name, {key: _printable(label) for key, label in sample.labels.items()}, sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+    except (ValueError, KeyError, IndexError):
+        samples = []
+    if not any(name == "nodepass_build_info" for name, _, _ in samples):
+        raise NoAnswer(f"{source}: what answers there is not nodepass")
+    return _read(samples)
+
+
+def _read(samples: list[tuple[str, dict[str, str], float]]) -> Scrape:
+    scrape = Scrape(time.monotonic())
+    tunnels: defaultdict[str, Tunnel] = defaultdict(lambda: Tunnel(""))
+    for name, labels, value in samples:
+        if "tunnel" in labels:
+            _add(tunnels[labels["tunnel"]], name.removeprefix("nodepass_"), labels, value)
+        elif name == "nodepass_build_info":
+            scrape.version = labels.get("version", "")
+        elif name == "process_start_time_seconds":
+            scrape.started = value
+        elif name == "process_resident_memory_bytes":
+            scrape.memory = value
+        elif name == "process_cpu_seconds_total":
+            scrape.cpu = value
+    for name, tunnel in tunnels.items():
+        tunnel.name = name
+    scrape.tunnels = dict(tunnels)
+    return scrape
+
+
+_WHOLE = {
+    "pool_idle_connections": "pool_idle",
+    "pool_capacity_connections": "pool_capacity",
+}
+_SUMS = {"udp_drops_total": "drops", "handshake_failures_total": "handshakes_failed", "sessions_total": "ended"}
+
+
+def _add(tunnel: Tunnel, name: str, labels: dict[str, str], value: float) -> None:
+    if name in _WHOLE:
+        setattr(tunnel, _WHOLE[name], int(value))
+    elif name in _SUMS:
+        setattr(tunnel, _SUMS[name], getattr(tunnel, _SUMS[name]) + value)
+    if name == "sessions_total" and labels.get("outcome") != "completed":
+        tunnel.failed += value
+    elif name == "sessions_open" and labels.get("protocol") in ("tcp", "udp"):
+        setattr(tunnel, f"{labels['protocol']}_open", int(value))
+    elif name == "bytes_total" and labels.get("direction") in ("up", "down"):
+        setattr(tunnel, labels["direction"], getattr(tunnel, labels["direction"]) + value)
+    elif name == "ready":
+        tunnel.ready = value == 1
+    elif name == "peer_info":
+        tunnel.peer = labels.get("peer", "")
+    elif name == "round_trip_seconds":
+        tunnel.round_trip = value
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, http.client.HTTPException):
+        return "what answers there is no HTTP server"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

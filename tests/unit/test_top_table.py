@@ -1,0 +1,80 @@
+"""Rates, sparklines and tables of `nodepass top`."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from nodepass.top_scrape import Scrape, Tunnel
+from nodepass.top_table import COLUMNS, Watch, duration, fit, plain, size, sparkline
+
+
+def scrape(taken: float, *tunnels: Tunnel, started: float = 1.0) -> Scrape:
+    return Scrape(taken, "1", started, None, taken / 10, {each.name: each for each in tunnels})
+
+
+def test_rates_are_per_second_and_survive_a_tunnel_that_starts_anew() -> None:
+    watch = Watch()
+    watch.add(scrape(10, Tunnel("a", up=1000), Tunnel("b", up=5000)))
+    assert not watch.rates
+    watch.add(scrape(12, Tunnel("a", up=3000), Tunnel("b", up=100)))
+    assert watch.rates["a"].up == 1000
+    assert watch.rates["b"].up == 50
+    assert watch.cpu == pytest.approx(0.1)
+    assert list(watch.history("a")) == [1000]
+
+
+def test_after_a_restart_of_the_process_there_are_no_rates_yet() -> None:
+    watch = Watch()
+    watch.add(scrape(10, Tunnel("a", up=1000)))
+    watch.add(scrape(12, Tunnel("a", up=3000), started=11.0))
+    assert not watch.rates
+    assert watch.cpu is None
+    assert watch.rows()[0][-1] == "-"
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "bars"),
+    [
+        ([], 5, ""),
+        ([0, 0], 5, "▁▁"),
+        ([0, 1, 7, 14], 4, "▁▂▄█"),
+        ([9, 9, 0, 14], 2, "▁█"),
+        ([1, 2], 0, ""),
+        ([0.001, 1000], 2, "▂█"),
+    ],
+)
+def test_a_sparkline_is_scaled_to_its_highest_value(values: list[float], width: int, bars: str) -> None:
+    assert sparkline(values, width) == bars
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (1.5e9, "1.5 GB"), (2e15, "2e+03 TB")],
+)
+def test_sizes_are_short(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0s"), (59, "59s"), (61, "1m1s"), (3 * 3600 + 60, "3h1m"), (90000, "1d1h")]
+)
+def test_time_spans_are_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_columns_go_one_by_one_and_the_name_stays() -> None:
+    row = tuple("x" for _ in COLUMNS)
+    kept = [fit([row], width) for width in range(200, 0, -1)]
+    assert kept[0] == list(range(len(COLUMNS)))
+    assert kept[-1] == [0]
+    assert all(len(before) - len(after) in (0, 1) for before, after in itertools.pairwise(kept))
+
+
+def test_a_plain_table_is_aligned() -> None:
+    watch = Watch()
+    watch.add(scrape(1, Tunnel("a-long-name-of-a-tunnel", ready=True), Tunnel("b", round_trip=0.0123, peer="h:1")))
+    head, first, second = plain(watch.rows()).splitlines()
+    assert head.index("STATE") == first.index("ready") == second.index("down")
+    assert "12.3ms" in second
