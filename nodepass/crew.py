@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gevent import Greenlet, get_hub, killall
@@ -14,6 +14,11 @@ from nodepass.log import Log
 
 RESTING_AT_MOST = 64  # workers without work; each holds about 10 KiB
 REST = 0.25  # seconds: as many workers as nobody needed for so long are dismissed
+
+
+def find_ended(loops: Iterable[Greenlet[..., None]]) -> str:
+    """Which of the greenlets that never end has ended all the same, for an operator; empty while all run."""
+    return next((f"the loop «{each.name}» has ended" for each in loops if each.dead), "")
 
 
 class Crew:

@@ -20,21 +20,23 @@ from nodepass.client import Client
 from nodepass.config import Settings, format_duration
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers
-from nodepass.errors import ListenError, NodepassError
+from nodepass.errors import NodepassError, StartError
+from nodepass.inherited import Inherited, Share
 from nodepass.limits import raise_descriptor_limit
 from nodepass.log import Log
 from nodepass.proofs import Key
+from nodepass.readiness import Patient, Readiness
 from nodepass.server import Server
 from nodepass.stats import Stats
+from nodepass.systemd import ServiceManager
 from nodepass.urls import ClientURL, ServerURL
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-class Tunnel(Protocol):
+class Tunnel(Patient, Protocol):
     """What the process asks of a tunnel, in this order: start, run, stop_accepting, close."""
 
-    log: Log
     stats: Stats
     sessions: Workers
 
@@ -61,28 +63,36 @@ class Tunnel(Protocol):
         """One line for an operator."""
 
 
-def make_tunnel(url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log) -> Tunnel:
+def make_tunnel(url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log, share: Share) -> Tunnel:
     """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
     if isinstance(url, ServerURL):
-        return Server(url, settings, key, log)
+        return Server(url, settings, key, log, share)
     return Client(url, settings, key, log)
 
 
 class Daemon:
     """All tunnels of the process."""
 
-    def __init__(self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None) -> None:
+    def __init__(
+        self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None, manager: ServiceManager
+    ) -> None:
         self._settings = settings
         self._key = key
         self._log = Log("nodepass")
         self._signals: SimpleQueue[int] = SimpleQueue()
         self._stopping = Event()
         self._supervisors = Crew(self._log)
-        self._urls = [(url, Log(name)) for url, name in zip(urls, _names(urls), strict=True)]
-        self._tunnels = [make_tunnel(url, settings, key, log) for url, log in self._urls]
+        self._inherited = Inherited(manager.sockets)
+        self._urls = [(url, Log(name), self._inherited.share()) for url, name in zip(urls, _names(urls), strict=True)]
+        self._tunnels = [make_tunnel(url, settings, key, log, share) for url, log, share in self._urls]
+        self._readiness = Readiness(manager, self._tunnels, settings, self._log)
+        self._failure: StartError | None = None
 
     def run(self) -> None:
-        """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
+        """Start every tunnel, serve until a signal says stop, drain.
+
+        Raises ListenError or StartError where one cannot start, ConfigError where systemd passed what no URL uses.
+        """
         raise_descriptor_limit(len(self._tunnels), self._settings, self._log)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
@@ -91,25 +101,40 @@ class Daemon:
             for tunnel in self._tunnels:
                 tunnel.start()
                 started.append(tunnel)
-        except ListenError:
+            self._inherited.refuse_unused()
+        except NodepassError:
             for tunnel in started:
                 tunnel.close()
             raise
         for index in range(len(self._tunnels)):
             self._supervisors.spawn("supervise", self._supervise, index)
+        self._supervisors.spawn("notify", self._notify)
         self._wait_for_stop()
+        self._readiness.begin_stop()
         stop, second = gevent.spawn(self._stop), gevent.spawn(self._wait_for_stop)
         gevent.wait([stop, second], count=1)
         if not stop.ready():
             self._log.warning("a second signal: exiting at once, %d sessions cut", self._running())
+        if self._failure:
+            raise self._failure
+
+    def _notify(self) -> None:
+        """Keep the service manager informed; what does not start in time ends the process."""
+        try:
+            self._readiness.run()
+        except StartError as error:
+            self._failure = error
+            self._signals.put(signal.SIGTERM)
 
     def _wait_for_stop(self) -> None:
         """Act on signals until one says stop."""
         while (number := self._signals.get()) not in STOPPING:
             if number == signal.SIGHUP:
                 self._log.info("SIGHUP: looking at the certificate files")
+                self._readiness.begin_reload()
                 for tunnel in self._tunnels:
                     tunnel.reload()
+                self._readiness.end_reload()
             else:
                 self._dump()
 
@@ -126,10 +151,10 @@ class Daemon:
             self._restart(index)
 
     def _restart(self, index: int) -> None:
-        url, log = self._urls[index]
+        url, log, share = self._urls[index]
         while not self._stopping.wait(self._settings.service_cooldown):
             try:
-                tunnel = make_tunnel(url, self._settings, self._key, log)
+                tunnel = make_tunnel(url, self._settings, self._key, log, share)
                 tunnel.start()
             except NodepassError as error:
                 log.error("cannot start again: %s", error)

@@ -12,10 +12,10 @@ PACKAGE = Path(nodepass.__file__).parent
 # From the bottom up; modules on one line do not know each other. CONTRIBUTING.md says what each level is for.
 LEVELS = (
     ("__init__", "errors", "capacity", "frames"),
-    ("config", "urls", "protocol", "stats", "log", "secret"),
+    ("config", "urls", "protocol", "stats", "log", "secret", "systemd"),
     ("proofs",),
     ("net", "sorting", "verification", "limits"),
-    ("stream", "pipes"),
+    ("stream", "pipes", "inherited", "readiness"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target"),
     ("certificates", "control", "pool", "relay", "datagrams", "lobby"),
