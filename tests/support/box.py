@@ -69,6 +69,7 @@ class Box:
         assert self._holder.stdout.readline() == b"up\n"
         self._init = next(_children(_named_child(self._holder.pid, "unshare")))
         self.root = Path(f"/proc/{self._init}/root")
+        self.network = Path(f"/proc/{self._init}/ns/net")
         self._install()
         return self
 
@@ -93,7 +94,7 @@ class Box:
 
     def inside(self, work: Callable[[], T]) -> T:
         """Do something with the network of the box; sockets and programs that it makes keep it."""
-        return inside(Path(f"/proc/{self._init}/ns/net"), work)
+        return inside(self.network, work)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file in the box."""
@@ -146,8 +147,7 @@ class Unit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error:
-            print(self.journal())
+        print(self.journal())  # which a failed test shows
         self.box.systemctl("stop", self.socket, self.name, check=False)
         self.box.systemctl("reset-failed", check=False)
 
@@ -156,9 +156,9 @@ class Unit:
         lines = [f'NODEPASS_URL="{urls}"', *(f"{name}={value}" for name, value in (settings or {}).items())]
         self.box.write(f"/etc/nodepass/{self.instance}.env", "\n".join(lines) + "\n")
 
-    def drop_in(self, unit: str, text: str) -> None:
-        """Add to one of its units."""
-        self.box.write(f"/etc/systemd/system/{unit}.d/test.conf", text)
+    def drop_in(self, text: str) -> None:
+        """Add to the service."""
+        self.box.write(f"/etc/systemd/system/{self.name}.d/test.conf", text)
         self.box.systemctl("daemon-reload")
 
     def start(self) -> None:
@@ -174,9 +174,9 @@ class Unit:
         """Its main process, as the box counts them; 0 while there is none."""
         return int(self.show("MainPID"))
 
-    def wait_for_status(self, pattern: str) -> str:
-        """The status text once it matches."""
-        return until(lambda: (text := self.show("StatusText")) and re.search(pattern, text) and text, what=pattern) or ""
+    def wait_for_status(self, pattern: str) -> None:
+        """Return once the status text matches."""
+        until(lambda: re.search(pattern, self.show("StatusText")), what=pattern)
 
     def journal(self) -> str:
         """What it and systemd have said about it, a line each."""

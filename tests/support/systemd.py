@@ -26,6 +26,9 @@ os.execv(command[0], command)
 """A program that becomes another one, which finds its sockets where systemd puts them."""
 
 
+NamedSocket = tuple[str, socket.socket]
+
+
 class NotifySocket:
     """Where notifications go: below a directory, or with an abstract name."""
 
@@ -77,7 +80,7 @@ class NotifySocket:
 class Activated(Nodepass):
     """Our program, started with sockets by their names; entering does not wait for anything."""
 
-    def __init__(self, sockets: Sequence[tuple[str, socket.socket]], *urls: str, env: Environment | None = None) -> None:
+    def __init__(self, sockets: Sequence[NamedSocket], *urls: str, env: Environment | None = None) -> None:
         super().__init__(*urls, env=env)
         self.descriptors = tuple(sock.fileno() for _, sock in sockets)
         self._names = ":".join(name for name, _ in sockets)

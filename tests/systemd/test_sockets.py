@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.process import Nodepass, run
 from tests.support.sockets import Address, connect, datagram_socket, free_port, has_ipv6, parse_address
-from tests.support.systemd import Activated
+from tests.support.systemd import Activated, NamedSocket
 from tests.support.target import Target, bind_pair
 from tests.support.tunnel import BRISK, LISTENING, OurClient, assert_connected
 
@@ -20,8 +20,6 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 
 UNIT = "nodepass@web.socket"
 """The name that systemd gives where the unit gives none."""
-
-Named = tuple[str, socket.socket]
 
 
 def listener(stack: contextlib.ExitStack, host: str = "127.0.0.1", port: int = 0) -> socket.socket:
@@ -49,7 +47,7 @@ class Ports:
         self.tunnel = listener(stack)
         self.target, self.datagrams = (stack.enter_context(each) for each in bind_pair("127.0.0.1"))
 
-    def named(self, tunnel: str = UNIT, target: str = UNIT) -> list[Named]:
+    def named(self, tunnel: str = UNIT, target: str = UNIT) -> list[NamedSocket]:
         return [(tunnel, self.tunnel), (target, self.target), (target, self.datagrams)]
 
     @property
@@ -57,7 +55,7 @@ class Ports:
         return f"server://127.0.0.1:{port_of(self.tunnel)}/127.0.0.1:{port_of(self.target)}?tls=0&log=debug"
 
 
-def start(stack: contextlib.ExitStack, sockets: Sequence[Named], *urls: str, **env: str) -> Activated:
+def start(stack: contextlib.ExitStack, sockets: Sequence[NamedSocket], *urls: str, **env: str) -> Activated:
     return stack.enter_context(Activated(sockets, *urls, env={**BRISK, **env}))
 
 
@@ -67,7 +65,7 @@ def listening(server: Nodepass) -> tuple[Address, Address, Address]:
     return parse_address(found[1]), parse_address(found[2]), parse_address(found[3])
 
 
-def complain(sockets: Sequence[Named], *urls: str, **env: str) -> tuple[int, str]:
+def complain(sockets: Sequence[NamedSocket], *urls: str, **env: str) -> tuple[int, str]:
     """How a run ends that is refused: its status and its one line."""
     with Activated(sockets, *urls, env={**BRISK, **env}) as server:
         code = server.wait()
