@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import gevent
+from gevent import Greenlet
 from gevent.queue import Full, Queue
 
 from nodepass.client_pool import ClientPool
 from nodepass.config import Settings
 from nodepass.control import Control
-from nodepass.crew import Crew, Workers
+from nodepass.crew import Crew, Workers, find_ended
 from nodepass.datagrams import ask_target, read_datagram
 from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
@@ -64,15 +65,17 @@ class Attachment:
         self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
         backoff = Backoff(settings.service_cooldown)
         self._filler = DialingFiller(self.pool, route.make, backoff, self._log, self._stats)
+        self._watched: list[Greenlet[..., None]] = []  # loops that end only with the control connection
 
     def run(self) -> None:
         """Serve launches until the control connection ends."""
         reader = self._crew.spawn("read signals", self._read_signals)
         dispatcher = self._crew.spawn("dispatch signals", self._dispatch_signals)
-        self._crew.spawn("fill pool", self._filler.run)
-        self._crew.spawn("report", self._report)
+        filler = self._crew.spawn("fill pool", self._filler.run)
+        self._watched = [dispatcher, filler, self._crew.spawn("report", self._report)]
         try:
             reader.join()
+            self._watched = []  # from here on they end in good order
             # Not for ever: a launch may wait for a slot, and the server for us.
             with contextlib.suppress(TimeoutError), gevent.Timeout(LAST_LAUNCHES, TimeoutError()):
                 self._launches.put(None)
@@ -83,6 +86,10 @@ class Attachment:
             self._crew.kill()
             self._filler.dials.kill()
             self.pool.flush("the control connection ended")
+
+    def ailment(self) -> str:
+        """What is wrong with this end, while the control connection lasts; empty while it is well."""
+        return find_ended(self._watched) or self._control.ailment()
 
     def _read_signals(self) -> None:
         for launch in self._control.signals():

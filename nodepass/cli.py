@@ -1,7 +1,7 @@
 """The command line: from arguments and environment to settings and URLs, and from errors to exit statuses.
 
-0: stopped by a signal. 1: an address cannot be listened on. 2: bad input, said in one line. 3: stopped by a signal, and
-there was a bug on the way.
+0: stopped by a signal. 1: it could not start (an address cannot be listened on, no server within START_TIMEOUT).
+2: bad input. 3: stopped by a signal, and there was a bug on the way. 1 and 2 are said in one line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import configargparse
 from nodepass import __version__, log, secret
 from nodepass.config import Settings, rows
 from nodepass.daemon import Daemon
-from nodepass.errors import ConfigError, ListenError
+from nodepass.errors import ConfigError, ListenError, StartError
+from nodepass.systemd import ServiceManager
 from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url
 
 if TYPE_CHECKING:
@@ -110,14 +111,15 @@ def main(arguments: Sequence[str]) -> int:
     try:
         settings = read_settings(parser, namespace)
         urls = [parse_url(text) for text in texts]
+        manager = ServiceManager.take(os.environ)
         key = _start(urls, namespace.tunnel_key_file)
         gc.freeze()  # what is there now stays; 1 % of the time of short sessions
-        daemon = Daemon(urls, settings, key)
+        daemon = Daemon(urls, settings, key, manager)
         daemon.run()
     except ConfigError as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 2
-    except ListenError as error:
+    except (ListenError, StartError) as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 1
     return BUGS if daemon.bugs else 0

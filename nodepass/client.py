@@ -10,7 +10,6 @@ import gevent
 from gevent.event import AsyncResult, Event
 
 from nodepass.attachment import Attachment, Lasting
-from nodepass.client_pool import ClientPool
 from nodepass.config import Settings
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers
@@ -53,7 +52,9 @@ class Client:
         self._stopping = Event()
         self._ended = Event()
         self.control: Control | None = None  # to the server, while it is connected
-        self._pool: ClientPool | None = None
+        self.ready = Event()  # a handshake has succeeded
+        self._attachment: Attachment | None = None
+        self._failure = "no answer yet"  # why there is no connection
 
     def start(self) -> None:
         """Nothing to open: whatever a client needs is retried."""
@@ -91,6 +92,7 @@ class Client:
         level, what = (logging.ERROR, "no agreement with") if refused else (logging.WARNING, "cannot reach")
         message = f"{what} the server %s: %s; trying again"
         why = reason(error)
+        self._failure = f"{what} the server {self._url.tunnel}: {why}"
         self.log.limited(level, why, message, self._url.tunnel, why, seconds=REPEAT_WARNING, burst=1)
 
     def stop_accepting(self) -> None:
@@ -115,10 +117,21 @@ class Client:
 
     def describe(self) -> str:
         """One line for an operator: where it is connected, and what has been done."""
-        server = self.control.describe() if self.control else "none"
-        running = f"{len(self.sessions)} sessions, {len(self._lasting.flows)} flows"
-        pool = "no pool" if self._pool is None else repr(self._pool)
-        return f"server {server}, {pool}, {running}, {self.stats}"
+        return f"{self.status()}, {self.stats}"
+
+    def status(self) -> str:
+        """How it is now, for an operator: where it is connected or why not, what is ready, what runs."""
+        if self.control and self._attachment:
+            server = f"server {self.control.describe()}, {self._attachment.pool}"
+        else:
+            server = f"no server: {self._failure}"
+        return f"{server}, {len(self.sessions)} sessions, {len(self._lasting.flows)} flows"
+
+    def ailment(self) -> str:
+        """What is wrong with this end; empty while it is well, and trying in vain to reach the server is well."""
+        if self._ended.is_set():
+            return "it does not run"
+        return self._attachment.ailment() if self._attachment else ""
 
     def view(self) -> View:
         """What the metrics show of it at this moment."""
@@ -166,11 +179,13 @@ class Client:
         words = "connected to %s: data port %d, tls %d, wire v%d"
         self.log.info(words, control.peer, tunnel.data_port, tunnel.tls, tunnel.version)
         attachment = Attachment(self._lasting, control, self._route(control, agreement), self.describe)
-        self.control, self._pool = control, attachment.pool
+        self.control, self._attachment = control, attachment
+        self.ready.set()
         try:
             attachment.run()
         finally:
-            self.control = self._pool = None
+            self.control = self._attachment = None
+            self._failure = control.closed_because
             if control.vanished:
                 self._lasting.lanes.kill()  # they are as dead as their server; without it their flows would hang
             self.log.info("disconnected: %s", control.closed_because)

@@ -191,6 +191,12 @@ class Settings:
     shutdown_timeout: float = setting(
         "5s", duration(0, DAY), "timing", "grace for running sessions at shutdown; the rest is cut"
     )
+    start_timeout: float = setting(
+        "0",
+        duration(0, DAY),
+        "timing",
+        "client: how long the first handshake may take, then the program ends; 0: for ever",
+    )
     reload_interval: float = setting(
         "1h", duration(0.001, 365 * DAY), "timing", "server, tls=2: how often the certificate files are looked at"
     )

@@ -61,6 +61,7 @@ class Control:
         self._answers = 0
         self._on_heartbeat = self._answer
         self.round_trip: float | None = None  # seconds, of the last heartbeat that was answered
+        self._heard = time.monotonic()  # when the peer last said something
         bound_failure_detection(sock, MISSED_HEARTBEATS * interval)
 
     @property
@@ -72,6 +73,13 @@ class Control:
         """The peer, its version and how far away it is, for a line of statistics."""
         far = "" if self.round_trip is None else f", round trip {1000 * self.round_trip:.2f} ms"
         return f"{self.peer} (wire v{self._version}{far})"
+
+    def ailment(self) -> str:
+        """What is wrong where a v2 peer's heartbeats have stayed away for so long that this end must have noticed."""
+        silent = time.monotonic() - self._heard
+        if self._version < 2 or silent < (MISSED_HEARTBEATS + 1) * self._interval:
+            return ""
+        return f"nothing from {self.peer} for {silent:.3g}s, and it was not given up"
 
     def agree(self, version: int, interval: float) -> None:
         """The handshake is over: heartbeats come every `interval` seconds, and in v2 three missing ones are the end."""
@@ -180,6 +188,7 @@ class Control:
             data = self.sock.recv(_READ_SIZE if self._agreed else _FIRST_READS)
             if not data:
                 raise ClosedError("closed by the peer")
+            self._heard = time.monotonic()
             skipped = self._lines.skipped
             self._ready = self._lines.feed(data)
             if self._lines.skipped > skipped:

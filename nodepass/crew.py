@@ -7,7 +7,7 @@ silence.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gevent import Greenlet, get_hub, killall
@@ -26,6 +26,11 @@ def report_bug(what: str, error: BaseException, log: Log, stats: Stats) -> None:
     """Log with its traceback what nobody expected, and count it: the exit status tells of it, too (see `daemon`)."""
     stats.trouble["bugs"] += 1
     log.limited(logging.ERROR, f"{what} crashed", "%s crashed, this is a bug", what, exc_info=error)
+
+
+def find_ended(loops: Iterable[Greenlet[..., None]]) -> str:
+    """Which of the greenlets that never end has ended all the same, for an operator; empty while all run."""
+    return next((f"the loop «{each.name}» has ended" for each in loops if each.dead), "")
 
 
 class Crew:

@@ -11,23 +11,24 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import gevent
 from gevent.event import Event
 from gevent.queue import SimpleQueue
 from gevent.util import format_run_info
 
-from nodepass.client import Client
 from nodepass.config import Settings, format_duration
-from nodepass.control import Control
-from nodepass.crew import Crew, Workers, report_bug
-from nodepass.errors import ConfigError, ListenError, NodepassError
+from nodepass.crew import Crew, report_bug
+from nodepass.errors import ConfigError, NodepassError, StartError
+from nodepass.inherited import Inherited
 from nodepass.limits import raise_descriptor_limit
 from nodepass.log import Log
 from nodepass.proofs import Key
-from nodepass.server import Server
-from nodepass.stats import Stats, View, Watched
+from nodepass.readiness import Readiness
+from nodepass.stats import Stats, Watched
+from nodepass.systemd import ServiceManager
+from nodepass.tunnels import Tunnel, make_tunnel, name_tunnels
 from nodepass.urls import ClientURL, ServerURL
 
 if TYPE_CHECKING:
@@ -38,70 +39,40 @@ if TYPE_CHECKING:
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-class Tunnel(Protocol):
-    """What the process asks of a tunnel, in this order: start, run, stop_accepting, close."""
-
-    log: Log
-    stats: Stats
-    sessions: Workers
-
-    @property
-    def control(self) -> Control | None:
-        """The control connection to its peer, while there is one."""
-
-    def start(self) -> None:
-        """Open what must be there at start. Raises ListenError."""
-
-    def run(self) -> None:
-        """Serve until closed; raises what crashed it."""
-
-    def stop_accepting(self) -> None:
-        """Take no new sessions; running ones go on."""
-
-    def close(self) -> None:
-        """End everything at once."""
-
-    def reload(self) -> None:
-        """Look at files again."""
-
-    def describe(self) -> str:
-        """One line for an operator."""
-
-    def view(self) -> View:
-        """What the metrics show of it at this moment."""
-
-
-def make_tunnel(url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> Tunnel:
-    """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
-    if isinstance(url, ServerURL):
-        return Server(url, settings, key, log, stats)
-    return Client(url, settings, key, log, stats)
-
-
 class Daemon:
     """All tunnels of the process."""
 
-    def __init__(self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None) -> None:
+    def __init__(
+        self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None, manager: ServiceManager
+    ) -> None:
         self._settings = settings
-        self._key = key
         self._log = Log("nodepass")
         self._stats = Stats()  # of what belongs to no tunnel
         self._signals: SimpleQueue[int] = SimpleQueue()
         self._stopping = Event()
         self._crew = Crew(self._log, self._stats)
-        self._urls = [(url, Log(name), Stats()) for url, name in zip(urls, _names(urls), strict=True)]
-        self._tunnels = [make_tunnel(url, settings, key, log, stats) for url, log, stats in self._urls]
+        self._inherited = Inherited(manager.sockets)
+        self._plans = [
+            (url, settings, key, Log(name), Stats(), self._inherited.share())
+            for url, name in zip(urls, name_tunnels(urls), strict=True)
+        ]
+        self._tunnels = [make_tunnel(*plan) for plan in self._plans]
+        self._readiness = Readiness(manager, self._tunnels, settings, self._log)
+        self._failure: StartError | None = None
         self._supervising: list[Greenlet[..., None]] = []
         self._monitor = self._make_monitor()
 
     @property
     def bugs(self) -> int:
         """How often something crashed, a session, a loop or a whole tunnel; the log has each with its traceback."""
-        everywhere = (self._stats, *(stats for _, _, stats in self._urls))
+        everywhere = (self._stats, *(tunnel.stats for tunnel in self._tunnels))
         return sum(stats.trouble["bugs"] + stats.trouble["crashes"] for stats in everywhere)
 
     def run(self) -> None:
-        """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
+        """Start every tunnel, serve until a signal says stop, drain.
+
+        Raises ListenError or StartError where one cannot start, ConfigError where systemd passed what no URL uses.
+        """
         gevent.get_hub().print_exception = self._report_stray  # type: ignore[method-assign,assignment]
         with self._monitored():
             self._run()
@@ -149,27 +120,44 @@ class Daemon:
             for tunnel in self._tunnels:
                 tunnel.start()
                 started.append(tunnel)
-        except ListenError:
+            self._inherited.refuse_unused()
+        except NodepassError:
             for tunnel in started:
                 tunnel.close()
             raise
         for index in range(len(self._tunnels)):
             self._supervising.append(self._crew.spawn("supervise", self._supervise, index))
+        self._crew.spawn("notify", self._notify)
         self._wait_for_stop()
+        self._readiness.begin_stop()
         stop, second = self._crew.spawn("stop", self._stop), self._crew.spawn("hear signals", self._wait_for_stop)
         gevent.wait([stop, second], count=1)
         if not stop.ready():
             self._log.warning("a second signal: exiting at once, %d sessions cut", self._running())
+        if self._failure:
+            raise self._failure
+
+    def _notify(self) -> None:
+        """Keep the service manager informed; what does not start in time ends the process."""
+        try:
+            self._readiness.run()
+        except StartError as error:
+            self._failure = error
+            self._signals.put(signal.SIGTERM)
 
     def _wait_for_stop(self) -> None:
         """Act on signals until one says stop."""
         while (number := self._signals.get()) not in STOPPING:
             if number == signal.SIGHUP:
-                self._log.info("SIGHUP: looking at the certificate files")
-                for tunnel in self._tunnels:
-                    self._crew.spawn("reload", tunnel.reload)
+                self._crew.spawn("reload", self._reload)
             else:
                 self._crew.spawn("dump", self._dump)
+
+    def _reload(self) -> None:
+        self._log.info("SIGHUP: looking at the certificate files")
+        self._readiness.begin_reload()
+        gevent.joinall([self._crew.spawn("reload", tunnel.reload) for tunnel in self._tunnels])
+        self._readiness.end_reload()
 
     def _supervise(self, index: int) -> None:
         """Run one tunnel; after a crash make it anew, so that the others in the process never notice."""
@@ -186,10 +174,10 @@ class Daemon:
             self._restart(index)
 
     def _restart(self, index: int) -> None:
-        url, log, stats = self._urls[index]
+        log, stats = self._tunnels[index].log, self._tunnels[index].stats
         while not self._stopping.wait(self._settings.service_cooldown):
             try:
-                tunnel = make_tunnel(url, self._settings, self._key, log, stats)
+                tunnel = make_tunnel(*self._plans[index])
                 tunnel.start()
             except NodepassError as error:
                 log.error("cannot start again: %s", error)
@@ -228,12 +216,3 @@ class Daemon:
     def _report_stray(self, context: object, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """What gevent would print of an exception that nobody has caught: a callback's of the loop, say."""
         report_bug(f"{context!r:.200}", (error or kind()).with_traceback(trace), self._log, self._stats)
-
-
-def _names(urls: Sequence[ServerURL | ClientURL]) -> list[str]:
-    """The log's names of the tunnels: `server:10101`, numbered where two would be the same."""
-    names: list[str] = []
-    for url in urls:
-        same = sum(name.partition("#")[0] == url.name for name in names)
-        names.append(f"{url.name}#{same + 1}" if same else url.name)
-    return names

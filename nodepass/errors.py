@@ -17,6 +17,10 @@ class ListenError(NodepassError):
     """An address cannot be listened on: the process exits with status 1 when this happens at start."""
 
 
+class StartError(NodepassError):
+    """A client has reached no server within START_TIMEOUT: the process exits with status 1."""
+
+
 class ProtocolError(NodepassError, ConnectionError):
     """The peer sent bytes that the wire does not allow."""
 

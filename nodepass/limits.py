@@ -15,7 +15,10 @@ def raise_descriptor_limit(tunnels: int, settings: Settings, log: Log) -> None:
     """Raise the soft limit to the hard one; warn where so many tunnels could need more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard or soft == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):  # a sandbox may forbid it
+            hard = soft
     needed = tunnels * (PER_SESSION * settings.semaphore_limit + settings.max_pool_capacity) + OWN
     if hard not in (resource.RLIM_INFINITY, -1) and needed > hard:
         log.warning(

@@ -1,6 +1,7 @@
 """Listening: TCP and UDP sockets on an address, the accept loop, datagrams answered from where they were sent to.
 
-Whoever listens closes. Errors at opening are `ListenError`s, one line for the user.
+A socket that systemd passed for an address is taken instead of a new one. Whoever listens closes. Errors at opening are
+`ListenError`s, one line for the user.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import gevent
 
 from nodepass.config import Ports
 from nodepass.errors import ListenError
+from nodepass.inherited import DATA, KINDS, TARGET, TUNNEL, Share, missing_endpoints
 from nodepass.log import Log
 from nodepass.net import Endpoint, Socket, format_sockaddr, reason, resolve, set_stream_options, wait_readable
 from nodepass.urls import Address
@@ -25,57 +27,56 @@ BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
 UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max
 ACCEPTS_PER_TURN = 16  # then the accepted ones get to run
 ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, EMFILE above all
+_WHAT = {TUNNEL: "tunnel address", DATA: "data port", TARGET: "target address"}
 _CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
 
 
-def listen_tcp(address: Address, what: str) -> list[socket.socket]:
+def listen_tcp(address: Address, role: str, share: Share) -> list[socket.socket]:
     """Listeners on every endpoint of an address; an empty host is one dual-stack socket. Raises ListenError.
 
     Options set here are inherited by what is accepted, which saves their system calls on each connection.
     """
 
-    def open_one(endpoint: Endpoint) -> socket.socket:
-        listener = _bind(endpoint, socket.SOCK_STREAM)
+    def prepare(listener: socket.socket) -> None:
         set_stream_options(listener)
         listener.listen(BACKLOG)
-        return listener
 
-    return _listen_all(address, what, open_one)
+    return _listen_all(address, role, share, socket.SOCK_STREAM, prepare)
 
 
-def listen_udp(address: Address, what: str) -> list[socket.socket]:
+def listen_udp(address: Address, role: str, share: Share) -> list[socket.socket]:
     """UDP sockets on every endpoint of an address, which tell where a datagram was sent to. Raises ListenError."""
 
-    def open_one(endpoint: Endpoint) -> socket.socket:
-        sock = _bind(endpoint, socket.SOCK_DGRAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_QUEUE)
-        if endpoint.family == socket.AF_INET6:
+    def prepare(sock: socket.socket) -> None:
+        _lengthen_queue(sock)
+        if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-        return sock
 
-    return _listen_all(address, what, open_one)
+    return _listen_all(address, role, share, socket.SOCK_DGRAM, prepare)
 
 
-def listen_in_range(host: str, ports: Ports, what: str) -> list[socket.socket]:
-    """TCP listeners on the first free port of a range. Raises ListenError."""
-    for port in range(ports.first, ports.last + 1):
+def listen_in_range(host: str, ports: Ports, role: str, share: Share) -> list[socket.socket]:
+    """TCP listeners on the first free port of a range, those that systemd passed before others. Raises ListenError."""
+    passed = share.ports(role, socket.SOCK_STREAM)
+    candidates = sorted(range(ports.first, ports.last + 1), key=lambda port: port not in passed)
+    for port in candidates:
         try:
-            return listen_tcp(Address(host, port), what)
+            return listen_tcp(Address(host, port), role, share)
         except ListenError:
-            if port == ports.last:
+            if port == candidates[-1]:
                 raise
     raise AssertionError("a range has at least one port")
 
 
-def listen_target(address: Address) -> tuple[list[socket.socket], list[socket.socket]]:
+def listen_target(address: Address, share: Share) -> tuple[list[socket.socket], list[socket.socket]]:
     """TCP and UDP sockets on one port, also where the kernel chooses it. Raises ListenError."""
     for attempt in range(10):
-        listeners = listen_tcp(address, "target address (tcp)")
+        listeners = listen_tcp(address, TARGET, share)
         chosen = Address(address.host, port_of(listeners))
         try:
-            return listeners, listen_udp(chosen, "target address (udp)")
+            return listeners, listen_udp(chosen, TARGET, share)
         except ListenError:
             close_all(listeners)
             if address.port or attempt == 9:
@@ -94,19 +95,26 @@ def close_all(sockets: list[socket.socket]) -> None:
         each.close()
 
 
-def _listen_all(address: Address, what: str, open_one: Callable[[Endpoint], socket.socket]) -> list[socket.socket]:
+def _listen_all(
+    address: Address, role: str, share: Share, kind: int, prepare: Callable[[socket.socket], None]
+) -> list[socket.socket]:
     opened: list[socket.socket] = []
     try:
-        for endpoint in _listening_endpoints(address):
+        endpoints = _listening_endpoints(address)
+        opened += share.take(role, kind, address, endpoints)
+        for sock in opened:
+            prepare(sock)
+        for endpoint in missing_endpoints(address, endpoints, opened):
             try:
-                opened.append(open_one(endpoint.with_port(port_of(opened)) if opened else endpoint))
+                opened.append(_bind(endpoint.with_port(port_of(opened)) if opened else endpoint, kind, prepare))
             except OSError as error:
                 # A name may have an address of a family that this machine does not have; one is enough.
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) or not opened:
                     raise
     except OSError as error:
         close_all(opened)
-        raise ListenError(f"cannot listen on {what} {address}: {reason(error)}") from None
+        what = _WHAT.get(role, role) + (f" ({KINDS[kind]})" if role == TARGET else "")
+        raise ListenError(f"cannot listen on {what} {address}: {reason(error)}{share.hint()}") from None
     return opened
 
 
@@ -118,7 +126,7 @@ def _listening_endpoints(address: Address) -> list[Endpoint]:
     return [Endpoint(socket.AF_INET, ("0.0.0.0", address.port))]
 
 
-def _bind(endpoint: Endpoint, kind: int) -> socket.socket:
+def _bind(endpoint: Endpoint, kind: int, prepare: Callable[[socket.socket], None]) -> socket.socket:
     sock = socket.socket(endpoint.family, kind)
     try:
         if kind == socket.SOCK_STREAM:
@@ -127,10 +135,20 @@ def _bind(endpoint: Endpoint, kind: int) -> socket.socket:
             # Only the empty host is dual-stack: `[::1]` and `127.0.0.1` can then both be listened on.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, endpoint.sockaddr[0] != "::")
         sock.bind(endpoint.sockaddr)
+        prepare(sock)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def _lengthen_queue(sock: socket.socket) -> None:
+    """Give a UDP socket the longest queue that the kernel grants, and never less than systemd has given it."""
+    with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_QUEUE)
+        granted = probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    if granted > sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_QUEUE)
 
 
 def accept_forever(

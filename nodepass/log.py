@@ -37,7 +37,7 @@ class Log(_Adapter):
 
     def __init__(self, where: str) -> None:
         super().__init__(_root, {"where": where})
-        self._where = where
+        self.where = where
         self._bursts: dict[str, tuple[float, int, float]] = {}  # key -> begin (time.monotonic()), lines, seconds
         self._left_out: dict[str, tuple[int, int]] = {}  # key -> level, lines
 
@@ -48,12 +48,12 @@ class Log(_Adapter):
 
     def rename(self, where: str) -> None:
         """Speak under another name from now on."""
-        self._where = where
+        self.where = where
         self.extra = {"where": where}
 
     def session(self, id: str) -> Log:
         """The log of one session of this tunnel."""
-        return Log(f"{self._where} [{id}]")
+        return Log(f"{self.where} [{id}]")
 
     def debug(self, msg: object, *args: object, **kwargs: Any) -> None:
         if _root.isEnabledFor(logging.DEBUG):  # sessions call this many times each: one look instead of three calls

@@ -79,6 +79,9 @@ class Pool:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {len(self)} idle, capacity {self.capacity}>"
 
+    def __str__(self) -> str:
+        return f"pool {len(self)} idle of {self.capacity}"
+
     def add(self, id: str, stream: Stream) -> None:
         """Take over a connection that is ready for its session."""
         self._count_new()

@@ -6,17 +6,20 @@ import contextlib
 import logging
 import socket
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import gevent
-from gevent.event import AsyncResult
+from gevent import Greenlet
+from gevent.event import AsyncResult, Event
 
 from nodepass.config import Settings, format_duration
 from nodepass.control import Control
-from nodepass.crew import Crew, Workers
+from nodepass.crew import Crew, Workers, find_ended
 from nodepass.door import DatagramDoor
 from nodepass.errors import NoDataConnection, RefusedError
 from nodepass.handshake import hear
+from nodepass.inherited import DATA, TUNNEL, Share
 from nodepass.link import Link
 from nodepass.listen import (
     accept_forever,
@@ -50,11 +53,16 @@ HEAD_START = 0.1
 class Server:
     """One tunnel's server: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
 
-    def __init__(self, url: ServerURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> None:
+    def __init__(
+        self, url: ServerURL, settings: Settings, key: Key | None, log: Log, stats: Stats, share: Share
+    ) -> None:
         self.url = url
         self.log = log
         self.stats = stats
+        self.ready = Event()  # every listener is open
         self._settings = settings
+        self._share = share
+        self._watched: list[Greenlet[..., None]] = []  # loops that end only with this tunnel
         self._failed: AsyncResult[None] = AsyncResult()
         self.sessions = Workers(log, stats, settings.semaphore_limit)
         self._loops = Crew(log, stats, on_crash=self._failed.set_exception)
@@ -78,12 +86,14 @@ class Server:
     def start(self) -> None:
         """Open every listener. Raises ListenError."""
         try:
-            self._listeners["tunnel"] = listen_tcp(self.url.tunnel, "tunnel address")
+            self._listeners["tunnel"] = listen_tcp(self.url.tunnel, TUNNEL, self._share)
             if not self.url.tunnel.port:
                 self.log.rename(f"server:{port_of(self._listeners['tunnel'])}")
             if not self._settings.data_port.tunnel:
-                self._listeners["data"] = listen_in_range(self.url.tunnel.host, self._settings.data_port, "data port")
-            self._listeners["tcp"], self._listeners["udp"] = listen_target(self.url.target)
+                host, ports = self.url.tunnel.host, self._settings.data_port
+                self._listeners["data"] = listen_in_range(host, ports, DATA, self._share)
+            self._listeners["tcp"], self._listeners["udp"] = listen_target(self.url.target, self._share)
+            self.ready.set()
         except BaseException:
             self.close()
             raise
@@ -92,20 +102,23 @@ class Server:
         """Serve until `close`; raises what crashed one of the loops."""
         tunnel, data, target = (self._addresses(each) for each in ("tunnel", self._data_listeners, "tcp"))
         self.log.info("listening: tunnel %s, data %s, target %s (tcp, udp), tls %d", tunnel, data, target, self.url.tls)
+        self._watched = list(self._spawn_loops())
+        self._failed.get()
+
+    def _spawn_loops(self) -> Iterator[Greenlet[..., None]]:
         for listener in self._listeners["tunnel"]:
-            self._loops.spawn("accept clients", self._accept_clients, listener)
+            yield self._loops.spawn("accept clients", self._accept_clients, listener)
         for listener in self._listeners.get("data", []):
-            self._loops.spawn("accept data connections", self._link.filler.run, listener, self._context)
+            yield self._loops.spawn("accept data connections", self._link.filler.run, listener, self._context)
         for listener in self._listeners["tcp"]:
-            self._doors.spawn("accept visitors", self._accept_visitors, listener)
+            yield self._doors.spawn("accept visitors", self._accept_visitors, listener)
         for sock in self._listeners["udp"]:
             door = DatagramDoor(sock, self._link, self.sessions, self._settings, self.log, self.stats)
-            self._doors.spawn("receive datagrams", door.run)
-        self._loops.spawn("report", self._report)
-        self._loops.spawn("end silent flows", self._link.flows.sweep_forever)
+            yield self._doors.spawn("receive datagrams", door.run)
+        yield self._loops.spawn("report", self._report)
+        yield self._loops.spawn("end silent flows", self._link.flows.sweep_forever)
         if self._certificate:
-            self._loops.spawn("watch certificate", self._certificate.watch, self._settings.reload_interval)
-        self._failed.get()
+            yield self._loops.spawn("watch certificate", self._certificate.watch, self._settings.reload_interval)
 
     def stop_accepting(self) -> None:
         """Take no new visitors; running sessions, and the client that serves them, go on."""
@@ -133,9 +146,17 @@ class Server:
 
     def describe(self) -> str:
         """One line for an operator: who is connected, and what has been done."""
+        return f"{self.status()}, {self.stats}"
+
+    def status(self) -> str:
+        """How it is now, for an operator: who is connected, what is ready, what runs."""
         link = self._link
         client = link.control.describe() if link.control else "none"
-        return f"client {client}, {link.pool!r}, {len(self.sessions)} sessions, {len(link.flows)} flows, {self.stats}"
+        return f"client {client}, {link.pool}, {len(self.sessions)} sessions, {len(link.flows)} flows"
+
+    def ailment(self) -> str:
+        """What is wrong with this end, so that only a restart helps; empty while it is well."""
+        return find_ended(self._watched) or (self._link.control.ailment() if self._link.control else "")
 
     def view(self) -> View:
         """What the metrics show of it at this moment."""

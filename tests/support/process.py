@@ -88,6 +88,13 @@ class Nodepass:
         self._drained = False
         self._shown_from = 0
 
+    descriptors: tuple[int, ...] = ()
+    """What the process gets beside the standard ones, for a run whose `command` makes something of them."""
+
+    def command(self) -> list[str]:
+        """What is executed."""
+        return [*self.program, *self.arguments]
+
     def __repr__(self) -> str:
         state = "not started"
         if hasattr(self, "process"):
@@ -102,8 +109,9 @@ class Nodepass:
             self._env["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
         try:
             self.process = subprocess.Popen(
-                [*self.program, *self.arguments],
+                self.command(),
                 env=self._env,
+                pass_fds=self.descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=writing,

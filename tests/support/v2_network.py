@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -60,28 +61,35 @@ class Namespace:
 
     def inside(self, work: Callable[[], T]) -> T:
         """Do something in a thread that lives in here, and return or raise what it does."""
-        results: list[T] = []
-        errors: list[BaseException] = []
+        return inside(Path("/run/netns", self.name), work)
 
-        def enter_and_work() -> None:
-            try:
-                self._enter()
-                results.append(work())
-            except BaseException as error:  # noqa: BLE001  # it is raised again below
-                errors.append(error)
 
-        thread = threading.Thread(target=enter_and_work)
-        thread.start()
-        thread.join()
-        for error in errors:
-            raise error
-        return results[0]
+def inside(namespace: Path, work: Callable[[], T]) -> T:
+    """Do something in a thread that lives in a network namespace, and return or raise what it does."""
+    results: list[T] = []
+    errors: list[BaseException] = []
 
-    def _enter(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        with open(f"/run/netns/{self.name}") as namespace:
-            if libc.setns(namespace.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), f"setns to {self.name}")
+    def enter_and_work() -> None:
+        try:
+            enter(namespace)
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001  # it is raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=enter_and_work)
+    thread.start()
+    thread.join()
+    for error in errors:
+        raise error
+    return results[0]
+
+
+def enter(namespace: Path) -> None:
+    """Move this thread, and what it starts, into a network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with namespace.open() as opened:
+        if libc.setns(opened.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns to {namespace}")
 
 
 class Network:

@@ -12,10 +12,10 @@ PACKAGE = Path(nodepass.__file__).parent
 # From the bottom up; modules on one line do not know each other. CONTRIBUTING.md says what each level is for.
 LEVELS = (
     ("__init__", "errors", "capacity", "frames"),
-    ("config", "urls", "protocol", "stats", "log", "secret"),
+    ("config", "urls", "protocol", "stats", "log", "secret", "systemd"),
     ("proofs", "top_scrape"),
     ("net", "sorting", "verification", "limits", "top_table"),
-    ("stream", "pipes", "top_screen"),
+    ("stream", "pipes", "top_screen", "inherited", "readiness"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target", "unix"),
     ("certificates", "control", "pool", "relay", "datagrams", "lobby", "httpd", "metrics"),

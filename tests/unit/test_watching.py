@@ -12,6 +12,7 @@ from nodepass.crew import Workers
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.log import Log
 from nodepass.stats import BUCKETS, CONTROL_FAILURES, DATA_FAILURES, Histogram, Stats, View, failure
+from nodepass.systemd import ServiceManager
 from nodepass.urls import ServerURL, parse_url
 
 IDLE = View("server", "", "", 0, None, 0, 0, 0, 1, None)
@@ -51,7 +52,7 @@ def test_a_crash_is_counted_and_a_supervisor_that_is_gone_is_seen(monkeypatch: p
     made: list[Fragile] = []
 
     def make(*given: object) -> Fragile:
-        stats = given[-1]
+        stats = given[-2]
         assert isinstance(stats, Stats)
         made.append(Fragile(stats))
         return made[-1]
@@ -59,7 +60,7 @@ def test_a_crash_is_counted_and_a_supervisor_that_is_gone_is_seen(monkeypatch: p
     monkeypatch.setattr(daemon, "make_tunnel", make)
     url = parse_url("server://:1/:2?tls=0")
     assert isinstance(url, ServerURL)
-    process = daemon.Daemon([url], Settings(service_cooldown=0.01), None)
+    process = daemon.Daemon([url], Settings(service_cooldown=0.01), None, ServiceManager())
     supervisor = process._crew.spawn("supervise", process._supervise, 0)
     process._supervising.append(supervisor)
     with gevent.Timeout(10):

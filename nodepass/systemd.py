@@ -1,0 +1,114 @@
+"""systemd's protocol: what it passes to the process at start, and how the process is heard by it.
+
+What comes in through the environment (sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3)) is taken out of it, so
+that nothing else believes to be meant. What is worth telling is the business of `readiness`, what a passed socket is
+good for that of `inherited`. Standard library only; `cli` takes, `readiness` notifies.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from nodepass.errors import ConfigError
+
+FIRST_SOCKET = 3  # the descriptor of the first passed socket (SD_LISTEN_FDS_START)
+LONGEST_STATUS = 1000  # bytes; systemd ignores a message of more than 4096
+SEND_WITHIN = 1.0  # seconds for systemd to take a message
+
+
+@dataclass(frozen=True)
+class PassedSocket:
+    """A socket that systemd opened, under the name that FileDescriptorName= gave it; else that is its unit's."""
+
+    name: str
+    sock: socket.socket
+
+
+@dataclass(frozen=True)
+class ServiceManager:
+    """Who started this process, as far as it said so; without systemd there is nothing in it."""
+
+    address: str = ""  # where to send notifications; none are wanted where it is empty
+    watchdog: float = 0.0  # seconds without a sign of life after which the process is killed; 0: never
+    sockets: tuple[PassedSocket, ...] = ()
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> ServiceManager:
+        """What systemd says in the environment, which has none of it afterwards. Raises ConfigError."""
+        address = environ.pop("NOTIFY_SOCKET", "")
+        if address and (address[0] not in "/@" or len(address) == 1):
+            allowed = "an absolute path, or an abstract name that begins with @"
+            raise ConfigError(f"NOTIFY_SOCKET: {address!r} is not usable; allowed: {allowed}")
+        return cls(address, _take_watchdog(environ), _take_sockets(environ))
+
+    def notify(self, *lines: str) -> None:
+        """Send assignments such as `READY=1`; nothing where nobody wants them. Raises OSError."""
+        if not self.address or not lines:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(SEND_WITHIN)
+            # Connected, because only so the kernel says when a full queue takes more.
+            sock.connect("\0" + self.address[1:] if self.address[0] == "@" else self.address)
+            sock.send("\n".join(lines).encode())
+
+
+def status(text: str) -> str:
+    """The assignment of a status line, cut to what systemd takes."""
+    encoded = " ".join(text.split()).encode()
+    if len(encoded) > LONGEST_STATUS:
+        text = encoded[:LONGEST_STATUS].decode(errors="ignore") + "…"
+    return f"STATUS={text}"
+
+
+def reloading() -> tuple[str, str]:
+    """The assignments that begin a reload; Type=notify-reload (systemd 253) wants to know since when."""
+    return "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
+
+
+def extend_timeout(seconds: float) -> str:
+    """The assignment that asks for so many seconds, from now, for the start or the stop that is going on."""
+    return f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}"
+
+
+def _take_watchdog(environ: MutableMapping[str, str]) -> float:
+    period, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+    if not period or not _is_meant(pid, "WATCHDOG_PID"):
+        return 0.0
+    return _number("WATCHDOG_USEC", period, 1) / 1e6
+
+
+def _take_sockets(environ: MutableMapping[str, str]) -> tuple[PassedSocket, ...]:
+    pid, count, names = (environ.pop(f"LISTEN_{each}", "") for each in ("PID", "FDS", "FDNAMES"))
+    if not pid or not count or not _is_meant(pid, "LISTEN_PID"):
+        return ()
+    named = names.split(":") if names else []
+    last = FIRST_SOCKET + _number("LISTEN_FDS", count, 0)
+    descriptors = range(FIRST_SOCKET, last)
+    if named and len(named) != len(descriptors):
+        raise ConfigError(f"LISTEN_FDNAMES: {names!r} names not as many as LISTEN_FDS={count}; allowed: one for each")
+    named = named or ["unknown"] * len(descriptors)  # as sd_listen_fds_with_names(3) calls it
+    return tuple(_passed(name, descriptor) for name, descriptor in zip(named, descriptors, strict=True))
+
+
+def _passed(name: str, descriptor: int) -> PassedSocket:
+    try:
+        os.set_inheritable(descriptor, False)
+        return PassedSocket(name, socket.socket(fileno=descriptor))
+    except OSError as error:
+        what = f"LISTEN_FDS: descriptor {descriptor} ({name}) is not usable: {error.strerror}"
+        raise ConfigError(f"{what}; allowed: sockets") from None
+
+
+def _is_meant(pid: str, variable: str) -> bool:
+    """Whether what was passed is for this process; without a number it is for whoever finds it."""
+    return not pid or _number(variable, pid, 1) == os.getpid()
+
+
+def _number(variable: str, text: str, lowest: int) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < lowest:
+        raise ConfigError(f"{variable}: {text!r} is not usable; allowed: a whole number from {lowest} on")
+    return int(text)

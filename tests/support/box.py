@@ -1,0 +1,224 @@
+"""A machine of its own, booted by a real systemd, with nodepass and its units installed as docs/operations.md says.
+
+It is a throw-away overlay of this machine with a loopback network of its own. Commands are run in it with `run`, files
+are written below `root`, and whatever is done `inside` has its network: visitors, a service, further programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from tests.support.process import REPOSITORY
+from tests.support.sockets import PATIENCE, until
+from tests.support.v2_network import inside
+
+BOOTER = REPOSITORY.parent / "shared" / "tools" / "with-systemd"
+UNITS = REPOSITORY / "contrib" / "systemd"
+PROGRAMS = ("systemctl", "unshare", "nsenter", "setpriv")
+HIDDEN = ("/root/", "/home/", "/tmp/", "/run/")
+"""What a sandboxed unit, or the box itself, has not got from this machine."""
+
+DROP_IN = """\
+[Service]
+Environment=PYTHONPATH=/opt/nodepass
+# The kernel makes no user namespace below a chroot, which the box is.
+PrivateUsers=no
+"""
+"""The one thing in which a unit in the box differs from the one that is shipped."""
+
+T = TypeVar("T")
+
+
+def why_not() -> str:
+    """Why there can be no box here; empty where there can."""
+    booter = booter_path()
+    if not booter.is_file():
+        return f"not there: {booter}"
+    if os.geteuid() != 0:
+        return "a machine booted by systemd needs root"
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
+
+
+def booter_path() -> Path:
+    """The program that boots the box."""
+    return Path(os.environ.get("WITH_SYSTEMD", BOOTER))
+
+
+class Box:
+    """One such machine; a context manager that boots it and throws it away."""
+
+    def __enter__(self) -> Box:
+        # Credentials reach a unit through shared mounts, as a machine that was booted in earnest has them.
+        holding = "mount --make-rshared / && echo up && exec cat"
+        self._holder = subprocess.Popen(
+            [str(booter_path()), "sh", "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/"
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"up\n"
+        self._init = next(_children(_named_child(self._holder.pid, "unshare")))
+        self.root = Path(f"/proc/{self._init}/root")
+        self.network = Path(f"/proc/{self._init}/ns/net")
+        self._install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._holder.communicate(timeout=PATIENCE)  # the end of its input is what it waits for
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Run a command in the box; what it printed. AssertionError where it fails, unless that is not checked."""
+        entered = ["nsenter", "-t", str(self._init), "-m", "-p", "-n", "-u", "-i", "-C", "-r", "-w", *command]
+        done = subprocess.run(entered, capture_output=True, text=True, check=False, timeout=60)
+        assert not check or done.returncode == 0, f"{command}: {done.returncode}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def systemctl(self, *arguments: str, check: bool = True) -> str:
+        """Run systemctl in the box."""
+        return self.run("systemctl", *arguments, check=check)
+
+    def inside(self, work: Callable[[], T]) -> T:
+        """Do something with the network of the box; sockets and programs that it makes keep it."""
+        return inside(self.network, work)
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        """Write a file in the box."""
+        file = self.root / path.removeprefix("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.chmod(mode)
+
+    def _install(self) -> None:
+        python = self._provide_python()
+        library = self.root / "opt/nodepass"
+        for name, source in _installed_files():
+            target = library / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+        shutil.copytree(REPOSITORY / "nodepass", library / "nodepass")
+        self.write("/usr/local/bin/nodepass", f'#!/bin/sh\nexec {python} -m nodepass "$@"\n', 0o755)
+        self.write("/etc/systemd/system/nodepass@.service.d/box.conf", DROP_IN)
+        for unit in ("nodepass@.service", "nodepass@.socket"):
+            shutil.copy(UNITS / unit, self.root / "etc/systemd/system")
+        (self.root / "etc/credstore").mkdir(mode=0o700, exist_ok=True)
+        self.systemctl("daemon-reload")
+
+    def _provide_python(self) -> str:
+        """An interpreter that a unit without home directories can run."""
+        prefix = os.path.realpath(sys.base_prefix)
+        if prefix.startswith(HIDDEN):
+            self.run("mkdir", "-p", "/opt/python")
+            self.run("mount", "--bind", prefix, "/opt/python")
+            prefix = "/opt/python"
+        return f"{prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+class Unit:
+    """One instance of nodepass in a box: nodepass@<name>.service, and its socket unit where it is used."""
+
+    def __init__(self, box: Box, name: str, urls: str, settings: Mapping[str, str] | None = None) -> None:
+        self.box = box
+        self.instance = name
+        self.name = f"nodepass@{name}.service"
+        self.socket = f"nodepass@{name}.socket"
+        self.configure(urls, settings)
+
+    def __enter__(self) -> Unit:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        print(self.journal())  # which a failed test shows
+        self.box.systemctl("stop", self.socket, self.name, check=False)
+        self.box.systemctl("reset-failed", check=False)
+
+    def configure(self, urls: str, settings: Mapping[str, str] | None = None) -> None:
+        """Write its environment file."""
+        lines = [f'NODEPASS_URL="{urls}"', *(f"{name}={value}" for name, value in (settings or {}).items())]
+        self.box.write(f"/etc/nodepass/{self.instance}.env", "\n".join(lines) + "\n")
+
+    def drop_in(self, text: str) -> None:
+        """Add to the service."""
+        self.box.write(f"/etc/systemd/system/{self.name}.d/test.conf", text)
+        self.box.systemctl("daemon-reload")
+
+    def start(self) -> None:
+        """Start it and wait until it is ready."""
+        self.box.systemctl("start", self.name)
+
+    def show(self, name: str) -> str:
+        """A property of the service."""
+        return self.box.systemctl("show", self.name, "--property", name, "--value").strip()
+
+    @property
+    def pid(self) -> int:
+        """Its main process, as the box counts them; 0 while there is none."""
+        return int(self.show("MainPID"))
+
+    def wait_for_status(self, pattern: str) -> None:
+        """Return once the status text matches."""
+        until(lambda: re.search(pattern, self.show("StatusText")), what=pattern)
+
+    def journal(self) -> str:
+        """What it and systemd have said about it, a line each."""
+        return "\n".join(entry["MESSAGE"] for entry in self._entries())
+
+    def wait_for(self, pattern: str, count: int = 1) -> None:
+        """Return once the journal has so many lines that match."""
+        what = f"{pattern!r} {count} times"
+        until(lambda: len(re.findall(pattern, self.journal())) >= count, what=what)
+
+    def errors(self) -> list[str]:
+        """What was said as an error or worse."""
+        return [entry["MESSAGE"] for entry in self._entries() if int(entry["PRIORITY"]) <= 3]
+
+    def _entries(self) -> Iterator[dict[str, str]]:
+        for line in self.box.run("journalctl", "-o", "json", "-u", self.name).splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+def _named_child(pid: int, name: str) -> int:
+    found = (child for child in _children(pid) if Path(f"/proc/{child}/comm").read_text().strip() == name)
+    return next(found)
+
+
+def _children(pid: int) -> Iterator[int]:
+    yield from map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def _installed_files() -> Iterator[tuple[str, Path]]:
+    """The files of everything that nodepass needs, by their place below the library's directory."""
+    wanted, seen = ["nodepass"], set()
+    while wanted:
+        distribution = importlib.metadata.distribution(wanted.pop())
+        for line in distribution.requires or []:
+            name = re.split(r"[^\w.-]", line, maxsplit=1)[0].lower()
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                importlib.metadata.distribution(name)
+                if name not in seen and "extra ==" not in line:
+                    seen.add(name)
+                    wanted.append(name)
+        if distribution.metadata["Name"] != "nodepass":
+            for file in distribution.files or []:
+                if ".." not in file.parts and (source := Path(str(file.locate()))).is_file():
+                    yield str(file), source
