@@ -14,7 +14,7 @@ LEVELS = (
     ("__init__", "errors", "capacity", "frames"),
     ("config", "urls", "protocol", "stats", "log", "secret"),
     ("proofs",),
-    ("net", "sorting", "verification", "limits"),
+    ("net", "sorting", "verification", "limits", "bios"),
     ("stream", "pipes"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target"),
@@ -65,4 +65,4 @@ def test_openssl_is_imported_only_by_the_modules_of_tls() -> None:
                 module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
                 if (module or "").partition(".")[0] in ("OpenSSL", "cryptography"):
                     importers.add(path.stem)
-    assert importers == {"tls", "certificates", "verification"}
+    assert importers == {"tls", "certificates", "verification", "bios"}
