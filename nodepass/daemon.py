@@ -21,12 +21,12 @@ from nodepass.config import Settings, format_duration
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers
 from nodepass.errors import ListenError, NodepassError
-from nodepass.limits import raise_descriptor_limit
+from nodepass.limits import survey
 from nodepass.log import Log
 from nodepass.proofs import Key
 from nodepass.server import Server
 from nodepass.stats import Stats
-from nodepass.urls import ClientURL, ServerURL
+from nodepass.urls import ClientURL, ServerURL, may_need_tls
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -72,18 +72,25 @@ class Daemon:
     """All tunnels of the process."""
 
     def __init__(self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None) -> None:
-        self._settings = settings
         self._key = key
         self._log = Log("nodepass")
+        self._settings = settings = self._fit(settings, urls)
         self._signals: SimpleQueue[int] = SimpleQueue()
         self._stopping = Event()
         self._supervisors = Crew(self._log)
         self._urls = [(url, Log(name)) for url, name in zip(urls, _names(urls), strict=True)]
         self._tunnels = [make_tunnel(url, settings, key, log) for url, log in self._urls]
 
+    def _fit(self, settings: Settings, urls: Sequence[ServerURL | ClientURL]) -> Settings:
+        """The settings that the limits of the process allow, having said so."""
+        limits = survey(settings, len(urls), may_need_tls(urls))
+        self._log.info("%s", limits.line)
+        for warning in limits.warnings:
+            self._log.warning("%s", warning)
+        return limits.settings
+
     def run(self) -> None:
         """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
-        raise_descriptor_limit(len(self._tunnels), self._settings, self._log)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
         started: list[Tunnel] = []

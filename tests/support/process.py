@@ -75,7 +75,12 @@ def run(*arguments: str, env: Environment | None = None, timeout: float = PATIEN
 
 
 class Nodepass:
-    """One run of the program; a context manager that starts it and makes sure that it has ended."""
+    """One run of the program; a context manager that starts it and makes sure that it has ended.
+
+    `prefix`: a command that runs the program, and becomes it or passes signals on.
+    """
+
+    prefix: tuple[str, ...] = ()
 
     def __init__(self, *arguments: str, env: Environment | None = None, output: Output = "pipe") -> None:
         self.arguments = arguments
@@ -100,7 +105,7 @@ class Nodepass:
             self._env["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
         try:
             self.process = subprocess.Popen(
-                [str(PROGRAM), *self.arguments],
+                [*self.prefix, str(PROGRAM), *self.arguments],
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
