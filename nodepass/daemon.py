@@ -74,23 +74,19 @@ class Daemon:
     def __init__(self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None) -> None:
         self._key = key
         self._log = Log("nodepass")
-        self._settings = settings = self._fit(settings, urls)
+        self._limits = survey(settings, len(urls), may_need_tls(urls))
+        self._settings = settings = self._limits.settings
         self._signals: SimpleQueue[int] = SimpleQueue()
         self._stopping = Event()
         self._supervisors = Crew(self._log)
         self._urls = [(url, Log(name)) for url, name in zip(urls, _names(urls), strict=True)]
         self._tunnels = [make_tunnel(url, settings, key, log) for url, log in self._urls]
 
-    def _fit(self, settings: Settings, urls: Sequence[ServerURL | ClientURL]) -> Settings:
-        """The settings that the limits of the process allow, having said so."""
-        limits = survey(settings, len(urls), may_need_tls(urls))
-        self._log.info("%s", limits.line)
-        for warning in limits.warnings:
-            self._log.warning("%s", warning)
-        return limits.settings
-
     def run(self) -> None:
         """Start every tunnel, serve until a signal says stop, drain. Raises ListenError where one cannot start."""
+        self._log.info("%s", self._limits.line)
+        for warning in self._limits.warnings:
+            self._log.warning("%s", warning)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
         started: list[Tunnel] = []

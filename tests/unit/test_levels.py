@@ -13,9 +13,9 @@ PACKAGE = Path(nodepass.__file__).parent
 LEVELS = (
     ("__init__", "errors", "capacity", "frames"),
     ("config", "urls", "protocol", "stats", "log", "secret"),
-    ("proofs",),
+    ("proofs", "findings"),
     ("net", "sorting", "verification", "limits", "bios"),
-    ("stream", "pipes"),
+    ("stream", "pipes", "procnet"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target"),
     ("certificates", "control", "pool", "relay", "datagrams", "lobby"),
@@ -23,8 +23,8 @@ LEVELS = (
     ("fillers",),
     ("link",),
     ("door", "attachment"),
-    ("server", "client"),
-    ("daemon",),
+    ("server", "client", "check_client"),
+    ("daemon", "check"),
     ("cli",),
     ("__main__",),
 )
