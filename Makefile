@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
-TYPED := $(wildcard nodepass tests/support benchmarks contrib/demo)
+TYPED := $(wildcard nodepass tests/support benchmarks contrib/demo contrib/systemd/nodepass-manager)
 
 .PHONY: help venv demo test lint bench clean
 .DELETE_ON_ERROR:

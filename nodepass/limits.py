@@ -75,10 +75,13 @@ def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit on open files to the hard one; what it is now."""
+    """Raise the soft limit on open files to the hard one, if we may; what it is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except OSError:  # a filter of system calls may forbid it
+            return soft
     return hard
 
 
@@ -113,7 +116,7 @@ def memory_limits() -> list[Memory]:
         unused = (pages - resident) * resource.getpagesize()
         found.append(Memory("address space", max(0, space - unused)))
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [*found, Memory("the machine's", machine)]
+    return [*found, Memory("the machine's", machine)] if machine > 0 else found
 
 
 def _cgroup_limits(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
