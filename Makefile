@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
-TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak benchmarks contrib/demo)
+TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak benchmarks contrib/demo contrib/systemd/nodepass-manager)
 
 .PHONY: help venv demo test lint bench fuzz soak clean
 .DELETE_ON_ERROR:

@@ -32,6 +32,16 @@ def read_readme() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+# What belongs to the program and is no Python: where a prefix has it, or a virtual environment.
+DATA = {"share/man/man1": "docs/nodepass.1", "share/nodepass/systemd": "contrib/systemd/nodepass*"}
+
+
+def find_data() -> list[tuple[str, list[str]]]:
+    """Return the files of DATA; an image build may leave them out."""
+    found = ((where, sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(what))) for where, what in DATA.items())
+    return [(where, files) for where, files in found if files]
+
+
 setup(
     name="nodepass",
     version=read_version(),
@@ -59,11 +69,12 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["nodepass", "nodepass.*"]),
     package_data={"nodepass": ["py.typed"]},
+    data_files=find_data(),
     install_requires=read_requirements(),
     extras_require={
         "metrics": [METRICS],
         "top": [METRICS, RICH],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", METRICS, RICH],
+        "test": ["setuptools>=77", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", METRICS, RICH],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH],
         "bench": ["matplotlib>=3.8,<4"],
         "fuzz": ["atheris>=3,<4; python_version >= '3.11' and python_version < '3.14'"],

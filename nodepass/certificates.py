@@ -44,6 +44,21 @@ class Identity:
         return self.chain[0].not_valid_after_utc.timestamp()
 
     @property
+    def names(self) -> list[str]:
+        """What it is made out to: DNS names and addresses."""
+        try:
+            found = self.chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (x509.ExtensionNotFound, ValueError):
+            return []
+        addresses = map(str, found.get_values_for_type(x509.IPAddress))
+        return [*found.get_values_for_type(x509.DNSName), *addresses]
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it is not valid yet."""
+        return self.chain[0].not_valid_before_utc > datetime.datetime.now(datetime.timezone.utc)
+
+    @property
     def lifetime(self) -> datetime.timedelta:
         """How long the certificate is still valid; negative once it has expired."""
         return self.chain[0].not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)

@@ -63,6 +63,10 @@ def make_parser() -> Parser:
     )
     parser.add("--version", action="version", version=f"nodepass {__version__}")
     parser.add("--generate-key", action="store_true", help="print a fresh key for TUNNEL_KEY_FILE, and exit")
+    help_text = (
+        "say how a start would go, a line a finding (ok, warn, fail), and exit: 0 nothing failed, 1 failed, 2 bad input"
+    )
+    parser.add("--check", action="store_true", help=help_text)
     help_text = "a tunnel, see above; without any, those in NODEPASS_URL, separated by spaces"
     parser.add("urls", metavar="URL", nargs="*", help=help_text)
     groups = {row.group: parser.add_argument_group(row.group) for row in rows().values()}
@@ -108,6 +112,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.print_usage(sys.stderr)
         sys.stderr.write("nodepass: no URL given, nor NODEPASS_URL set; see nodepass --help\n")
         return 2
+    if namespace.check:
+        from nodepass import check
+
+        return check.run(texts, lambda: read_settings(parser, namespace), namespace.tunnel_key_file, os.environ)
     try:
         settings = read_settings(parser, namespace)
         urls = [parse_url(text) for text in texts]

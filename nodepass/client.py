@@ -135,7 +135,8 @@ class Client:
 
     def view(self) -> View:
         """What the metrics show of it at this moment."""
-        control, pool = self.control, self._pool
+        control = self.control
+        pool = self._attachment.pool if self._attachment else None
         return View(
             role="client",
             unready="" if control else "not connected to the server",

@@ -22,14 +22,14 @@ from nodepass.config import Settings, format_duration
 from nodepass.crew import Crew, report_bug
 from nodepass.errors import ConfigError, NodepassError, StartError
 from nodepass.inherited import Inherited
-from nodepass.limits import raise_descriptor_limit
+from nodepass.limits import survey
 from nodepass.log import Log
 from nodepass.proofs import Key
 from nodepass.readiness import Readiness
 from nodepass.stats import Stats, Watched
 from nodepass.systemd import ServiceManager
 from nodepass.tunnels import Tunnel, make_tunnel, name_tunnels
-from nodepass.urls import ClientURL, ServerURL
+from nodepass.urls import ClientURL, ServerURL, may_need_tls
 
 if TYPE_CHECKING:
     from gevent import Greenlet
@@ -45,8 +45,9 @@ class Daemon:
     def __init__(
         self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None, manager: ServiceManager
     ) -> None:
-        self._settings = settings
         self._log = Log("nodepass")
+        self._limits = survey(settings, len(urls), may_need_tls(urls))
+        self._settings = settings = self._limits.settings
         self._stats = Stats()  # of what belongs to no tunnel
         self._signals: SimpleQueue[int] = SimpleQueue()
         self._stopping = Event()
@@ -112,7 +113,9 @@ class Daemon:
         return watched
 
     def _run(self) -> None:
-        raise_descriptor_limit(len(self._tunnels), self._settings, self._log)
+        self._log.info("%s", self._limits.line)
+        for warning in self._limits.warnings:
+            self._log.warning("%s", warning)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
         started: list[Tunnel] = []

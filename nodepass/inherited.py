@@ -76,6 +76,7 @@ class Share:
 
 
 Owner = tuple[Share, str]  # and for which role
+NOTHING = Share()  # for who cannot be passed anything
 
 
 def missing_endpoints(

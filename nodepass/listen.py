@@ -18,7 +18,7 @@ import gevent
 
 from nodepass.config import Ports
 from nodepass.errors import ListenError
-from nodepass.inherited import DATA, KINDS, TARGET, TUNNEL, Share, missing_endpoints
+from nodepass.inherited import DATA, KINDS, NOTHING, TARGET, TUNNEL, Share, missing_endpoints
 from nodepass.log import Log
 from nodepass.net import Endpoint, Socket, format_sockaddr, reason, resolve, set_stream_options, wait_readable
 from nodepass.urls import Address
@@ -31,7 +31,7 @@ _WHAT = {TUNNEL: "tunnel address", DATA: "data port", TARGET: "target address"}
 _CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
 
 
-def listen_tcp(address: Address, role: str, share: Share) -> list[socket.socket]:
+def listen_tcp(address: Address, role: str, share: Share = NOTHING) -> list[socket.socket]:
     """Listeners on every endpoint of an address; an empty host is one dual-stack socket. Raises ListenError.
 
     Options set here are inherited by what is accepted, which saves their system calls on each connection.
@@ -44,7 +44,7 @@ def listen_tcp(address: Address, role: str, share: Share) -> list[socket.socket]
     return _listen_all(address, role, share, socket.SOCK_STREAM, prepare)
 
 
-def listen_udp(address: Address, role: str, share: Share) -> list[socket.socket]:
+def listen_udp(address: Address, role: str, share: Share = NOTHING) -> list[socket.socket]:
     """UDP sockets on every endpoint of an address, which tell where a datagram was sent to. Raises ListenError."""
 
     def prepare(sock: socket.socket) -> None:
@@ -57,7 +57,7 @@ def listen_udp(address: Address, role: str, share: Share) -> list[socket.socket]
     return _listen_all(address, role, share, socket.SOCK_DGRAM, prepare)
 
 
-def listen_in_range(host: str, ports: Ports, role: str, share: Share) -> list[socket.socket]:
+def listen_in_range(host: str, ports: Ports, role: str, share: Share = NOTHING) -> list[socket.socket]:
     """TCP listeners on the first free port of a range, those that systemd passed before others. Raises ListenError."""
     passed = share.ports(role, socket.SOCK_STREAM)
     candidates = sorted(range(ports.first, ports.last + 1), key=lambda port: port not in passed)

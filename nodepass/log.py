@@ -41,11 +41,6 @@ class Log(_Adapter):
         self._bursts: dict[str, tuple[float, int, float]] = {}  # key -> begin (time.monotonic()), lines, seconds
         self._left_out: dict[str, tuple[int, int]] = {}  # key -> level, lines
 
-    @property
-    def where(self) -> str:
-        """The name under which it speaks."""
-        return self._where
-
     def rename(self, where: str) -> None:
         """Speak under another name from now on."""
         self.where = where

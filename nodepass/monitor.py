@@ -11,7 +11,6 @@ from http import HTTPStatus
 from nodepass.config import Listen
 from nodepass.exposition import CONTENT_TYPE, Exposition
 from nodepass.httpd import Answer, HTTPServer
-from nodepass.inherited import Share
 from nodepass.listen import listen_tcp
 from nodepass.log import Log
 from nodepass.net import format_sockaddr
@@ -40,7 +39,7 @@ class Monitor:
             self._unix = UnixListener(self._listen.path, WHAT)
             listeners, where = [self._unix.sock], f"unix:{self._listen.path}"
         else:
-            listeners = listen_tcp(Address(self._listen.host or LOOPBACK, self._listen.port), WHAT, Share())
+            listeners = listen_tcp(Address(self._listen.host or LOOPBACK, self._listen.port), WHAT)
             where = " and ".join(f"http://{format_sockaddr(each.getsockname())}/metrics" for each in listeners)
         self._server = HTTPServer(listeners, self._answer, self._log, self._stats)
         self._server.start()

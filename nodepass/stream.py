@@ -138,9 +138,10 @@ class SocketStream:
 
     def try_rest(self, rest: Data) -> Data:
         try:
-            return memoryview(rest)[self._raw.send(rest) :]
+            sent = self._raw.send(rest)
         except BlockingIOError:
             return rest
+        return memoryview(rest)[sent:] if sent < len(rest) else b""  # an empty view would keep all of it alive
 
     def close(self) -> None:
         self._close_watchers()

@@ -1,8 +1,8 @@
 """TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
 
-This module, `certificates` and `verification` alone import OpenSSL and cryptography, and are imported only when TLS is
-on: that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends the
-greenlet only. pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
+This module, `bios`, `certificates` and `verification` alone import OpenSSL and cryptography, and are imported only when
+TLS is on: that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends
+the greenlet only. pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cryptography.x509 import Certificate
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
+from nodepass import bios
 from nodepass.errors import ConfigError, TLSError, VerificationError
 from nodepass.net import Socket
 from nodepass.stream import Data, SocketStream
@@ -38,7 +39,7 @@ PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSA
 class TLSStream(SocketStream):
     """A connection under TLS."""
 
-    __slots__ = ("_connection", "_drained")
+    __slots__ = ("_connection", "_drained", "moved_much")
 
     batch = BATCH
     plain = False
@@ -47,6 +48,7 @@ class TLSStream(SocketStream):
         super().__init__(sock)
         self._connection = connection
         self._drained = True  # OpenSSL has nothing left to read
+        self.moved_much = False
 
     @property
     def pending(self) -> bool:
@@ -57,10 +59,14 @@ class TLSStream(SocketStream):
             received = None if self._drained else self._decrypt(buffer)
             if received is not None:
                 return received
-            self._feed(self._raw.recv(BATCH))
+            self._feed(records := self._raw.recv(BATCH))
+            if len(records) > bios.LARGE:
+                bios.note(self)
 
     def send(self, data: Data) -> Data:
         sent, size = 0, len(data)
+        if size > bios.LARGE:
+            bios.note(self)
         try:
             while sent < size:
                 sent += self._connection.send(data[sent:] if sent else data)
@@ -86,6 +92,20 @@ class TLSStream(SocketStream):
             return None
         except (OSError, SSL.Error):
             return False
+
+    def shrink(self) -> bool:
+        """Give back the memory of large batches; False where bytes wait in it still."""
+        if self._drained:
+            bios.replace(self._connection)
+        return self._drained
+
+    def close(self) -> None:
+        bios.forget(self)
+        super().close()
+
+    def abort(self) -> None:
+        bios.forget(self)
+        super().abort()
 
     def handshake(self) -> None:
         """Complete the handshake; its deadline is the caller's. Raises OSError, TLSError among them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from urllib.parse import unquote, urlsplit
@@ -60,6 +61,11 @@ class ClientURL(TunnelURL):
     @property
     def name(self) -> str:
         return f"client:{self.tunnel.port}"
+
+
+def may_need_tls(urls: Sequence[ServerURL | ClientURL]) -> bool:
+    """Whether one of them may need TLS; a client hears it from its server only."""
+    return any(isinstance(url, ClientURL) or url.tls for url in urls)
 
 
 def parse_url(text: str) -> ServerURL | ClientURL:

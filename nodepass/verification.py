@@ -5,7 +5,7 @@ service-identity, which judges names, is imported when it is needed: only a clie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -49,6 +49,19 @@ class Expected:
         if self.fingerprint and shown != self.fingerprint:
             return f"fingerprint refused: the server has proven {self.fingerprint}, this is {shown}; who is in between?"
         return ""
+
+
+@dataclass(frozen=True)
+class Glance(Expected):
+    """A look at the certificate, to leave before the handshake is over: the server never has a connection to use."""
+
+    passed: list[bool] = field(default_factory=list)
+
+    def refuses_leaf(self, certificate: X509) -> str:
+        refusal = super().refuses_leaf(certificate)
+        if not refusal:
+            self.passed.append(True)
+        return refusal or "seen, and left"
 
 
 def _is_made_out_to(certificate: X509, host: str) -> bool:

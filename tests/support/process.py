@@ -75,8 +75,12 @@ def run(*arguments: str, env: Environment | None = None, timeout: float = PATIEN
 
 
 class Nodepass:
-    """One run of the program; a context manager that starts it and makes sure that it has ended."""
+    """One run of the program; a context manager that starts it and makes sure that it has ended.
 
+    `prefix`: a command that runs the program, and becomes it or passes signals on.
+    """
+
+    prefix: tuple[str, ...] = ()
     program: tuple[str, ...] = (str(PROGRAM),)
 
     def __init__(self, *arguments: str, env: Environment | None = None, output: Output = "pipe") -> None:
@@ -93,7 +97,7 @@ class Nodepass:
 
     def command(self) -> list[str]:
         """What is executed."""
-        return [*self.program, *self.arguments]
+        return [*self.prefix, *self.program, *self.arguments]
 
     def __repr__(self) -> str:
         state = "not started"

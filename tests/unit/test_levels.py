@@ -13,9 +13,9 @@ PACKAGE = Path(nodepass.__file__).parent
 LEVELS = (
     ("__init__", "errors", "capacity", "frames"),
     ("config", "urls", "protocol", "stats", "log", "secret", "systemd"),
-    ("proofs", "top_scrape"),
-    ("net", "sorting", "verification", "limits", "top_table"),
-    ("stream", "pipes", "top_screen", "inherited", "readiness"),
+    ("proofs", "top_scrape", "findings"),
+    ("net", "sorting", "verification", "limits", "top_table", "bios"),
+    ("stream", "pipes", "top_screen", "inherited", "readiness", "procnet"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target", "unix"),
     ("certificates", "control", "pool", "relay", "datagrams", "lobby", "httpd", "metrics"),
@@ -23,8 +23,9 @@ LEVELS = (
     ("fillers",),
     ("link",),
     ("door", "attachment"),
-    ("server", "client", "monitor"),
-    ("daemon", "top"),
+    ("server", "client", "monitor", "check_client"),
+    ("tunnels",),
+    ("daemon", "top", "check"),
     ("cli",),
     ("__main__",),
 )
@@ -65,4 +66,4 @@ def test_openssl_is_imported_only_by_the_modules_of_tls() -> None:
                 module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
                 if (module or "").partition(".")[0] in ("OpenSSL", "cryptography"):
                     importers.add(path.stem)
-    assert importers == {"tls", "certificates", "verification"}
+    assert importers == {"tls", "certificates", "verification", "bios"}

@@ -1,0 +1,207 @@
+"""`nodepass --check`: does once what a start would do, says how each of it went, and leaves.
+
+One line on standard output for each finding, `ok`, `warn` or `fail`, then where, then what. The exit status is 0 where
+nothing failed, 1 where an address or a peer failed, which may pass later, and 2 where the input is bad. What concerns a
+client and its server is in `check_client`. Called by `cli`; nothing of the daemon runs here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, TextIO
+
+from nodepass import log, procnet, secret
+from nodepass.check_client import check_client
+from nodepass.config import Settings
+from nodepass.errors import ConfigError, ListenError
+from nodepass.findings import BAD_INPUT, Findings
+from nodepass.inherited import DATA, TARGET, TUNNEL
+from nodepass.limits import survey
+from nodepass.listen import close_all, listen_in_range, listen_tcp, listen_udp
+from nodepass.net import resolve
+from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url
+
+if TYPE_CHECKING:
+    from nodepass.certificates import Identity
+    from nodepass.proofs import Key
+
+EXPIRES_SOON = 14.0  # days
+_OTHERS = stat.S_IROTH | stat.S_IWOTH
+
+
+def run(
+    texts: Sequence[str],
+    read_settings: Callable[[], Settings],
+    key_file: str | None,
+    environ: Mapping[str, str],
+    stream: TextIO | None = None,
+) -> int:
+    """Check the tunnels of these URLs; the exit status."""
+    log.set_up("fatal", environ)
+    findings = Findings(stream or sys.stdout, environ)
+    urls = [url for text in texts if (url := _parse(text, findings))]
+    settings = _settings(read_settings, findings)
+    key = _key(key_file, environ, findings)
+    if settings is None or findings.status == BAD_INPUT:
+        return findings.status
+    settings = _limits(settings, urls, findings)
+    servers = [url for url in urls if isinstance(url, ServerURL)]
+    with ExitStack() as held:  # until all are checked: two URLs may want the same port
+        for url in servers:
+            _Server(url, settings, findings, environ, held).check()
+    for url in urls:
+        if isinstance(url, ClientURL):
+            check_client(url, settings, key, findings, {each.tunnel.port for each in servers})
+    return findings.status
+
+
+def _parse(text: str, findings: Findings) -> ServerURL | ClientURL | None:
+    try:
+        url = parse_url(text)
+    except ConfigError as error:
+        findings.bad("url", str(error))
+        return None
+    findings.ok(url.name, f"url: tunnel address {url.tunnel}, target address {url.target}")
+    for warning in url.warnings:
+        findings.warn(url.name, f"url: {warning}")
+    return url
+
+
+def _settings(read_settings: Callable[[], Settings], findings: Findings) -> Settings | None:
+    try:
+        settings = read_settings()
+    except ConfigError as error:
+        findings.bad("settings", str(error))
+        return None
+    findings.ok("settings", "every value is usable")
+    return settings
+
+
+def _key(file: str | None, environ: Mapping[str, str], findings: Findings) -> Key | None:
+    try:
+        text, warnings = secret.find_secret(file, environ)
+    except ConfigError as error:
+        findings.bad("key", str(error))
+        return None
+    for warning in warnings:
+        findings.warn("key", warning)
+    if text is None:
+        findings.ok("key", "none: who reaches the tunnel port may become the client")
+        return None
+    place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "of the environment or a credential"
+    findings.ok("key", f"{place}: {len(text)} characters")
+    from nodepass.proofs import Key
+
+    return Key(text)
+
+
+def _mode(path: str) -> str:
+    try:
+        return f"{stat.S_IMODE(os.stat(path).st_mode):04o}"
+    except OSError:
+        return "unknown"
+
+
+def _limits(settings: Settings, urls: Sequence[ServerURL | ClientURL], findings: Findings) -> Settings:
+    limits = survey(settings, max(1, len(urls)), may_need_tls(urls))
+    findings.ok("limits", limits.line.removeprefix("limits: "))
+    for warning in limits.warnings:
+        findings.warn("limits", warning)
+    return limits.settings
+
+
+class _Server:
+    """One server URL: its certificate and its addresses."""
+
+    def __init__(
+        self, url: ServerURL, settings: Settings, findings: Findings, environ: Mapping[str, str], held: ExitStack
+    ) -> None:
+        self._url = url
+        self._ports = settings.data_port
+        self._findings = findings
+        self._is_activated = "LISTEN_FDS" in environ
+        self._held = held
+
+    def check(self) -> None:
+        """Load the certificate, and listen on every address."""
+        url, ports = self._url, self._ports
+        if url.tls == 2:
+            self._check_certificate()
+        stream, datagram = socket.SOCK_STREAM, socket.SOCK_DGRAM
+        self._listen("tunnel address", url.tunnel, stream, lambda: listen_tcp(url.tunnel, TUNNEL))
+        if not ports.tunnel:
+            data = Address(url.tunnel.host, ports.last)
+            self._listen("data port", data, stream, lambda: listen_in_range(url.tunnel.host, ports, DATA))
+        self._listen("target address (tcp)", url.target, stream, lambda: listen_tcp(url.target, TARGET))
+        self._listen("target address (udp)", url.target, datagram, lambda: listen_udp(url.target, TARGET))
+
+    def _listen(self, what: str, address: Address, kind: int, listen: Callable[[], list[socket.socket]]) -> None:
+        where = self._url.name
+        try:
+            sockets = listen()
+        except ListenError as error:
+            cause = error.__context__
+            number = cause.errno if isinstance(cause, OSError) else None
+            # The kernel asks for the privilege before it looks whether the port is taken.
+            if number not in (errno.EADDRINUSE, errno.EACCES) or not self._explain(what, address, kind):
+                hint = "; ports under 1024 need a privilege or a socket unit" if number == errno.EACCES else ""
+                self._findings.fail(where, f"{error}{hint}")
+            return
+        self._held.callback(close_all, sockets)
+        self._findings.ok(where, f"{what} {address}: can be listened on")
+
+    def _explain(self, what: str, address: Address, kind: int) -> bool:
+        """Say who holds the port; False where nobody does."""
+        hosts = [str(each.sockaddr[0]) for each in resolve(address)] if address.host else []
+        holders = procnet.holders(kind, hosts, address.port)
+        if holders is None:
+            return False
+        text = f"{what} {address}: in use"
+        strangers = [each for each in holders if not (each.is_nodepass or each.is_systemd)]
+        if any(each.pid == os.getpid() for each in holders) and not self._is_activated:
+            self._findings.fail(self._url.name, f"{text} by another URL of this command")
+        elif strangers:
+            self._findings.fail(self._url.name, f"{text} by {strangers[0]}")
+        elif holders:
+            who = "systemd" if all(each.is_systemd for each in holders) else "a running nodepass"
+            self._findings.warn(self._url.name, f"{text} by {who} ({holders[0]}): expected where this tunnel is set up")
+        else:
+            self._findings.warn(
+                self._url.name, f"{text}, by whom cannot be seen: expected where this tunnel or its socket unit runs"
+            )
+        return True
+
+    def _check_certificate(self) -> None:
+        from nodepass.certificates import load_pair
+        from nodepass.tls import server_context
+
+        url = self._url
+        try:
+            identity = load_pair(url.crt, url.key)
+            server_context(identity.chain, identity.key)
+        except ConfigError as error:
+            self._findings.bad(url.name, str(error))
+            return
+        self._judge(identity)
+        if os.stat(url.key).st_mode & _OTHERS:
+            self._findings.warn(url.name, f"key={url.key}: mode {_mode(url.key)}, others can read it; chmod 600")
+
+    def _judge(self, identity: Identity) -> None:
+        """Whether clients will take it: its names and its days."""
+        place, days = f"crt={self._url.crt}", identity.lifetime.total_seconds() / 86400
+        names = ", ".join(identity.names)
+        text = f"{place}: matches its key, made out to {names or 'no name'}, {days:.1f} days left"
+        if days <= 0:
+            self._findings.fail(self._url.name, f"{place}: expired {-days:.1f} days ago, clients refuse it")
+        elif identity.is_early:
+            self._findings.fail(self._url.name, f"{place}: not valid yet, clients refuse it")
+        elif not names or days < EXPIRES_SOON:
+            self._findings.warn(self._url.name, text)
+        else:
+            self._findings.ok(self._url.name, text)

@@ -1,0 +1,167 @@
+"""`nodepass --check` of a client: the handshake and the certificate, and that nobody is hurt by it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from tests.e2e.test_check import check_of, found, trouble
+from tests.support import v2_network
+from tests.support.certificates import Authority
+from tests.support.process import Environment, run
+from tests.support.sockets import connect, format_address, free_port
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.v1_server import V1Server
+from tests.support.v2_network import SERVER, Network
+from tests.support.v2_tunnel import KEYED, SECRET
+
+WHY_NOT = v2_network.why_not()
+needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+def url_of(server: OurServer | V1Server, target: Target) -> str:
+    """The URL of a client of this server."""
+    return f"client://{format_address(server.tunnel_address)}/{format_address(target.address)}"
+
+
+ONE_PORT = {**KEYED, "DATA_PORT": "tunnel"}
+
+
+@pytest.mark.parametrize(
+    ("env", "tls"), [(BRISK, 0), (BRISK, 1), (BRISK, 2), (KEYED, 0), (KEYED, 1), (ONE_PORT, 0), (ONE_PORT, 1)]
+)
+def test_a_check_takes_no_visitor_from_the_client_that_is_started_after_it(
+    stack: contextlib.ExitStack, authority: Authority, env: Environment, tls: int
+) -> None:
+    server = stack.enter_context(OurServer(tls, authority.local, env={**env, "POOL_GET_TIMEOUT": "60s"}))
+    target = stack.enter_context(Target())
+    visitor = stack.enter_context(connect(server.visitor_address))
+    done = check_of(url_of(server, target), **env, SSL_CERT_FILE=str(authority.crt))
+    target.accept().close()  # the check's own
+    assert (done.code, trouble(done)) == (0, [])
+    assert found(done, "ok", f"agreed: wire v2, tls {tls}")
+    assert found(done, "ok", "both ends have proven the key") == ("TUNNEL_KEY" in env)
+    certificate = {0: "", 1: "certificate is the", 2: "certificate verified for '127.0.0.1'"}[tls]
+    assert found(done, "ok", certificate)
+    client_env = {**env, "SSL_CERT_FILE": str(authority.crt)}
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=client_env))
+    client.wait_until_connected()
+    with target.accept() as service:
+        assert_connected(visitor, service)
+    assert not server.find("turned away|takes over")
+
+
+@pytest.mark.parametrize("env", [BRISK, KEYED], ids=["open", "keyed"])
+def test_a_check_beside_the_running_client_leaves_it_alone(stack: contextlib.ExitStack, env: Environment) -> None:
+    server = stack.enter_context(OurServer(1, env=env))
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
+    client.wait_until_connected()
+    server.wait_for_client()
+    with Tunnel(server, client, target).session() as (visitor, service):
+        done = check_of(url_of(server, target), **env)
+        target.accept().close()  # the check's own
+        assert done.code == 0
+        said = "takes the running client's place" if env is KEYED else "another client is connected"
+        assert found(done, "warn", said)
+        assert len(trouble(done)) == 1
+        assert_connected(visitor, service)
+    assert not server.find("takes over|client disconnected")
+    Tunnel(server, client, target).assert_works()
+
+
+@needs_namespaces
+def test_a_check_from_another_machine_interrupts_a_keyed_client_for_a_moment_and_no_session(
+    stack: contextlib.ExitStack,
+) -> None:
+    network = stack.enter_context(Network())
+    server = network.server.inside(lambda: OurServer(tunnel=f"{SERVER}:0", target=f"{SERVER}:0", env=KEYED).__enter__())
+    stack.callback(server.kill)
+    target = stack.enter_context(network.client.inside(Target))
+    client = network.client.inside(lambda: OurClient(server.tunnel_address, target.address, env=KEYED).__enter__())
+    stack.callback(client.kill)
+    client.wait_until_connected()
+    server.wait_for_client()
+    visitor = stack.enter_context(network.server.inside(lambda: connect(server.visitor_address)))
+    service = stack.enter_context(target.accept())
+    assert_connected(visitor, service)
+    mark = client.mark()
+    done = network.server.inside(lambda: run("--check", url_of(server, target), env=KEYED))
+    assert done.code == 0
+    assert found(done, "ok", "both ends have proven the key")
+    client.wait_until_connected(after=mark)
+    assert_connected(visitor, service)
+    another = stack.enter_context(network.server.inside(lambda: connect(server.visitor_address)))
+    with target.accept() as service:
+        assert_connected(another, service)
+
+
+@pytest.mark.parametrize(
+    ("server_env", "client_env", "said"),
+    [
+        (KEYED, BRISK, "requires a key and this client has none"),
+        (BRISK, KEYED, "the server has no key"),
+        (KEYED, {**KEYED, "TUNNEL_KEY": "another long enough secret"}, "do not match"),
+    ],
+)
+def test_keys_that_do_not_agree_fail(
+    stack: contextlib.ExitStack, server_env: Environment, client_env: Environment, said: str
+) -> None:
+    server, target = stack.enter_context(OurServer(env=server_env)), stack.enter_context(Target())
+    done = check_of(url_of(server, target), **client_env)
+    assert done.code == 1
+    assert found(done, "fail", f"no agreement: .*{said}")
+    assert SECRET not in done.output
+
+
+def test_a_certificate_that_is_not_trusted_or_not_for_that_name_fails(
+    stack: contextlib.ExitStack, authority: Authority
+) -> None:
+    target = stack.enter_context(Target())
+    trusted = stack.enter_context(OurServer(2, authority.local))
+    done = check_of(url_of(trusted, target))
+    assert done.code == 1
+    assert found(done, "fail", "certificate chain refused")
+    other = stack.enter_context(OurServer(2, authority.issue("example.com")))
+    done = check_of(url_of(other, target), SSL_CERT_FILE=str(authority.crt))
+    assert done.code == 1
+    assert found(done, "fail", "name refused for '127.0.0.1': it is made out to example.com")
+
+
+def test_a_server_that_is_not_there_fails_and_a_target_that_is_not_there_is_a_warning() -> None:
+    done = check_of(f"client://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}")
+    assert done.code == 1
+    assert found(done, "warn", "target 127.0.0.1:.*: Connection refused")
+    assert found(done, "fail", "server 127.0.0.1:.*: cannot be reached: .*Connection refused")
+
+
+def test_a_peer_that_says_nothing_fails_within_the_handshake_timeout(stack: contextlib.ExitStack) -> None:
+    silent, target = stack.enter_context(Target()), stack.enter_context(Target())
+    url = f"client://{format_address(silent.address)}/{format_address(target.address)}"
+    done = check_of(url, HANDSHAKE_TIMEOUT="300ms")
+    assert done.code == 1
+    assert found(done, "fail", "no agreement: no handshake within 0.3s")
+
+
+@pytest.mark.parametrize("tls", [0, 1, 2])
+def test_a_server_that_speaks_wire_v1_passes_with_a_warning(
+    stack: contextlib.ExitStack, authority: Authority, tls: int
+) -> None:
+    server, target = stack.enter_context(V1Server(tls, authority.local)), stack.enter_context(Target())
+    done = check_of(url_of(server, target), SSL_CERT_FILE=str(authority.crt))
+    assert done.code == 0
+    assert found(done, "ok", f"agreed: wire v1, tls {tls}")
+    assert found(done, "warn", "notices only at its next heartbeat")
+    assert found(done, "ok", "certificate verified") == (tls == 2)
+
+
+def test_a_client_of_a_server_in_the_same_command_is_not_tried(stack: contextlib.ExitStack) -> None:
+    target = stack.enter_context(Target())
+    tunnel = free_port()
+    done = check_of(
+        f"server://127.0.0.1:{tunnel}/127.0.0.1:0?tls=1", f"client://:{tunnel}/{format_address(target.address)}"
+    )
+    assert (done.code, trouble(done)) == (0, [])
+    assert found(done, "ok", "another URL of this command")

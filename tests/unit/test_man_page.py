@@ -1,0 +1,77 @@
+"""The manual page names every setting with its flag, variable, unit, default and meaning, and nothing else.
+
+After a change of the table, `python -m tests.unit.test_man_page` writes that part of the page anew.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nodepass.config import rows
+from tests.support.process import REPOSITORY, run
+
+PAGE = REPOSITORY / "docs" / "nodepass.1"
+BEGIN, END = '.\\" begin settings\n', '.\\" end settings\n'
+
+
+def render_settings() -> str:
+    """The table of settings as a list of mdoc(7)."""
+    lines = [".Bl -tag -width Ds"]
+    for name, row in rows().items():
+        lines += [
+            f".It Fl -{name.replace('_', '-')} Ar {row.kind.unit} , Ev {name.upper()}",
+            f"{row.help[0].upper()}{row.help[1:]}.",
+            f"Allowed: {row.kind.allowed}.",
+            f"Default: {row.default}.",
+        ]
+    return "\n".join([*lines, ".El\n"])
+
+
+def split_page() -> tuple[str, str, str]:
+    """The page before, in and behind its settings."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    settings, _, behind = rest.partition(END)
+    return before, settings, behind
+
+
+def test_the_page_has_the_settings_of_the_table() -> None:
+    assert split_page()[1] == render_settings()
+
+
+def test_the_page_names_every_option_of_the_help() -> None:
+    page = PAGE.read_text()
+    options = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", run("--help").output))
+    assert options
+    assert {option for option in options if f"Fl -{option}" not in page} == set()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["mandoc", "-T", "lint", "-W", "warning", str(PAGE)],
+        ["groff", "-man", "-mdoc", "-ww", "-z", "-T", "utf8", str(PAGE)],
+        ["man", "--warnings", "--local-file", str(PAGE)],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_shows_manual_pages_has_nothing_to_say_against_it(command: list[str]) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"not installed: {command[0]}")
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    if command[0] == "man":
+        assert "SEMAPHORE_LIMIT" in done.stdout
+    else:
+        assert done.stdout == ""
+
+
+if __name__ == "__main__":
+    before, _, behind = split_page()
+    Path(PAGE).write_text(before + BEGIN + render_settings() + END + behind)
