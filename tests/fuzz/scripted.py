@@ -18,6 +18,7 @@ class ScriptedSocket:
     """A connected socket whose peer is a function; `sent` and `heard` are what went either way."""
 
     family = socket.AF_INET
+    _read_event = None
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -25,6 +26,9 @@ class ScriptedSocket:
         self.sent = b""
         self.heard = b""
         self.is_closed = False
+
+    def _wait(self, event: object) -> None:
+        """As gevent's sockets wait: here there is always something to read."""
 
     def recv(self, size: int) -> bytes:
         if not self._held:
