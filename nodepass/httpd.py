@@ -16,6 +16,7 @@ from http import HTTPStatus
 import gevent
 
 from nodepass.crew import Crew
+from nodepass.errors import NodepassError
 from nodepass.listen import accept_forever, close_all
 from nodepass.log import Log
 from nodepass.net import Socket, as_blocking, reason
@@ -53,7 +54,7 @@ class Answer:
         return head.encode() + (self.body if with_body else b"")
 
 
-class BadRequest(Exception):
+class BadRequest(NodepassError):
     """Bytes that are no request, or one that is not served here."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:

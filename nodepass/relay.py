@@ -27,11 +27,11 @@ def exchange(near: Stream, far: Stream, stats: Stats, began: float | None = None
     With `began`, in time.monotonic(), the time from then to the first byte of the way back is counted.
     """
     session = Session(stats, began)
-    stats.tcp.begin()
     traffic = session.traffic
     for stream in (near, far):
         reset_on_close(stream.sock, True)  # should this process be killed, the cut streams must not look whole
     directions = Direction(session, "up", near, far), Direction(session, "down", far, near)
+    stats.tcp.begin()
     try:
         for direction in directions:
             direction.start()

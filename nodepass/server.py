@@ -242,7 +242,8 @@ class Server:
         except RefusedError as error:
             self.stats.control_failures[failure(error)] += 1
             self.log.limited(logging.WARNING, "turned away", "client %s turned away: %s", control.peer, error)
-            control.send(Refusal(error.reason))
+            with contextlib.suppress(OSError):  # it has been counted already
+                control.send(Refusal(error.reason))
             return False
         return True
 

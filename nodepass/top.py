@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.once:
             _print_once(options.source, options.interval)
-        elif options.plain or not sys.stdout.isatty():
+        elif options.plain or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
             _print_forever(options.source, options.interval)
         else:
             _draw_forever(options.source, options.interval)

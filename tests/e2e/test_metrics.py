@@ -252,6 +252,20 @@ def test_with_a_v1_client_datagrams_are_sessions_with_outcomes() -> None:
         assert value(place, "nodepass_peer_info", wire="1") == 1
 
 
+def test_a_flow_that_makes_room_is_evicted_and_one_whose_client_is_gone_is_lost() -> None:
+    with Target() as target, OurServer(env={**WATCHED, "SEMAPHORE_LIMIT": "1"}) as server:
+        place = metrics_of(server)
+        with OurClient(server.tunnel_address, target.address, env=WATCHED) as client:
+            client.wait_until_connected()
+            tunnel = Tunnel(server, client, target)
+            for _ in range(2):  # from two addresses
+                tunnel.exchange(b"question", b"the answer")
+            wait_for_value(place, 1, ENDED, protocol="udp", outcome="evicted")
+            wait_for_value(place, 1, "nodepass_sessions_open", protocol="udp")
+        wait_for_value(place, 1, ENDED, protocol="udp", outcome="lost")
+        wait_for_value(place, 0, "nodepass_sessions_open", protocol="udp")
+
+
 def test_a_reconnect_is_counted() -> None:
     with Target() as target, OurServer(env=WATCHED) as server:
         place = metrics_of(server)

@@ -41,6 +41,24 @@ def test_each_direction_ends_by_itself(ends: Ends) -> None:
     assert (stats.bytes_up, stats.bytes_down) == (8, 15)
 
 
+@pytest.mark.parametrize(("end", "outcome"), [("close", "completed"), ("reset", "reset"), ("kill", "cut")])
+def test_a_session_is_counted_by_how_it_ended(ends: Ends, end: str, outcome: str) -> None:
+    visitor, target, running, stats = ends
+    visitor.sendall(b"?")
+    assert target.recv(1) == b"?"
+    assert (stats.tcp.begun, stats.tcp.open) == (1, 1)
+    if end == "kill":
+        running.kill()
+    elif end == "reset":
+        reset(visitor)
+    else:
+        visitor.close()
+        target.close()
+    running.join(10)
+    assert stats.tcp.open == 0
+    assert {name: count for name, count in stats.tcp.ended.items() if count} == {outcome: 1}
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_reset_is_passed_on_as_a_reset(ends: Ends, side: int) -> None:
     *both, running, _ = ends[0], ends[1], ends[2], ends[3]
