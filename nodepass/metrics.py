@@ -6,8 +6,7 @@ somebody asks (`exposition`); nothing here is called while a tunnel works. docs/
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import Metric
@@ -88,7 +87,7 @@ def _some(value: float | None) -> Samples:
     return [] if value is None else _one(value)
 
 
-def _by_key(counter: Counter[str], *before: str) -> Samples:
+def _by_key(counter: Mapping[str, int], *before: str) -> Samples:
     return [((*before, key), count) for key, count in sorted(counter.items())]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
@@ -96,7 +96,7 @@ class Sessions:
     def __init__(self, outcomes: Iterable[str]) -> None:
         self.begun = 0
         self.open = 0
-        self.ended = _zeros(outcomes)  # also those that could not begin
+        self.ended = dict.fromkeys(outcomes, 0)  # also those that could not begin; no Counter, which is slower
         self.up = Way()
         self.down = Way()
 
@@ -148,7 +148,7 @@ class Stats:
             "data_connections": self.data_connections,
             "found_empty": self.found_empty,
         }
-        by_reason = {
+        by_reason: dict[str, Mapping[str, int]] = {
             "tcp: ": self.tcp.ended,
             "udp: ": self.udp.ended,
             "control handshake failed: ": self.control_failures,
