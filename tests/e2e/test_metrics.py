@@ -25,6 +25,7 @@ from tests.support.scrape import (
     wait_for_value,
 )
 from tests.support.sockets import (
+    PATIENCE,
     Address,
     connect,
     datagram_socket,
@@ -285,7 +286,14 @@ def test_who_is_turned_away_is_counted_by_reason(stack: contextlib.ExitStack) ->
         wait_for_more(place, 0, "nodepass_handshake_failures_total", connection="control", reason="key_mismatch")
     with connect(server.data_address) as stranger:
         assert is_over(stranger)
-    wait_for_value(metrics_of(server), 1, "nodepass_handshake_failures_total", connection="data", reason="stranger")
+    wait_for_value(metrics_of(server), 1, "nodepass_handshake_failures_total", connection="data", reason="no_client")
+
+
+def test_a_data_connection_from_elsewhere_is_one_of_a_stranger(shared: Watched) -> None:
+    address = shared.tunnel.our_server.data_address
+    with socket.create_connection(address, timeout=PATIENCE, source_address=("127.0.0.2", 0)) as stranger:
+        assert is_over(stranger)
+    wait_for_value(shared.server, 1, "nodepass_handshake_failures_total", connection="data", reason="stranger")
 
 
 def test_a_refused_certificate_is_counted(authority: Authority) -> None:
