@@ -58,10 +58,10 @@ class ServiceManager:
 
 def status(text: str) -> str:
     """The assignment of a status line, cut to what systemd takes."""
-    encoded = " ".join(text.split()).encode()
+    encoded = " ".join(text.split()).encode(errors="backslashreplace")
     if len(encoded) > LONGEST_STATUS:
-        text = encoded[:LONGEST_STATUS].decode(errors="ignore") + "…"
-    return f"STATUS={text}"
+        return f"STATUS={encoded[:LONGEST_STATUS].decode(errors='ignore')}…"
+    return f"STATUS={encoded.decode()}"
 
 
 def reloading() -> tuple[str, str]:
