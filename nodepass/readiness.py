@@ -21,6 +21,7 @@ from nodepass.net import reason
 from nodepass.systemd import ServiceManager, extend_timeout, reloading, status
 
 MARGIN = 10.0  # seconds more than the program itself may take that systemd is asked to wait for it
+START_PERIOD = 1.0  # seconds, at most, between two looks while somebody may be watching the start
 REPEAT = 60.0  # seconds between two lines about the same ailment
 
 
@@ -85,8 +86,9 @@ class Readiness:
         deadline = time.monotonic() + limit if limit else float("inf")
         if limit:
             self._tell(extend_timeout(limit + MARGIN))
+        period = min(self._period, START_PERIOD)
         for index in range(len(self._tunnels)):
-            while not self._tunnels[index].ready.wait(min(self._period, max(0.0, deadline - time.monotonic()))):
+            while not self._tunnels[index].ready.wait(min(period, max(0.0, deadline - time.monotonic()))):
                 if time.monotonic() >= deadline:
                     raise StartError(f"no handshake within START_TIMEOUT ({format_duration(limit)}): {self._unready()}")
                 self._tell_state()
