@@ -25,7 +25,7 @@ from nodepass.inherited import Inherited, Share
 from nodepass.limits import raise_descriptor_limit
 from nodepass.log import Log
 from nodepass.proofs import Key
-from nodepass.readiness import Patient, Readiness
+from nodepass.readiness import Readiness, Watched
 from nodepass.server import Server
 from nodepass.stats import Stats
 from nodepass.systemd import ServiceManager
@@ -34,7 +34,7 @@ from nodepass.urls import ClientURL, ServerURL
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-class Tunnel(Patient, Protocol):
+class Tunnel(Watched, Protocol):
     """What the process asks of a tunnel, in this order: start, run, stop_accepting, close."""
 
     stats: Stats

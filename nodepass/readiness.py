@@ -25,7 +25,7 @@ START_PERIOD = 1.0  # seconds, at most, between two looks while somebody may be 
 REPEAT = 60.0  # seconds between two lines about the same ailment
 
 
-class Patient(Protocol):
+class Watched(Protocol):
     """What is asked of a tunnel."""
 
     log: Log
@@ -41,7 +41,7 @@ class Patient(Protocol):
 class Readiness:
     """Watches the tunnels, which the daemon may replace in their list, and tells the service manager."""
 
-    def __init__(self, manager: ServiceManager, tunnels: Sequence[Patient], settings: Settings, log: Log) -> None:
+    def __init__(self, manager: ServiceManager, tunnels: Sequence[Watched], settings: Settings, log: Log) -> None:
         self._manager = manager
         self._tunnels = tunnels
         self._settings = settings

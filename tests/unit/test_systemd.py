@@ -22,6 +22,8 @@ from nodepass.server import Server
 from nodepass.stats import Stats
 from nodepass.systemd import PassedSocket, ServiceManager, status
 from nodepass.urls import Address, ServerURL
+from tests.support.sockets import connect
+from tests.support.target import bind_pair
 
 UNIT = "nodepass@web.socket"
 
@@ -102,17 +104,17 @@ def test_a_peer_that_is_silent_and_yet_connected_is_an_ailment(stack: ExitStack)
 
 
 def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_them_open(stack: ExitStack) -> None:
-    passed = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-    ports = [port_of([each]) for each in passed]
-    inherited = Inherited([PassedSocket(UNIT, each) for each in passed])
-    url = ServerURL(Address("127.0.0.1", ports[0]), Address("127.0.0.1", ports[1]))
+    passed = [stack.enter_context(each) for _ in range(2) for each in bind_pair("127.0.0.1")]
+    tunnel, _, target, datagrams = passed
+    inherited = Inherited([PassedSocket(UNIT, each) for each in (tunnel, target, datagrams)])
+    url = ServerURL(*(Address("127.0.0.1", port_of([each])) for each in (tunnel, target)))
     share = inherited.share()
     for _ in range(3):
         server = Server(url, Settings(), None, Log("test"), share)
         server.start()
         inherited.refuse_unused()
         server.close()
-        with socket.create_connection(("127.0.0.1", ports[1]), timeout=5):
+        with connect(target.getsockname()):
             pass
 
 
