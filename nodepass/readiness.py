@@ -22,6 +22,7 @@ from nodepass.systemd import ServiceManager, extend_timeout, reloading, status
 
 MARGIN = 10.0  # seconds more than the program itself may take that systemd is asked to wait for it
 START_PERIOD = 1.0  # seconds, at most, between two looks while somebody may be watching the start
+SECOND_LOOK = 0.1  # seconds
 REPEAT = 60.0  # seconds between two lines about the same ailment
 
 
@@ -108,7 +109,12 @@ class Readiness:
         return True
 
     def _find_ailments(self) -> bool:
-        """Whether a tunnel is not well, which is logged."""
+        """Whether a tunnel is not well, also at a second look, which is logged.
+
+        Where it was this process that stood still for a while, what has arrived meanwhile is read between the two.
+        """
+        if any(tunnel.ailment() for tunnel in self._tunnels):
+            gevent.sleep(SECOND_LOOK)
         found = False
         for tunnel in self._tunnels:
             if ailment := tunnel.ailment():

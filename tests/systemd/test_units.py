@@ -26,7 +26,7 @@ needs_analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reas
 
 TUNNEL, VISITORS = ("127.0.0.1", 10101), ("127.0.0.1", 443)
 SERVER = "server://:10101/:443?tls=0"
-BRISK = {"REPORT_INTERVAL": "200ms", "SERVICE_COOLDOWN": "500ms", "DATA_PORT": "tunnel"}
+BRISK = {"REPORT_INTERVAL": "500ms", "SERVICE_COOLDOWN": "500ms", "DATA_PORT": "tunnel"}
 
 
 @pytest.fixture(scope="module")

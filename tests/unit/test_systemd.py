@@ -17,7 +17,7 @@ from nodepass.control import Control
 from nodepass.inherited import Inherited, Share
 from nodepass.listen import close_all, port_of
 from nodepass.log import Log
-from nodepass.readiness import Readiness
+from nodepass.readiness import SECOND_LOOK, Readiness
 from nodepass.server import Server
 from nodepass.stats import Stats
 from nodepass.systemd import PassedSocket, ServiceManager, status
@@ -71,19 +71,35 @@ def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_w
     running = gevent.spawn(readiness.run)
     stack.callback(running.kill)
 
-    def hears_the_watchdog() -> bool:
+    def hears_the_watchdog(within: float = 10) -> bool:
         manager.lines.clear()
-        gevent.sleep(0.05)
-        return "WATCHDOG=1" in manager.lines
+        with gevent.Timeout(within, False):
+            while "WATCHDOG=1" not in manager.lines:
+                gevent.sleep(0.01)
+            return True
+        return False
 
     assert hears_the_watchdog()
     tunnels[1].ill = "a broken leg"
-    assert not hears_the_watchdog()
+    assert not hears_the_watchdog(3 * SECOND_LOOK)
     tunnels[1].ill = ""
     assert hears_the_watchdog()
     tunnels[0].ill = "a cold"
     readiness.begin_stop()  # a drain is not cut short for that
     assert hears_the_watchdog()
+
+
+def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stack: ExitStack) -> None:
+    manager, tunnel = Heard.listening(), Tunnel()
+    readiness = Readiness(manager, [tunnel], Settings(report_interval=0.01), Log("test"))
+    running = gevent.spawn(readiness.run)
+    stack.callback(running.kill)
+    looks = iter(["nothing heard"])
+    tunnel.ailment = lambda: next(looks, "")  # type: ignore[method-assign]
+    with gevent.Timeout(10):
+        while not manager.lines:
+            gevent.sleep(0.01)
+    assert manager.lines[:2] == ["READY=1", "WATCHDOG=1"]
 
 
 def test_a_peer_that_is_silent_and_yet_connected_is_an_ailment(stack: ExitStack) -> None:
