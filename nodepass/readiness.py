@@ -21,10 +21,12 @@ from nodepass.net import reason
 from nodepass.systemd import ServiceManager, extend_timeout, reloading, status
 
 MARGIN = 10.0  # seconds more than the program itself may take that systemd is asked to wait for it
+START_PERIOD = 1.0  # seconds, at most, between two looks while somebody may be watching the start
+SECOND_LOOK = 0.1  # seconds
 REPEAT = 60.0  # seconds between two lines about the same ailment
 
 
-class Patient(Protocol):
+class Observed(Protocol):
     """What is asked of a tunnel."""
 
     log: Log
@@ -40,7 +42,7 @@ class Patient(Protocol):
 class Readiness:
     """Watches the tunnels, which the daemon may replace in their list, and tells the service manager."""
 
-    def __init__(self, manager: ServiceManager, tunnels: Sequence[Patient], settings: Settings, log: Log) -> None:
+    def __init__(self, manager: ServiceManager, tunnels: Sequence[Observed], settings: Settings, log: Log) -> None:
         self._manager = manager
         self._tunnels = tunnels
         self._settings = settings
@@ -85,8 +87,9 @@ class Readiness:
         deadline = time.monotonic() + limit if limit else float("inf")
         if limit:
             self._tell(extend_timeout(limit + MARGIN))
+        period = min(self._period, START_PERIOD)
         for index in range(len(self._tunnels)):
-            while not self._tunnels[index].ready.wait(min(self._period, max(0.0, deadline - time.monotonic()))):
+            while not self._tunnels[index].ready.wait(min(period, max(0.0, deadline - time.monotonic()))):
                 if time.monotonic() >= deadline:
                     raise StartError(f"no handshake within START_TIMEOUT ({format_duration(limit)}): {self._unready()}")
                 self._tell_state()
@@ -106,7 +109,12 @@ class Readiness:
         return True
 
     def _find_ailments(self) -> bool:
-        """Whether a tunnel is not well, which is logged."""
+        """Whether a tunnel is not well, also at a second look, which is logged.
+
+        Where it was this process that stood still for a while, what has arrived meanwhile is read between the two.
+        """
+        if any(tunnel.ailment() for tunnel in self._tunnels):
+            gevent.sleep(SECOND_LOOK)
         found = False
         for tunnel in self._tunnels:
             if ailment := tunnel.ailment():

@@ -58,10 +58,10 @@ class ServiceManager:
 
 def status(text: str) -> str:
     """The assignment of a status line, cut to what systemd takes."""
-    encoded = " ".join(text.split()).encode()
+    encoded = " ".join(text.split()).encode(errors="backslashreplace")
     if len(encoded) > LONGEST_STATUS:
-        text = encoded[:LONGEST_STATUS].decode(errors="ignore") + "…"
-    return f"STATUS={text}"
+        return f"STATUS={encoded[:LONGEST_STATUS].decode(errors='ignore')}…"
+    return f"STATUS={encoded.decode()}"
 
 
 def reloading() -> tuple[str, str]:
@@ -109,6 +109,6 @@ def _is_meant(pid: str, variable: str) -> bool:
 
 
 def _number(variable: str, text: str, lowest: int) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < lowest:
+    if not (text.isascii() and text.isdigit() and len(text) < 20) or int(text) < lowest:  # systemd's are of 64 bits
         raise ConfigError(f"{variable}: {text!r} is not usable; allowed: a whole number from {lowest} on")
     return int(text)

@@ -12,13 +12,13 @@ from nodepass.crew import Workers
 from nodepass.inherited import Share
 from nodepass.log import Log
 from nodepass.proofs import Key
-from nodepass.readiness import Patient
+from nodepass.readiness import Observed
 from nodepass.server import Server
 from nodepass.stats import Stats, View
 from nodepass.urls import ClientURL, ServerURL
 
 
-class Tunnel(Patient, Protocol):
+class Tunnel(Observed, Protocol):
     """What the process asks of a tunnel, in this order: start, run, stop_accepting, close."""
 
     stats: Stats

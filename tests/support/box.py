@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,10 @@ def booter_path() -> Path:
     return Path(os.environ.get("WITH_SYSTEMD", BOOTER))
 
 
+class BootError(Exception):
+    """No systemd can be booted here; the text is what was said."""
+
+
 class Box:
     """One such machine; a context manager that boots it and throws it away."""
 
@@ -63,10 +68,16 @@ class Box:
         # Credentials reach a unit through shared mounts, as a machine that was booted in earnest has them.
         holding = "mount --make-rshared / && echo up && exec cat"
         self._holder = subprocess.Popen(
-            [str(booter_path()), "sh", "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/"
+            [str(booter_path()), "sh", "-c", holding],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd="/",
         )
         assert self._holder.stdout is not None
-        assert self._holder.stdout.readline() == b"up\n"
+        first = self._holder.stdout.readline()
+        if first != b"up\n":
+            raise BootError((first + self._holder.communicate(timeout=PATIENCE)[0]).decode(errors="replace"))
         self._init = next(_children(_named_child(self._holder.pid, "unshare")))
         self.root = Path(f"/proc/{self._init}/root")
         self.network = Path(f"/proc/{self._init}/ns/net")
@@ -168,6 +179,10 @@ class Unit:
     def show(self, name: str) -> str:
         """A property of the service."""
         return self.box.systemctl("show", self.name, "--property", name, "--value").strip()
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a POSIX signal to its main process."""
+        self.box.systemctl("kill", "--signal", number.name, "--kill-who", "main", self.name)
 
     @property
     def pid(self) -> int:

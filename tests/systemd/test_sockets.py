@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.process import Nodepass, run
 from tests.support.sockets import Address, connect, datagram_socket, free_port, has_ipv6, parse_address
-from tests.support.systemd import Activated, NamedSocket
+from tests.support.systemd import Activated, NamedSocket, NotifySocket
 from tests.support.target import Target, bind_pair
 from tests.support.tunnel import BRISK, LISTENING, OurClient, assert_connected
 
@@ -221,3 +221,15 @@ def test_a_queue_that_systemd_made_longer_than_the_program_may_stays_so(stack: c
     assert before >= 8 << 20
     listening(start(stack, ports.named(), ports.url))
     assert ports.datagrams.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before
+
+
+def test_a_loop_that_ended_keeps_the_watchdog_waiting_and_is_named(stack: contextlib.ExitStack) -> None:
+    """Whoever shares a socket can end it for all: then nobody is let in any more, and only a restart helps."""
+    ports, notified = Ports(stack), stack.enter_context(NotifySocket())
+    server = start(stack, ports.named(), ports.url, NOTIFY_SOCKET=notified.address)
+    notified.wait_for("READY=1")
+    ports.target.shutdown(socket.SHUT_RDWR)
+    server.wait_for("ERROR .* the watchdog is kept waiting: the loop «accept visitors» has ended")
+    notified.forget()
+    with pytest.raises(AssertionError, match="no 'WATCHDOG=1' within"):
+        notified.wait_for("WATCHDOG=1", 1)

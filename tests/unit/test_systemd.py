@@ -1,0 +1,157 @@
+"""What is told to systemd of tunnels that ail, and sockets of systemd's that outlive a tunnel."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import gevent
+import pytest
+from gevent import socket as gevent_socket
+from gevent.event import Event
+
+from nodepass.config import Settings
+from nodepass.control import Control
+from nodepass.inherited import Inherited, Share
+from nodepass.listen import close_all, port_of
+from nodepass.log import Log
+from nodepass.readiness import SECOND_LOOK, Readiness
+from nodepass.server import Server
+from nodepass.stats import Stats
+from nodepass.systemd import PassedSocket, ServiceManager, status
+from nodepass.urls import Address, ServerURL
+from tests.support.sockets import connect
+from tests.support.target import bind_pair
+
+UNIT = "nodepass@web.socket"
+
+
+class Tunnel:
+    """A tunnel in whatever state a test wants."""
+
+    def __init__(self) -> None:
+        self.log = Log("tunnel")
+        self.ready = Event()
+        self.ready.set()
+        self.ill = ""
+
+    def status(self) -> str:
+        return "as always"
+
+    def ailment(self) -> str:
+        return self.ill
+
+
+class Heard(ServiceManager):
+    """A service manager that writes down what it is told."""
+
+    lines: list[str]
+
+    @classmethod
+    def listening(cls) -> Heard:
+        made = cls("/nowhere")
+        object.__setattr__(made, "lines", [])
+        return made
+
+    def notify(self, *lines: str) -> None:
+        self.lines.extend(lines)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_well(stack: ExitStack) -> None:
+    manager, tunnels = Heard.listening(), [Tunnel(), Tunnel()]
+    readiness = Readiness(manager, tunnels, Settings(report_interval=0.01), Log("test"))
+    running = gevent.spawn(readiness.run)
+    stack.callback(running.kill)
+
+    def hears_the_watchdog(within: float = 10) -> bool:
+        manager.lines.clear()
+        with gevent.Timeout(within, False):
+            while "WATCHDOG=1" not in manager.lines:
+                gevent.sleep(0.01)
+            return True
+        return False
+
+    assert hears_the_watchdog()
+    tunnels[1].ill = "a broken leg"
+    assert not hears_the_watchdog(3 * SECOND_LOOK)
+    tunnels[1].ill = ""
+    assert hears_the_watchdog()
+    tunnels[0].ill = "a cold"
+    readiness.begin_stop()  # a drain is not cut short for that
+    assert hears_the_watchdog()
+
+
+def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stack: ExitStack) -> None:
+    manager, tunnel = Heard.listening(), Tunnel()
+    readiness = Readiness(manager, [tunnel], Settings(report_interval=0.01), Log("test"))
+    running = gevent.spawn(readiness.run)
+    stack.callback(running.kill)
+    looks = iter(["nothing heard"])
+    tunnel.ailment = lambda: next(looks, "")  # type: ignore[method-assign]
+    with gevent.Timeout(10):
+        while not manager.lines:
+            gevent.sleep(0.01)
+    assert manager.lines[:2] == ["READY=1", "WATCHDOG=1"]
+
+
+def test_a_peer_that_is_silent_and_yet_connected_is_an_ailment(stack: ExitStack) -> None:
+    listener = stack.enter_context(gevent_socket.create_server(("127.0.0.1", 0)))
+    peer = stack.enter_context(gevent_socket.create_connection(listener.getsockname()))
+    accepted = stack.enter_context(listener.accept()[0])
+    control = Control(accepted, 0.05, Log("test"), Stats())
+    assert not control.ailment()
+    control.agree(2, 0.05)
+    gevent.sleep(0.25)
+    assert "was not given up" in control.ailment()
+    peer.sendall(b"\n")
+    control.read_line()
+    assert not control.ailment()
+    control.agree(1, 0.001)
+    time.sleep(0.01)
+    assert not control.ailment()  # a v1 client never says anything
+
+
+def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_them_open(stack: ExitStack) -> None:
+    passed = [stack.enter_context(each) for _ in range(2) for each in bind_pair("127.0.0.1")]
+    tunnel, _, target, datagrams = passed
+    inherited = Inherited([PassedSocket(UNIT, each) for each in (tunnel, target, datagrams)])
+    url = ServerURL(*(Address("127.0.0.1", port_of([each])) for each in (tunnel, target)))
+    share = inherited.share()
+    for _ in range(3):
+        server = Server(url, Settings(), None, Log("test"), share)
+        server.start()
+        inherited.refuse_unused()
+        server.close()
+        with connect(target.getsockname()):
+            pass
+
+
+def test_what_one_tunnel_has_taken_is_for_no_other_and_for_no_other_purpose(stack: ExitStack) -> None:
+    sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    inherited = Inherited([PassedSocket(UNIT, sock)])
+    mine, other = inherited.share(), inherited.share()
+    address = Address("", port_of([sock]))
+
+    def takes(share: Share, role: str) -> bool:
+        taken = share.take(role, socket.SOCK_STREAM, address, [])
+        close_all(taken)
+        return bool(taken)
+
+    assert takes(mine, "tunnel")
+    assert takes(mine, "tunnel")
+    assert not takes(mine, "target")
+    assert not takes(other, "tunnel")
+
+
+def test_a_status_is_one_line_of_whole_characters() -> None:
+    assert status("one\ntwo\udc80") == "STATUS=one two\\udc80"
+    cut = status("«" * 3000)
+    assert cut == "STATUS=" + "«" * 500 + "…"

@@ -1,0 +1,55 @@
+"""The files of contrib/systemd agree with the program."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nodepass.config import parse_duration, rows
+from nodepass.limits import OWN, PER_SESSION
+from nodepass.net import KEEPALIVE
+from nodepass.secret import CREDENTIAL
+
+UNITS = Path(__file__).resolve().parents[2] / "contrib" / "systemd"
+EXAMPLE = (UNITS / "example.env").read_text()
+SERVICE = (UNITS / "nodepass@.service").read_text()
+SOCKET = (UNITS / "nodepass@.socket").read_text()
+
+
+def value(unit: str, name: str) -> str:
+    """The one value of a setting of a unit."""
+    (found,) = re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE)
+    return str(found)
+
+
+@pytest.mark.parametrize("name", rows())
+def test_the_example_has_every_setting_commented_with_its_default(name: str) -> None:
+    assert f"\n#{name.upper()}={rows()[name].default}\n" in EXAMPLE
+
+
+def test_the_example_has_no_setting_that_does_not_exist() -> None:
+    known = {name.upper() for name in rows()} | {"NODEPASS_URL", "TUNNEL_KEY_FILE"}
+    assert set(re.findall(r"^#?([A-Z_]+)=", EXAMPLE, re.MULTILINE)) == known
+
+
+def test_the_unit_waits_longer_than_the_program_does() -> None:
+    assert float(value(SERVICE, "TimeoutStopSec").rstrip("s")) > parse_duration(rows()["shutdown_timeout"].default)
+    start = value(SERVICE, "Environment").removeprefix("START_TIMEOUT=")
+    assert float(value(SERVICE, "TimeoutStartSec").rstrip("s")) > parse_duration(start)
+
+
+def test_the_unit_allows_as_many_descriptors_as_the_defaults_need() -> None:
+    sessions, pool = (int(rows()[name].default) for name in ("semaphore_limit", "max_pool_capacity"))
+    assert int(value(SERVICE, "LimitNOFILE")) > PER_SESSION * sessions + pool + OWN
+
+
+def test_the_unit_names_the_credential_that_the_program_looks_for() -> None:
+    assert f"\nLoadCredential={CREDENTIAL}:nodepass.%i.{CREDENTIAL}\n" in SERVICE
+
+
+def test_the_socket_unit_sets_the_options_that_the_program_sets() -> None:
+    seconds = [int(value(SOCKET, f"KeepAlive{name}").rstrip("s")) for name in ("TimeSec", "IntervalSec", "Probes")]
+    assert tuple(seconds) == KEEPALIVE
+    assert value(SOCKET, "NoDelay") == value(SOCKET, "KeepAlive") == value(SOCKET, "PassPacketInfo") == "yes"
