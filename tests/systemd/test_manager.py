@@ -1,0 +1,288 @@
+"""contrib/systemd/nodepass-manager on a machine that a real systemd booted, from install to uninstall, offline."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.support.box import BootError, Box, why_not
+from tests.support.process import REPOSITORY
+from tests.support.sockets import connect
+from tests.support.target import Target
+from tests.support.tunnel import OurClient, assert_connected
+from tests.support.wheels import build_wheel, pack_needed
+
+MANAGER = REPOSITORY / "contrib" / "systemd" / "nodepass-manager"
+REASON = why_not()
+needs_box = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+SERVER = "server://127.0.0.1:10101/127.0.0.1:8080?tls=1"
+ENV = "/etc/nodepass/web.env"
+KEY = "/etc/credstore/nodepass.web.tunnel-key"
+UNIT = "/etc/systemd/system/nodepass@.service"
+COMMANDS = ("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart", "delete", "logs")
+DROP_IN = """\
+[Service]
+# The kernel makes no user namespace below a chroot, which the box is.
+PrivateUsers=no
+"""
+
+
+class ManagedBox(Box):
+    """A box in which nothing is installed: that is the manager's business."""
+
+    def prepare(self, wheels: Path) -> None:
+        """Put wheels, manager and a key where a user would have them."""
+        for wheel in wheels.iterdir():
+            target = self.root / "srv/wheels" / wheel.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(wheel.read_bytes())
+        self.write("/srv/nodepass-manager", MANAGER.read_text(), 0o755)
+        self.write("/srv/key", "0123456789abcdef" * 4, 0o600)
+        self.write("/etc/systemd/system/nodepass@.service.d/box.conf", DROP_IN)
+
+    def _install(self) -> None:
+        self.python = self._provide_python()
+
+    def manage(self, *arguments: str) -> tuple[int, str]:
+        """Run the manager; its exit status and what it printed."""
+        said = self.run("sh", "-c", '"$@"; echo "status $?"', "sh", self.python, "/srv/nodepass-manager", *arguments)
+        found = re.search(r"status (\d+)$", said.strip(), re.MULTILINE)
+        assert found, said
+        return int(found[1]), said
+
+    def do(self, *arguments: str) -> str:
+        """Run the manager, which must succeed; what it printed."""
+        code, said = self.manage(*arguments)
+        assert code == 0, said
+        return said
+
+    def refuse(self, *arguments: str) -> str:
+        """Run the manager, which must refuse; what it printed."""
+        code, said = self.manage(*arguments)
+        assert code == 1, said
+        return said
+
+    def read(self, path: str) -> str:
+        return (self.root / path.removeprefix("/")).read_text()
+
+    def has(self, path: str) -> bool:
+        return os.path.lexists(self.root / path.removeprefix("/"))
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheels")
+    build_wheel(folder, tmp_path_factory.mktemp("workspace"))
+    pack_needed(folder)
+    return folder
+
+
+@pytest.fixture
+def box(wheels: Path) -> Iterator[ManagedBox]:
+    with contextlib.ExitStack() as stack:
+        try:
+            booted = stack.enter_context(ManagedBox())
+        except BootError as error:
+            pytest.skip(f"systemd does not boot here: {error}")
+        booted.prepare(wheels)
+        yield booted
+
+
+@needs_box
+def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
+    box: ManagedBox, manager: ModuleType
+) -> None:
+    read_environment(box, manager)
+    wheel = next((box.root / "srv/wheels").glob("nodepass-*.whl")).name
+    installing = ("--wheel", f"/srv/wheels/{wheel}", "--find-links", "/srv/wheels", "--python", box.python)
+    assert "nodepass is not installed" in box.refuse("create", "web", "--url", SERVER)
+    assert "nothing to update" in box.refuse("update", *installing)
+    box.do("install", *installing)
+    assert "nodepass 0." in box.run("/usr/local/bin/nodepass", "--version")
+    assert ".Dt NODEPASS 1" in box.run("cat", "/usr/local/share/man/man1/nodepass.1")
+    assert "ExecStart=/usr/local/bin/nodepass" in box.read(UNIT)
+    create(box)
+    carry(box)
+    edit(box)
+    assert "still running the release before: web" in box.do("update", *installing)
+    assert (box.root / "usr/local/lib/nodepass/current").readlink() == Path("2")
+    stop_and_delete(box)
+    uninstall(box)
+
+
+def create(box: ManagedBox) -> None:
+    assert "fail url: " in box.refuse("create", "web", "--url", "server://:1/:2?tls=7")
+    assert not box.has(ENV)
+    box.do("create", "web", "--url", SERVER, "--set", "DATA_PORT=tunnel", "--key-file", "/srv/key")
+    assert f'NODEPASS_URL="{SERVER}"\nDATA_PORT="tunnel"\n' in box.read(ENV)
+    assert (box.root / ENV[1:]).stat().st_mode & 0o777 == 0o640
+    assert (box.root / KEY[1:]).stat().st_mode & 0o777 == 0o600
+    assert re.search(rf"web +active +enabled +{re.escape(SERVER)}", box.do("list"))
+    assert "is there already" in box.refuse("create", "web", "--url", SERVER)
+
+
+def carry(box: ManagedBox) -> None:
+    """Check that the instance is a server that has the key, and serves."""
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(box.inside(Target))
+        client = OurClient(("127.0.0.1", 10101), target.address, env={"TUNNEL_KEY": box.read("/srv/key")})
+        box.inside(lambda: stack.enter_context(client))
+        client.wait_until_connected()
+        visitor = stack.enter_context(box.inside(lambda: connect(("127.0.0.1", 8080))))
+        with target.accept() as service:
+            assert_connected(visitor, service)
+
+
+def edit(box: ManagedBox) -> None:
+    before = box.read(ENV)
+    assert "SEMAPHORE_LIMIT: 'many'" in box.refuse("edit", "web", "--set", "SEMAPHORE_LIMIT=many")
+    assert box.read(ENV) == before
+    box.do("edit", "web", "--set", "SEMAPHORE_LIMIT=77", "--unset", "DATA_PORT", "--restart")
+    assert 'SEMAPHORE_LIMIT="77"' in box.read(ENV)
+    assert "DATA_PORT" not in box.read(ENV)
+    assert box.systemctl("is-active", "nodepass@web.service").strip() == "active"
+    assert "listening: tunnel 127.0.0.1:10101" in box.do("logs", "web")
+
+
+def stop_and_delete(box: ManagedBox) -> None:
+    box.do("restart", "web")
+    box.do("stop", "web")
+    assert re.search(r"web +inactive +enabled", box.do("list"))
+    box.do("start", "web")
+    assert "Say --yes" in box.refuse("delete", "web")
+    assert box.has(ENV)
+    box.do("delete", "web", "--yes")
+    assert not box.has(ENV)
+    assert not box.has(KEY)
+    assert "web" not in box.do("list")
+    assert box.systemctl("is-active", "nodepass@web.service", check=False).strip() == "inactive"
+
+
+def uninstall(box: ManagedBox) -> None:
+    box.do("create", "kept", "--url", SERVER, "--no-start")
+    box.do("uninstall", "--yes")
+    for path in ("/usr/local/bin/nodepass", "/usr/local/lib/nodepass", UNIT):
+        assert not box.has(path)
+    assert box.has("/etc/nodepass/kept.env")
+    box.do("uninstall", "--yes", "--purge")
+    assert not box.has("/etc/nodepass")
+
+
+def read_environment(box: ManagedBox, manager: ModuleType) -> None:
+    """Check that systemd reads the same from an environment file as the manager."""
+    values = {f"V{number}": value for number, value in enumerate(VALUES)}
+    hand = "V50=a\\ b  \nV51='single $x \\n' # no comment\nV52=\"a\\nb\"c\n; a comment\nV53=one \\\n two\n"
+    text = manager.change_environment(hand, values)
+    box.write("/srv/some.env", text)
+    shown = box.run("systemd-run", "--wait", "--pipe", "--quiet", "-p", "EnvironmentFile=/srv/some.env", "env", "-0")
+    seen = dict(part.partition("=")[::2] for part in shown.split("\0") if part.startswith("V"))
+    assert seen == manager.parse_environment(text)
+
+
+@pytest.fixture(scope="module")
+def manager() -> ModuleType:
+    """The script as a module."""
+    loader = importlib.machinery.SourceFileLoader("nodepass_manager", str(MANAGER))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = writes
+    return module
+
+
+def test_units_call_the_program_where_its_prefix_is(
+    manager: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "UNITS", tmp_path)
+    manager.install_units(tmp_path / "no release", Path("/opt/tunnel"))
+    assert "\nExecStart=/opt/tunnel/bin/nodepass" in (tmp_path / "nodepass@.service").read_text()
+    assert manager.PREFIX.as_posix() not in (tmp_path / "nodepass@.service").read_text()
+
+
+VALUES = [
+    "",
+    "plain",
+    "two words",
+    'a "quoted" one',
+    "it's",
+    "back\\slash",
+    "a\\$b`c`",
+    "$HOME ${X} %i %%",
+    "?a=1&b=2;#c",
+    "é",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_what_is_written_is_read_back(manager: ModuleType, value: str) -> None:
+    text = manager.change_environment("# kept\nA=old\nOTHER=1\n", {"A": value})
+    assert text.startswith("# kept\nOTHER=1\n")
+    assert manager.parse_environment(text) == {"A": value, "OTHER": "1"}
+
+
+@pytest.mark.parametrize("line", ["no assignment", "=value", "1A=x"])
+def test_a_line_that_is_no_assignment_is_refused(manager: ModuleType, line: str) -> None:
+    with pytest.raises(manager.Problem, match="not a line of an environment file"):
+        manager.parse_environment(line)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "a b", "ü", "a" * 65, "a@b", "a%i"])
+def test_names_that_no_unit_can_have_are_refused(manager: ModuleType, name: str) -> None:
+    with pytest.raises(manager.Problem, match="the name is not usable"):
+        manager.instance(name, exists=None)
+
+
+def test_a_value_with_a_newline_is_refused(manager: ModuleType) -> None:
+    with pytest.raises(manager.Problem, match="printable"):
+        manager.change_environment("", {"A": "1\nTUNNEL_KEY=2"})
+
+
+def manage(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(MANAGER), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+
+
+def test_without_a_terminal_and_a_command_it_says_so() -> None:
+    done = manage()
+    assert done.returncode == 2
+    assert "no command given" in done.stderr
+
+
+def test_every_command_has_its_help() -> None:
+    listed = manage("--help").stdout
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}$|^ +{command} ", listed, re.MULTILINE)
+    assert "--key-file" in manage("create", "--help").stdout
+
+
+def test_the_menu_offers_every_command_and_leaves() -> None:
+    reading, writing = pty.openpty()
+    with open(reading, "r+b", buffering=0) as terminal:
+        menu = subprocess.Popen([sys.executable, str(MANAGER)], stdin=writing, stdout=writing, stderr=writing)
+        os.close(writing)
+        terminal.write(b"list\nnonsense\nlogs\nno such\nq\n")
+        said = b""
+        with contextlib.suppress(OSError):  # the other end has closed
+            while data := terminal.read(4096):
+                said += data
+        assert menu.wait(20) == 0
+    text = said.decode()
+    assert text.count("11  logs") == 4
+    assert "NAME" in text
+    assert "instance 'no such': the name is not usable" in text
