@@ -33,7 +33,7 @@ def read_readme() -> str:
 
 
 # What belongs to the program and is no Python: where a prefix has it, or a virtual environment.
-DATA = {"share/man/man1": "docs/nodepass.1", "share/nodepass/systemd": "contrib/systemd/nodepass*"}
+DATA = {"share/man/man1": "docs/nodepass.1", "share/nodepass/systemd": "contrib/systemd/*"}
 
 
 def find_data() -> list[tuple[str, list[str]]]:

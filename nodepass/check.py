@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,10 +21,11 @@ from nodepass.check_client import check_client
 from nodepass.config import Settings
 from nodepass.errors import ConfigError, ListenError
 from nodepass.findings import BAD_INPUT, Findings
-from nodepass.inherited import DATA, TARGET, TUNNEL
+from nodepass.inherited import DATA, TARGET, TUNNEL, Inherited, Share
 from nodepass.limits import survey
 from nodepass.listen import close_all, listen_in_range, listen_tcp, listen_udp
 from nodepass.net import resolve
+from nodepass.systemd import ServiceManager
 from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def run(
     texts: Sequence[str],
     read_settings: Callable[[], Settings],
     key_file: str | None,
-    environ: Mapping[str, str],
+    environ: MutableMapping[str, str],
     stream: TextIO | None = None,
 ) -> int:
     """Check the tunnels of these URLs; the exit status."""
@@ -48,13 +49,14 @@ def run(
     urls = [url for text in texts if (url := _parse(text, findings))]
     settings = _settings(read_settings, findings)
     key = _key(key_file, environ, findings)
+    inherited = _inherit(environ, findings)
     if settings is None or findings.status == BAD_INPUT:
         return findings.status
     settings = _limits(settings, urls, findings)
     servers = [url for url in urls if isinstance(url, ServerURL)]
     with ExitStack() as held:  # until all are checked: two URLs may want the same port
         for url in servers:
-            _Server(url, settings, findings, environ, held).check()
+            _Server(url, settings, findings, inherited.share(), held).check()
     for url in urls:
         if isinstance(url, ClientURL):
             check_client(url, settings, key, findings, {each.tunnel.port for each in servers})
@@ -108,6 +110,15 @@ def _mode(path: str) -> str:
         return "unknown"
 
 
+def _inherit(environ: MutableMapping[str, str], findings: Findings) -> Inherited:
+    """The sockets that systemd has passed, if it was asked to start a check with them."""
+    try:
+        return Inherited(ServiceManager.take(environ).sockets)
+    except ConfigError as error:
+        findings.bad("systemd", str(error))
+        return Inherited()
+
+
 def _limits(settings: Settings, urls: Sequence[ServerURL | ClientURL], findings: Findings) -> Settings:
     limits = survey(settings, max(1, len(urls)), may_need_tls(urls))
     findings.ok("limits", limits.line.removeprefix("limits: "))
@@ -119,13 +130,11 @@ def _limits(settings: Settings, urls: Sequence[ServerURL | ClientURL], findings:
 class _Server:
     """One server URL: its certificate and its addresses."""
 
-    def __init__(
-        self, url: ServerURL, settings: Settings, findings: Findings, environ: Mapping[str, str], held: ExitStack
-    ) -> None:
+    def __init__(self, url: ServerURL, settings: Settings, findings: Findings, share: Share, held: ExitStack) -> None:
         self._url = url
         self._ports = settings.data_port
         self._findings = findings
-        self._is_activated = "LISTEN_FDS" in environ
+        self._share = share
         self._held = held
 
     def check(self) -> None:
@@ -133,13 +142,14 @@ class _Server:
         url, ports = self._url, self._ports
         if url.tls == 2:
             self._check_certificate()
-        stream, datagram = socket.SOCK_STREAM, socket.SOCK_DGRAM
-        self._listen("tunnel address", url.tunnel, stream, lambda: listen_tcp(url.tunnel, TUNNEL))
+        stream, datagram, share = socket.SOCK_STREAM, socket.SOCK_DGRAM, self._share
+        self._listen("tunnel address", url.tunnel, stream, lambda: listen_tcp(url.tunnel, TUNNEL, share))
         if not ports.tunnel:
-            data = Address(url.tunnel.host, ports.last)
-            self._listen("data port", data, stream, lambda: listen_in_range(url.tunnel.host, ports, DATA))
-        self._listen("target address (tcp)", url.target, stream, lambda: listen_tcp(url.target, TARGET))
-        self._listen("target address (udp)", url.target, datagram, lambda: listen_udp(url.target, TARGET))
+            host = url.tunnel.host
+            data = Address(host, ports.last)
+            self._listen("data port", data, stream, lambda: listen_in_range(host, ports, DATA, share))
+        self._listen("target address (tcp)", url.target, stream, lambda: listen_tcp(url.target, TARGET, share))
+        self._listen("target address (udp)", url.target, datagram, lambda: listen_udp(url.target, TARGET, share))
 
     def _listen(self, what: str, address: Address, kind: int, listen: Callable[[], list[socket.socket]]) -> None:
         where = self._url.name
@@ -164,7 +174,7 @@ class _Server:
             return False
         text = f"{what} {address}: in use"
         strangers = [each for each in holders if not (each.is_nodepass or each.is_systemd)]
-        if any(each.pid == os.getpid() for each in holders) and not self._is_activated:
+        if any(each.pid == os.getpid() for each in holders):
             self._findings.fail(self._url.name, f"{text} by another URL of this command")
         elif strangers:
             self._findings.fail(self._url.name, f"{text} by {strangers[0]}")
