@@ -1,5 +1,6 @@
 # Build:  docker build -t nodepass .
-# Run:    docker run --rm --read-only --network host nodepass "server://:10101/:8080?tls=1"
+# Run:    docker run --rm --read-only -p 10101:10101 -p 8080:8080 -e DATA_PORT=tunnel nodepass "server://:10101/:8080?tls=1"
+# More:   docs/containers.md
 ARG PYTHON_VERSION=3.13
 
 FROM python:${PYTHON_VERSION}-slim AS build
@@ -11,11 +12,14 @@ RUN /opt/nodepass/bin/pip install -r /src/requirements.txt
 COPY setup.py README.md LICENSE /src/
 COPY nodepass /src/nodepass
 # Installing compiles the byte code too, so the running container never has to write any.
-RUN /opt/nodepass/bin/pip install --no-deps /src && /opt/nodepass/bin/pip uninstall --yes pip
+RUN /opt/nodepass/bin/pip install "/src[metrics]" && /opt/nodepass/bin/pip uninstall --yes pip
 
 FROM python:${PYTHON_VERSION}-slim
 COPY --from=build /opt/nodepass /opt/nodepass
-ENV PATH=/opt/nodepass/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+# For the health check. /dev/shm can be written to in every container, also where the root file system is read-only.
+ENV PATH=/opt/nodepass/bin:$PATH PYTHONDONTWRITEBYTECODE=1 METRICS_LISTEN=unix:/dev/shm/nodepass.sock
 USER 65532:65532
+# The program is process 1: it handles the signals itself, and starts no other.
 STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=5s --start-period=5s --retries=3 CMD ["python", "-m", "nodepass.health"]
 ENTRYPOINT ["nodepass"]

@@ -74,7 +74,15 @@ setup(
     extras_require={
         "metrics": [METRICS],
         "top": [METRICS, RICH],
-        "test": ["setuptools>=77", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", METRICS, RICH],
+        "test": [
+            "setuptools>=77",
+            "PyYAML>=6,<7",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            METRICS,
+            RICH,
+        ],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH],
         "bench": ["matplotlib>=3.8,<4"],
         "fuzz": ["atheris>=3,<4; python_version >= '3.11' and python_version < '3.14'"],

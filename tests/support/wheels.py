@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -33,9 +33,9 @@ SOURCES = (
 )
 
 
-def build_wheel(folder: Path, workspace: Path) -> Path:
+def build_wheel(folder: Path, workspace: Path, sources: Sequence[str] = SOURCES) -> Path:
     """The wheel of this project, built in a copy so that the checkout stays as it is."""
-    for name in SOURCES:
+    for name in sources:
         source, copy = REPOSITORY / name, workspace / name
         if source.is_dir():
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))

@@ -11,7 +11,7 @@ PACKAGE = Path(nodepass.__file__).parent
 
 # From the bottom up; modules on one line do not know each other. CONTRIBUTING.md says what each level is for.
 LEVELS = (
-    ("__init__", "errors", "capacity", "frames"),
+    ("__init__", "errors", "capacity", "frames", "health"),
     ("config", "urls", "protocol", "stats", "log", "secret", "systemd"),
     ("proofs", "top_scrape", "findings"),
     ("net", "sorting", "verification", "limits", "top_table", "bios"),
