@@ -1,4 +1,4 @@
-"""What the kernel says of this machine's sockets, from /proc/net: who holds a port, and whether a peer is connected.
+"""What the kernel says of this machine's sockets, from /proc/self/net: who holds a port, and whether a peer is connected.
 
 For `nodepass --check`, which must not mistake the running program for a stranger. What cannot be read is not there.
 """
@@ -74,7 +74,7 @@ class _Row:
 
 def _rows(kind: int) -> Iterator[_Row]:
     for table, family in _TABLES[kind]:
-        with contextlib.suppress(OSError), open(f"/proc/net/{table}") as file:
+        with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as file:
             next(file)
             for line in file:
                 columns = line.split()

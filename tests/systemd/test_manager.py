@@ -32,6 +32,7 @@ ENV = "/etc/nodepass/web.env"
 KEY = "/etc/credstore/nodepass.web.tunnel-key"
 UNIT = "/etc/systemd/system/nodepass@.service"
 COMMANDS = ("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart", "delete", "logs")
+CHECK_FIRST = "[Service]\nExecStartPre=/usr/local/bin/nodepass --check\n"
 DROP_IN = """\
 [Service]
 # The kernel makes no user namespace below a chroot, which the box is.
@@ -113,6 +114,9 @@ def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
     assert "nodepass 0." in box.run("/usr/local/bin/nodepass", "--version")
     assert ".Dt NODEPASS 1" in box.run("cat", "/usr/local/share/man/man1/nodepass.1")
     assert "ExecStart=/usr/local/bin/nodepass" in box.read(UNIT)
+    box.write("/etc/systemd/system/nodepass@.service.d/check.conf", CHECK_FIRST)
+    box.systemctl("daemon-reload")
+    start_by_socket(box)
     create(box)
     carry(box)
     edit(box)
@@ -120,6 +124,19 @@ def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
     assert (box.root / "usr/local/lib/nodepass/current").readlink() == Path("2")
     stop_and_delete(box)
     uninstall(box)
+
+
+def start_by_socket(box: ManagedBox) -> None:
+    """Check that a check before the start of a hardened unit takes its socket unit's ports for what they are."""
+    box.do("create", "edge", "--url", "server://:10101/:443?tls=0", "--set", "DATA_PORT=tunnel", "--no-start")
+    box.systemctl("start", "nodepass@edge.socket")
+    box.systemctl("start", "nodepass@edge.service")
+    said = box.do("logs", "edge")
+    assert "warn server:10101: tunnel address :10101: in use, by whom cannot be seen" in said
+    assert "warn server:10101: target address (udp) :443: in use, by whom cannot be seen" in said
+    assert "listening: tunnel" in said
+    box.do("delete", "edge", "--yes")
+    assert box.systemctl("is-active", "nodepass@edge.socket", check=False).strip() == "inactive"
 
 
 def create(box: ManagedBox) -> None:
@@ -153,7 +170,9 @@ def edit(box: ManagedBox) -> None:
     assert 'SEMAPHORE_LIMIT="77"' in box.read(ENV)
     assert "DATA_PORT" not in box.read(ENV)
     assert box.systemctl("is-active", "nodepass@web.service").strip() == "active"
-    assert "listening: tunnel 127.0.0.1:10101" in box.do("logs", "web")
+    said = box.do("logs", "web")
+    assert "ok   server:10101: tunnel address 127.0.0.1:10101: can be listened on" in said
+    assert "listening: tunnel 127.0.0.1:10101" in said
 
 
 def stop_and_delete(box: ManagedBox) -> None:
