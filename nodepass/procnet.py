@@ -1,4 +1,4 @@
-"""What the kernel says of this machine's sockets, from /proc/self/net: who holds a port, and whether a peer is connected.
+"""What the kernel says of this machine's sockets (/proc/self/net): who holds a port, whether a peer is connected.
 
 For `nodepass --check`, which must not mistake the running program for a stranger. What cannot be read is not there.
 """
