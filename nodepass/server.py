@@ -111,7 +111,7 @@ class Server:
         """Take no new visitors but those that have connected already; sessions, and the client they need, go on."""
         self._stopping = True
         self._doors.kill()
-        with gevent.Timeout(self._settings.shutdown_timeout, False):
+        with contextlib.suppress(TimeoutError), gevent.Timeout(self._settings.shutdown_timeout, TimeoutError()):
             for listener in self._listeners.get("tcp", []):
                 for sock, peer in accept_waiting(listener, self._wait_for_slot):
                     self.sessions.spawn("serve visitor", self._serve_visitor, sock, peer)
