@@ -118,6 +118,7 @@ def main(arguments: Sequence[str]) -> int:
     except ListenError as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 1
+    log.finish()
     return BUGS if daemon.bugs else 0
 
 

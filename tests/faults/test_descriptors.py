@@ -68,7 +68,7 @@ def assert_bears_it(run: Nodepass, address: Address) -> None:
             time.sleep(0.02)
         passed = time.monotonic() - began
         assert cpu_seconds(run.pid) - used < passed / 2, "it spins"
-        lines = run.find("too many open files", mark)
+        lines = [line for line in run.find("too many open files", mark) if "more lines" not in line]
         assert lines
         for where in ("accept", "data connection", "target"):
             assert sum(where in line for line in lines) <= passed + 2, f"it floods the log: {lines}"
