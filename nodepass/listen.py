@@ -23,7 +23,7 @@ from nodepass.urls import Address
 
 BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
 UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max
-ACCEPTS_PER_TURN = 16  # then the accepted ones get to run
+ACCEPTS_PER_TURN = 4  # then others get theirs: a handshake that follows may take half a millisecond
 ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, EMFILE above all
 _CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
 

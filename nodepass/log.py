@@ -150,4 +150,4 @@ def finish() -> None:
     try:
         sys.stderr.flush()
     except OSError:
-        sys.stderr = None  # type: ignore[assignment]  # the interpreter would try again, and exit with status 120
+        sys.stderr = None  # the interpreter would try again, and exit with status 120
