@@ -129,7 +129,8 @@ class Attachment:
             sock = self._lasting.target.dial(self._settings.handshake_timeout)
         except OSError as error:
             self._stats.tcp.ended["unreachable"] += 1
-            self._log.limited(logging.WARNING, "target", "cannot reach the target: %s", reason(error))
+            why = reason(error)
+            self._log.limited(logging.WARNING, f"target: {why}", "cannot reach the target: %s", why, burst=1)
             data.abort()  # the visitor is refused, too
             return
         log.debug("target %s connected", self._lasting.target)

@@ -130,6 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     except (ListenError, StartError) as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 1
+    log.finish()
     return BUGS if daemon.bugs else 0
 
 

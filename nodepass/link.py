@@ -14,11 +14,11 @@ from gevent.lock import Semaphore
 
 from nodepass.config import Settings
 from nodepass.control import Control
-from nodepass.errors import NoDataConnection, RefusedError
+from nodepass.errors import ClosedError, NoDataConnection, RefusedError
 from nodepass.fillers import AcceptingFiller
 from nodepass.handshake import Agreement, Caller, answer
 from nodepass.log import Log
-from nodepass.net import Socket, plain_host
+from nodepass.net import Socket, acknowledged, plain_host
 from nodepass.proofs import Key
 from nodepass.protocol import BUSY, LANE, Launch, Tunnel
 from nodepass.server_pool import ServerPool
@@ -73,6 +73,8 @@ class Link:
         Who has proven the key takes over at once; anybody else only from a client that gives no sign of life.
         """
         with self._admission:
+            if acknowledged(control.sock) is None:
+                raise ClosedError("it has gone while it waited for its turn")
             if incumbent := self.control:
                 if caller.challenge:
                     self._log.warning(

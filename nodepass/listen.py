@@ -25,7 +25,7 @@ from nodepass.urls import Address
 
 BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
 UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max
-ACCEPTS_PER_TURN = 16  # then the accepted ones get to run
+ACCEPTS_PER_TURN = 4  # then others get theirs: a handshake that follows may take half a millisecond
 ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, EMFILE above all
 _WHAT = {TUNNEL: "tunnel address", DATA: "data port", TARGET: "target address"}
 _CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
@@ -182,18 +182,31 @@ def accept_forever(
         count += 1
 
 
-def _accept(listener: Any) -> tuple[Socket, Endpoint]:
-    """Accept below gevent: its own `accept` makes a socket and two watchers, 10 of the 17 microseconds."""
+def accept_waiting(listener: socket.socket, ready: Callable[[], object]) -> Iterator[tuple[Socket, Endpoint]]:
+    """What has connected until now, as far as it can be accepted: closing the listener would reset it."""
+    for _ in range(BACKLOG):
+        ready()
+        try:
+            yield _accept_now(listener)
+        except OSError:
+            return
+
+
+def _accept(listener: socket.socket) -> tuple[Socket, Endpoint]:
     while True:
         try:
-            fileno, sockaddr = listener._sock._accept()
+            return _accept_now(listener)
         except BlockingIOError:
             wait_readable(listener)
-            continue
-        family = listener._sock.family
-        sock = Socket(family, socket.SOCK_STREAM, 0, fileno)
-        sock.setblocking(False)
-        return sock, Endpoint(family, sockaddr)
+
+
+def _accept_now(listener: Any) -> tuple[Socket, Endpoint]:
+    """Accept below gevent: its own `accept` makes a socket and two watchers, 10 of the 17 microseconds."""
+    fileno, sockaddr = listener._sock._accept()
+    family = listener._sock.family
+    sock = Socket(family, socket.SOCK_STREAM, 0, fileno)
+    sock.setblocking(False)
+    return sock, Endpoint(family, sockaddr)
 
 
 _IP_PKTINFO = 8  # <linux/in.h>; the standard library names it from Python 3.14 on

@@ -23,6 +23,7 @@ from nodepass.inherited import DATA, TUNNEL, Share
 from nodepass.link import Link
 from nodepass.listen import (
     accept_forever,
+    accept_waiting,
     close_all,
     listen_in_range,
     listen_target,
@@ -121,9 +122,13 @@ class Server:
             yield self._loops.spawn("watch certificate", self._certificate.watch, self._settings.reload_interval)
 
     def stop_accepting(self) -> None:
-        """Take no new visitors; running sessions, and the client that serves them, go on."""
+        """Take no new visitors but those that have connected already; sessions, and the client they need, go on."""
         self._stopping = True
         self._doors.kill()
+        with contextlib.suppress(TimeoutError), gevent.Timeout(self._settings.shutdown_timeout, TimeoutError()):
+            for listener in self._listeners.get("tcp", []):
+                for sock, peer in accept_waiting(listener, self._wait_for_slot):
+                    self.sessions.spawn("serve visitor", self._serve_visitor, sock, peer)
         close_all(self._listeners.get("tcp", []))  # not the UDP sockets: sessions answer from them
 
     def close(self) -> None:

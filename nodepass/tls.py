@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.x509 import Certificate
+from gevent.socket import wait_read
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
@@ -28,6 +29,7 @@ BATCH = 131072  # bytes per read from the kernel and of payload per write; from 
 FLIGHT = 4096  # bytes of the handshake that one look usually finds
 RECORD = 16384  # bytes of payload in one TLS record, at most
 RECORD_OVERHEAD = 64  # bytes that TLS adds to a record, at most
+FEEDS = 8  # reads from the kernel in a row that bring nothing to read: key updates, tickets, alerts
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 # AES-128 first: as safe as anything here needs, and the cheapest per byte.
@@ -55,13 +57,18 @@ class TLSStream(SocketStream):
         return not self._drained
 
     def read(self, buffer: memoryview) -> int:
-        while True:
+        for _ in range(FEEDS):
             received = None if self._drained else self._decrypt(buffer)
             if received is not None:
                 return received
-            self._feed(records := self._raw.recv(BATCH))
+            records = self._raw.recv(BATCH)
+            self._feed(records)
             if len(records) > bios.LARGE:
                 bios.note(self)
+        received = self._decrypt(buffer)
+        if received is None:
+            raise BlockingIOError  # others get their turn, then we are called again
+        return received
 
     def send(self, data: Data) -> Data:
         sent, size = 0, len(data)
@@ -83,11 +90,12 @@ class TLSStream(SocketStream):
 
     def peek(self) -> bool | None:
         try:
-            while True:
+            for _ in range(FEEDS):
                 try:
                     return bool(self._connection.recv(1, socket.MSG_PEEK))
                 except SSL.WantReadError:
                     self._feed(self._raw.recv(BATCH))
+            return False  # nobody has so much to say and means well
         except BlockingIOError:
             return None
         except (OSError, SSL.Error):
@@ -198,6 +206,7 @@ def client_context(verify: bool) -> SSL.Context:
 
 def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
     """The server's side of a handshake. Raises OSError, TLSError among them; closing `sock` is the caller's."""
+    wait_read(sock.fileno())  # OpenSSL's 140 KiB are not for a peer that says nothing
     connection = SSL.Connection(context, None)
     connection.set_accept_state()
     stream = TLSStream(sock, connection)

@@ -86,6 +86,7 @@ def test_a_stopping_server_takes_no_new_visitors(tunnel: TunnelFactory) -> None:
         server.send(signal.SIGTERM)
         server.wait_for("stopping")
         until(lambda: refuses(server), what="still takes visitors")
+        started.target.drain()  # of those that came before the port was closed
         assert_connected(visitor, service)
     assert server.wait() == 0
 

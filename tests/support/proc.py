@@ -41,3 +41,8 @@ def _links(pid: int) -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             links.append(os.readlink(directory / name))
     return links
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that the process holds."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

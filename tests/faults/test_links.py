@@ -1,0 +1,146 @@
+"""Links that fail and come back: for a while, one way only, or with the server at another address."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.test_dead_link import INTERVAL, NOTICED, Place, left, place
+from tests.support.process import PROGRAM, Environment
+from tests.support.sockets import connect, receive_exactly
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.v2_network import CABLE, CLIENT, SERVER, Network, why_not
+
+__all__ = ["place"]
+
+NOWHERE = "02:00:00:00:00:01"
+"""An Ethernet address that nobody has: what is sent there is lost without a word."""
+
+HEARTBEAT = 5.0
+"""Seconds, as REPORT_INTERVAL's default has it."""
+
+REASON = why_not()
+in_a_network = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+def start(place: Place, env: Environment) -> tuple[OurServer, OurClient, Target]:
+    """A tunnel over the cable, connected."""
+    server = place.on_server(lambda: OurServer(tunnel=f"{SERVER}:0", target=f"{SERVER}:0", env=env))
+    target = place.on_client(Target)
+    client = place.on_client(lambda: OurClient(server.tunnel_address, target.address, env=env))
+    client.wait_until_connected()
+    place.assert_works(server, target)
+    return server, client, target
+
+
+@in_a_network
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.soak)])
+def test_a_link_that_was_down_has_lost_nothing_that_a_session_was_told(place: Place, seconds: int) -> None:
+    """With default settings three seconds are not noticed; thirty are: the client reconnects, and the session lives."""
+    server, client, target = start(place, {})
+    with place.network.server.inside(lambda: connect(server.visitor_address)) as visitor, target.accept() as service:
+        visitor.settimeout(120)
+        service.settimeout(120)
+        assert_connected(visitor, service)
+        marks = server.mark(), client.mark()
+        place.network.pull()
+        began = time.monotonic()
+        sender = threading.Thread(target=visitor.sendall, args=(bytes(4 << 20),))
+        sender.start()
+        service.sendall(b"!")
+        if seconds > 3 * HEARTBEAT:
+            client.wait_for("disconnected", left(began, 4 * HEARTBEAT), marks[1])
+            server.wait_for("client disconnected", left(began, 4 * HEARTBEAT), marks[0])
+            print(f"\nnoticed after {time.monotonic() - began:.1f} s")
+        time.sleep(left(began, seconds))
+        place.network.mend()
+        mended = time.monotonic()
+        if seconds > 3 * HEARTBEAT:
+            client.wait_until_connected(after=marks[1])
+        place.assert_works(server, target)
+        print(f"visitors served {time.monotonic() - mended:.1f} s after the link was back")
+        assert receive_exactly(service, 4 << 20) == bytes(4 << 20)
+        assert visitor.recv(1) == b"!"
+        print(f"the session had caught up {time.monotonic() - mended:.1f} s after the link was back")
+        sender.join()
+    assert bool(client.find("disconnected", marks[1])) == (seconds > 3 * HEARTBEAT)
+
+
+def lose_what_the_server_sends(network: Network) -> Callable[[], None]:
+    return lose(network, "server", CLIENT)
+
+
+def lose_what_the_client_sends(network: Network) -> Callable[[], None]:
+    return lose(network, "client", SERVER)
+
+
+def lose(network: Network, sender: str, to: str) -> Callable[[], None]:
+    """Have everything lost that one end sends to the other; what undoes it."""
+    namespace = network.server if sender == "server" else network.client
+    namespace.ip("neighbour", "replace", to, "lladdr", NOWHERE, "dev", CABLE, "nud", "permanent")
+    return lambda: namespace.ip("neighbour", "delete", to, "dev", CABLE)
+
+
+@in_a_network
+@pytest.mark.parametrize("lose_one_way", [lose_what_the_server_sends, lose_what_the_client_sends])
+def test_a_link_that_loses_one_direction_is_noticed_by_both_ends(
+    place: Place, lose_one_way: Callable[[Network], Callable[[], None]]
+) -> None:
+    server, client, target = start(place, {"REPORT_INTERVAL": f"{INTERVAL * 1000:.0f}ms", "SERVICE_COOLDOWN": "500ms"})
+    marks = server.mark(), client.mark()
+    began = time.monotonic()
+    mend = lose_one_way(place.network)
+    client.wait_for("disconnected", left(began, 2 * NOTICED), marks[1])
+    server.wait_for("client disconnected", left(began, 2 * NOTICED), marks[0])
+    mend()
+    client.wait_until_connected(after=marks[1])
+    server.wait_for_client(after=marks[0])
+    place.assert_works(server, target)
+
+
+UNSHARE = shutil.which("unshare")
+OWN_HOSTS = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
+
+
+class ClientWithHosts(OurClient):
+    """A client whose machine looks names up in a file of its own."""
+
+    def __init__(self, hosts: Path, *arguments: object, **more: object) -> None:
+        super().__init__(*arguments, **more)  # type: ignore[arg-type]
+        self.program = (str(UNSHARE), "--mount", "sh", "-c", OWN_HOSTS, "sh", str(hosts), str(PROGRAM))
+
+
+def has_mounts() -> bool:
+    """Whether a process here may have mounts of its own."""
+    done = UNSHARE and subprocess.run([UNSHARE, "--mount", "true"], capture_output=True, check=False)
+    return bool(done) and done.returncode == 0
+
+
+@pytest.mark.skipif(not has_mounts(), reason="mount namespaces need root and unshare")
+def test_a_client_finds_a_server_whose_name_has_got_another_address(
+    stack: contextlib.ExitStack, tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.11 moving.example\n")
+    target = stack.enter_context(Target())
+    with OurServer(tunnel="127.0.0.11:0") as server:
+        port = server.tunnel_address[1]
+        client = ClientWithHosts(hosts, ("moving.example", port), target.address, env=BRISK)
+        stack.enter_context(client)
+        client.wait_until_connected()
+        Tunnel(server, client, target).assert_works()
+    mark = client.mark()
+    hosts.write_text("127.0.0.12 moving.example\n")
+    began = time.monotonic()
+    moved = stack.enter_context(OurServer(tunnel=f"127.0.0.12:{port}"))
+    client.wait_for("connected to 127.0.0.12", after=mark)
+    print(f"\nconnected to the new address after {time.monotonic() - began:.1f} s, its start included")
+    Tunnel(moved, client, target).assert_works()

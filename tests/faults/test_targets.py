@@ -1,0 +1,119 @@
+"""A service that refuses, hangs, resets or never reads, and readers slower than writers: back-pressure end to end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.certificates import Authority
+from tests.support.proc import cpu_seconds, resident_bytes
+from tests.support.sockets import Address, connect, is_over
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, Pair, Tunnel, open_tunnel
+
+QUIET = 0.5
+"""Seconds without progress after which a stream is taken to stand still."""
+
+IN_THE_WAY = 64 << 20
+"""Bytes that all the kernel's buffers between a writer and a reader may take: four sockets of tcp_rmem and tcp_wmem."""
+
+MEMORY = 8 << 20
+"""Bytes that one stream may cost a process."""
+
+
+@contextlib.contextmanager
+def hanging() -> Iterator[Address]:
+    """An address where nobody answers: a listener whose queue is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address: Address = listener.getsockname()
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(address)
+        yield address
+
+
+def test_visitors_of_a_target_that_hangs_are_closed_in_time_and_hold_up_nobody(stack: contextlib.ExitStack) -> None:
+    """The second tunnel of the same client has a target that works."""
+    env = {**BRISK, "HANDSHAKE_TIMEOUT": "1s"}
+    address, target = stack.enter_context(hanging()), stack.enter_context(Target())
+    servers = [stack.enter_context(OurServer(env=env)) for _ in range(2)]
+    dead, alive = (
+        stack.enter_context(OurClient(server.tunnel_address, to, env=env))
+        for server, to in zip(servers, (address, target.address), strict=True)
+    )
+    for client in (dead, alive):
+        client.wait_until_connected()
+    visitors = [stack.enter_context(connect(servers[0].visitor_address)) for _ in range(50)]
+    began = time.monotonic()
+    Tunnel(servers[1], alive, target).assert_works()
+    assert all(map(is_over, visitors))
+    assert time.monotonic() - began < 10
+    assert dead.find("WARN.*cannot reach the target.*no answer within")
+    assert len(dead.find("WARN.*cannot reach the target")) <= 2 + (time.monotonic() - began)
+
+
+def test_visitors_of_a_target_that_resets_are_reset_and_the_next_is_served(
+    stack: contextlib.ExitStack, authority: Authority
+) -> None:
+    tunnel = stack.enter_context(open_tunnel(Pair("ours", "ours", 0), authority))
+    for _ in range(20):
+        with tunnel.session() as (visitor, service):
+            service.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            service.close()
+            with pytest.raises(ConnectionResetError):
+                visitor.recv(1)
+    tunnel.assert_works()
+
+
+def pour(sink: socket.socket, data: bytes) -> int:
+    """Send until it stands still; how many bytes that were."""
+    sent, since = 0, time.monotonic()
+    sink.setblocking(False)
+    while time.monotonic() - since < QUIET:
+        try:
+            sent += sink.send(data[sent % len(data) :])
+            since = time.monotonic()
+        except BlockingIOError:
+            time.sleep(0.01)
+        assert sent < IN_THE_WAY, "no back-pressure"
+    return sent
+
+
+@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize("writer", ["visitor", "target"])
+def test_a_reader_that_does_not_read_holds_up_its_writer_and_nobody_else(
+    stack: contextlib.ExitStack, authority: Authority, writer: str, tls: int
+) -> None:
+    """What the writer gets rid of is what the kernel's buffers hold; the processes keep next to nothing."""
+    tunnel = stack.enter_context(open_tunnel(Pair("ours", "ours", tls), authority))
+    tunnel.assert_works()
+    runs = tunnel.our_server, tunnel.our_client
+    visitor, service = stack.enter_context(tunnel.session())
+    fast, slow = (visitor, service) if writer == "visitor" else (service, visitor)
+    memory = [resident_bytes(run.pid) for run in runs]
+    data = bytes(range(256)) * 4096 + b"odd"
+    sent = pour(fast, data)
+    assert all(resident_bytes(run.pid) < before + MEMORY for run, before in zip(runs, memory, strict=True))
+    used = [cpu_seconds(run.pid) for run in runs]
+    for _ in range(5):
+        tunnel.assert_works()
+    time.sleep(QUIET)
+    assert all(cpu_seconds(run.pid) - before < QUIET / 2 for run, before in zip(runs, used, strict=True)), "it spins"
+    fast.shutdown(socket.SHUT_WR)
+    received, digest = 0, hashlib.sha256()
+    while part := slow.recv(1 << 20):
+        received += len(part)
+        digest.update(part)
+    assert received == sent
+    whole, rest = divmod(sent, len(data))
+    assert digest.digest() == hashlib.sha256(data * whole + data[:rest]).digest()

@@ -1,0 +1,108 @@
+"""Peers that misuse TLS on a data connection they were allowed to make: renegotiation and key updates without end."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import threading
+
+import pytest
+
+from tests.support.proc import cpu_seconds
+from tests.support.process import Nodepass
+from tests.support.sockets import format_address, until
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+
+OPENSSL = shutil.which("openssl")
+MANY = 60
+"""Commands given to it, one after another."""
+
+
+class Openssl:
+    """A data connection made with `openssl s_client`, told by letters what to do; a context manager."""
+
+    def __init__(self, address: tuple[str, int], version: str) -> None:
+        assert OPENSSL
+        self._command = [OPENSSL, "s_client", "-connect", format_address(address), f"-{version}"]
+
+    def __enter__(self) -> Openssl:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+        )
+        self.heard = b""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream
+            stream.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        while part := self._process.stdout.read(1 << 16):
+            self.heard += part
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the connection has ended."""
+        return self._process.poll() is not None
+
+    def say(self, letter: str, times: int, answer: bytes) -> None:
+        """Give a command again and again, each time when it has taken the one before; until the connection ends."""
+        assert self._process.stdin
+        for number in range(times):
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(f"{letter}\n".encode())
+            until(lambda: self.heard.count(answer) > number or self.is_over)  # noqa: B023  # called in this round
+
+
+@pytest.fixture
+def tunnel(stack: contextlib.ExitStack) -> Tunnel:
+    """Without a key: from the client's address anybody may make a data connection."""
+    target = stack.enter_context(Target())
+    server = stack.enter_context(OurServer(1, env=BRISK, log="info"))
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=BRISK, log="info"))
+    client.wait_until_connected()
+    return Tunnel(server, client, target)
+
+
+def assert_unharmed(tunnel: Tunnel, peer: Openssl, letter: str, answer: bytes, times: int = MANY) -> None:
+    """That a session goes on beside it, nothing spins, and visitors are served once the peer has gone."""
+    server: Nodepass = tunnel.our_server
+    with tunnel.session() as (visitor, service):
+        with peer:
+            until(lambda: b"Verify return code" in peer.heard, what="no handshake")
+            used = cpu_seconds(server.pid)
+            peer.say(letter, times, answer)
+            assert_connected(visitor, service)
+            assert cpu_seconds(server.pid) - used < 5
+        assert_connected(visitor, service)
+    until(lambda: works(tunnel), what="serves nobody")
+    assert not server.find("traceback|client disconnected")
+    assert server.stop() == 0
+
+
+def works(tunnel: Tunnel) -> bool:
+    """Whether a visitor is served; the first may get the connection of the peer that has gone."""
+    with contextlib.suppress(AssertionError, OSError):
+        tunnel.assert_works()
+        return True
+    return False
+
+
+@pytest.mark.skipif(OPENSSL is None, reason="not installed: openssl")
+@pytest.mark.parametrize("letter", ["k", "K"], ids=["its own keys", "both ends' keys"])
+def test_key_updates_without_end_are_borne(tunnel: Tunnel, letter: str) -> None:
+    assert_unharmed(tunnel, Openssl(tunnel.our_server.data_address, "tls1_3"), letter, b"KEYUPDATE")
+
+
+@pytest.mark.skipif(OPENSSL is None, reason="not installed: openssl")
+def test_a_renegotiation_is_not_entered_into(tunnel: Tunnel) -> None:
+    assert_unharmed(tunnel, Openssl(tunnel.our_server.data_address, "tls1_2"), "R", b"RENEGOTIATING", 1)
