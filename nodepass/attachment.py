@@ -22,7 +22,7 @@ from nodepass.datagrams import ask_target, read_datagram
 from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
 from nodepass.log import Log
-from nodepass.net import reason
+from nodepass.net import reason, reset_on_close
 from nodepass.protocol import KIND_NAMES, LANE, TCP, UDP, Launch
 from nodepass.relay import exchange
 from nodepass.stats import Stats
@@ -113,12 +113,14 @@ class Attachment:
             data.close()
 
     def _launch_tcp(self, data: Stream, log: Log) -> None:
+        reset_on_close(
+            data.sock, True
+        )  # without a target the visitor is refused, too, instead of answered with nothing
         try:
             sock = self._lasting.target.dial(self._settings.handshake_timeout)
         except OSError as error:
             self._stats.trouble["targets_unreachable"] += 1
             self._log.limited(logging.WARNING, "target", "cannot reach the target: %s", reason(error))
-            data.abort()  # the visitor is refused, too
             return
         log.debug("target %s connected", self._lasting.target)
         self._stats.tcp_sessions += 1
