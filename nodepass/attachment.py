@@ -113,21 +113,19 @@ class Attachment:
             data.close()
 
     def _launch_tcp(self, data: Stream, log: Log) -> None:
-        reset_on_close(
-            data.sock, True
-        )  # without a target the visitor is refused, too, instead of answered with nothing
         try:
             sock = self._lasting.target.dial(self._settings.handshake_timeout)
         except OSError as error:
             self._stats.trouble["targets_unreachable"] += 1
             self._log.limited(logging.WARNING, "target", "cannot reach the target: %s", reason(error))
-            return
+            return  # closing the data connection resets it, so the visitor is refused, too
         log.debug("target %s connected", self._lasting.target)
         self._stats.tcp_sessions += 1
         log.debug("target %s: %s", self._lasting.target, exchange(data, TCPStream(sock), self._stats))
 
     def _launch_udp(self, data: Stream, log: Log) -> None:
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
+        reset_on_close(data.sock, False)  # a reset could overtake the answer
         self._stats.udp_sessions += 1
         try:
             question = read_datagram(data, largest, timeout)

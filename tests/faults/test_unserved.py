@@ -5,13 +5,17 @@ said anything, as the visitor of a service that speaks first has not.
 from __future__ import annotations
 
 import contextlib
+import queue
+import socket
 from collections.abc import Callable
 
 import pytest
 
 from tests.support.process import Nodepass
 from tests.support.sockets import connect, until
-from tests.support.tunnel import BRISK, OurServer
+from tests.support.target import Target
+from tests.support.tunnel import BRISK, OurClient, OurServer
+from tests.support.v1_server import V1Server
 
 
 @pytest.fixture
@@ -35,3 +39,23 @@ def test_a_visitor_who_waits_when_the_server_ends_is_reset(
         end(server)
         with pytest.raises(ConnectionResetError):
             visitor.recv(1)
+
+
+def test_a_client_that_is_killed_before_a_launch_has_begun_does_not_look_like_an_answer(
+    stack: contextlib.ExitStack,
+) -> None:
+    """The launch may be on its way, so an idle data connection must not end as a session in good order does."""
+    ready: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+
+    def give_id(sock: socket.socket) -> None:
+        sock.sendall(b"deadbeef")
+        ready.put(sock)
+
+    server = stack.enter_context(V1Server(handle_data=give_id))
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address))
+    data = ready.get(timeout=20)
+    client.wait_for("pool: deadbeef added")
+    client.kill()
+    with pytest.raises(ConnectionResetError):
+        data.recv(1)
