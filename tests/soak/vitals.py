@@ -46,7 +46,7 @@ def count_greenlets(process: Nodepass) -> int:
     process.wait_for(r"\* Greenlets", after=mark)
     process.send(signal.SIGHUP)  # its line comes behind the whole dump
     process.wait_for("SIGHUP: looking at the certificate files", after=mark)
-    return len(process.find(r"\+--- <|---- Thread boundary", after=mark))
+    return len(process.find(r"\+--- <(?!.*; finished)", after=mark))  # one that has finished is not collected yet
 
 
 @dataclass
@@ -54,10 +54,8 @@ class Slope:
     """A straight line through a run's samples."""
 
     run: Run
-    samples: int
     minutes: float
     kib_per_minute: float
-    last: int  # KiB
 
     @property
     def is_flat(self) -> bool:
@@ -65,8 +63,8 @@ class Slope:
 
     def __str__(self) -> str:
         return (
-            f"{self.run.kind}: {self.kib_per_minute:+.1f} KiB a minute over {self.minutes:.1f} minutes,"
-            f" {self.samples} samples, {self.last / 1024:.1f} MiB at the end"
+            f"{self.run.kind}: {self.kib_per_minute:+.1f} KiB a minute over the last {self.minutes:.1f} minutes;"
+            f" MiB: {' '.join(f'{kib / 1024:.1f}' for _, kib in self.run.memory)}"
         )
 
 
@@ -79,7 +77,7 @@ def slope(run: Run) -> Slope | None:
     mean_x, mean_y = sum(minutes) / len(points), sum(kib for _, kib in points) / len(points)
     above = sum((x - mean_x) * (kib - mean_y) for x, (_, kib) in zip(minutes, points, strict=True))
     below = sum((x - mean_x) ** 2 for x in minutes)
-    return Slope(run, len(points), minutes[-1], above / below, points[-1][1])
+    return Slope(run, minutes[-1], above / below)
 
 
 class BaseLines:

@@ -6,7 +6,8 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gevent import Greenlet, socket
 from greenlet import greenlet
 
 from nodepass import pipes
-from nodepass.crew import Workers
+from nodepass.crew import Crew, Workers
 from nodepass.direction import Direction, _shared
 from nodepass.log import Log
 from nodepass.relay import exchange
@@ -168,3 +169,30 @@ def test_without_tls_nothing_heavy_is_imported() -> None:
     ).stdout.split()
     assert "nodepass.relay" in shown
     assert not {each.partition(".")[0] for each in shown} & HEAVY
+
+
+@pytest.mark.parametrize("make", [Crew, lambda log: Workers(log, 8)], ids=["crew", "workers"])
+def test_what_a_killed_greenlet_held_is_free_at_once(make: Callable[[Log], Crew | Workers]) -> None:
+    """Else many reconnects in a row would pile up memory until the next collection."""
+
+    class Held:
+        pass
+
+    def hold(held: Held) -> None:
+        gevent.sleep(60)
+        del held
+
+    crew, held = make(Log("test")), Held()
+    watched = weakref.ref(held)
+    gc.collect()
+    gc.disable()
+    try:
+        crew.spawn("hold", hold, held)
+        del held
+        gevent.sleep(0)
+        assert watched() is not None
+        crew.kill()
+        gevent.sleep(0)
+        assert watched() is None
+    finally:
+        gc.enable()
