@@ -25,7 +25,7 @@ from nodepass.datagrams import ask_target, read_datagram
 from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
 from nodepass.log import Log
-from nodepass.net import reason
+from nodepass.net import reason, reset_on_close
 from nodepass.protocol import KIND_NAMES, LANE, TCP, Launch
 from nodepass.relay import exchange
 from nodepass.stats import Stats
@@ -131,14 +131,14 @@ class Attachment:
             self._stats.tcp.ended["unreachable"] += 1
             why = reason(error)
             self._log.limited(logging.WARNING, f"target: {why}", "cannot reach the target: %s", why, burst=1)
-            data.abort()  # the visitor is refused, too
-            return
+            return  # closing the data connection resets it, so the visitor is refused, too
         log.debug("target %s connected", self._lasting.target)
         self._stats.target_dials.observe(time.monotonic() - dialled)
         log.debug("target %s: %s", self._lasting.target, exchange(data, TCPStream(sock), self._stats, began))
 
     def _launch_udp(self, data: Stream, log: Log) -> None:
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
+        reset_on_close(data.sock, False)  # a reset could overtake the answer
         udp, outcome = self._stats.udp, "unanswered"
         udp.begin()
         try:

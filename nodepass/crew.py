@@ -6,11 +6,12 @@ silence.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gevent import Greenlet, get_hub, killall
+from gevent import Greenlet, GreenletExit, get_hub, killall
 from gevent.event import Event
 from gevent.lock import Semaphore
 from gevent.pool import Pool
@@ -192,6 +193,11 @@ class _Worker(Greenlet):  # type: ignore[type-arg]  # it takes none at run time
         self.loop.run_callback(self.switch)
 
     def _run(self) -> None:
+        # Killed: kept as this greenlet's result, its traceback would keep all of this until a garbage collection.
+        with contextlib.suppress(GreenletExit):
+            self._work_until_dismissed()
+
+    def _work_until_dismissed(self) -> None:
         hub = get_hub()
         while self._stay:
             if not self._work:

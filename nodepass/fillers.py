@@ -23,7 +23,7 @@ from nodepass.handshake import Agreement
 from nodepass.listen import accept_forever
 from nodepass.lobby import Lobby
 from nodepass.log import Log
-from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason
+from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason, reset_on_close
 from nodepass.proofs import PROOF_LENGTH, SessionKey, same
 from nodepass.protocol import DATA_PREFIX, ID_LENGTH, parse_id
 from nodepass.server_pool import ServerPool
@@ -147,6 +147,8 @@ class Route:
             raise ClosedError(words) from None
         if self.session:
             stream.write(self.session.data_proof(id))
+        # Its launch may be on its way when this process is killed, and then its end must not look like an answer.
+        reset_on_close(sock, True)
         return id, stream
 
 

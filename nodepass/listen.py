@@ -20,7 +20,16 @@ from nodepass.config import Ports
 from nodepass.errors import ListenError
 from nodepass.inherited import DATA, KINDS, NOTHING, TARGET, TUNNEL, Share, missing_endpoints
 from nodepass.log import Log
-from nodepass.net import Endpoint, Socket, format_sockaddr, reason, resolve, set_stream_options, wait_readable
+from nodepass.net import (
+    Endpoint,
+    Socket,
+    format_sockaddr,
+    reason,
+    reset_on_close,
+    resolve,
+    set_stream_options,
+    wait_readable,
+)
 from nodepass.urls import Address
 
 BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
@@ -74,6 +83,8 @@ def listen_target(address: Address, share: Share) -> tuple[list[socket.socket], 
     """TCP and UDP sockets on one port, also where the kernel chooses it. Raises ListenError."""
     for attempt in range(10):
         listeners = listen_tcp(address, TARGET, share)
+        for listener in listeners:
+            reset_on_close(listener, True)  # inherited, too: who is not served must not take that for an empty answer
         chosen = Address(address.host, port_of(listeners))
         try:
             return listeners, listen_udp(chosen, TARGET, share)

@@ -6,7 +6,8 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gevent import Greenlet, socket
 from greenlet import greenlet
 
 from nodepass import pipes
-from nodepass.crew import Workers
+from nodepass.crew import Crew, Workers
 from nodepass.direction import Direction, _shared
 from nodepass.log import Log
 from nodepass.relay import exchange
@@ -176,3 +177,30 @@ def test_what_has_been_sent_is_not_kept(stack: ExitStack) -> None:
     rest = near.try_rest(b"all of it")
     assert isinstance(rest, bytes)  # an empty view would keep a batch alive for as long as the session
     assert far.recv(100) == b"all of it"
+
+
+@pytest.mark.parametrize("make", [Crew, lambda log, stats: Workers(log, stats, 8)], ids=["crew", "workers"])
+def test_what_a_killed_greenlet_held_is_free_at_once(make: Callable[[Log, Stats], Crew | Workers]) -> None:
+    """Else many reconnects in a row would pile up memory until the next collection."""
+
+    class Held:
+        pass
+
+    def hold(held: Held) -> None:
+        gevent.sleep(60)
+        del held
+
+    crew, held = make(Log("test"), Stats()), Held()
+    watched = weakref.ref(held)
+    gc.collect()
+    gc.disable()
+    try:
+        crew.spawn("hold", hold, held)
+        del held
+        gevent.sleep(0)
+        assert watched() is not None
+        crew.kill()
+        gevent.sleep(0)
+        assert watched() is None
+    finally:
+        gc.enable()
