@@ -24,6 +24,7 @@ from nodepass.systemd import PassedSocket, ServiceManager, status
 from nodepass.urls import Address, ServerURL
 from tests.support.sockets import connect
 from tests.support.target import bind_pair
+from tests.unit.streams import tcp_pair
 
 UNIT = "nodepass@web.socket"
 
@@ -103,10 +104,9 @@ def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stac
 
 
 def test_a_peer_that_is_silent_and_yet_connected_is_an_ailment(stack: ExitStack) -> None:
-    listener = stack.enter_context(gevent_socket.create_server(("127.0.0.1", 0)))
-    peer = stack.enter_context(gevent_socket.create_connection(listener.getsockname()))
-    accepted = stack.enter_context(listener.accept()[0])
-    control = Control(accepted, 0.05, Log("test"), Stats())
+    near, peer = stack.enter_context(tcp_pair())
+    assert isinstance(near.sock, gevent_socket.socket)
+    control = Control(near.sock, 0.05, Log("test"), Stats())
     assert not control.ailment()
     control.agree(2, 0.05)
     gevent.sleep(0.25)
@@ -126,7 +126,7 @@ def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_
     url = ServerURL(*(Address("127.0.0.1", port_of([each])) for each in (tunnel, target)))
     share = inherited.share()
     for _ in range(3):
-        server = Server(url, Settings(), None, Log("test"), share)
+        server = Server(url, Settings(), None, Log("test"), Stats(), share)
         server.start()
         inherited.refuse_unused()
         server.close()
