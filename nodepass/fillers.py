@@ -160,27 +160,32 @@ class AcceptingFiller:
         pool: ServerPool,
         owner: Callable[[Socket], Agreement | None],
         has_client: Callable[[], bool],
+        context: Callable[[], SSL.Context | None],
         log: Log,
         stats: Stats,
         timeout: float,
     ) -> None:
-        """`owner` says whose a connection is: the agreement with the client, None if it is nobody's."""
+        """`owner` says whose a connection is: the agreement with the client, None if it is nobody's.
+
+        `context` is TLS's at this moment, None without TLS.
+        """
         self._pool = pool
         self._owner = owner
         self._has_client = has_client
+        self._context = context
         self._log = log
         self._stats = stats
         self._timeout = timeout
         self.handshakes = Lobby("the data port", log, stats)
 
-    def run(self, listener: socket.socket, context: Callable[[], SSL.Context | None]) -> None:
+    def run(self, listener: socket.socket) -> None:
         """Accept until the listener is closed."""
         for sock, _ in accept_forever(listener, self._log):
-            self.admit(sock, context())
+            self.admit(sock)
 
-    def admit(self, sock: Socket, context: SSL.Context | None) -> None:
+    def admit(self, sock: Socket) -> None:
         """Prepare one connection for the pool, which owns it from then on."""
-        whose = self._owner(sock)
+        whose, context = self._owner(sock), self._context()
         if whose is None:
             self._refuse_stranger(sock)
         elif len(self._pool) >= self._pool.bounds[1]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from gevent.event import Event
 from gevent.lock import Semaphore
@@ -26,13 +28,18 @@ from nodepass.stats import Stats
 from nodepass.stream import Stream
 from nodepass.visitor_flows import VisitorFlows
 
+if TYPE_CHECKING:
+    from OpenSSL import SSL
+
 LIFE_SIGN_WITHIN = 1.0  # seconds for a client to show that it lives when another asks for its place
 
 
 class Link:
     """One client's place; `control` is None while no client is connected."""
 
-    def __init__(self, key: Key | None, settings: Settings, log: Log, stats: Stats) -> None:
+    def __init__(
+        self, key: Key | None, settings: Settings, context: Callable[[], SSL.Context | None], log: Log, stats: Stats
+    ) -> None:
         self.control: Control | None = None
         self.pool = ServerPool(log, stats, settings.min_pool_capacity, settings.max_pool_capacity)
         self.flows = VisitorFlows(self.launch, settings, log, stats)
@@ -43,7 +50,7 @@ class Link:
         self._admission = Semaphore()
         self._connected = Event()
         self.filler = AcceptingFiller(
-            self.pool, self._owner, self._connected.is_set, log, stats, settings.handshake_timeout
+            self.pool, self._owner, self._connected.is_set, context, log, stats, settings.handshake_timeout
         )
 
     @property

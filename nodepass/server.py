@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import socket
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,42 +10,32 @@ import gevent
 from gevent import Greenlet
 from gevent.event import AsyncResult, Event
 
-from nodepass.config import Settings, format_duration
+from nodepass.config import Settings
 from nodepass.control import Control
 from nodepass.crew import Crew, Workers, find_ended
 from nodepass.door import DatagramDoor
-from nodepass.errors import NoDataConnection, RefusedError
-from nodepass.handshake import hear
+from nodepass.entrance import Entrance
+from nodepass.gate import Gate
 from nodepass.inherited import DATA, TUNNEL, Share
 from nodepass.link import Link
 from nodepass.listen import (
-    accept_forever,
-    accept_waiting,
     close_all,
     listen_in_range,
     listen_target,
     listen_tcp,
     port_of,
 )
-from nodepass.lobby import Lobby
 from nodepass.log import Log
-from nodepass.net import Endpoint, Socket, as_blocking, as_plain, format_sockaddr, plain_host, reason
+from nodepass.net import format_sockaddr, plain_host
 from nodepass.proofs import Key
-from nodepass.protocol import SHUTDOWN, TCP, Refusal, Tunnel
-from nodepass.relay import exchange
-from nodepass.sorting import is_data_connection
-from nodepass.stats import Stats, View, failure
-from nodepass.stream import TCPStream
+from nodepass.protocol import Tunnel
+from nodepass.stats import Stats, View
 from nodepass.urls import ServerURL
 
 if TYPE_CHECKING:
     from OpenSSL import SSL
 
     from nodepass.certificates import ServerCertificate
-
-# Seconds for a launch to be read before the end of a visitor's stream that came with it: a v1 client takes an idle data
-# connection at its end for dead.
-HEAD_START = 0.1
 
 
 class Server:
@@ -68,10 +55,9 @@ class Server:
         self.sessions = Workers(log, stats, settings.semaphore_limit)
         self._loops = Crew(log, stats, on_crash=self._failed.set_exception)
         self._doors = Crew(log, stats, on_crash=self._failed.set_exception)  # the loops that let visitors in
-        self._clients = Lobby("the tunnel address", log, stats)
-        self._link = Link(key, settings, log, stats)
-        self._key = key
-        self._stopping = False
+        self._link = Link(key, settings, self._context, log, stats)
+        self._gate = Gate(self._link, key, settings, self._loops, self._tunnel, log, stats)
+        self._entrance = Entrance(self._link, self.sessions, settings, log, stats)
         self._listeners: dict[str, list[socket.socket]] = {}
         self._certificate: ServerCertificate | None = None
         if url.tls:
@@ -108,11 +94,11 @@ class Server:
 
     def _spawn_loops(self) -> Iterator[Greenlet[..., None]]:
         for listener in self._listeners["tunnel"]:
-            yield self._loops.spawn("accept clients", self._accept_clients, listener)
+            yield self._loops.spawn("accept clients", self._gate.run, listener)
         for listener in self._listeners.get("data", []):
-            yield self._loops.spawn("accept data connections", self._link.filler.run, listener, self._context)
+            yield self._loops.spawn("accept data connections", self._link.filler.run, listener)
         for listener in self._listeners["tcp"]:
-            yield self._doors.spawn("accept visitors", self._accept_visitors, listener)
+            yield self._doors.spawn("accept visitors", self._entrance.run, listener)
         for sock in self._listeners["udp"]:
             door = DatagramDoor(sock, self._link, self.sessions, self._settings, self.log, self.stats)
             yield self._doors.spawn("receive datagrams", door.run)
@@ -123,18 +109,16 @@ class Server:
 
     def stop_accepting(self) -> None:
         """Take no new visitors but those that have connected already; sessions, and the client they need, go on."""
-        self._stopping = True
+        self._gate.shut()
         self._doors.kill()
-        with contextlib.suppress(TimeoutError), gevent.Timeout(self._settings.shutdown_timeout, TimeoutError()):
-            for listener in self._listeners.get("tcp", []):
-                for sock, peer in accept_waiting(listener, self._wait_for_slot):
-                    self.sessions.spawn("serve visitor", self._serve_visitor, sock, peer)
+        self._entrance.let_in_waiting(self._listeners.get("tcp", []))
         close_all(self._listeners.get("tcp", []))  # not the UDP sockets: sessions answer from them
 
     def close(self) -> None:
         """End everything at once."""
-        for crew in (self._doors, self._loops, self._clients):
-            crew.kill()
+        self._doors.kill()
+        self._loops.kill()
+        self._gate.close()
         if self._link.control:
             self._link.lose(self._link.control, "this end is stopping")
         self._link.filler.handshakes.kill()
@@ -185,8 +169,6 @@ class Server:
     def _addresses(self, what: str) -> str:
         return " and ".join(format_sockaddr(each.getsockname()) for each in self._listeners[what])
 
-    # The client
-
     @property
     def _data_listeners(self) -> str:
         return "data" if "data" in self._listeners else "tunnel"
@@ -200,108 +182,6 @@ class Server:
             mux=self._data_listeners == "tunnel",
             fingerprint=self._certificate.identity.fingerprint if self._certificate and self.url.tls == 1 else "",
         )
-
-    def _accept_clients(self, listener: socket.socket) -> None:
-        shared = self._data_listeners == "tunnel"
-        for sock, _ in accept_forever(listener, self.log):
-            if shared and self._link.version == 1 and self._link.is_from_client(sock):
-                self._link.filler.admit(sock, self._context())
-            else:
-                self._clients.receive(as_blocking(sock), self._sort if shared else self._serve_client)
-
-    def _sort(self, sock: socket.socket) -> None:
-        """Tell a client from a data connection, where both come to one port."""
-        try:
-            is_data = is_data_connection(sock)
-        except OSError:
-            sock.close()
-            return
-        except BaseException:
-            sock.close()
-            raise
-        if is_data:
-            self._clients.leave(sock)
-            self._link.filler.admit(as_plain(sock), self._context())
-        else:
-            self._serve_client(sock)
-
-    def _serve_client(self, sock: socket.socket) -> None:
-        with contextlib.closing(sock):
-            try:
-                control = Control(sock, self._settings.report_interval, self.log, self.stats)
-                admitted = self._greet(control)
-            except OSError as error:
-                self.stats.control_failures[failure(error)] += 1
-                self.log.debug("a connection to the tunnel address came to nothing: %s", reason(error))
-            else:
-                if admitted:
-                    self._stay_with(control)
-
-    def _greet(self, control: Control) -> bool:
-        """Whether a newcomer is the client now. Raises OSError."""
-        try:
-            caller = hear(control, self._key, self._settings.handshake_timeout)
-            if self._stopping:
-                raise RefusedError(SHUTDOWN, "this server is shutting down")
-            self._link.admit(control, caller, self._tunnel())
-        except RefusedError as error:
-            self.stats.control_failures[failure(error)] += 1
-            self.log.limited(logging.WARNING, "turned away", "client %s turned away: %s", control.peer, error)
-            with contextlib.suppress(OSError):  # it has been counted already
-                control.send(Refusal(error.reason))
-            return False
-        return True
-
-    def _stay_with(self, control: Control) -> None:
-        """Keep the connected client until it is gone."""
-        self._clients.leave(control.sock)
-        self.stats.connects += 1
-        self.log.info("client connected from %s: wire v%d", control.peer, control.version)
-        beat = self._loops.spawn("send heartbeats", control.beat)
-        try:
-            control.wait_until_ended()
-        finally:
-            beat.kill(block=False)
-            self._link.lose(control, "this end is stopping")
-            self.log.info("client disconnected: %s (%s)", control.closed_because, control.peer)
-
-    # Visitors
-
-    def _accept_visitors(self, listener: socket.socket) -> None:
-        for sock, peer in accept_forever(listener, self.log, self._wait_for_slot):
-            self.sessions.spawn("serve visitor", self._serve_visitor, sock, peer, time.monotonic())
-
-    def _wait_for_slot(self) -> None:
-        if self.sessions.full():
-            self.stats.trouble["limit_reached"] += 1
-            self.log.limited(logging.WARNING, "limit", "SEMAPHORE_LIMIT reached: new visitors wait", burst=1)
-            self.sessions.wait_for_place()
-
-    def _serve_visitor(self, sock: Socket, peer: Endpoint, began: float) -> None:
-        try:
-            self._bring(sock, peer, began)
-        finally:
-            sock.close()
-
-    def _bring(self, sock: Socket, peer: Endpoint, began: float) -> None:
-        """Bring a visitor to a data connection, and stay until both have ended."""
-        timeout = self._settings.pool_get_timeout
-        try:
-            id, data = self._link.launch(TCP, timeout)
-        except NoDataConnection:
-            self.stats.tcp.ended["unserved"] += 1
-            because = "" if self._link.control else ": no client is connected"
-            words = "visitor %s closed, no data connection within %s%s"
-            self.log.limited(logging.WARNING, "unserved visitors", words, peer, format_duration(timeout), because)
-            return
-        log = self.log.session(id)
-        log.debug("visitor %s connected", peer)
-        visitor = TCPStream(sock)
-        if self._link.version == 1 and visitor.peek() is False:
-            gevent.sleep(HEAD_START)
-        log.debug("visitor %s: %s", peer, exchange(visitor, data, self.stats, began))
-
-    # Upkeep
 
     def _report(self) -> None:
         while True:

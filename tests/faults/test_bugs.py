@@ -72,9 +72,9 @@ def wait(_run: Nodepass, _target: Target, _server: OurServer) -> None:
 
 
 IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
-    "serving a visitor": ("server", "nodepass.server:Server._bring", visit),
+    "serving a visitor": ("server", "nodepass.entrance:Entrance._bring", visit),
     "relaying, when there is something to read": ("server", "nodepass.direction:Direction._copy", visit),
-    "greeting a client": ("server", "nodepass.server:Server._greet", wait),
+    "greeting a client": ("server", "nodepass.gate:Gate._greet", wait),
     "watching an idle connection on the client": ("client", "nodepass.client_pool:ClientPool._readable", visit),
     "opening a lane": ("server", "nodepass.visitor_flows:VisitorFlows._run", ask),
     "serving a launch": ("client", "nodepass.attachment:Attachment._launch_tcp", visit),
@@ -86,7 +86,7 @@ IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
 }
 
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
-    "accepting visitors": ("server", "nodepass.server:Server._wait_for_slot", visit),
+    "accepting visitors": ("server", "nodepass.entrance:Entrance._wait_for_place", visit),
     "accepting clients": ("server", "nodepass.lobby:Lobby.receive", wait),
     "accepting data connections": ("server", "nodepass.fillers:AcceptingFiller.admit", wait),
     "receiving datagrams": ("server", "nodepass.door:DatagramDoor._let_in", ask),
@@ -169,7 +169,7 @@ def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: 
     urls = [f"server://127.0.0.1:{port}/127.0.0.1:{port + 1}?tls=0&log=info" for port in (first, first + 2)]
     env = {**BRISK, "SERVICE_COOLDOWN": "100ms"}
     server = Nodepass(*urls, env=env)
-    server.program = broken("nodepass.server:Server._wait_for_slot", after=3)  # a look before each accept
+    server.program = broken("nodepass.entrance:Entrance._wait_for_place", after=3)  # a look before each accept
     stack.enter_context(server)
     server.wait_for(rf"server:{first + 2} listening")
     target = stack.enter_context(Target())

@@ -22,7 +22,7 @@ LEVELS = (
     ("handshake", "visitor_flows", "target_flows", "server_pool", "client_pool", "exposition"),
     ("fillers",),
     ("link",),
-    ("door", "attachment"),
+    ("gate", "entrance", "door", "attachment"),
     ("server", "client", "monitor", "check_client"),
     ("tunnels",),
     ("daemon", "top", "check"),

@@ -35,7 +35,7 @@ class Told:
 def test_no_client_is_told_of_a_connection_of_the_client_before_it() -> None:
     """The connection arrives for a waiting visitor, and before that one runs again the client is replaced."""
     with ExitStack() as stack, gevent.Timeout(10):
-        link = Link(None, Settings(), Log("test"), Stats())
+        link = Link(None, Settings(), lambda: None, Log("test"), Stats())
         old, new = Told(), Told()
         link.control = cast(Control, old)
         visitor = gevent.spawn(link.launch, TCP, 5.0)

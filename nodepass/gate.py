@@ -1,0 +1,125 @@
+"""The server's gate, its tunnel port: who comes there, and how one newcomer becomes the client.
+
+Each newcomer is heard in the lobby, in a greenlet of its own. Where data connections come to the same port, they are
+told apart here and handed to the pool's filler. Who may be the client is the link's decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+from nodepass.config import Settings
+from nodepass.control import Control
+from nodepass.crew import Crew
+from nodepass.errors import RefusedError
+from nodepass.handshake import hear
+from nodepass.link import Link
+from nodepass.listen import accept_forever
+from nodepass.lobby import Lobby
+from nodepass.log import Log
+from nodepass.net import as_blocking, as_plain, reason
+from nodepass.proofs import Key
+from nodepass.protocol import SHUTDOWN, Refusal, Tunnel
+from nodepass.sorting import is_data_connection
+from nodepass.stats import Stats, failure
+
+
+class Gate:
+    """Lets clients in, from `run` on; after `shut` it turns them away."""
+
+    def __init__(
+        self,
+        link: Link,
+        key: Key | None,
+        settings: Settings,
+        loops: Crew,
+        tunnel: Callable[[], Tunnel],
+        log: Log,
+        stats: Stats,
+    ) -> None:
+        """`tunnel`: what a client that has been let in is told; `loops`: for its heartbeats."""
+        self._link = link
+        self._key = key
+        self._settings = settings
+        self._log = log
+        self._stats = stats
+        self._loops = loops
+        self._tunnel = tunnel
+        self._lobby = Lobby("the tunnel address", log, stats)
+        self._is_shut = False
+
+    def run(self, listener: socket.socket) -> None:
+        """Accept until the listener is closed."""
+        for sock, _ in accept_forever(listener, self._log):
+            shared = self._tunnel().mux
+            if shared and self._link.version == 1 and self._link.is_from_client(sock):
+                self._link.filler.admit(sock)
+            else:
+                self._lobby.receive(as_blocking(sock), self._sort if shared else self._serve)
+
+    def shut(self) -> None:
+        """Let no newcomer become the client any more; the one that is stays."""
+        self._is_shut = True
+
+    def close(self) -> None:
+        """End everything at once."""
+        self._lobby.kill()
+
+    def _sort(self, sock: socket.socket) -> None:
+        """Tell a client from a data connection."""
+        try:
+            is_data = is_data_connection(sock)
+        except OSError:
+            sock.close()
+            return
+        except BaseException:
+            sock.close()
+            raise
+        if is_data:
+            self._lobby.leave(sock)
+            self._link.filler.admit(as_plain(sock))
+        else:
+            self._serve(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.closing(sock):
+            try:
+                control = Control(sock, self._settings.report_interval, self._log, self._stats)
+                admitted = self._greet(control)
+            except OSError as error:
+                self._stats.control_failures[failure(error)] += 1
+                self._log.debug("a connection to the tunnel address came to nothing: %s", reason(error))
+            else:
+                if admitted:
+                    self._stay_with(control)
+
+    def _greet(self, control: Control) -> bool:
+        """Whether a newcomer is the client now. Raises OSError."""
+        try:
+            caller = hear(control, self._key, self._settings.handshake_timeout)
+            if self._is_shut:
+                raise RefusedError(SHUTDOWN, "this server is shutting down")
+            self._link.admit(control, caller, self._tunnel())
+        except RefusedError as error:
+            self._stats.control_failures[failure(error)] += 1
+            self._log.limited(logging.WARNING, "turned away", "client %s turned away: %s", control.peer, error)
+            with contextlib.suppress(OSError):  # it has been counted already
+                control.send(Refusal(error.reason))
+            return False
+        return True
+
+    def _stay_with(self, control: Control) -> None:
+        """Keep the connected client until it is gone."""
+        self._lobby.leave(control.sock)
+        self._stats.connects += 1
+        self._log.info("client connected from %s: wire v%d", control.peer, control.version)
+        beat = self._loops.spawn("send heartbeats", control.beat)
+        try:
+            control.wait_until_ended()
+        finally:
+            beat.kill(block=False)
+            self._link.lose(control, "this end is stopping")
+            self._log.info("client disconnected: %s (%s)", control.closed_because, control.peer)
