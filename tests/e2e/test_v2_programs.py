@@ -119,7 +119,9 @@ def test_ten_thousand_questions_from_as_many_ports_are_all_answered(
     asker = Asker(server.visitor_address, stack)
     asker.run(QUESTIONS)
     assert asker.answered == len(asker.ports) == QUESTIONS
-    assert not server.find("dropped") + client.find("dropped")
+    # A flow that has had its answer may make room for another where the machine allows too few open files.
+    datagrams = r"dropped (?!the longest idle flow)"
+    assert not server.find(datagrams) + client.find(datagrams)
 
 
 @needs("iperf3")
