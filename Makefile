@@ -34,7 +34,7 @@ fuzz: $(VENV)/fuzz.stamp ## Fuzz whatever parses a peer's bytes (SECONDS=30 each
 
 soak: $(VENV)/test.stamp ## Traffic and faults for MINUTES=10 (SEED=number repeats a run's choices)
 	$(RUN) -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
-	$(RUN) -m pytest -m soak tests/faults || test $$? = 5  # 5: no test is marked so
+	@$(RUN) -m pytest -m soak tests/faults || test $$? = 5 # status 5: no test is marked soak
 
 clean: ## Remove everything that was made here
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out tests/fuzz/found

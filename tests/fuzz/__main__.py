@@ -75,7 +75,7 @@ def fuzz(name: str, seconds: int) -> bool:
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
         for file in sorted(set(found.glob("*-*")) - before):
-            print(f"replay it with: {sys.executable} -m tests.fuzz --replay {file.relative_to(Path.cwd())}", flush=True)
+            print(f"replay it with: {sys.executable} -m tests.fuzz --replay {os.path.relpath(file)}", flush=True)
     return done.returncode == 0
 
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from tests.soak.middle import Middle
@@ -35,11 +36,11 @@ ENVIRONMENT = {
     "SERVICE_COOLDOWN": "1s",
     "UDP_SESSION_TIMEOUT": "2s",
     "SHUTDOWN_TIMEOUT": "1s",
-    "MAX_POOL_CAPACITY": "64",
+    "MAX_POOL_CAPACITY": "64",  # so that the most memory that its connections take is taken during the warm-up
+    "PYTHONPATH": str(Path(__file__).parent / "inside"),
 }
-"""The pool is bounded so that the most memory that its connections take is taken during the warm-up."""
 
-EXPECTED = re.compile(r"\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) ")
+EXPECTED = re.compile(r"\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) |inside: ")
 """How a line of the log begins that needs no reason."""
 
 
@@ -58,6 +59,16 @@ class Shape:
 SHAPES = [Shape(tls, key, one) for tls in (0, 1, 2) for key in (False, True) for one in (False, True)]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The memory of an idle process."""
+
+    moment: float  # time.monotonic()
+    resident: int  # KiB that it has to itself, as the kernel counts
+    heap: int  # KiB in use of what malloc has
+    blocks: int  # in use of what Python has
+
+
 @dataclass(eq=False)
 class Run:
     """One process, from its start to its end."""
@@ -67,7 +78,7 @@ class Run:
     shape: Shape
     process: Nodepass
     read: int = 0  # lines of its log that have been looked at
-    memory: list[tuple[float, int]] = field(default_factory=list)  # seconds, KiB
+    memory: list[Sample] = field(default_factory=list)
 
     @property
     def kind(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from tests.soak.soak import Soak
-from tests.soak.vitals import FLAT, FLUCTUATION, slope
+from tests.soak.vitals import BLOCKS, CREEP, HEAP, slopes
 
 
 def report(soak: Soak, seed: int, minutes: float) -> str:
@@ -20,9 +20,11 @@ def report(soak: Soak, seed: int, minutes: float) -> str:
     ]
     lines += [_recovery(name, times) for name, times in sorted(soak.recoveries.items())]
     runs = [run for pair, _ in soak.pairs for run in pair.runs]
-    slopes = [found for run in runs if (found := slope(run))]
-    lines.append(f"memory after warm-up (flat: {FLUCTUATION:.0f} KiB, and {FLAT:.0f} KiB a minute):")
-    lines += [f"  {found}" for found in slopes] or ["  no process lived long enough for a slope"]
+    lines.append(
+        f"memory after warm-up (flat: heap {HEAP[0]:.0f} KiB and {HEAP[1]:.0f} KiB a minute, blocks {BLOCKS[0]:.0f} and"
+        f" {BLOCKS[1]:.0f} a minute, resident {100 * CREEP:.0f} %):"
+    )
+    lines += [f"  {found}" for run in runs if (found := slopes(run))] or ["  no process lived long enough for a slope"]
     lines.append(f"idle processes, looked at {sum(soak.base_lines.seen.values())} times; their base lines:")
     for kind, descriptors in sorted(soak.base_lines.descriptors.items()):
         greenlets = soak.base_lines.greenlets.get(kind, "not counted")

@@ -15,7 +15,7 @@ from tests.soak.faults import BATTERED, CABLED, STEADY, Fault
 from tests.soak.pairs import REPORT_INTERVAL, SHAPES, Pair, Run, Shape
 from tests.soak.places import Apart, Here
 from tests.soak.traffic import Tally, Traffic, works
-from tests.soak.vitals import BaseLines, slope
+from tests.soak.vitals import BaseLines, slopes
 from tests.support.certificates import Authority
 from tests.support.v2_network import why_not
 
@@ -74,9 +74,9 @@ class Soak:
             self._quiet_phase(share)
             self._idle_phase()
         self._count_greenlets()
-        for line in (slope(run) for pair, _ in self.pairs for run in pair.runs):
-            if line and not line.is_flat:
-                self.tally.find(f"memory grows: {line}")
+        for found in (slopes(run) for pair, _ in self.pairs for run in pair.runs):
+            if found and not found.are_flat:
+                self.tally.find(f"memory grows: {found}")
 
     def _rough_phase(self, share: float) -> None:
         until = time.monotonic() + ROUGH * share

@@ -6,10 +6,11 @@ import re
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.soak.pairs import Run
+from tests.soak.pairs import Run, Sample
 from tests.support.process import Nodepass
 from tests.support.sockets import until
 
@@ -25,18 +26,24 @@ WARM_UP = 1 / 3
 FEWEST = 4
 """Samples after the warm-up that a slope is made of, at least."""
 
-FLAT = 64.0
-"""KiB a minute: what a process's memory may grow by after its warm-up, beside FLUCTUATION."""
+CREEP = 0.25
+"""Share that resident memory may grow by after the warm-up: the allocator's high-water mark creeps for a long time."""
 
-FLUCTUATION = 1024.0
-"""KiB that samples may differ by without any growth: the allocator keeps and gives back whole arenas."""
+HEAP = (256.0, 16.0)
+"""KiB of the heap in use that may come and go, and that may be added in a minute: a leak is more."""
+
+BLOCKS = (3000.0, 200.0)
+"""Python's blocks, likewise."""
 
 
-def anonymous_memory(pid: int) -> int:
-    """KiB that the process has to itself: pages of files come and go with every other Python on the machine."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found, "no RssAnon in /proc/PID/status"
-    return int(found[1])
+def take_sample(process: Nodepass) -> Sample:
+    """The memory of a process now; without the pages of files, which every Python on the machine shares."""
+    mark = process.mark()
+    process.send(signal.SIGUSR2)
+    inside = process.wait_for(r"inside: heap (\d+), blocks (\d+)", after=mark)
+    resident = re.search(r"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    assert resident, "no RssAnon in /proc/PID/status"
+    return Sample(time.monotonic(), int(resident[1]), int(inside[1]) // 1024, int(inside[2]))
 
 
 def count_greenlets(process: Nodepass) -> int:
@@ -49,35 +56,49 @@ def count_greenlets(process: Nodepass) -> int:
     return len(process.find(r"\+--- <(?!.*; finished)", after=mark))  # one that has finished is not collected yet
 
 
-@dataclass
-class Slope:
-    """A straight line through a run's samples."""
+@dataclass(frozen=True)
+class Slopes:
+    """A straight line each through a run's samples after its warm-up."""
 
     run: Run
     minutes: float
-    kib_per_minute: float
+    heap: float  # KiB a minute
+    blocks: float  # a minute
+    resident: float  # share that was added
 
     @property
-    def is_flat(self) -> bool:
-        return self.kib_per_minute * self.minutes <= FLUCTUATION + FLAT * self.minutes
+    def are_flat(self) -> bool:
+        return (
+            self.resident <= CREEP
+            and self.heap * self.minutes <= HEAP[0] + HEAP[1] * self.minutes
+            and self.blocks * self.minutes <= BLOCKS[0] + BLOCKS[1] * self.minutes
+        )
 
     def __str__(self) -> str:
         return (
-            f"{self.run.kind}: {self.kib_per_minute:+.1f} KiB a minute over the last {self.minutes:.1f} minutes;"
-            f" MiB: {' '.join(f'{kib / 1024:.1f}' for _, kib in self.run.memory)}"
+            f"{self.run.kind}, {self.minutes:.1f} minutes: heap in use {self.heap:+.1f} KiB a minute,"
+            f" Python's blocks {self.blocks:+.0f} a minute, resident {100 * self.resident:+.1f} %"
+            f" (MiB: {' '.join(f'{sample.resident / 1024:.1f}' for sample in self.run.memory)})"
         )
 
 
-def slope(run: Run) -> Slope | None:
-    """The slope after the warm-up, by least squares; None where there are too few samples."""
-    points = run.memory[int(len(run.memory) * WARM_UP) :]
-    if len(points) < FEWEST:
+def slopes(run: Run) -> Slopes | None:
+    """The slopes after the warm-up; None where there are too few samples."""
+    samples = run.memory[int(len(run.memory) * WARM_UP) :]
+    if len(samples) < FEWEST:
         return None
-    minutes = [(moment - points[0][0]) / 60 for moment, _ in points]
-    mean_x, mean_y = sum(minutes) / len(points), sum(kib for _, kib in points) / len(points)
-    above = sum((x - mean_x) * (kib - mean_y) for x, (_, kib) in zip(minutes, points, strict=True))
-    below = sum((x - mean_x) ** 2 for x in minutes)
-    return Slope(run, minutes[-1], above / below)
+    minutes = (samples[-1].moment - samples[0].moment) / 60
+    added = _slope(samples, lambda sample: sample.resident) * minutes / samples[0].resident
+    heap, blocks = _slope(samples, lambda sample: sample.heap), _slope(samples, lambda sample: sample.blocks)
+    return Slopes(run, minutes, heap, blocks, added)
+
+
+def _slope(samples: list[Sample], value: Callable[[Sample], int]) -> float:
+    """What is added in a minute, by least squares."""
+    minutes = [(sample.moment - samples[0].moment) / 60 for sample in samples]
+    mean_x, mean_y = sum(minutes) / len(samples), sum(map(value, samples)) / len(samples)
+    above = sum((x - mean_x) * (value(sample) - mean_y) for x, sample in zip(minutes, samples, strict=True))
+    return above / sum((x - mean_x) ** 2 for x in minutes)
 
 
 class BaseLines:
@@ -96,7 +117,7 @@ class BaseLines:
         except AssertionError:
             now = run.process.count_descriptors()
             found.append(f"{run.kind} holds {now} descriptors when idle, not {self.descriptors.get(run.kind)}")
-        run.memory.append((time.monotonic(), anonymous_memory(run.process.pid)))
+        run.memory.append(take_sample(run.process))
         self.seen[run.kind] += 1
         return found
 

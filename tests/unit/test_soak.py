@@ -12,9 +12,9 @@ from tests.soak.content import Content
 from tests.soak.conversation import Conversation, End
 from tests.soak.datagrams import answers_to, check, make
 from tests.soak.faults import TARGET_AWAY
-from tests.soak.pairs import Run, Shape
+from tests.soak.pairs import Run, Sample, Shape
 from tests.soak.sessions import Session, outcome, wrongs
-from tests.soak.vitals import slope
+from tests.soak.vitals import slopes
 from tests.support.process import Nodepass
 
 SESSION = Session(7, 300_000, 2_000_000)
@@ -101,12 +101,18 @@ def test_a_datagram_is_checked_and_answered() -> None:
             answers_to(wrong)
 
 
-@pytest.mark.parametrize(("growth", "is_flat"), [(0, True), (50, True), (2000, False)])
-def test_memory_that_grows_after_the_warm_up_is_found(growth: int, is_flat: bool) -> None:
-    samples = [(60.0 * minute, 20_000 + growth * minute + minute % 2 * 300) for minute in range(12)]
-    found = slope(replace(RUN, memory=samples))
+@pytest.mark.parametrize(
+    ("resident", "heap", "blocks", "are_flat"),
+    [(0, 0, 0, True), (300, 10, 100, True), (1000, 0, 0, False), (0, 80, 0, False), (0, 0, 800, False)],
+)
+def test_memory_that_grows_after_the_warm_up_is_found(resident: int, heap: int, blocks: int, are_flat: bool) -> None:
+    samples = [
+        Sample(60.0 * minute, 20_000 + resident * minute + minute % 2 * 300, 6000 + heap * minute, blocks * minute)
+        for minute in range(12)
+    ]
+    found = slopes(replace(RUN, memory=samples))
     assert found
-    assert found.is_flat is is_flat
+    assert found.are_flat is are_flat
 
 
 def test_a_line_of_the_log_that_no_fault_explains_is_found() -> None:
