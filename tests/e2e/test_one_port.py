@@ -120,7 +120,7 @@ def test_a_client_of_the_other_version_may_follow(stack: contextlib.ExitStack) -
 
 @pytest.mark.parametrize("env", [ENV, {**KEYED, **ONE_PORT}], ids=["without a key", "with a key"])
 def test_strangers_on_the_tunnel_port_harm_nobody(stack: contextlib.ExitStack, env: Environment) -> None:
-    server = stack.enter_context(OurServer(1, env={**env, "HANDSHAKE_TIMEOUT": "400ms"}))
+    server = stack.enter_context(OurServer(1, env={**env, "HANDSHAKE_TIMEOUT": "1s"}))
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
     client.wait_until_connected()
@@ -162,7 +162,7 @@ def assert_is_closed(stranger: socket.socket) -> None:
 
 
 def test_strangers_before_any_client_harm_nobody(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer(env={**KEYED, **ONE_PORT, "HANDSHAKE_TIMEOUT": "400ms"}))
+    server = stack.enter_context(OurServer(env={**KEYED, **ONE_PORT, "HANDSHAKE_TIMEOUT": "1s"}))
     for begin in STRANGERS.values():
         talk_to(server, begin, stack)
     target = stack.enter_context(Target())
