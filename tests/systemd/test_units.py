@@ -116,6 +116,16 @@ def test_the_first_visitor_starts_a_server_on_port_443_without_privileges(
 
 
 @needs_box
+def test_each_instance_is_a_user_of_its_own(stack: contextlib.ExitStack, box: Box) -> None:
+    users = set()
+    for name in ("one", "the_longest-name_of_22"):
+        server = unit(stack, box, name, "server://127.0.0.1:0/127.0.0.1:0?tls=0", DATA_PORT="0")
+        server.start()
+        users.add(server.show("UID"))
+    assert len(users) == 2
+
+
+@needs_box
 def test_a_socket_that_fits_no_url_fails_the_unit_with_one_line_and_for_good(
     stack: contextlib.ExitStack, box: Box
 ) -> None:
