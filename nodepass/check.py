@@ -2,29 +2,29 @@
 
 One line on standard output for each finding, `ok`, `warn` or `fail`, then where, then what. The exit status is 0 where
 nothing failed, 1 where an address or a peer failed, which may pass later, and 2 where the input is bad. What concerns a
-client and its server is in `check_client`. Called by `cli`; nothing of the daemon runs here.
+client and its server is in `check_client`, ports in `check_ports`. Called by `cli`; nothing of the daemon runs here.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import stat
 import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
-from nodepass import log, procnet, secret
+from nodepass import log, secret
 from nodepass.check_client import check_client
-from nodepass.config import Settings
-from nodepass.errors import ConfigError, ListenError
+from nodepass.check_ports import try_to_listen, try_unix
+from nodepass.config import Listen, Settings
+from nodepass.errors import ConfigError
 from nodepass.findings import BAD_INPUT, Findings
 from nodepass.inherited import DATA, TARGET, TUNNEL, Inherited, Share
 from nodepass.limits import survey
-from nodepass.listen import close_all, listen_in_range, listen_tcp, listen_udp
-from nodepass.net import resolve
+from nodepass.listen import listen_in_range, listen_tcp, listen_udp
 from nodepass.systemd import ServiceManager
 from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url
 
@@ -54,7 +54,9 @@ def run(
         return findings.status
     settings = _limits(settings, urls, findings)
     servers = [url for url in urls if isinstance(url, ServerURL)]
-    with ExitStack() as held:  # until all are checked: two URLs may want the same port
+    with ExitStack() as held:  # until all are checked: two of them may want the same port
+        if settings.metrics_listen:
+            _metrics(settings.metrics_listen, findings, held)
         for url in servers:
             _Server(url, settings, findings, inherited.share(), held).check()
     for url in urls:
@@ -127,6 +129,19 @@ def _limits(settings: Settings, urls: Sequence[ServerURL | ClientURL], findings:
     return limits.settings
 
 
+def _metrics(listen: Listen, findings: Findings, held: ExitStack) -> None:
+    try:
+        from nodepass.monitor import LOOPBACK, WHAT
+    except ModuleNotFoundError as error:
+        findings.bad("settings", f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client")
+        return
+    if listen.path:
+        try_unix(findings, WHAT, listen.path)
+    else:
+        address = Address(listen.host or LOOPBACK, listen.port)
+        try_to_listen(findings, held, "metrics", WHAT, address, lambda: listen_tcp(address, WHAT))
+
+
 class _Server:
     """One server URL: its certificate and its addresses."""
 
@@ -135,57 +150,22 @@ class _Server:
         self._ports = settings.data_port
         self._findings = findings
         self._share = share
-        self._held = held
+        self._listen = partial(try_to_listen, findings, held, url.name)
 
     def check(self) -> None:
         """Load the certificate, and listen on every address."""
         url, ports = self._url, self._ports
         if url.tls == 2:
             self._check_certificate()
-        stream, datagram, share = socket.SOCK_STREAM, socket.SOCK_DGRAM, self._share
-        self._listen("tunnel address", url.tunnel, stream, lambda: listen_tcp(url.tunnel, TUNNEL, share))
+        share = self._share
+        self._listen("tunnel address", url.tunnel, lambda: listen_tcp(url.tunnel, TUNNEL, share))
         if not ports.tunnel:
             host = url.tunnel.host
             data = Address(host, ports.last)
-            self._listen("data port", data, stream, lambda: listen_in_range(host, ports, DATA, share))
-        self._listen("target address (tcp)", url.target, stream, lambda: listen_tcp(url.target, TARGET, share))
-        self._listen("target address (udp)", url.target, datagram, lambda: listen_udp(url.target, TARGET, share))
-
-    def _listen(self, what: str, address: Address, kind: int, listen: Callable[[], list[socket.socket]]) -> None:
-        where = self._url.name
-        try:
-            sockets = listen()
-        except ListenError as error:
-            cause = error.__context__
-            number = cause.errno if isinstance(cause, OSError) else None
-            # The kernel asks for the privilege before it looks whether the port is taken.
-            if number not in (errno.EADDRINUSE, errno.EACCES) or not self._explain(what, address, kind):
-                hint = "; ports under 1024 need a privilege or a socket unit" if number == errno.EACCES else ""
-                self._findings.fail(where, f"{error}{hint}")
-            return
-        self._held.callback(close_all, sockets)
-        self._findings.ok(where, f"{what} {address}: can be listened on")
-
-    def _explain(self, what: str, address: Address, kind: int) -> bool:
-        """Say who holds the port; False where nobody does."""
-        hosts = [str(each.sockaddr[0]) for each in resolve(address)] if address.host else []
-        holders = procnet.holders(kind, hosts, address.port)
-        if holders is None:
-            return False
-        text = f"{what} {address}: in use"
-        strangers = [each for each in holders if not (each.is_nodepass or each.is_systemd)]
-        if any(each.pid == os.getpid() for each in holders):
-            self._findings.fail(self._url.name, f"{text} by another URL of this command")
-        elif strangers:
-            self._findings.fail(self._url.name, f"{text} by {strangers[0]}")
-        elif holders:
-            who = "systemd" if all(each.is_systemd for each in holders) else "a running nodepass"
-            self._findings.warn(self._url.name, f"{text} by {who} ({holders[0]}): expected where this tunnel is set up")
-        else:
-            self._findings.warn(
-                self._url.name, f"{text}, by whom cannot be seen: expected where this tunnel or its socket unit runs"
-            )
-        return True
+            self._listen("data port", data, lambda: listen_in_range(host, ports, DATA, share))
+        self._listen("target address (tcp)", url.target, lambda: listen_tcp(url.target, TARGET, share))
+        datagrams = "target address (udp)"
+        self._listen(datagrams, url.target, lambda: listen_udp(url.target, TARGET, share), socket.SOCK_DGRAM)
 
     def _check_certificate(self) -> None:
         from nodepass.certificates import load_pair

@@ -54,14 +54,28 @@ def _remove_stale(path: str) -> None:
         return
     if not stat.S_ISSOCK(status.st_mode):
         raise OSError("there is a file that is no socket")
+    if _answers(path):
+        raise OSError("another process listens there")
+    os.unlink(path)
+
+
+def is_living(path: str) -> bool:
+    """Whether somebody listens there, as far as this process may know."""
+    try:
+        return _answers(path)
+    except OSError:
+        return False
+
+
+def _answers(path: str) -> bool:
+    """Raises OSError where there is nothing to connect to, or no permission."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError("another process listens there")
+            return False
+    return True
 
 
 def _identity(path: str) -> tuple[int, int]:

@@ -122,7 +122,7 @@ def test_two_urls_that_want_the_same_port_fail() -> None:
     port = free_port()
     done = check_of(*[f"server://127.0.0.1:{port}/127.0.0.1:0?tls=1"] * 2)
     assert done.code == 1
-    assert found(done, "fail", f"tunnel address 127.0.0.1:{port}: in use by another URL of this command")
+    assert found(done, "fail", f"tunnel address 127.0.0.1:{port}: in use by another address of this command")
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
@@ -224,3 +224,30 @@ def test_colours_are_for_terminals(environ: dict[str, str], coloured: bool) -> N
         Findings(stream, environ).fail("server:1", "no")
     assert ("\x1b[" in terminal.getvalue()) is coloured
     assert pipe.getvalue() == "fail server:1: no\n"
+
+
+URL = "server://127.0.0.1:0/127.0.0.1:0?tls=1"
+
+
+def test_the_address_for_metrics_is_listened_on_too() -> None:
+    done = check_of(URL, METRICS_LISTEN="127.0.0.1:0")
+    assert (done.code, trouble(done)) == (0, [])
+    assert found(done, "ok", "metrics: METRICS_LISTEN 127.0.0.1:0: can be listened on")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = check_of(URL, METRICS_LISTEN=f":{port}")
+    assert done.code == 1
+    assert found(done, "fail", rf"metrics: METRICS_LISTEN localhost:{port}: in use by ")
+
+
+def test_a_unix_socket_for_metrics_is_tried_and_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics"
+    done = check_of(URL, METRICS_LISTEN=f"unix:{path}")
+    assert (done.code, trouble(done), path.exists()) == (0, [], False)
+    with OurServer(env={"METRICS_LISTEN": f"unix:{path}"}):
+        done = check_of(URL, METRICS_LISTEN=f"unix:{path}")
+    assert done.code == 0
+    assert found(done, "warn", f"METRICS_LISTEN unix:{path}: somebody listens there")
+    done = check_of(URL, METRICS_LISTEN=f"unix:{tmp_path}/none/metrics")
+    assert done.code == 1
+    assert found(done, "fail", f"METRICS_LISTEN unix:{tmp_path}/none/metrics: No such file")

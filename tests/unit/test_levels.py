@@ -23,7 +23,7 @@ LEVELS = (
     ("fillers",),
     ("link",),
     ("gate", "entrance", "door", "attachment"),
-    ("server", "client", "monitor", "check_client"),
+    ("server", "client", "monitor", "check_client", "check_ports"),
     ("tunnels",),
     ("daemon", "top", "check"),
     ("cli",),
