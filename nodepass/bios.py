@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from gevent import get_hub
-from OpenSSL import SSL
 
 LARGE = 1024  # bytes; batches up to this size leave too little behind to be worth a look
 QUIET = 0.05  # seconds without a large batch, up to twice as many
@@ -55,21 +54,3 @@ def _look() -> None:
     if not _busy:
         _timer.close()
         _timer = None
-
-
-def replace(connection: SSL.Connection) -> None:
-    """Give a connection fresh BIOs in the place of its own; what came in must have been read.
-
-    What OpenSSL has to say of its own, such as the answer to a key update, waits for the next write, and goes along.
-    pyOpenSSL has no name for this.
-    """
-    lib, private = SSL._lib, vars(connection)  # type: ignore[attr-defined]
-    try:
-        waiting = connection.bio_read(1 << 16)
-    except SSL.WantReadError:
-        waiting = b""
-    incoming, outgoing = lib.BIO_new(lib.BIO_s_mem()), lib.BIO_new(lib.BIO_s_mem())
-    if waiting:
-        lib.BIO_write(outgoing, waiting, len(waiting))
-    lib.SSL_set_bio(private["_ssl"], incoming, outgoing)  # it frees the old ones
-    private["_into_ssl"], private["_from_ssl"] = incoming, outgoing

@@ -1,8 +1,8 @@
 """TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
 
-This module, `bios`, `certificates` and `verification` alone import OpenSSL and cryptography, and are imported only when
-TLS is on: that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting suspends
-the greenlet only. pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
+This module, `records`, `certificates` and `verification` alone import OpenSSL and cryptography, and are imported only
+when TLS is on: that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting
+suspends the greenlet only. pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ from OpenSSL.crypto import X509
 from nodepass import bios
 from nodepass.errors import ConfigError, TLSError, VerificationError
 from nodepass.net import Socket
+from nodepass.records import BATCH, RECORD, Records, inbox
 from nodepass.stream import Data, SocketStream
 from nodepass.verification import Expected, is_ip
 
-BATCH = 131072  # bytes per read from the kernel and of payload per write; from 32 to 256 KiB this took least CPU
-FLIGHT = 4096  # bytes of the handshake that one look usually finds
-RECORD = 16384  # bytes of payload in one TLS record, at most
-RECORD_OVERHEAD = 64  # bytes that TLS adds to a record, at most
 FEEDS = 8  # reads from the kernel in a row that bring nothing to read: key updates, tickets, alerts
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -41,7 +38,7 @@ PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSA
 class TLSStream(SocketStream):
     """A connection under TLS."""
 
-    __slots__ = ("_connection", "_drained", "moved_much")
+    __slots__ = ("_connection", "_drained", "_records", "moved_much")
 
     batch = BATCH
     plain = False
@@ -49,6 +46,7 @@ class TLSStream(SocketStream):
     def __init__(self, sock: Socket, connection: SSL.Connection) -> None:
         super().__init__(sock)
         self._connection = connection
+        self._records = Records(connection)
         self._drained = True  # OpenSSL has nothing left to read
         self.moved_much = False
 
@@ -61,32 +59,27 @@ class TLSStream(SocketStream):
             received = None if self._drained else self._decrypt(buffer)
             if received is not None:
                 return received
-            records = self._raw.recv(BATCH)
-            self._feed(records)
-            if len(records) > bios.LARGE:
-                bios.note(self)
+            self._feed(self._raw.recv_into(inbox))
         received = self._decrypt(buffer)
         if received is None:
             raise BlockingIOError  # others get their turn, then we are called again
         return received
 
     def send(self, data: Data) -> Data:
-        sent, size = 0, len(data)
-        if size > bios.LARGE:
+        if len(data) > bios.LARGE:
             bios.note(self)
         try:
-            while sent < size:
-                sent += self._connection.send(data[sent:] if sent else data)
+            self._records.encrypt(data)
         except SSL.Error as error:
             raise _translated(error) from None
-        return self.try_rest(self._records(size))
+        return self._send_records()
 
     def end(self) -> Data:
         try:
             self._connection.shutdown()
         except SSL.Error as error:
             raise _translated(error) from None
-        return self.try_rest(self._records(0))
+        return self._send_records()
 
     def peek(self) -> bool | None:
         try:
@@ -94,7 +87,7 @@ class TLSStream(SocketStream):
                 try:
                     return bool(self._connection.recv(1, socket.MSG_PEEK))
                 except SSL.WantReadError:
-                    self._feed(self._raw.recv(BATCH))
+                    self._feed(self._raw.recv_into(inbox))
             return False  # nobody has so much to say and means well
         except BlockingIOError:
             return None
@@ -104,7 +97,7 @@ class TLSStream(SocketStream):
     def shrink(self) -> bool:
         """Give back the memory of large batches; False where bytes wait in it still."""
         if self._drained:
-            bios.replace(self._connection)
+            self._records.renew_bios()
         return self._drained
 
     def close(self) -> None:
@@ -127,33 +120,41 @@ class TLSStream(SocketStream):
             except SSL.Error as error:
                 self._flush()  # the alert that tells the peer why
                 raise _translated(error) from None
-            self._feed(self._wait_for_records(), "the peer closed the connection during the TLS handshake")
+            self._feed(self._receive_flight(), "the peer closed the connection during the TLS handshake")
 
     def _flush(self) -> None:
-        if records := self._records(0):
-            self._send_all(self.try_rest(records))
+        self._send_all(self._send_records())
 
-    def _wait_for_records(self) -> bytes:
+    def _receive_flight(self) -> int:
         while True:
             try:
-                return bytes(self._raw.recv(RECORD))
+                return int(self._raw.recv_into(inbox[:RECORD]))
             except BlockingIOError:
                 self._wait_readable()
 
+    def _send_records(self) -> Data:
+        """Send what goes at once of what OpenSSL has made; returns a copy of the rest."""
+        return bytes(self.try_rest(records)) if (records := self._records.take()) else b""
+
     def _feed(
-        self, records: bytes, otherwise: str = "the connection ended without TLS close_notify: the stream is cut"
+        self, size: int, otherwise: str = "the connection ended without TLS close_notify: the stream is cut"
     ) -> None:
-        if not records:
+        if not size:
             raise TLSError(otherwise)
-        self._connection.bio_write(records)
+        self._records.feed(size)
         self._drained = False
+        if size > bios.LARGE:
+            bios.note(self)
 
     def _decrypt(self, buffer: memoryview) -> int | None:
         """Fill the buffer with the records at hand; 0 at the peer's close_notify, None when more must be read."""
         done, size = 0, len(buffer)
         try:
             while done < size:
-                done += self._connection.recv_into(buffer[done:], min(RECORD, size - done))
+                done += self._records.decrypt(buffer[done:] if done else buffer)
+                if self._records.are_over:
+                    self._drained = True
+                    break
         except SSL.ZeroReturnError:
             return done
         except SSL.WantReadError:
@@ -162,19 +163,6 @@ class TLSStream(SocketStream):
         except SSL.Error as error:
             raise _translated(error) from None
         return done
-
-    def _records(self, payload: int) -> bytes:
-        """What OpenSSL has made, of so many bytes of payload above all, and wants sent."""
-        size = payload + (payload // RECORD + 1) * RECORD_OVERHEAD + FLIGHT
-        records = b""
-        try:
-            while True:
-                more = self._connection.bio_read(size)
-                records = records + more if records else more
-                if len(more) < size:
-                    return records
-        except SSL.WantReadError:
-            return records
 
 
 def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:

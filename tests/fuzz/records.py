@@ -41,6 +41,11 @@ class End:
         data, self.arrived = self.arrived[:size], self.arrived[size:]
         return data
 
+    def recv_into(self, buffer: memoryview) -> int:
+        data = self.recv(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def send(self, data: bytes) -> int:
         left = bytes(data)
         while left:

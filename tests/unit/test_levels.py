@@ -14,7 +14,7 @@ LEVELS = (
     ("__init__", "errors", "capacity", "frames", "health"),
     ("config", "urls", "protocol", "stats", "log", "secret", "systemd"),
     ("proofs", "top_scrape", "findings"),
-    ("net", "sorting", "verification", "limits", "top_table", "bios"),
+    ("net", "sorting", "verification", "limits", "top_table", "bios", "records"),
     ("stream", "pipes", "top_screen", "inherited", "readiness", "procnet"),
     ("session",),
     ("listen", "tls", "crew", "lanes", "direction", "target", "unix"),
@@ -66,4 +66,4 @@ def test_openssl_is_imported_only_by_the_modules_of_tls() -> None:
                 module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
                 if (module or "").partition(".")[0] in ("OpenSSL", "cryptography"):
                     importers.add(path.stem)
-    assert importers == {"tls", "certificates", "verification", "bios"}
+    assert importers == {"tls", "certificates", "verification", "records"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from OpenSSL import SSL
 
-from nodepass import bios
 from nodepass.certificates import self_signed
+from nodepass.records import Records
 from nodepass.tls import client_context, server_context
 
 BATCH = bytes(range(256)) * 512
@@ -62,14 +62,14 @@ def test_bytes_arrive_before_and_after(pair: tuple[SSL.Connection, SSL.Connectio
             source.send(BATCH)
             move(source, sink)
             assert read_all(sink) == BATCH
-        bios.replace(client)
-        bios.replace(server)
+        Records(client).renew_bios()
+        Records(server).renew_bios()
 
 
 def test_what_waits_to_be_sent_goes_along(pair: tuple[SSL.Connection, SSL.Connection]) -> None:
     client, server = pair
     client.send(b"not yet on its way")
-    bios.replace(client)
+    Records(client).renew_bios()
     client.send(b", but in order")
     move(client, server)
     assert read_all(server) == b"not yet on its way, but in order"
@@ -80,6 +80,6 @@ def test_the_memory_of_a_batch_is_given_back(pair: tuple[SSL.Connection, SSL.Con
     before = vars(client)["_from_ssl"]
     client.send(BATCH)
     move(client, server)
-    bios.replace(client)
+    Records(client).renew_bios()
     assert vars(client)["_from_ssl"] != before
     assert vars(client)["_into_ssl"] != before

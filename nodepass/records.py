@@ -1,0 +1,89 @@
+"""TLS records in and out of OpenSSL's memory BIOs, without the copies that pyOpenSSL makes on the way.
+
+pyOpenSSL's own calls make a new buffer for every read, copy what it gets into it and out of it again, and raise an
+exception where there is nothing; its private names, the same from 24.3 on, reach the buffers that the whole process
+shares. What a call here leaves in one of those is gone with the next, whoever makes it. Only `tls` calls this.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from OpenSSL import SSL
+
+_lib: Any = SSL._lib  # type: ignore[attr-defined]
+_ffi: Any = SSL._ffi  # type: ignore[attr-defined]
+
+BATCH = 131072  # bytes per read from the kernel and of payload per write; from 32 to 256 KiB this took least CPU
+RECORD = 16384  # bytes of payload in one TLS record, at most
+RECORD_OVERHEAD = 64  # bytes that TLS adds to a record, at most
+
+# Mapped, so that they take no memory before they are used.
+inbox = memoryview(mmap.mmap(-1, BATCH))  # for records from the kernel
+_outbox = memoryview(mmap.mmap(-1, 2 * BATCH))  # for records to the kernel
+_INBOX = _ffi.from_buffer("char[]", inbox)
+_OUTBOX = _ffi.from_buffer("char[]", _outbox)
+
+
+class Records:
+    """One connection's; `feed` and `take` are what comes from and goes to the peer, and can't fail."""
+
+    __slots__ = ("_connection", "_from_ssl", "_into_ssl", "_ssl")
+
+    def __init__(self, connection: SSL.Connection) -> None:
+        private = vars(connection)
+        self._connection: Any = connection
+        self._ssl = private["_ssl"]
+        self._into_ssl, self._from_ssl = private["_into_ssl"], private["_from_ssl"]
+
+    def feed(self, size: int) -> None:
+        """Take over so many bytes of the `inbox`."""
+        _lib.BIO_write(self._into_ssl, _INBOX, size)
+
+    def take(self) -> memoryview:
+        """What OpenSSL wants sent; to be sent or copied before anything else is taken."""
+        size = _lib.BIO_get_mem_data(self._from_ssl, _ffi.NULL)
+        if not size:
+            return _outbox[:0]
+        if size <= len(_outbox):
+            _lib.BIO_read(self._from_ssl, _OUTBOX, size)
+            return _outbox[:size]
+        large = bytearray(size)
+        _lib.BIO_read(self._from_ssl, _ffi.from_buffer("char[]", large), size)
+        return memoryview(large)
+
+    def encrypt(self, data: bytes | memoryview) -> None:
+        """Make records of payload. Raises SSL.Error."""
+        start, done, size = _ffi.from_buffer("char[]", data), 0, len(data)
+        while done < size:  # before pyOpenSSL 25.1 a call makes one record
+            result = _lib.SSL_write(self._ssl, start + done, size - done)
+            if result <= 0:
+                self._connection._raise_ssl_error(self._ssl, result)
+            done += result
+
+    def decrypt(self, buffer: memoryview) -> int:
+        """The payload of one record, or as much of it as fits. Raises SSL.Error, WantReadError among them."""
+        result: int = _lib.SSL_read(self._ssl, _ffi.from_buffer("char[]", buffer), len(buffer))
+        if result <= 0:
+            self._connection._raise_ssl_error(self._ssl, result)
+        return result
+
+    @property
+    def are_over(self) -> bool:
+        """Whether all that was fed has been read, so that `decrypt` could bring nothing."""
+        return not (_lib.BIO_get_mem_data(self._into_ssl, _ffi.NULL) or _lib.SSL_pending(self._ssl))
+
+    def renew_bios(self) -> None:
+        """Give the connection fresh BIOs in the place of its own; what was fed must be over.
+
+        What OpenSSL has to say of its own, an answer to a key update for one, waits for the next write, and goes along.
+        """
+        waiting = self.take()
+        incoming, outgoing = _lib.BIO_new(_lib.BIO_s_mem()), _lib.BIO_new(_lib.BIO_s_mem())
+        if waiting:
+            _lib.BIO_write(outgoing, _ffi.from_buffer(waiting), len(waiting))
+        _lib.SSL_set_bio(self._ssl, incoming, outgoing)  # it frees the old ones
+        self._into_ssl, self._from_ssl = incoming, outgoing
+        private = vars(self._connection)
+        private["_into_ssl"], private["_from_ssl"] = incoming, outgoing
