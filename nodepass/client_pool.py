@@ -7,6 +7,7 @@ visitor that left at once looks like.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from gevent.event import Event
 
@@ -20,6 +21,15 @@ LAUNCH_WITHIN = 2.0  # seconds from a session's first bytes, or its end, to its 
 YOUNG = 1.0  # seconds: the age under which an idle connection's end counts as a failure to make it
 
 
+@dataclass(eq=False, slots=True)
+class Spoken:
+    """A connection with its first bytes, or its end, before its launch."""
+
+    stream: Stream
+    since: float  # time.monotonic()
+    lowered: int = 0  # by how much its end has lowered the capacity
+
+
 class ClientPool(Pool):
     """The client's end: gives out the connection that a launch names.
 
@@ -31,15 +41,25 @@ class ClientPool(Pool):
         self.wanted = Event()
         self.wanted.set()
         self.dialling = 0
-        self.died_young = 0  # idle connections that the server closed as soon as they were made
+        self._died_young: set[str] = set()  # ended as soon as they were made, and by no visitor who left, so far
         self._expected: dict[str, Waiter] = {}
         self._reserved: dict[str, Stream] = {}  # launched, waiting for a slot
-        self._spoken: dict[str, Idle] = {}  # readable, waiting for their launch since then
+        self._spoken: dict[str, Spoken] = {}  # readable, waiting for their launch since then
 
     @property
     def missing(self) -> int:
         """How many connections to begin now."""
         return self.capacity - len(self) - self.dialling
+
+    def is_unwanted(self) -> bool:
+        """Whether the server has closed so many new connections at once that to make more of them has to wait.
+
+        Counts anew from then on.
+        """
+        if len(self._died_young) < max(1, self.capacity):
+            return False
+        self._died_young.clear()
+        return True
 
     def add(self, id: str, stream: Stream) -> None:
         if expected := self._expected.pop(id, None):
@@ -63,6 +83,7 @@ class ClientPool(Pool):
         limit = time.monotonic() - LAUNCH_WITHIN
         for id in [id for id, spoken in self._spoken.items() if spoken.since < limit]:
             self._spoken.pop(id).stream.close()
+            self._died_young.discard(id)
         self.wanted.set()
 
     def flush(self, because: str) -> None:
@@ -103,6 +124,9 @@ class ClientPool(Pool):
 
     def _find(self, id: str) -> Stream | None:
         if spoken := self._spoken.pop(id, None):
+            # Its visitor had left at once, which says nothing of how many connections there should be.
+            self.capacity = min(self.bounds[1], self.capacity + spoken.lowered)
+            self._died_young.discard(id)
             return spoken.stream
         if idle := self._idle.get(id):
             return self._leave(idle)
@@ -120,15 +144,15 @@ class ClientPool(Pool):
         state = idle.stream.peek()
         if state is None:
             return
-        now = time.monotonic()
+        spoken = self._spoken[idle.id] = Spoken(idle.stream, time.monotonic())
         if state:
             self._leave(idle)
         else:
             # The server has more than it needs: one less is made, until sessions come again.
-            self.capacity = max(self.bounds[0], self.capacity - 1)
-            self.died_young += now - idle.since < YOUNG
+            spoken.lowered = min(1, self.capacity - self.bounds[0])
+            self.capacity -= spoken.lowered
+            if spoken.since - idle.since < YOUNG:
+                self._died_young.add(idle.id)
             self._release(idle)
             self.wanted.set()
-        idle.since = now
-        self._spoken[idle.id] = idle
         self._log.debug("pool: %s %s", idle.id, "has its first bytes" if state else "ended by the server")

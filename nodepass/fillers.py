@@ -76,8 +76,8 @@ class DialingFiller:
         while True:
             pool.wanted.wait()
             pool.wanted.clear()
-            if self._failures or pool.died_young:
-                self._failures = pool.died_young = 0
+            if pool.is_unwanted() or self._failures:
+                self._failures = 0
                 gevent.sleep(self._backoff.pause())
             while pool.missing > 0:
                 pool.dialling += 1

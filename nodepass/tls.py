@@ -59,7 +59,10 @@ class TLSStream(SocketStream):
             received = None if self._drained else self._decrypt(buffer)
             if received is not None:
                 return received
-            self._feed(self._raw.recv_into(inbox))
+            size = self._raw.recv_into(inbox)
+            self._feed(size)
+            if size > bios.LARGE:
+                bios.note(self)
         received = self._decrypt(buffer)
         if received is None:
             raise BlockingIOError  # others get their turn, then we are called again
@@ -114,6 +117,8 @@ class TLSStream(SocketStream):
             try:
                 self._connection.do_handshake()
                 self._flush()
+                if self._records.are_over:
+                    self._records.renew_bios()
                 return
             except SSL.WantReadError:
                 self._flush()
@@ -143,8 +148,6 @@ class TLSStream(SocketStream):
             raise TLSError(otherwise)
         self._records.feed(size)
         self._drained = False
-        if size > bios.LARGE:
-            bios.note(self)
 
     def _decrypt(self, buffer: memoryview) -> int | None:
         """Fill the buffer with the records at hand; 0 at the peer's close_notify, None when more must be read."""

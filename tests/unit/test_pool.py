@@ -171,6 +171,35 @@ def test_a_connection_may_have_bytes_or_its_end_before_its_launch(
     assert client.claim(id, 1).recv_into(buffer) == (0 if ends else 11)
 
 
+def end(client: ClientPool, connections: Connections, ids: list[str]) -> None:
+    """Have the server end idle connections."""
+    for id in ids:
+        connections.peers[id].shutdown(socket.SHUT_WR)
+    gevent.wait(timeout=0.05)
+    assert not any(id in client for id in ids)
+
+
+def test_who_leaves_at_once_neither_shrinks_the_pool_nor_slows_its_filling(
+    client: ClientPool, connections: Connections
+) -> None:
+    client.capacity = 4
+    for _ in range(3):
+        ids = connections.add_to(client, 3)
+        end(client, connections, ids)
+        for id in ids:
+            client.claim(id, 1)
+    assert client.capacity == 4
+    assert not client.is_unwanted()
+
+
+def test_a_server_that_ends_what_was_just_made_is_given_a_rest(client: ClientPool, connections: Connections) -> None:
+    end(client, connections, connections.add_to(client, 1))
+    assert not client.is_unwanted()
+    end(client, connections, connections.add_to(client, 1))
+    assert client.is_unwanted()
+    assert not client.is_unwanted()
+
+
 def test_an_empty_pool_grows_once_it_has_been_filled_once_over(client: ClientPool, connections: Connections) -> None:
     for expected in (2, 4):  # the first fill does not count
         for id in connections.add_to(client, 2):
