@@ -71,9 +71,10 @@ class Direction:
         self._looked_at = 0  # busy reads when it last ran
 
     def start(self) -> None:
-        """Begin with what is there already: often the first bytes have come before the session."""
+        """Begin with what is there already: often first bytes have come before the session, answers never."""
         self._source.watch(self._on_readable)
-        self._on_readable()
+        if self._up:
+            self._on_readable()
 
     def stop(self) -> None:
         """End it where it is."""

@@ -130,7 +130,8 @@ class Route:
                 raise
 
     def _prepare(self, sock: Socket) -> tuple[str, Stream]:
-        stream: Stream = TCPStream(sock)
+        plain = TCPStream(sock)
+        stream: Stream = plain
         if self.shared_port:
             stream.write(DATA_PREFIX)
         if self.context:
@@ -138,6 +139,8 @@ class Route:
             from nodepass.verification import Expected
 
             stream = connect_tls(sock, self.context, Expected(self.host, self.verify, self.fingerprint))
+        else:
+            plain.wait_readable()  # an id takes a round trip; a read that finds none yet costs more
         try:
             id = parse_id(recv_exactly(stream, ID_LENGTH))
         except ClosedError:

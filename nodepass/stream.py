@@ -105,7 +105,7 @@ class SocketStream:
             try:
                 return self.read(buffer)
             except BlockingIOError:
-                self._wait_readable()
+                self.wait_readable()
 
     def write(self, data: Data) -> None:
         self._send_all(self.send(data))
@@ -167,7 +167,8 @@ class SocketStream:
             gevent.get_hub().wait(self._write_watcher())
             rest = self.try_rest(rest)
 
-    def _wait_readable(self) -> None:
+    def wait_readable(self) -> None:
+        """Wait until the socket has something to read."""
         gevent.get_hub().wait(self._read_watcher())
 
     def _read_watcher(self) -> Any:

@@ -135,7 +135,7 @@ class TLSStream(SocketStream):
             try:
                 return int(self._raw.recv_into(inbox[:RECORD]))
             except BlockingIOError:
-                self._wait_readable()
+                self.wait_readable()
 
     def _send_records(self) -> Data:
         """Send what goes at once of what OpenSSL has made; returns a copy of the rest."""

@@ -96,7 +96,7 @@ class Side(TLSStream):
         self.is_ready = self.is_out = self.is_complete = False
         self.is_saying = True
 
-    def _wait_readable(self) -> None:
+    def wait_readable(self) -> None:
         raise Blocked
 
     def attempt(self, work: Any, *args: Any) -> Any:
