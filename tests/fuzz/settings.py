@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from urllib.parse import quote
 
-from nodepass.config import Ports, format_duration, parse_duration, rows
+from nodepass.config import Listen, Ports, format_duration, parse_duration, rows
 from nodepass.errors import ConfigError
 from nodepass.urls import Address, ClientURL, ServerURL, parse_url
 from tests.fuzz.scripted import assert_plain
@@ -59,6 +59,9 @@ def check_setting(data: bytes) -> None:
         return
     if isinstance(value, Ports):
         assert 0 <= value.first <= value.last <= 65535
+        return
+    if value is None or isinstance(value, Listen):
+        assert value is None or value.path or 0 <= value.port <= 65535
         return
     assert math.isfinite(value)
     assert value >= 0
