@@ -25,7 +25,7 @@ from nodepass.datagrams import ask_target, read_datagram
 from nodepass.errors import NoDataConnection, ProtocolError
 from nodepass.fillers import Backoff, DialingFiller, Route
 from nodepass.log import Log
-from nodepass.net import reason, reset_on_close
+from nodepass.net import reason
 from nodepass.protocol import KIND_NAMES, LANE, TCP, Launch
 from nodepass.relay import exchange
 from nodepass.stats import Stats
@@ -138,7 +138,7 @@ class Attachment:
 
     def _launch_udp(self, data: Stream, log: Log) -> None:
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
-        reset_on_close(data.sock, False)  # a reset could overtake the answer
+        data.reset_on_close(False)  # a reset could overtake the answer
         udp, outcome = self._stats.udp, "unanswered"
         udp.begin()
         try:

@@ -77,7 +77,7 @@ class Entrance:
             return
         log = self._log.session(id)
         log.debug("visitor %s connected", peer)
-        visitor = TCPStream(sock)
+        visitor = TCPStream(sock, resets=True)  # see listen_target
         if self._link.version == 1 and visitor.peek() is False:
             gevent.sleep(HEAD_START)
         log.debug("visitor %s: %s", peer, exchange(visitor, data, self._stats, began))

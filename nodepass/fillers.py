@@ -23,7 +23,7 @@ from nodepass.handshake import Agreement
 from nodepass.listen import accept_forever
 from nodepass.lobby import Lobby
 from nodepass.log import Log
-from nodepass.net import Endpoint, Socket, dial, format_sockaddr, reason, reset_on_close
+from nodepass.net import Endpoint, Socket, dial, reason
 from nodepass.proofs import PROOF_LENGTH, SessionKey, same
 from nodepass.protocol import DATA_PREFIX, ID_LENGTH, parse_id
 from nodepass.server_pool import ServerPool
@@ -120,13 +120,14 @@ class Route:
 
     def make(self) -> tuple[str, Stream]:
         """Dial, TLS, read the id, prove the key. Raises OSError."""
-        late = TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s")
-        with gevent.Timeout(self.timeout, late):
+        with gevent.Timeout(self.timeout) as late:
             sock = dial([self.endpoint], self.timeout)
             try:
                 return self._prepare(sock)
-            except BaseException:
+            except BaseException as error:
                 sock.close()
+                if error is late:
+                    raise TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s") from None
                 raise
 
     def _prepare(self, sock: Socket) -> tuple[str, Stream]:
@@ -151,7 +152,7 @@ class Route:
         if self.session:
             stream.write(self.session.data_proof(id))
         # Its launch may be on its way when this process is killed, and then its end must not look like an answer.
-        reset_on_close(sock, True)
+        stream.reset_on_close(True)
         return id, stream
 
 
@@ -161,14 +162,14 @@ class AcceptingFiller:
     def __init__(
         self,
         pool: ServerPool,
-        owner: Callable[[Socket], Agreement | None],
+        owner: Callable[[Endpoint], Agreement | None],
         has_client: Callable[[], bool],
         context: Callable[[], SSL.Context | None],
         log: Log,
         stats: Stats,
         timeout: float,
     ) -> None:
-        """`owner` says whose a connection is: the agreement with the client, None if it is nobody's.
+        """`owner` says whose a peer's connection is: the agreement with the client, None if it is nobody's.
 
         `context` is TLS's at this moment, None without TLS.
         """
@@ -183,32 +184,32 @@ class AcceptingFiller:
 
     def run(self, listener: socket.socket) -> None:
         """Accept until the listener is closed."""
-        for sock, _ in accept_forever(listener, self._log):
-            self.admit(sock)
+        for sock, peer in accept_forever(listener, self._log):
+            self.admit(sock, peer)
 
-    def admit(self, sock: Socket) -> None:
+    def admit(self, sock: Socket, peer: Endpoint) -> None:
         """Prepare one connection for the pool, which owns it from then on."""
-        whose, context = self._owner(sock), self._context()
+        whose, context = self._owner(peer), self._context()
         if whose is None:
-            self._refuse_stranger(sock)
+            self._refuse_stranger(sock, peer)
         elif len(self._pool) >= self._pool.bounds[1]:
-            self._refuse(sock, "pool_full", "the pool is full")
+            self._refuse(sock, peer, "pool_full", "the pool is full")
         elif context or whose.session:
-            self.handshakes.receive(sock, self._prepare, context, whose)
+            self.handshakes.receive(sock, self._prepare, peer, context, whose)
         else:
-            self._add(sock, TCPStream(sock))
+            self._add(sock, peer)
 
-    def _add(self, sock: Socket, stream: Stream) -> None:
+    def _add(self, sock: Socket, peer: Endpoint) -> None:
         """Eight bytes into a new connection need neither a wait nor a greenlet."""
-        id = self._new_id()
+        id, stream = self._new_id(), TCPStream(sock)
         try:
             stream.write(id.encode())
         except OSError as error:
-            self._refuse(sock, failure(error), reason(error))
+            self._refuse(sock, peer, failure(error), reason(error))
         else:
             self._pool.add(id, stream)
 
-    def _prepare(self, sock: Socket, context: SSL.Context | None, whose: Agreement) -> None:
+    def _prepare(self, sock: Socket, peer: Endpoint, context: SSL.Context | None, whose: Agreement) -> None:
         try:
             with gevent.Timeout(self._timeout, TimeoutError(f"not ready within {self._timeout:g}s")):
                 stream: Stream = TCPStream(sock)
@@ -221,12 +222,12 @@ class AcceptingFiller:
                 if whose.session:
                     _check(recv_exactly(stream, PROOF_LENGTH), whose.session.data_proof(id))
         except OSError as error:
-            self._refuse(sock, failure(error), reason(error))
+            self._refuse(sock, peer, failure(error), reason(error))
         except BaseException:
             sock.close()
             raise
         else:
-            if self._owner(sock) is whose:
+            if self._owner(peer) is whose:
                 self._pool.add(id, stream)
             else:
                 stream.close()  # the client has changed meanwhile
@@ -236,18 +237,14 @@ class AcceptingFiller:
             pass
         return id
 
-    def _refuse_stranger(self, sock: Socket) -> None:
+    def _refuse_stranger(self, sock: Socket, peer: Endpoint) -> None:
         if self._has_client():
-            self._refuse(sock, "stranger", "it is not from the connected client")
+            self._refuse(sock, peer, "stranger", "it is not from the connected client")
         else:  # most often the last ones of a client that has just left, which is nothing to warn of
-            self._refuse(sock, "no_client", "no client is connected", logging.DEBUG)
+            self._refuse(sock, peer, "no_client", "no client is connected", logging.DEBUG)
 
-    def _refuse(self, sock: Socket, why: str, because: str, level: int = logging.WARNING) -> None:
+    def _refuse(self, sock: Socket, peer: Endpoint, why: str, because: str, level: int = logging.WARNING) -> None:
         self._stats.data_failures[why] += 1
-        try:
-            peer = format_sockaddr(sock.getpeername())
-        except OSError:
-            peer = "a peer that has gone"
         self._log.limited(level, because, "data connection from %s refused: %s", peer, because)
         sock.close()
 

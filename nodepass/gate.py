@@ -20,7 +20,7 @@ from nodepass.link import Link
 from nodepass.listen import accept_forever
 from nodepass.lobby import Lobby
 from nodepass.log import Log
-from nodepass.net import as_blocking, as_plain, reason
+from nodepass.net import Endpoint, as_blocking, as_plain, reason
 from nodepass.proofs import Key
 from nodepass.protocol import SHUTDOWN, Refusal, Tunnel
 from nodepass.sorting import is_data_connection
@@ -53,12 +53,13 @@ class Gate:
 
     def run(self, listener: socket.socket) -> None:
         """Accept until the listener is closed."""
-        for sock, _ in accept_forever(listener, self._log):
-            shared = self._tunnel().mux
-            if shared and self._link.version == 1 and self._link.is_from_client(sock):
-                self._link.filler.admit(sock)
+        for sock, peer in accept_forever(listener, self._log):
+            if not self._tunnel().mux:
+                self._lobby.receive(as_blocking(sock), self._serve)
+            elif self._link.version == 1 and self._link.is_client(peer):
+                self._link.filler.admit(sock, peer)
             else:
-                self._lobby.receive(as_blocking(sock), self._sort if shared else self._serve)
+                self._lobby.receive(as_blocking(sock), self._sort, peer)
 
     def shut(self) -> None:
         """Let no newcomer become the client any more; the one that is stays."""
@@ -68,7 +69,7 @@ class Gate:
         """End everything at once."""
         self._lobby.kill()
 
-    def _sort(self, sock: socket.socket) -> None:
+    def _sort(self, sock: socket.socket, peer: Endpoint) -> None:
         """Tell a client from a data connection."""
         try:
             is_data = is_data_connection(sock)
@@ -80,7 +81,7 @@ class Gate:
             raise
         if is_data:
             self._lobby.leave(sock)
-            self._link.filler.admit(as_plain(sock))
+            self._link.filler.admit(as_plain(sock), peer)
         else:
             self._serve(sock)
 

@@ -20,7 +20,7 @@ from nodepass.errors import ClosedError, NoDataConnection, RefusedError
 from nodepass.fillers import AcceptingFiller
 from nodepass.handshake import Agreement, Caller, answer
 from nodepass.log import Log
-from nodepass.net import Socket, acknowledged, plain_host
+from nodepass.net import Endpoint, acknowledged
 from nodepass.proofs import Key
 from nodepass.protocol import BUSY, LANE, Launch, Tunnel
 from nodepass.server_pool import ServerPool
@@ -62,17 +62,13 @@ class Link:
         """Whether a client is connected now or within `timeout` seconds."""
         return bool(self._connected.wait(timeout))
 
-    def is_from_client(self, sock: Socket) -> bool:
+    def is_client(self, peer: Endpoint) -> bool:
         """Whether a connection comes from the address of the connected client."""
-        try:
-            host = plain_host(sock.getpeername())
-        except OSError:
-            return False
-        return self.control is not None and host == plain_host(self.control.endpoint.sockaddr)
+        return self.control is not None and peer.host == self.control.endpoint.host
 
-    def _owner(self, sock: Socket) -> Agreement | None:
+    def _owner(self, peer: Endpoint) -> Agreement | None:
         """The agreement that a data connection belongs to; without a key it must come from the client's address."""
-        return self._agreement if self.control and (self._key or self.is_from_client(sock)) else None
+        return self._agreement if self.control and (self._key or self.is_client(peer)) else None
 
     def admit(self, control: Control, caller: Caller, tunnel: Tunnel) -> None:
         """Make a newcomer the client, if the place is free or may be taken. Raises OSError, RefusedError among them.

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.socket import wait_write
 
+from nodepass.keepalive import KEEPALIVE, keep_alive_if_it_lasts, set_keepalive
 from nodepass.urls import Address
 
 Socket = _socket.socket  # the one that gevent does not patch
 
-KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a vanished peer is found in a minute
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST
 _GRACEFUL = struct.pack("ii", 0, 0)
 _MOST_KEEPALIVE = 32767  # seconds: the kernel takes no more (MAX_TCP_KEEPIDLE)
@@ -46,6 +46,11 @@ class Endpoint(NamedTuple):
     def __str__(self) -> str:
         return format_sockaddr(self.sockaddr)
 
+    @property
+    def host(self) -> str:
+        """What all connections of one peer have in common."""
+        return plain_host(self.sockaddr)
+
     def with_port(self, port: int) -> Endpoint:
         """The same host, another port."""
         host, _, *rest = self.sockaddr
@@ -59,7 +64,7 @@ def format_sockaddr(sockaddr: Sequence[object]) -> str:
 
 
 def plain_host(sockaddr: Sequence[object]) -> str:
-    """The host of an address, IPv4-mapped IPv6 as IPv4: what two connections of one peer have in common."""
+    """The host of an address, IPv4-mapped IPv6 as IPv4."""
     return str(sockaddr[0]).removeprefix("::ffff:")
 
 
@@ -91,7 +96,8 @@ def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
         sock = Socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             _connect(sock, endpoint, share)
-            set_stream_options(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive_if_it_lasts(sock)
             return sock
         except TimeoutError:
             failure = TimeoutError(f"{endpoint}: no answer within {share:.3g}s")
@@ -153,17 +159,9 @@ def stalled(sock: Socket, seconds: float) -> bool:
 
 
 def set_stream_options(sock: Socket) -> None:
-    """No Nagle delay, and keepalive probes that also hold a NAT's mapping open."""
+    """No Nagle delay, and keepalive probes; of a listener, what it accepts inherits both."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     set_keepalive(sock, *KEEPALIVE)
-
-
-def set_keepalive(sock: Socket, idle: int, interval: int, probes: int) -> None:
-    """Probe a silent peer after `idle` seconds, every `interval` seconds, and give it up after so many probes."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
 
 
 def bound_failure_detection(sock: socket.socket, seconds: float) -> None:
@@ -184,16 +182,9 @@ def set_low_water_mark(sock: Socket, size: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
 
-def reset(sock: Socket) -> None:
-    """Close a connection with a TCP reset; nothing where it is closed already."""
-    reset_on_close(sock, True)
-    sock.close()
-
-
 def reset_on_close(sock: Socket, on: bool) -> None:
     """Whether closing is a reset, also when it is the kernel that closes because the process is gone."""
-    if sock.fileno() >= 0:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _GRACEFUL)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _GRACEFUL)
 
 
 def end_reading(sock: Socket) -> None:

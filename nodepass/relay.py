@@ -13,7 +13,7 @@ A cut stream is never made to look like a whole one.
 from __future__ import annotations
 
 from nodepass.direction import Direction
-from nodepass.net import reset_on_close, wait_delivered
+from nodepass.net import wait_delivered
 from nodepass.session import Session, Traffic
 from nodepass.stats import Stats
 from nodepass.stream import Stream
@@ -29,15 +29,10 @@ def exchange(near: Stream, far: Stream, stats: Stats, began: float | None = None
     session = Session(stats, began)
     traffic = session.traffic
     for stream in (near, far):
-        reset_on_close(stream.sock, True)  # should this process be killed, the cut streams must not look whole
-    directions = Direction(session, "up", near, far), Direction(session, "down", far, near)
+        stream.reset_on_close(True)  # should this process be killed, the cut streams must not look whole
     stats.tcp.begin()
     try:
-        for direction in directions:
-            direction.start()
-        session.wait()
-        for direction in directions:
-            direction.stop()
+        _run(session, near, far)
         if session.broken:
             session.broken.abort()
         if traffic.failure:
@@ -46,12 +41,19 @@ def exchange(near: Stream, far: Stream, stats: Stats, began: float | None = None
                 stream.abort()
     finally:
         stats.tcp.end(traffic.outcome)
+        for stream in (near, far):
+            stream.reset_on_close(traffic.ended < 2)
+            stream.close()
+    return traffic
+
+
+def _run(session: Session, near: Stream, far: Stream) -> None:
+    """Both directions, until both are over or one is broken; raises what crashed one."""
+    directions = Direction(session, "up", near, far), Direction(session, "down", far, near)
+    try:
+        for direction in directions:
+            direction.start()
+        session.wait()
+    finally:
         for direction in directions:
             direction.stop()
-        for stream in (near, far):
-            if traffic.ended == 2:
-                reset_on_close(stream.sock, False)
-                stream.close()
-            else:
-                stream.abort()
-    return traffic

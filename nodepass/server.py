@@ -26,7 +26,7 @@ from nodepass.listen import (
     port_of,
 )
 from nodepass.log import Log
-from nodepass.net import format_sockaddr, plain_host
+from nodepass.net import format_sockaddr
 from nodepass.proofs import Key
 from nodepass.protocol import Tunnel
 from nodepass.stats import Stats, View
@@ -153,7 +153,7 @@ class Server:
         return View(
             role="server",
             unready="" if control else "no client is connected",
-            peer=plain_host(control.endpoint.sockaddr) if control else "",  # its port changes with each reconnect
+            peer=control.endpoint.host if control else "",  # its port changes with each reconnect
             wire=control.version if control else 0,
             round_trip=control.round_trip if control else None,
             pool_idle=len(pool),

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import gevent
 
 from nodepass.errors import ClosedError
-from nodepass.net import Socket, reset
+from nodepass.net import Socket, reset_on_close
 
 Data = bytes | memoryview
 
@@ -81,6 +81,9 @@ class Stream(Protocol):
     def peek(self) -> bool | None:
         """None: open and nothing to read. True: bytes wait. False: closed or broken."""
 
+    def reset_on_close(self, on: bool) -> None:
+        """Whether closing is a reset, also when it is the kernel that closes because the process is gone."""
+
     def close(self) -> None:
         """Close; bytes already written are still delivered."""
 
@@ -91,10 +94,12 @@ class Stream(Protocol):
 class SocketStream:
     """What both kinds share: waiting, and the blocking calls made of those that do not block."""
 
-    __slots__ = ("_raw", "_readable", "_writable", "sock")
+    __slots__ = ("_raw", "_readable", "_resets", "_writable", "sock")
 
-    def __init__(self, sock: Socket) -> None:
+    def __init__(self, sock: Socket, resets: bool = False) -> None:
+        """`resets`: the socket is one that a reset closes, as its listener was."""
         self.sock = sock
+        self._resets = resets
         # gevent's own sockets wait even when MSG_DONTWAIT says not to: take the one below.
         self._raw: Any = getattr(sock, "_sock", sock)
         self._readable: Any = None  # watchers, which have no type
@@ -143,13 +148,18 @@ class SocketStream:
             return rest
         return memoryview(rest)[sent:] if sent < len(rest) else b""  # an empty view would keep all of it alive
 
+    def reset_on_close(self, on: bool) -> None:
+        if on != self._resets and self.sock.fileno() >= 0:
+            self._resets = on
+            reset_on_close(self.sock, on)
+
     def close(self) -> None:
         self._close_watchers()
         self.sock.close()
 
     def abort(self) -> None:
-        self._close_watchers()
-        reset(self.sock)
+        self.reset_on_close(True)
+        self.close()
 
     def _close_watchers(self) -> None:
         """Whoever waits on one hears of it."""
@@ -197,8 +207,8 @@ class TCPStream(SocketStream):
     plain = True
     pending = False
 
-    def __init__(self, sock: Socket) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: Socket, resets: bool = False) -> None:
+        super().__init__(sock, resets)
         self.read = self._raw.recv_into  # type: ignore[method-assign]  # as it is: one Python call less per read
 
     def send(self, data: Data) -> Data:

@@ -13,7 +13,7 @@ PACKAGE = Path(nodepass.__file__).parent
 LEVELS = (
     ("__init__", "errors", "capacity", "frames", "health"),
     ("config", "urls", "protocol", "stats", "log", "secret", "systemd"),
-    ("proofs", "top_scrape", "findings"),
+    ("proofs", "top_scrape", "findings", "keepalive"),
     ("net", "sorting", "verification", "limits", "top_table", "bios", "records"),
     ("stream", "pipes", "top_screen", "inherited", "readiness", "procnet"),
     ("session",),

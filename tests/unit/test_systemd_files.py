@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nodepass.config import parse_duration, rows
+from nodepass.keepalive import KEEPALIVE
 from nodepass.limits import OWN, PER_SESSION
-from nodepass.net import KEEPALIVE
 from nodepass.secret import CREDENTIAL
 
 UNITS = Path(__file__).resolve().parents[2] / "contrib" / "systemd"
