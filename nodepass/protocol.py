@@ -37,6 +37,7 @@ REASONS = {
     SHUTDOWN: "the server is shutting down",
 }
 
+_LAUNCH = re.compile(rb"//([0-9a-f]{8})#([123])")
 _LINE = re.compile(rb"//([^/?#\s]*)(?:\?([^#\s]*))?(?:#(\S*))?")
 _ID = re.compile(rb"[0-9a-f]{8}")
 _NONCE = re.compile(r"[0-9a-f]{32}")
@@ -206,6 +207,8 @@ def _field(line: bytes, query: dict[str, str], name: str, form: re.Pattern[str])
 
 def parse_signal(line: bytes) -> Launch | Heartbeat | Unknown:
     """Any later line that a client reads. Raises ProtocolError."""
+    if launch := _LAUNCH.fullmatch(line):  # as nearly all are
+        return Launch(launch[1].decode(), int(launch[2]))
     line = line.strip()
     if not line:
         return HEARTBEAT
