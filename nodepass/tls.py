@@ -38,7 +38,7 @@ PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSA
 class TLSStream(SocketStream):
     """A connection under TLS."""
 
-    __slots__ = ("_connection", "_drained", "_records", "moved_much")
+    __slots__ = ("_connection", "_records", "moved_much")
 
     batch = BATCH
     plain = False
@@ -47,20 +47,22 @@ class TLSStream(SocketStream):
         super().__init__(sock)
         self._connection = connection
         self._records = Records(connection)
-        self._drained = True  # OpenSSL has nothing left to read
         self.moved_much = False
 
     @property
     def pending(self) -> bool:
-        return not self._drained
+        return not self._records.over
 
     def read(self, buffer: memoryview) -> int:
+        records = self._records
         for _ in range(FEEDS):
-            received = None if self._drained else self._decrypt(buffer)
-            if received is not None:
+            if not records.over and (received := self._decrypt(buffer)) is not None:
                 return received
-            size = self._raw.recv_into(inbox)
-            self._feed(size)
+            size = self._receive()
+            if size > RECORD:
+                records.lend(size)
+                continue
+            records.feed(size)
             if size > bios.LARGE:
                 bios.note(self)
         received = self._decrypt(buffer)
@@ -90,7 +92,7 @@ class TLSStream(SocketStream):
                 try:
                     return bool(self._connection.recv(1, socket.MSG_PEEK))
                 except SSL.WantReadError:
-                    self._feed(self._raw.recv_into(inbox))
+                    self._records.feed(self._receive())
             return False  # nobody has so much to say and means well
         except BlockingIOError:
             return None
@@ -99,17 +101,13 @@ class TLSStream(SocketStream):
 
     def shrink(self) -> bool:
         """Give back the memory of large batches; False where bytes wait in it still."""
-        if self._drained:
+        if self._records.over:
             self._records.renew_bios()
-        return self._drained
+        return self._records.over
 
     def close(self) -> None:
         bios.forget(self)
         super().close()
-
-    def abort(self) -> None:
-        bios.forget(self)
-        super().abort()
 
     def handshake(self) -> None:
         """Complete the handshake; its deadline is the caller's. Raises OSError, TLSError among them."""
@@ -117,7 +115,8 @@ class TLSStream(SocketStream):
             try:
                 self._connection.do_handshake()
                 self._flush()
-                if self._records.are_over:
+                self._records.look_again()
+                if self._records.over:
                     self._records.renew_bios()
                 return
             except SSL.WantReadError:
@@ -125,7 +124,7 @@ class TLSStream(SocketStream):
             except SSL.Error as error:
                 self._flush()  # the alert that tells the peer why
                 raise _translated(error) from None
-            self._feed(self._receive_flight(), "the peer closed the connection during the TLS handshake")
+            self._records.feed(self._receive_flight())
 
     def _flush(self) -> None:
         self._send_all(self._send_records())
@@ -133,39 +132,32 @@ class TLSStream(SocketStream):
     def _receive_flight(self) -> int:
         while True:
             try:
-                return int(self._raw.recv_into(inbox[:RECORD]))
+                size = int(self._raw.recv_into(inbox[:RECORD]))
             except BlockingIOError:
                 self.wait_readable()
+            else:
+                if not size:
+                    raise TLSError("the peer closed the connection during the TLS handshake")
+                return size
+
+    def _receive(self) -> int:
+        size: int = self._raw.recv_into(inbox)
+        if not size:
+            raise TLSError("the connection ended without TLS close_notify: the stream is cut")
+        return size
 
     def _send_records(self) -> Data:
         """Send what goes at once of what OpenSSL has made; returns a copy of the rest."""
         return bytes(self.try_rest(records)) if (records := self._records.take()) else b""
 
-    def _feed(
-        self, size: int, otherwise: str = "the connection ended without TLS close_notify: the stream is cut"
-    ) -> None:
-        if not size:
-            raise TLSError(otherwise)
-        self._records.feed(size)
-        self._drained = False
-
     def _decrypt(self, buffer: memoryview) -> int | None:
         """Fill the buffer with the records at hand; 0 at the peer's close_notify, None when more must be read."""
-        done, size = 0, len(buffer)
         try:
-            while done < size:
-                done += self._records.decrypt(buffer[done:] if done else buffer)
-                if self._records.are_over:
-                    self._drained = True
-                    break
+            return self._records.decrypt(buffer) or None
         except SSL.ZeroReturnError:
-            return done
-        except SSL.WantReadError:
-            self._drained = True
-            return done or None
+            return 0
         except SSL.Error as error:
             raise _translated(error) from None
-        return done
 
 
 def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:

@@ -6,7 +6,7 @@ import pytest
 from OpenSSL import SSL
 
 from nodepass.certificates import self_signed
-from nodepass.records import Records
+from nodepass.records import RECORD, Records, inbox
 from nodepass.tls import client_context, server_context
 
 BATCH = bytes(range(256)) * 512
@@ -83,3 +83,59 @@ def test_the_memory_of_a_batch_is_given_back(pair: tuple[SSL.Connection, SSL.Con
     Records(client).renew_bios()
     assert vars(client)["_from_ssl"] != before
     assert vars(client)["_into_ssl"] != before
+
+
+def fill_inbox(source: SSL.Connection) -> int:
+    """Put what a connection wants sent where the kernel would have put it."""
+    wire = source.bio_read(len(inbox))
+    inbox[: len(wire)] = wire
+    return len(wire)
+
+
+def test_what_was_lent_and_did_not_fit_outlives_the_inbox(pair: tuple[SSL.Connection, SSL.Connection]) -> None:
+    client, server = pair
+    payload = BATCH[: 3 * RECORD + 1000]
+    client.send(payload)
+    records, buffer = Records(server), bytearray(RECORD + 10)
+    records.lend(fill_inbox(client))
+    received = b""
+    while not records.over:
+        received += buffer[: records.decrypt(memoryview(buffer))]
+        inbox[:] = bytes(len(inbox))  # others use it meanwhile
+    assert received == payload
+
+
+def test_a_record_that_comes_in_two_loans_is_one(pair: tuple[SSL.Connection, SSL.Connection]) -> None:
+    client, server = pair
+    client.send(b"question")
+    wire = client.bio_read(len(inbox))
+    records, buffer = Records(server), memoryview(bytearray(RECORD))
+    for part in (wire[:3], wire[3:10], wire[10:]):
+        assert records.over
+        inbox[: len(part)] = part
+        records.lend(len(part))
+        received = records.decrypt(buffer)
+        inbox[:] = bytes(len(inbox))
+    assert records.over
+    assert buffer[:received] == b"question"
+
+
+def test_the_end_is_told_after_the_payload_before_it(pair: tuple[SSL.Connection, SSL.Connection]) -> None:
+    client, server = pair
+    client.send(BATCH[: RECORD + 1])
+    client.shutdown()
+    records, buffer = Records(server), memoryview(bytearray(4 * RECORD))
+    records.lend(fill_inbox(client))
+    assert records.decrypt(buffer) == RECORD + 1
+    with pytest.raises(SSL.ZeroReturnError):
+        records.decrypt(buffer)
+
+
+def test_what_is_fed_after_a_loan_is_read(pair: tuple[SSL.Connection, SSL.Connection]) -> None:
+    client, server = pair
+    records, buffer = Records(server), memoryview(bytearray(RECORD))
+    for text, give in ((b"lent", records.lend), (b"fed", records.feed), (b"lent again", records.lend)):
+        client.send(text)
+        give(fill_inbox(client))
+        assert buffer[: records.decrypt(buffer)] == text
+        assert records.over
