@@ -17,9 +17,11 @@ from gevent import Greenlet, socket
 from greenlet import greenlet
 
 from nodepass import pipes
+from nodepass import stream as streams
 from nodepass.crew import Crew, Workers
 from nodepass.direction import Direction, _shared
 from nodepass.log import Log
+from nodepass.net import Socket, reset_on_close
 from nodepass.relay import exchange
 from nodepass.stats import Stats
 from nodepass.stream import Data, TCPStream
@@ -110,6 +112,25 @@ def test_a_message_costs_one_read_and_one_write(stack: ExitStack) -> None:
         target.sendall(b"answer")
         assert visitor.recv(100) == b"answer"
     assert calls == ["read", "send"] * 20
+
+
+def test_a_session_sets_an_option_only_where_it_changes(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a system call, and short sessions have few others."""
+    calls: list[bool] = []
+
+    def count(sock: Socket, on: bool) -> None:
+        calls.append(on)
+        reset_on_close(sock, on)
+
+    monkeypatch.setattr(streams, "reset_on_close", count)
+    near, visitor = stack.enter_context(tcp_pair())
+    far, target = stack.enter_context(tcp_pair())
+    near.reset_on_close(True)  # as a pooled connection, or a visitor's, is
+    calls.clear()
+    visitor.close()
+    target.close()
+    exchange(near, far, Stats())
+    assert calls == [True, False, False]
 
 
 def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
