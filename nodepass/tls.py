@@ -90,7 +90,8 @@ class TLSStream(SocketStream):
                 try:
                     return bool(self._connection.recv(1, socket.MSG_PEEK))
                 except SSL.WantReadError:
-                    self._feed(self._raw.recv_into(inbox))
+                    if not self._records.go_on():
+                        self._feed(self._raw.recv_into(inbox))
             return False  # nobody has so much to say and means well
         except BlockingIOError:
             return None
@@ -122,6 +123,8 @@ class TLSStream(SocketStream):
                 return
             except SSL.WantReadError:
                 self._flush()
+                if self._records.go_on():
+                    continue
             except SSL.Error as error:
                 self._flush()  # the alert that tells the peer why
                 raise _translated(error) from None
@@ -154,15 +157,18 @@ class TLSStream(SocketStream):
         done, size = 0, len(buffer)
         try:
             while done < size:
-                done += self._records.decrypt(buffer[done:] if done else buffer)
+                try:
+                    done += self._records.decrypt(buffer[done:] if done else buffer)
+                except SSL.WantReadError:
+                    if self._records.go_on():
+                        continue
+                    self._drained = True
+                    return done or None
                 if self._records.are_over:
                     self._drained = True
                     break
         except SSL.ZeroReturnError:
             return done
-        except SSL.WantReadError:
-            self._drained = True
-            return done or None
         except SSL.Error as error:
             raise _translated(error) from None
         return done
