@@ -1,7 +1,8 @@
 """The lobby: connections that have not yet shown who they are, limited per address and in all.
 
-One more than allowed, and the oldest is dropped: who proves itself does so in milliseconds, who only takes up a place
-has had its time. So silence, by whomever and however often, keeps nobody out.
+Each port has its own, and all of a process share a part of its descriptors. One more than allowed, and the oldest is
+dropped: who proves itself does so in milliseconds, who only takes up a place has had its time. So silence, by whomever
+and however often, keeps nobody out.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gevent import Greenlet
 
 from nodepass.crew import Crew
+from nodepass.limits import NEWCOMERS, NEWCOMERS_LEAST, newcomers_limit
 from nodepass.log import Log
 from nodepass.net import Socket, plain_host
 from nodepass.stats import Stats
 
 PER_ADDRESS = 256
-IN_ALL = 1024
+IN_ALL = NEWCOMERS
 
 
 @dataclass(eq=False, slots=True)
@@ -34,11 +37,15 @@ class _Newcomer:
 class Lobby:
     """Newcomers, each with a greenlet that finds out who it is."""
 
-    def __init__(self, name: str, log: Log, stats: Stats, per_address: int = PER_ADDRESS, in_all: int = IN_ALL) -> None:
+    _everywhere: ClassVar[dict[Socket, Lobby]] = {}  # who is in which lobby of the process, the oldest first
+
+    def __init__(self, name: str, log: Log, stats: Stats) -> None:
         self._name = name
         self._log = log
         self._stats = stats
-        self._limits = per_address, in_all
+        self._share = newcomers_limit()
+        self._in_all = min(IN_ALL, self._share)
+        self._per_address = min(PER_ADDRESS, max(NEWCOMERS_LEAST, self._share // 4))
         self._crew = Crew(log, stats)
         self._inside: dict[Socket, _Newcomer] = {}  # the oldest first
         self._addresses: Counter[str] = Counter()
@@ -53,18 +60,22 @@ class Lobby:
         except OSError:
             sock.close()  # it has gone already
             return
-        per_address, in_all = self._limits
-        if self._addresses[host] >= per_address:
+        if self._addresses[host] >= self._per_address:
             self._drop(next(each for each, inside in self._inside.items() if inside.host == host))
-        elif len(self._inside) >= in_all:
+        elif len(self._inside) >= self._in_all:
             self._drop(next(iter(self._inside)))
+        elif len(self._everywhere) >= self._share:
+            oldest = next(iter(self._everywhere))
+            self._everywhere[oldest]._drop(oldest)
         newcomer = self._inside[sock] = _Newcomer(host)
+        self._everywhere[sock] = self
         self._addresses[host] += 1
         newcomer.greenlet = self._crew.spawn(self._name, self._run, newcomer, sock, work, *args)
 
     def leave(self, sock: Socket) -> None:
         """This one has shown who it is, or is gone; its greenlet may go on."""
         if newcomer := self._inside.pop(sock, None):
+            del self._everywhere[sock]
             self._addresses[newcomer.host] -= 1
             if not self._addresses[newcomer.host]:
                 del self._addresses[newcomer.host]
