@@ -194,7 +194,7 @@ class AcceptingFiller:
         elif len(self._pool) >= self._pool.bounds[1]:
             self._refuse(sock, "pool_full", "the pool is full")
         elif context or whose.session:
-            self.handshakes.receive(sock, self._prepare, context, whose)
+            self.handshakes.receive(sock, self._prepare, context, whose, speaks_first=context is not None)
         else:
             self._add(sock, TCPStream(sock))
 
@@ -210,7 +210,8 @@ class AcceptingFiller:
 
     def _prepare(self, sock: Socket, context: SSL.Context | None, whose: Agreement) -> None:
         try:
-            with gevent.Timeout(self._timeout, TimeoutError(f"not ready within {self._timeout:g}s")):
+            late = TimeoutError(f"not ready within {self._timeout:g}s")
+            with gevent.Timeout(self.handshakes.left(sock, self._timeout), late):
                 stream: Stream = TCPStream(sock)
                 if context:
                     from nodepass.tls import accept_tls

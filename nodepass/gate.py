@@ -58,7 +58,9 @@ class Gate:
             if shared and self._link.version == 1 and self._link.is_from_client(sock):
                 self._link.filler.admit(sock)
             else:
-                self._lobby.receive(as_blocking(sock), self._sort if shared else self._serve)
+                work = self._sort if shared else self._serve
+                # A server with a key has no client that waits to be spoken to.
+                self._lobby.receive(as_blocking(sock), work, speaks_first=self._key is not None)
 
     def shut(self) -> None:
         """Let no newcomer become the client any more; the one that is stays."""
@@ -99,7 +101,7 @@ class Gate:
     def _greet(self, control: Control) -> bool:
         """Whether a newcomer is the client now. Raises OSError."""
         try:
-            caller = hear(control, self._key, self._settings.handshake_timeout)
+            caller = hear(control, self._key, self._lobby.left(control.sock, self._settings.handshake_timeout))
             if self._is_shut:
                 raise RefusedError(SHUTDOWN, "this server is shutting down")
             self._link.admit(control, caller, self._tunnel())
