@@ -34,6 +34,7 @@ from nodepass.target import Target
 from nodepass.target_flows import TargetFlows
 
 SIGNALS_WAITING = 1024  # launches that may wait for a slot, at least
+LANES_AT_MOST = 256  # a server has 64 at most (UDP_LANES), and those of its last connections may still run
 LAST_LAUNCHES = 1.0  # seconds for launches that were read before the end to begin
 
 
@@ -94,16 +95,26 @@ class Attachment:
     def _read_signals(self) -> None:
         for launch in self._control.signals():
             self._log.debug("signal: launch %s as %s", launch.id, KIND_NAMES[launch.kind])
-            if launch.kind == LANE:
-                self._lasting.lanes.spawn("lane", self._launch, self._lasting.flows.run_lane, launch.id)
-                continue
             self.pool.reserve(launch.id)
+            if launch.kind == LANE:
+                self._open_lane(launch.id)
+                continue
             try:
                 self._launches.put_nowait((launch, time.monotonic()))
             except Full:
-                self._stats.trouble["launches_dropped"] += 1
-                self._log.limited(logging.WARNING, "full", "launch dropped: too many wait for a slot already")
-                self.pool.drop(launch.id)
+                self._drop(launch.id, "too many wait for a slot already")
+
+    def _open_lane(self, id: str) -> None:
+        """At once: a lane takes no slot. A server that means well has few."""
+        if len(self._lasting.lanes) < LANES_AT_MOST:
+            self._lasting.lanes.spawn("lane", self._launch, self._lasting.flows.run_lane, id)
+        else:
+            self._drop(id, f"there are {LANES_AT_MOST} lanes already")
+
+    def _drop(self, id: str, because: str) -> None:
+        self._stats.trouble["launches_dropped"] += 1
+        self._log.limited(logging.WARNING, because, "launch dropped: %s", because)
+        self.pool.drop(id)
 
     def _dispatch_signals(self) -> None:
         while waiting := self._launches.get():

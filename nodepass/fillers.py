@@ -195,7 +195,7 @@ class AcceptingFiller:
         elif len(self._pool) >= self._pool.bounds[1]:
             self._refuse(sock, peer, "pool_full", "the pool is full")
         elif context or whose.session:
-            self.handshakes.receive(sock, self._prepare, peer, context, whose)
+            self.handshakes.receive(sock, self._prepare, peer, context, whose, speaks_first=context is not None)
         else:
             self._add(sock, peer)
 
@@ -211,7 +211,8 @@ class AcceptingFiller:
 
     def _prepare(self, sock: Socket, peer: Endpoint, context: SSL.Context | None, whose: Agreement) -> None:
         try:
-            with gevent.Timeout(self._timeout, TimeoutError(f"not ready within {self._timeout:g}s")):
+            late = TimeoutError(f"not ready within {self._timeout:g}s")
+            with gevent.Timeout(self.handshakes.left(sock, self._timeout), late):
                 stream: Stream = TCPStream(sock)
                 if context:
                     from nodepass.tls import accept_tls

@@ -54,12 +54,13 @@ class Gate:
     def run(self, listener: socket.socket) -> None:
         """Accept until the listener is closed."""
         for sock, peer in accept_forever(listener, self._log):
+            keyed = self._key is not None  # then there is no client that waits to be spoken to
             if not self._tunnel().mux:
-                self._lobby.receive(as_blocking(sock), self._serve)
+                self._lobby.receive(as_blocking(sock), self._serve, speaks_first=keyed)
             elif self._link.version == 1 and self._link.is_client(peer):
                 self._link.filler.admit(sock, peer)
             else:
-                self._lobby.receive(as_blocking(sock), self._sort, peer)
+                self._lobby.receive(as_blocking(sock), self._sort, peer, speaks_first=keyed)
 
     def shut(self) -> None:
         """Let no newcomer become the client any more; the one that is stays."""
@@ -100,7 +101,7 @@ class Gate:
     def _greet(self, control: Control) -> bool:
         """Whether a newcomer is the client now. Raises OSError."""
         try:
-            caller = hear(control, self._key, self._settings.handshake_timeout)
+            caller = hear(control, self._key, self._lobby.left(control.sock, self._settings.handshake_timeout))
             if self._is_shut:
                 raise RefusedError(SHUTDOWN, "this server is shutting down")
             self._link.admit(control, caller, self._tunnel())

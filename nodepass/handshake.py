@@ -58,7 +58,7 @@ class Caller:
 
 def hear(control: Control, key: Key | None, timeout: float) -> Caller:
     """Read what a newcomer has to say, and have it prove the key. Raises OSError, RefusedError among them."""
-    with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:g}s")):
+    with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:.3g}s")):
         hello = _hear_hello(control, timeout if key else min(timeout, HELLO_WITHIN))
         if hello is None:
             if key:
@@ -75,7 +75,7 @@ def hear(control: Control, key: Key | None, timeout: float) -> Caller:
         except ProtocolError as error:
             raise RefusedError(KEY_MISMATCH, f"its answer to the challenge is no proof of the key: {error}") from None
         except TimeoutError:
-            raise RefusedError(KEY_REQUIRED, f"it did not prove the key within {timeout:g}s") from None
+            raise RefusedError(KEY_REQUIRED, f"it did not prove the key within {timeout:.3g}s") from None
         except ConnectionError:
             raise RefusedError(KEY_REQUIRED, "it left at the challenge: it has no key, or another one") from None
         if not same(auth.mac, key.client_proof(hello.nonce, challenge)):

@@ -25,6 +25,7 @@ from nodepass.stats import Stats
 AT_ONCE = 32  # connections; one more, and the oldest is dropped: who is slow keeps nobody out
 WITHIN = 5.0  # seconds for the whole of a connection
 LINGER = 1.0  # seconds for who has been answered to close; to close first on unread bytes would cut the answer
+AFTER_A_BUG = 1.0  # seconds without accepting, so that one at every connection is no busy loop
 LARGEST_REQUEST = 8192  # bytes up to the blank line
 PLAIN = "text/plain; charset=utf-8"
 
@@ -72,19 +73,27 @@ class HTTPServer:
         self._answer = answer
         self._log = log
         self._crew = Crew(log, stats)
+        self._loops = Crew(log, stats)
         self._open: dict[socket.socket, None] = {}  # the oldest first
 
     def start(self) -> None:
         """Begin to accept."""
         for listener in self._listeners:
-            self._crew.spawn("accept questions", self._accept, listener)
+            self._loops.spawn("keep accepting questions", self._keep_accepting, listener)
 
     def close(self) -> None:
         """End everything at once."""
         close_all(list(self._listeners))
+        self._loops.kill()
         self._crew.kill()
         for sock in self._open:
             sock.close()  # of those that had not begun
+
+    def _keep_accepting(self, listener: socket.socket) -> None:
+        """A bug must not make the endpoint deaf: who asks would wait in the kernel's queue for ever."""
+        while listener.fileno() >= 0:
+            self._loops.spawn("accept questions", self._accept, listener).join()
+            gevent.sleep(AFTER_A_BUG)
 
     def _accept(self, listener: socket.socket) -> None:
         for accepted, _ in accept_forever(listener, self._log):

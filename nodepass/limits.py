@@ -16,6 +16,9 @@ from nodepass.config import Settings
 
 PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data connection
 OWN = 32  # descriptors: listeners, control connections, gevent's own
+NEWCOMERS = 1024  # descriptors at most on each of a server's two ports: who has not yet shown who it is (`lobby`)
+NEWCOMERS_SHARE = 8  # a part in so many of the descriptors, at most, on all ports together; where that is fewer than
+NEWCOMERS_LEAST = 64  # which a client may dial at once, it is these, but no more than a quarter
 
 # Measured with 500 and 1,000 sessions held, on either end, bytes moved both ways, the kernel's part included
 # (docs/performance.md): 16 KiB a session in the clear; 45 to 65 under TLS, most of it OpenSSL's.
@@ -51,15 +54,16 @@ def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
     """Raise the limit on open files; see what so many tunnels can have. `tls`: whether one of them may need it."""
     warnings = []
     files = raise_descriptor_limit()
-    fitting = fit_descriptors(settings, tunnels, files)
+    kept = min(newcomers_limit(), 2 * NEWCOMERS * tunnels)
+    fitting = fit_descriptors(settings, tunnels, files - kept)
     if fitting != settings:
-        needed = _descriptors(settings, tunnels)
+        needed = _descriptors(settings, tunnels) + kept
         warnings.append(
             f"open files: SEMAPHORE_LIMIT {settings.semaphore_limit} and MAX_POOL_CAPACITY {settings.max_pool_capacity}"
             f" can need {needed:,}, {needed - files:,} more than the limit of {files:,} allows: lowered to"
             f" {fitting.semaphore_limit} and {fitting.max_pool_capacity}; raise it (ulimit -Hn, LimitNOFILE=)"
         )
-    by_files = max(0, (files - OWN - tunnels * fitting.max_pool_capacity) // PER_SESSION)
+    by_files = max(0, (files - kept - OWN - tunnels * fitting.max_pool_capacity) // PER_SESSION)
     line = f"limits: {files:,} open files allow {by_files:,} sessions"
     if memory := min(memory_limits(), key=lambda each: each.size, default=None):
         by_memory = max(0, (memory.size - MEMORY_OWN[tls]) // MEMORY_PER_SESSION[tls])
@@ -83,6 +87,15 @@ def raise_descriptor_limit() -> int:
         except (OSError, ValueError):  # a filter of system calls may forbid it
             return soft
     return hard
+
+
+def newcomers_limit() -> int:
+    """How many connections of all servers of the process may not yet have shown who they are.
+
+    Without a share of their own, strangers could take the descriptors that visitors need.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(NEWCOMERS_LEAST, files // 4), files // NEWCOMERS_SHARE)
 
 
 def fit_descriptors(settings: Settings, tunnels: int, files: int) -> Settings:

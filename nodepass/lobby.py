@@ -1,32 +1,42 @@
 """The lobby: connections that have not yet shown who they are, limited per address and in all.
 
-One more than allowed, and the oldest is dropped: who proves itself does so in milliseconds, who only takes up a place
-has had its time. So silence, by whomever and however often, keeps nobody out.
+Each port has its own, and all of a process share a part of its descriptors. One more than allowed, and the oldest is
+dropped: who proves itself does so in milliseconds, who only takes up a place has had its time. So silence, by whomever
+and however often, keeps nobody out. Who has to speak first costs no greenlet before he does, so that a crowd of silent
+ones is let in and dropped as fast as they come, and holds up nobody behind them in the kernel's queue.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from gevent import Greenlet
+from gevent import Greenlet, get_hub
 
 from nodepass.crew import Crew
+from nodepass.limits import NEWCOMERS, NEWCOMERS_LEAST, newcomers_limit
 from nodepass.log import Log
 from nodepass.net import Socket, plain_host
 from nodepass.stats import Stats
 
 PER_ADDRESS = 256
-IN_ALL = 1024
+IN_ALL = NEWCOMERS
+QUIET = 0.25  # seconds for which silence costs nothing; then what finds out who it is begins, and has its own patience
 
 
 @dataclass(eq=False, slots=True)
 class _Newcomer:
-    """Where it came from, and the greenlet that finds out who it is."""
+    """Where it came from and since when it is here, what finds out who it is, and the greenlet that does it."""
 
     host: str
+    since: float  # time.monotonic()
+    work: Callable[..., object]
+    args: tuple[object, ...]
+    watcher: Any = None  # gevent's io watcher, which has no type; until its first bytes
     greenlet: Greenlet[..., None] | None = None
     begun: bool = False
 
@@ -34,37 +44,53 @@ class _Newcomer:
 class Lobby:
     """Newcomers, each with a greenlet that finds out who it is."""
 
-    def __init__(self, name: str, log: Log, stats: Stats, per_address: int = PER_ADDRESS, in_all: int = IN_ALL) -> None:
+    _everywhere: ClassVar[dict[Socket, Lobby]] = {}  # who is in which lobby of the process, the oldest first
+
+    def __init__(self, name: str, log: Log, stats: Stats) -> None:
         self._name = name
         self._log = log
         self._stats = stats
-        self._limits = per_address, in_all
+        self._share = newcomers_limit()
+        self._in_all = min(IN_ALL, self._share)
+        self._per_address = min(PER_ADDRESS, max(NEWCOMERS_LEAST, self._share // 4))
         self._crew = Crew(log, stats)
         self._inside: dict[Socket, _Newcomer] = {}  # the oldest first
+        self._silent: dict[Socket, _Newcomer] = {}  # those of them that have a watcher
+        self._timer: Any = None  # gevent's; it runs while somebody is silent
         self._addresses: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._inside)
 
-    def receive(self, sock: Socket, work: Callable[..., object], *args: object) -> None:
-        """Run `work(sock, *args)`, which has to close the connection or hand it on, also where it is killed."""
+    def receive(self, sock: Socket, work: Callable[..., object], *args: object, speaks_first: bool = False) -> None:
+        """Run `work(sock, *args)`, which has to close the connection or hand it on, also where it is killed.
+
+        With `speaks_first` it begins with the newcomer's first bytes, or after QUIET.
+        """
         try:
             host = plain_host(sock.getpeername())
         except OSError:
             sock.close()  # it has gone already
             return
-        per_address, in_all = self._limits
-        if self._addresses[host] >= per_address:
-            self._drop(next(each for each, inside in self._inside.items() if inside.host == host))
-        elif len(self._inside) >= in_all:
-            self._drop(next(iter(self._inside)))
-        newcomer = self._inside[sock] = _Newcomer(host)
+        self._make_room(host)
+        newcomer = self._inside[sock] = _Newcomer(host, time.monotonic(), work, args)
+        self._everywhere[sock] = self
         self._addresses[host] += 1
-        newcomer.greenlet = self._crew.spawn(self._name, self._run, newcomer, sock, work, *args)
+        if speaks_first:
+            self._listen(sock, newcomer)
+        else:
+            self._begin(sock, newcomer)
+
+    def left(self, sock: Socket, timeout: float) -> float:
+        """Seconds that are left of a timeout which began when this one came in."""
+        newcomer = self._inside.get(sock)
+        return max(0.001, newcomer.since + timeout - time.monotonic()) if newcomer else timeout
 
     def leave(self, sock: Socket) -> None:
         """This one has shown who it is, or is gone; its greenlet may go on."""
         if newcomer := self._inside.pop(sock, None):
+            del self._everywhere[sock]
+            self._hush(sock, newcomer)
             self._addresses[newcomer.host] -= 1
             if not self._addresses[newcomer.host]:
                 del self._addresses[newcomer.host]
@@ -74,13 +100,53 @@ class Lobby:
         for sock in list(self._inside):
             self._end(sock)
         self._crew.kill()
+        self._begin_overdue()  # nobody is: the timer ends
 
-    def _run(self, newcomer: _Newcomer, sock: Socket, work: Callable[..., object], *args: object) -> None:
+    def _listen(self, sock: Socket, newcomer: _Newcomer) -> None:
+        loop = get_hub().loop
+        newcomer.watcher = loop.io(sock.fileno(), 1)
+        newcomer.watcher.start(self._begin, sock, newcomer)
+        self._silent[sock] = newcomer
+        if self._timer is None:
+            self._timer = loop.timer(QUIET, QUIET / 4)
+            self._timer.start(self._begin_overdue)
+
+    def _hush(self, sock: Socket, newcomer: _Newcomer) -> None:
+        if newcomer.watcher is not None:
+            newcomer.watcher.stop()
+            newcomer.watcher.close()
+            newcomer.watcher = None
+            del self._silent[sock]
+
+    def _begin_overdue(self) -> None:
+        limit = time.monotonic() - QUIET
+        for sock, newcomer in list(self._silent.items()):
+            if newcomer.since > limit:
+                break
+            self._begin(sock, newcomer)
+        if not self._silent and self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
+    def _begin(self, sock: Socket, newcomer: _Newcomer) -> None:
+        self._hush(sock, newcomer)
+        newcomer.greenlet = self._crew.spawn(self._name, self._run, newcomer, sock)
+
+    def _run(self, newcomer: _Newcomer, sock: Socket) -> None:
         newcomer.begun = True
         try:
-            work(sock, *args)
+            newcomer.work(sock, *newcomer.args)
         finally:
             self.leave(sock)
+
+    def _make_room(self, host: str) -> None:
+        if self._addresses[host] >= self._per_address:
+            self._drop(next(each for each, inside in self._inside.items() if inside.host == host))
+        elif len(self._inside) >= self._in_all:
+            self._drop(next(iter(self._inside)))
+        elif len(self._everywhere) >= self._share:
+            oldest = next(iter(self._everywhere))
+            self._everywhere[oldest]._drop(oldest)
 
     def _drop(self, sock: Socket) -> None:
         """Make room. Whatever it waits for, be it its own bytes or its turn, it is to hold nothing any more."""

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from itertools import repeat
 
 from nodepass.errors import ConfigError
 
@@ -86,12 +87,12 @@ def _take_sockets(environ: MutableMapping[str, str]) -> tuple[PassedSocket, ...]
     if not pid or not count or not _is_meant(pid, "LISTEN_PID"):
         return ()
     named = names.split(":") if names else []
-    last = FIRST_SOCKET + _number("LISTEN_FDS", count, 0)
-    descriptors = range(FIRST_SOCKET, last)
-    if named and len(named) != len(descriptors):
+    number = _number("LISTEN_FDS", count, 0)
+    if named and len(named) != number:
         raise ConfigError(f"LISTEN_FDNAMES: {names!r} names not as many as LISTEN_FDS={count}; allowed: one for each")
-    named = named or ["unknown"] * len(descriptors)  # as sd_listen_fds_with_names(3) calls it
-    return tuple(_passed(name, descriptor) for name, descriptor in zip(named, descriptors, strict=True))
+    descriptors = range(FIRST_SOCKET, FIRST_SOCKET + number)  # the first that is no socket ends it
+    named_as = named or repeat("unknown")  # as sd_listen_fds_with_names(3) calls it
+    return tuple(_passed(name, descriptor) for descriptor, name in zip(descriptors, named_as, strict=False))
 
 
 def _passed(name: str, descriptor: int) -> PassedSocket:

@@ -92,7 +92,8 @@ class TLSStream(SocketStream):
                 try:
                     return bool(self._connection.recv(1, socket.MSG_PEEK))
                 except SSL.WantReadError:
-                    self._records.feed(self._receive())
+                    if not self._records.go_on():
+                        self._records.feed(self._receive())
             return False  # nobody has so much to say and means well
         except BlockingIOError:
             return None
@@ -121,6 +122,8 @@ class TLSStream(SocketStream):
                 return
             except SSL.WantReadError:
                 self._flush()
+                if self._records.go_on():
+                    continue
             except SSL.Error as error:
                 self._flush()  # the alert that tells the peer why
                 raise _translated(error) from None

@@ -7,6 +7,7 @@ bounded in size and time, and its texts are made printable. prometheus_client is
 from __future__ import annotations
 
 import http.client
+import math
 import re
 import socket
 import time
@@ -120,6 +121,7 @@ def take(source: Source) -> Scrape:
             (sample.name, {key: _printable(label) for key, label in sample.labels.items()}, sample.value)
             for family in text_string_to_metric_families(text)
             for sample in family.samples
+            if math.isfinite(sample.value)  # nodepass has no others, and whole numbers cannot be made of them
         ]
     except (ValueError, KeyError, IndexError):
         samples = []

@@ -71,14 +71,15 @@ def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(s
     said = server.wait_for(
         r"open files: SEMAPHORE_LIMIT 1024 and MAX_POOL_CAPACITY 1024 can need ([\d,]+), ([\d,]+) more"
     )
-    assert said[1] == f"{2 * 1024 + 1024 + limits.OWN:,}"
-    assert said[2] == f"{2 * 1024 + 1024 + limits.OWN - 100:,}"
-    assert server.find(r"limits: 100 open files allow 23 sessions")
+    needed = 2 * 1024 + 1024 + limits.OWN + 100 // 4  # the last is for who has not shown who it is
+    assert said[1] == f"{needed:,}"
+    assert said[2] == f"{needed - 100:,}"
+    assert server.find(r"limits: 100 open files allow 14 sessions")
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     client.wait_until_connected()
     tunnel = Tunnel(server, client, target)
-    opened = [stack.enter_context(tunnel.session()) for _ in range(15)]
+    opened = [stack.enter_context(tunnel.session()) for _ in range(14)]
     for visitor, service in opened:
         assert_connected(visitor, service)
     assert not server.find("too many open files")

@@ -18,6 +18,7 @@ import pytest
 
 from tests.support import with_bug
 from tests.support.process import Nodepass
+from tests.support.scrape import WATCHED, get, metrics_of, reach
 from tests.support.sockets import connect, datagram_socket, free_port, until
 from tests.support.target import Target
 from tests.support.tunnel import BRISK, OurClient, OurServer, assert_connected
@@ -95,6 +96,7 @@ IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
     "the client's report": ("client", "nodepass.client_pool:ClientPool.end_interval", wait),
     "connecting": ("client", "nodepass.client:Client._connect", wait),
     "reading signals": ("client", "nodepass.client_pool:ClientPool.reserve", visit),
+    "filling the pool": ("client", "nodepass.client_pool:ClientPool.is_unwanted", wait),
     "dispatching launches": ("client", "nodepass.attachment:Attachment._dispatch_signals", wait),
     "ending silent flows": ("client", "nodepass.lanes:FlowTable.sweep_forever", wait),
 }
@@ -195,3 +197,14 @@ def test_a_bug_while_the_process_stops_does_not_keep_it_from_stopping() -> None:
         assert server.stop() == BUG
     assert server.find("Bug: put into")
     assert server.find("nodepass stopped")
+
+
+def test_a_bug_where_the_metrics_endpoint_accepts_does_not_make_it_deaf() -> None:
+    server = OurServer(env=WATCHED)
+    server.program = broken("nodepass.httpd:HTTPServer._admit")
+    with server:
+        with reach(metrics_of(server)) as sock, contextlib.suppress(ConnectionError):
+            sock.recv(1)
+        server.wait_for("Bug: put into")
+        assert get(metrics_of(server), "/healthz").status == 200
+        assert server.stop() == BUG

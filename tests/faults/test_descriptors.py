@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.attack import Attack
 from tests.support.proc import cpu_seconds
 from tests.support.process import Environment, Nodepass
 from tests.support.sockets import Address, connect, format_address, until
@@ -19,6 +20,9 @@ from tests.support.v2_tunnel import SECRET
 
 WATCHED = 1.5
 """Seconds for which the program has no descriptor."""
+
+FEW = 300
+"""Descriptors of a process."""
 
 KEYED: Environment = {**BRISK, "TUNNEL_KEY": SECRET, "POOL_GET_TIMEOUT": "500ms"}
 
@@ -105,3 +109,24 @@ def test_a_client_that_has_no_descriptor_for_its_server_tries_again(
         client.wait_for("too many open files", after=mark)
     client.wait_until_connected(after=mark)
     Tunnel(again, client, tunnel.target).assert_works()
+
+
+def test_strangers_do_not_take_the_descriptors_that_visitors_need(stack: contextlib.ExitStack) -> None:
+    """Silent ones come to each port, more than there are descriptors; as many visitors as may be are served."""
+    env = {**KEYED, "HANDSHAKE_TIMEOUT": "60s"}
+    server = OurServer(1, env=env, log="info")
+    server.prefix = ("/bin/sh", "-c", f'ulimit -n {FEW}; exec "$0" "$@"')
+    target = stack.enter_context(Target())
+    stack.enter_context(server)
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env, log="info"))
+    client.wait_until_connected()
+    tunnel = Tunnel(server, client, target)
+    sessions = int(server.wait_for(f"limits: {FEW} open files allow (\\d+) sessions")[1])
+    attacks = [
+        stack.enter_context(Attack(address, 2 * FEW, b"", "hold"))
+        for address in (server.tunnel_address, server.data_address)
+    ]
+    until(lambda: all(attack.report().opened == 2 * FEW for attack in attacks), what="nobody attacks")
+    for _ in range(sessions):
+        assert_connected(*stack.enter_context(tunnel.session()))
+    assert not server.find("too many open files|client disconnected")

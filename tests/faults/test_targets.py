@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.proc import cpu_seconds, resident_bytes
-from tests.support.sockets import Address, connect, is_over
+from tests.support.sockets import Address, connect, free_port, is_over
 from tests.support.target import Target
 from tests.support.tunnel import BRISK, OurClient, OurServer, Pair, Tunnel, open_tunnel
 
@@ -62,6 +62,21 @@ def test_visitors_of_a_target_that_hangs_are_closed_in_time_and_hold_up_nobody(s
     assert time.monotonic() - began < 10
     assert dead.find("WARN.*cannot reach the target.*no answer within")
     assert len(dead.find("WARN.*cannot reach the target")) <= 2 + (time.monotonic() - began)
+
+
+def test_visitors_of_a_target_that_refuses_are_reset_at_once(stack: contextlib.ExitStack) -> None:
+    """Long before HANDSHAKE_TIMEOUT, and so that nobody takes it for an empty answer; a line a second says why."""
+    server = stack.enter_context(OurServer())
+    client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", free_port())))
+    client.wait_until_connected()
+    began = time.monotonic()
+    for _ in range(20):
+        with connect(server.visitor_address) as visitor, pytest.raises(ConnectionResetError):
+            visitor.recv(1)
+    passed = time.monotonic() - began
+    assert passed < 5
+    lines = client.find("WARN.*cannot reach the target.*refused")
+    assert 1 <= len(lines) <= 2 + passed
 
 
 def test_visitors_of_a_target_that_resets_are_reset_and_the_next_is_served(

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
 import subprocess
 import threading
 
 import pytest
 
-from tests.support.proc import cpu_seconds
+from tests.support.key_updates import handshake, key_updates
+from tests.support.proc import cpu_seconds, resident_bytes
 from tests.support.process import Nodepass
 from tests.support.sockets import format_address, until
 from tests.support.target import Target
 from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.v2_tunnel import KEYED
 
 OPENSSL = shutil.which("openssl")
 MANY = 60
 """Commands given to it, one after another."""
+
+FLOOD = 20_000
+"""Key updates in a row, half a megabyte, which would take OpenSSL half a second."""
+
+LITTLE = 0.2
+"""Seconds of CPU time for what costs milliseconds."""
 
 
 class Openssl:
@@ -101,6 +110,34 @@ def works(tunnel: Tunnel) -> bool:
 @pytest.mark.parametrize("letter", ["k", "K"], ids=["its own keys", "both ends' keys"])
 def test_key_updates_without_end_are_borne(tunnel: Tunnel, letter: str) -> None:
     assert_unharmed(tunnel, Openssl(tunnel.our_server.data_address, "tls1_3"), letter, b"KEYUPDATE")
+
+
+@pytest.mark.parametrize("keyed", [False, True], ids=["idle in the pool", "before its proof of the key"])
+def test_a_flood_of_key_updates_ends_its_connection_and_keeps_nobody_waiting(
+    stack: contextlib.ExitStack, keyed: bool
+) -> None:
+    """With a key it is a stranger that comes so far; without one it has to come from the client's address."""
+    env = KEYED if keyed else BRISK
+    target = stack.enter_context(Target())
+    server = stack.enter_context(OurServer(1, env=env, log="info"))
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env, log="info"))
+    client.wait_until_connected()
+    tunnel = Tunnel(server, client, target)
+    source = "127.0.0.2" if keyed else "127.0.0.1"
+    peer = stack.enter_context(socket.create_connection(server.data_address, 20, source_address=(source, 0)))
+    flood = key_updates(handshake(peer), FLOOD)
+    used, memory = cpu_seconds(server.pid), resident_bytes(server.pid)
+    with contextlib.suppress(ConnectionError):  # it may end while we are still talking
+        peer.sendall(flood)
+        while peer.recv(1 << 16):
+            pass
+    assert cpu_seconds(server.pid) - used < LITTLE
+    assert resident_bytes(server.pid) - memory < len(flood)
+    if keyed:
+        server.wait_for("too many records without payload")
+    tunnel.assert_works()
+    assert not server.find("traceback|client disconnected")
+    assert server.stop() == 0
 
 
 @pytest.mark.skipif(OPENSSL is None, reason="not installed: openssl")

@@ -17,6 +17,7 @@ from tests.fuzz.handshakes import check_client_handshake, check_reader, check_se
 from tests.fuzz.records import check_tls
 from tests.fuzz.settings import check_setting, check_url
 from tests.fuzz.signals import check_introduction, check_lines, check_opening, check_signal
+from tests.fuzz.watching import check_manager, check_request, check_scrape
 
 Check = Callable[[bytes], None]
 
@@ -36,6 +37,9 @@ TARGETS: dict[str, Check] = {
     "tls": check_tls,
     "url": check_url,
     "setting": check_setting,
+    "request": check_request,
+    "scrape": check_scrape,
+    "manager": check_manager,
 }
 
 SEEDS = Path(__file__).parent / "seeds"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from OpenSSL import SSL
 
 from nodepass.certificates import self_signed
-from nodepass.records import RECORD, Records, inbox
-from nodepass.tls import client_context, server_context
+from nodepass.errors import TLSError
+from nodepass.net import Socket
+from nodepass.records import RECORD, STOPS, UNSAID, Records, inbox
+from nodepass.tls import TLSStream, accept_tls, client_context, server_context
+from tests.support.key_updates import handshake as introduce
+from tests.support.key_updates import key_updates
 
 BATCH = bytes(range(256)) * 512
 
@@ -139,3 +147,48 @@ def test_what_is_fed_after_a_loan_is_read(pair: tuple[SSL.Connection, SSL.Connec
         give(fill_inbox(client))
         assert buffer[: records.decrypt(buffer)] == text
         assert records.over
+
+
+@pytest.fixture
+def talk() -> Iterator[tuple[TLSStream, socket.socket, bytes]]:
+    """A stream of a server's, its peer's socket, and the peer's first secret."""
+    identity = self_signed()
+    near, far = socket.socketpair()
+    with near, far, ThreadPoolExecutor(1) as peer:
+        secret = peer.submit(introduce, far)
+        sock = Socket(near.family, near.type, near.proto, near.detach())
+        sock.setblocking(False)
+        stream = accept_tls(sock, server_context(identity.chain, identity.key))
+        yield stream, far, secret.result()
+        stream.close()
+
+
+def test_keys_may_be_updated_now_and_then(talk: tuple[TLSStream, socket.socket, bytes]) -> None:
+    stream, peer, secret = talk
+    peer.sendall(key_updates(secret, STOPS // 2))
+    with pytest.raises(BlockingIOError):
+        stream.read(memoryview(bytearray(100)))
+    assert stream.peek() is None
+
+
+def test_too_many_key_updates_at_once_are_an_error(talk: tuple[TLSStream, socket.socket, bytes]) -> None:
+    stream, peer, secret = talk
+    peer.sendall(key_updates(secret, 2 * STOPS))
+    with pytest.raises(TLSError, match="too many records"):
+        stream.read(memoryview(bytearray(100)))
+
+
+def test_too_many_key_updates_one_by_one_are_the_end_of_an_idle_connection(
+    talk: tuple[TLSStream, socket.socket, bytes],
+) -> None:
+    """Their answers wait for a write that does not come."""
+    stream, peer, secret = talk
+    updates = key_updates(secret, UNSAID)
+    size = len(updates) // UNSAID
+    borne = 0
+    for start in range(0, len(updates), size):
+        peer.sendall(updates[start : start + size])
+        if stream.peek() is False:
+            break
+        borne += 1
+    assert UNSAID // size <= borne <= UNSAID // size + 1

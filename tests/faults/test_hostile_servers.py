@@ -1,0 +1,79 @@
+"""A server that floods its client: the other tunnels of that process go on, and its memory stays bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+import pytest
+
+from tests.faults.test_floods import assert_as_fast, time_visitors
+from tests.support.proc import resident_bytes
+from tests.support.process import Environment, Nodepass
+from tests.support.sockets import PATIENCE, until
+from tests.support.target import Target
+from tests.support.tunnel import OurServer
+from tests.support.v2_server import V2Server
+
+MEMORY = 32 << 20
+"""Bytes that a flood may cost; 50,000 greenlets would take four times as much."""
+
+PATIENT: Environment = {"HANDSHAKE_TIMEOUT": "20s", "REPORT_INTERVAL": "1s"}
+
+
+def launches(kind: int) -> bytes:
+    """Of ids that were never given to anybody, each another one."""
+    return b"".join(b"//%08x#%d\n" % (number, kind) for number in range(50_000))
+
+
+FLOODS = {
+    "launches for TCP": launches(1),
+    "launches for a datagram": launches(2),
+    "launches for a lane": launches(3),
+    "launches for one and the same id": b"//deadbeef#3\n" * 50_000,
+    "heartbeats": b"\n" * 5000,
+    "signals that nobody knows": b"//later#9\n" * 50_000,
+    "rubbish": b"\xff\0\xfe\n" * 50_000,
+    "a megabyte without a newline": b"a" * (1 << 20) + b"\n",
+}
+
+
+class Mute(V2Server):
+    """Takes data connections and gives them no id, so that each launch may still find its own; sends no heartbeats."""
+
+    def __init__(self) -> None:
+        super().__init__(heartbeat=None, announced=60)
+
+    def admit(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.recv(1)
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_server_that_floods_its_client_does_not_keep_up_the_other_tunnels(
+    stack: contextlib.ExitStack, name: str
+) -> None:
+    flooding, target = stack.enter_context(Mute()), stack.enter_context(Target())
+    server = stack.enter_context(OurServer(env=PATIENT, log="info"))
+    ports = flooding.tunnel_address[1], server.tunnel_address[1]
+    urls = [f"client://127.0.0.1:{port}/127.0.0.1:{target.address[1]}?log=info" for port in ports]
+    client = stack.enter_context(Nodepass(*urls, env=PATIENT))
+    server.wait_for_client()
+    until(lambda: flooding.connects, what="the flooding server has no client")
+    before = time_visitors(server.visitor_address, target)
+    memory, answers = resident_bytes(client.pid), flooding.answers
+    words = FLOODS[name] + b"\n"  # the answer to this last heartbeat tells that all has been read
+    answers += words.split(b"\n")[:-1].count(b"")
+    flooding.workers.spawn(lambda: flooding.write(words))
+    during: list[float] = []
+    began = time.monotonic()
+    while flooding.answers < answers:
+        during += time_visitors(server.visitor_address, target, 10)
+        assert time.monotonic() - began < PATIENCE, "it does not get to the end of it"
+    assert resident_bytes(client.pid) < memory + MEMORY
+    if during:
+        assert_as_fast(sorted(during), before)
+    assert flooding.connects == 1
+    assert not client.find("traceback|disconnected")
+    assert client.stop() == 0
