@@ -2,88 +2,21 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
 import pytest
 
-from tests.support.process import Finished, run
+from tests.support.process import run
+from tests.support.wrong import WRONG, WrongSetting
 
 URL = "client://127.0.0.1:9/127.0.0.1:9"
-TOGETHER = 4
-"""Runs at a time."""
-
-WRONG_COUNTS = ("", "many", "-1", "0", "99999999999999999999")
-WRONG_DURATIONS = ("", "soon", "5", "-5s", "99999999999h")
-WRONG_ADDRESSES = (
-    "",
-    "on",
-    "localhost",
-    "9464",
-    "127.0.0.1:65536",
-    "::1:9464",
-    "[1]:9464",
-    "unix:name",
-    "unix:/" + 107 * "p",
-)
-WRONG_PORTS = ("", "any", "-1", "65536", "20099-20000", "20000-", "1-2-3")
-
-WRONG: dict[str, tuple[str, ...]] = {
-    "SEMAPHORE_LIMIT": WRONG_COUNTS,
-    "MIN_POOL_CAPACITY": WRONG_COUNTS,
-    "MAX_POOL_CAPACITY": WRONG_COUNTS,
-    "UDP_DATA_BUF_SIZE": (*WRONG_COUNTS, "65536"),
-    "UDP_READ_TIMEOUT": WRONG_DURATIONS,
-    "REPORT_INTERVAL": (*WRONG_DURATIONS, "0s"),
-    "RELOAD_INTERVAL": (*WRONG_DURATIONS, "0s"),
-    "SERVICE_COOLDOWN": WRONG_DURATIONS,
-    "SHUTDOWN_TIMEOUT": WRONG_DURATIONS,
-    "HANDSHAKE_TIMEOUT": (*WRONG_DURATIONS, "0s"),
-    "POOL_GET_TIMEOUT": WRONG_DURATIONS,
-    "DATA_PORT": WRONG_PORTS,
-    "METRICS_LISTEN": WRONG_ADDRESSES,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A setting with a wrong value, given by its variable or by its flag."""
-
-    name: str
-    value: str
-    by_flag: bool
-
-    @property
-    def source(self) -> str:
-        """How the user wrote it, and how the line must name it."""
-        return "--" + self.name.lower().replace("_", "-") if self.by_flag else self.name
-
-    def run(self) -> Finished:
-        if self.by_flag:
-            return run(f"{self.source}={self.value}", URL)
-        return run(URL, env={self.name: self.value})
-
-    def complaints(self) -> list[str]:
-        """What is wrong with how the program took it."""
-        done = self.run()
-        text = done.errors
-        found = [
-            (done.code != 2, f"exit {done.code}"),
-            (len(done.lines) != 1, f"{len(done.lines)} lines"),
-            ("Traceback" in text, "a traceback"),
-            (self.source not in text, "does not name the source"),
-            (self.value not in text, "does not name the value"),
-        ]
-        return [f"{self}: {what}: {text!r}" for wrong, what in found if wrong]
 
 
 @pytest.mark.parametrize("by_flag", [False, True], ids=["variable", "flag"])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_value_is_refused_in_one_line(name: str, by_flag: bool) -> None:
-    cases = [Case(name, value, by_flag) for value in WRONG[name]]
-    with ThreadPoolExecutor(TOGETHER) as pool:
-        complaints = [line for lines in pool.map(Case.complaints, cases) for line in lines]
-    assert not complaints, "\n".join(complaints)
+    """One of each; the others are tried without a process for each, in tests/unit/test_command_line.py."""
+    wrong = WrongSetting(name, WRONG[name][-1], by_flag)
+    done = run(*wrong.arguments, URL, env=wrong.environment)
+    assert not wrong.complaints(done.code, done.errors)
 
 
 def test_bounds_in_the_wrong_order_are_refused_in_one_line() -> None:
