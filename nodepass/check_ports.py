@@ -54,8 +54,9 @@ def _explain(findings: Findings, where: str, what: str, address: Address, kind: 
     elif strangers:
         findings.fail(where, f"{text} by {strangers[0]}")
     elif holders:
-        who = "systemd" if all(each.is_systemd for each in holders) else "a running nodepass"
-        findings.warn(where, f"{text} by {who} ({holders[0]}): expected where this tunnel is set up")
+        running = [each for each in holders if each.is_nodepass]  # it shares a socket unit's ports with systemd
+        who = "a running nodepass" if running else "systemd"
+        findings.warn(where, f"{text} by {who} ({(running or holders)[0]}): expected where this tunnel is set up")
     else:
         findings.warn(where, f"{text}, by whom cannot be seen: expected where this tunnel or its socket unit runs")
     return True

@@ -5,14 +5,17 @@ Imported, and prometheus_client with it, only when METRICS_LISTEN is set.
 
 from __future__ import annotations
 
+import os
 import platform
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import gevent
 from gevent.lock import Semaphore
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
@@ -61,13 +64,38 @@ class _TunnelCollector(Collector):
             yield metric
 
 
+class _ProcessCollector(Collector):
+    """The metrics that Prometheus's conventions have for every process.
+
+    prometheus_client's own has none where /proc shows processes only (ProcSubset=pid, as in the unit): it asks
+    /proc/stat when the machine was booted. The clock knows that too.
+    """
+
+    def __init__(self) -> None:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        self._started = time.time() - age
+
+    def collect(self) -> Iterator[Metric]:
+        size, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
+        page = resource.getpagesize()
+        yield CounterMetricFamily("process_cpu_seconds_total", "CPU time spent, in seconds.", time.process_time())
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, in bytes.", resident * page)
+        yield GaugeMetricFamily("process_virtual_memory_bytes", "Address space, in bytes.", size * page)
+        yield GaugeMetricFamily("process_start_time_seconds", "When it was started, in Unix time.", self._started)
+        yield GaugeMetricFamily("process_open_fds", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        yield GaugeMetricFamily("process_max_fds", "File descriptors that may be open.", limit)
+
+
 class Exposition:
     """The text of all metrics. Made by one greenlet at a time, and given again to who asks too often."""
 
     def __init__(self, watch: Callable[[], Sequence[Watched]]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_TunnelCollector(watch))
-        ProcessCollector(registry=self._registry)
+        if Path("/proc/self/stat").exists():
+            self._registry.register(_ProcessCollector())
         self._making = Semaphore()
         self._text = b""
         self._good_until = 0.0

@@ -6,12 +6,15 @@ bounded in size and time, and its texts are made printable. prometheus_client is
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import math
 import re
 import socket
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nodepass.errors import ConfigError, NodepassError
@@ -42,9 +45,11 @@ class Source:
         """The text that is there now. Raises NoAnswer."""
         connection = _UnixConnection(self.socket_path) if self.socket_path else self._connection()
         try:
-            connection.request("GET", self.path)
-            response = connection.getresponse()
-            body = response.read(LARGEST + 1)
+            connection.connect()
+            with _cut_off(connection.sock):
+                connection.request("GET", self.path)
+                response = connection.getresponse()
+                body = response.read(LARGEST + 1)
         except (OSError, http.client.HTTPException) as error:
             raise NoAnswer(f"{self}: {_words(error)}") from None
         finally:
@@ -55,6 +60,30 @@ class Source:
 
     def _connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.host.strip("[]"), self.port, timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def _cut_off(sock: socket.socket) -> Iterator[None]:
+    """End a connection without a whole answer after TIMEOUT: its own is for each read. Raises TimeoutError then."""
+    is_late = threading.Event()
+
+    def cut() -> None:
+        is_late.set()
+        with contextlib.suppress(OSError):  # it has just ended by itself
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(TIMEOUT, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException):
+        if not is_late.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if is_late.is_set():
+        raise TimeoutError(f"no whole answer within {TIMEOUT:g} s")
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -7,13 +7,15 @@ import os
 import signal
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support import v2_network
 from tests.support.process import Finished, Nodepass, run
-from tests.support.scrape import WATCHED, get, metrics_of, reach, value, wait_for_value
+from tests.support.scrape import WATCHED, get, metrics_of, parse, reach, value, wait_for_value
 from tests.support.sockets import connect, format_address, has_ipv6, is_over, receive_all, until
 from tests.support.target import Target
 from tests.support.tunnel import BRISK, LISTENING, OurClient, OurServer, Tunnel
@@ -133,6 +135,27 @@ def test_a_start_that_fails_for_another_reason_leaves_no_socket(path: Path, serv
     env = {**BRISK, "METRICS_LISTEN": f"unix:{path}"}
     assert run(f"server://{format_address(server.tunnel_address)}/127.0.0.1:0?tls=0", env=env).code == 1
     assert not path.exists()
+
+
+class Hidden(OurServer):
+    """A server that sees of /proc what the unit lets it see: processes only."""
+
+    prefix = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$0" "$@"')
+
+
+@pytest.mark.skipif(bool(v2_network.why_not()), reason=v2_network.why_not())
+def test_the_process_is_measured_also_where_proc_shows_processes_only() -> None:
+    with Hidden(env=WATCHED) as server:
+        seen = {sample.name: sample.value for sample in parse(get(metrics_of(server)).body)}
+    own = {name.removeprefix("process_"): seen[name] for name in seen if name.startswith("process_")}
+    assert set(own) == {
+        *("cpu_seconds_total", "resident_memory_bytes", "virtual_memory_bytes"),
+        *("start_time_seconds", "open_fds", "max_fds"),
+    }
+    assert 0 < own["cpu_seconds_total"] < 1000
+    assert 5e6 < own["resident_memory_bytes"] < own["virtual_memory_bytes"]
+    assert abs(time.time() - own["start_time_seconds"]) < 600
+    assert 5 < own["open_fds"] < own["max_fds"]
 
 
 def test_only_what_is_there_is_served(server: OurServer) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nodepass import top_scrape
 from tests.support.process import PROGRAM, Nodepass, run, scrubbed
 from tests.support.scrape import WATCHED, metrics_of
 from tests.support.sockets import format_address, is_over, receive_exactly
@@ -268,6 +269,29 @@ def test_what_an_endpoint_says_cannot_command_the_terminal() -> None:
     assert done.code == 0
     assert "[red]?]0;x?" in done.output
     assert "\x1b" not in done.output
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+def test_an_answer_that_comes_in_drops_is_given_up(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    monkeypatch.setattr(top_scrape, "TIMEOUT", 0.5)
+    left = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(OSError):
+                sock.sendall(head)
+                while not left.wait(0.05):  # far sooner than a read would be given up
+                    sock.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            with pytest.raises(top_scrape.NoAnswer, match=r"no whole answer within 0\.5 s"):
+                top_scrape.Source("127.0.0.1", listener.getsockname()[1]).fetch()
+        finally:
+            left.set()
+            thread.join()
 
 
 def test_it_needs_nothing_of_the_daemon() -> None:

@@ -31,6 +31,7 @@ SERVER = "server://127.0.0.1:10101/127.0.0.1:8080?tls=1"
 ENV = "/etc/nodepass/web.env"
 KEY = "/etc/credstore/nodepass.web.tunnel-key"
 UNIT = "/etc/systemd/system/nodepass@.service"
+PORTS = "/etc/systemd/system/nodepass@edge.socket.d/manager.conf"
 COMMANDS = ("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart", "delete", "logs")
 CHECK_FIRST = "[Service]\nExecStartPre=/usr/local/bin/nodepass --check\n"
 DROP_IN = """\
@@ -127,20 +128,48 @@ def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
 
 
 def start_by_socket(box: ManagedBox) -> None:
-    """Check that a check before the start of a hardened unit takes its socket unit's ports for what they are."""
-    box.do("create", "edge", "--url", "server://:10101/:443?tls=0", "--set", "DATA_PORT=tunnel", "--no-start")
-    box.systemctl("start", "nodepass@edge.socket")
-    box.systemctl("start", "nodepass@edge.service")
+    """Check that systemd opens ports under 1024 for a hardened unit, and that a check before its start expects that."""
+    said = box.do("create", "edge", "--url", "server://:10101/:443?tls=0", "--set", "DATA_PORT=tunnel")
+    assert "nodepass@edge is active" in said
+    assert opened(box) == {"10101", "443"}
     said = box.do("logs", "edge")
     assert "warn server:10101: tunnel address :10101: in use, by whom cannot be seen" in said
     assert "warn server:10101: target address (udp) :443: in use, by whom cannot be seen" in said
     assert "listening: tunnel" in said
+    since = socket_since(box)
+    box.do("restart", "edge")
+    assert socket_since(box) == since  # nobody was refused
+    box.do("stop", "edge")
+    assert opened(box) == set()
+    box.do("start", "edge")
+    assert opened(box) == {"10101", "443"}
+    assert box.has(PORTS)
+    box.do("edit", "edge", "--url", "server://:10101/:444?tls=0", "--set", "DATA_PORT=10102")
+    assert opened(box) == {"10101", "443"}
+    box.do("restart", "edge")
+    assert opened(box) == {"10101", "444", "10102"}
+    box.do("edit", "edge", "--url", "client://127.0.0.1:10101/127.0.0.1:80")
+    assert not box.has(PORTS)
     box.do("delete", "edge", "--yes")
     assert box.systemctl("is-active", "nodepass@edge.socket", check=False).strip() == "inactive"
 
 
+def opened(box: ManagedBox) -> set[str]:
+    """The TCP ports that are listened on."""
+    lines = box.run("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()
+    return {str(int(fields[1][-4:], 16)) for line in lines if (fields := line.split())[3] == "0A"}
+
+
+def socket_since(box: ManagedBox) -> str:
+    return box.systemctl("show", "--property", "ActiveEnterTimestampMonotonic", "nodepass@edge.socket")
+
+
 def create(box: ManagedBox) -> None:
     assert "fail url: " in box.refuse("create", "web", "--url", "server://:1/:2?tls=7")
+    assert "would have no tunnel; say --url" in box.refuse("create", "web")
+    assert "--key-file /srv/none: there is no such file" in box.refuse(
+        "create", "web", "--url", SERVER, "--key-file", "/srv/none"
+    )
     assert not box.has(ENV)
     box.do("create", "web", "--url", SERVER, "--set", "DATA_PORT=tunnel", "--key-file", "/srv/key")
     assert f'NODEPASS_URL="{SERVER}"\nDATA_PORT="tunnel"\n' in box.read(ENV)
@@ -148,6 +177,10 @@ def create(box: ManagedBox) -> None:
     assert (box.root / KEY[1:]).stat().st_mode & 0o777 == 0o600
     assert re.search(rf"web +active +enabled +{re.escape(SERVER)}", box.do("list"))
     assert "is there already" in box.refuse("create", "web", "--url", SERVER)
+    said = box.refuse("create", "twin", "--url", SERVER, "--set", "SEMAFORE_LIMIT=3")
+    assert "SEMAFORE_LIMIT is no setting of nodepass" in said
+    assert "cannot listen on tunnel address 127.0.0.1:10101: Address already in use" in said  # the end of its log
+    box.do("delete", "twin", "--yes")
 
 
 def carry(box: ManagedBox) -> None:
@@ -267,6 +300,73 @@ def test_names_that_no_unit_can_have_are_refused(manager: ModuleType, name: str)
         manager.instance(name, exists=None)
 
 
+@pytest.mark.parametrize("answer", ["", "n", "no", "yess"])
+def test_before_it_deletes_it_asks_and_only_a_yes_is_one(
+    manager: ModuleType, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr(manager.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: answer)
+    with pytest.raises(manager.Problem, match="nothing was changed"):
+        manager.confirm("Delete?", yes=False)
+    monkeypatch.setattr("builtins.input", lambda _: " Y ")
+    manager.confirm("Delete?", yes=False)
+
+
+def test_what_was_typed_into_the_editor_is_not_lost_where_it_is_not_usable(
+    manager: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, seen = tmp_path / "web.env", []
+    path.write_text("NODEPASS_URL=old\n")
+
+    def refuse_bad(_: str, text: str) -> None:
+        seen.append(text)
+        if "bad" in text:
+            raise manager.Problem("a bad one")
+
+    texts = iter(["NODEPASS_URL=bad\n", "NODEPASS_URL=good\n"])
+    monkeypatch.setattr(manager, "INSTANCES", tmp_path)
+    monkeypatch.setattr(manager, "UNITS", tmp_path)
+    monkeypatch.setattr(manager, "validate", refuse_bad)
+    monkeypatch.setattr(manager, "open_editor", lambda _: next(texts))
+    monkeypatch.setattr(manager.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    manager.edit(manager.make_parser().parse_args(["edit", "web"]))
+    assert seen == ["NODEPASS_URL=bad\n", "NODEPASS_URL=good\n"]
+    assert path.read_text() == "NODEPASS_URL=good\n"
+    assert "a bad one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("urls", "data_port", "wanted", "lines"),
+    [
+        ("server://:10101/:8080?tls=1", "", False, []),
+        ("server://:10101/:8080?tls=1", "", True, ["Stream=10101", "Stream=8080", "Datagram=8080"]),
+        ("server://:10101/:443", "tunnel", False, ["Stream=10101", "Stream=443", "Datagram=443"]),
+        ("server://:443/:8080", "10102", False, ["Stream=443", "Stream=8080", "Datagram=8080", "Stream=10102"]),
+        (
+            "server://0.0.0.0:10101/[::1]:80",
+            "20000-20099",
+            False,
+            ["Stream=0.0.0.0:10101", "Stream=[::1]:80", "Datagram=[::1]:80"],
+        ),
+        ("server://[::1]:1/:0", "0", False, ["Stream=[::1]:1"]),
+        ("client://example.com:443/localhost:80", "", True, []),
+        ("client://:443/:80 server://:10101/:81", "", False, ["Stream=10101", "Stream=81", "Datagram=81"]),
+    ],
+)
+def test_a_socket_unit_opens_what_the_urls_name_where_that_is_needed_or_wanted(
+    manager: ModuleType, urls: str, data_port: str, wanted: bool, lines: list[str]
+) -> None:
+    variables = {"NODEPASS_URL": urls, "DATA_PORT": data_port}
+    assert manager.listen_lines(variables, wanted) == [f"Listen{line}" for line in lines]
+
+
+def test_a_name_where_systemd_takes_addresses_only_is_refused(manager: ModuleType) -> None:
+    variables = {"NODEPASS_URL": "server://localhost:10101/localhost:443"}
+    with pytest.raises(manager.Problem, match="need an address instead of 'localhost'"):
+        manager.listen_lines(variables, False)
+
+
 def test_a_value_with_a_newline_is_refused(manager: ModuleType) -> None:
     with pytest.raises(manager.Problem, match="printable"):
         manager.change_environment("", {"A": "1\nTUNNEL_KEY=2"})
@@ -295,13 +395,16 @@ def test_the_menu_offers_every_command_and_leaves() -> None:
     with open(reading, "r+b", buffering=0) as terminal:
         menu = subprocess.Popen([sys.executable, str(MANAGER)], stdin=writing, stdout=writing, stderr=writing)
         os.close(writing)
-        terminal.write(b"list\nnonsense\nlogs\nno such\nq\n")
+        terminal.write(b"list\nnonsense\nlogs\nno such\n99\nlogs\n\x04q\n")
         said = b""
         with contextlib.suppress(OSError):  # the other end has closed
             while data := terminal.read(4096):
                 said += data
         assert menu.wait(20) == 0
     text = said.decode()
-    assert text.count("11  logs") == 4
+    assert text.count("11  logs") == 6
+    assert "given up" in text
+    for choice in ("nonsense", "99"):
+        assert f"{choice!r} is none of these; allowed: 1 to 11" in text
     assert "NAME" in text
     assert "instance 'no such': the name is not usable" in text
