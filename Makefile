@@ -19,7 +19,7 @@ demo: $(VENV)/stamp ## Show a tunnel at work; ends with Ctrl-C (ONCE=1: check an
 	@$(RUN) contrib/demo/demo.py $(if $(filter-out 0,$(ONCE)),--once)
 
 test: $(VENV)/test.stamp ## Run the tests (ARGS='-k name' goes to pytest)
-	$(RUN) -m pytest --numprocesses 4 $(ARGS)
+	$(RUN) -m pytest --numprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp ## Check style, format and types
 	$(RUN) -m ruff check .
