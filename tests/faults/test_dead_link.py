@@ -158,11 +158,14 @@ FOLLOWERS = [("our client", "our client"), ("a v1 client", "a v1 client")]
 
 
 def become_the_client(server: OurServer, client: Client, after: int = 0, within: float = 20.0) -> None:
-    """Wait until the server has a client and that client is connected."""
+    """Wait until the server has a client, and that client has a full pool.
+
+    One that still filled it when its machine moves would do so from its new address, as if it were the one after it.
+    """
     began = time.monotonic()
     server.wait_for("client connected from", within, after)
     if isinstance(client, OurClient):
-        client.wait_for("connected to", left(began, within))
+        client.wait_for("16 of 16 idle", left(began, within))
     else:
         client.wait_until_full()
 
