@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nodepass.cli import main
+from nodepass import cli
 from tests.support.wrong import WRONG, WrongSetting
 
 URL = "client://127.0.0.1:9/127.0.0.1:9"
@@ -20,7 +20,8 @@ WRONG_SETTINGS = [
 def test_a_wrong_value_is_refused_in_one_line(
     wrong: WrongSetting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(cli, "Daemon", None)  # who accepts a wrong value fails, and does not run for ever
     for name, value in wrong.environment.items():
         monkeypatch.setenv(name, value)
-    code = main([*wrong.arguments, URL])
+    code = cli.main([*wrong.arguments, URL])
     assert not wrong.complaints(code, capsys.readouterr().err)
