@@ -21,5 +21,5 @@ ENV PATH=/opt/nodepass/bin:$PATH PYTHONDONTWRITEBYTECODE=1 METRICS_LISTEN=unix:/
 USER 65532:65532
 # The program is process 1: it handles the signals itself, and starts no other.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=15s --timeout=5s --start-period=5s --retries=3 CMD ["python", "-m", "nodepass.health"]
+HEALTHCHECK --interval=15s --timeout=5s --start-period=5s --retries=3 CMD ["python", "-m", "nodepass.metrics.healthcheck"]
 ENTRYPOINT ["nodepass"]

@@ -9,7 +9,7 @@ import sys
 def main() -> int:
     """Run nodepass with the arguments of the command line; its exit status."""
     if sys.argv[1:2] == ["top"]:  # which waits for one thing at a time and needs no gevent
-        from nodepass.top import main as top
+        from nodepass.tools.top import main as top
 
         return top(sys.argv[2:])
     try:

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import configargparse
 
-from nodepass import __version__, log, secret
+from nodepass import __version__, log
 from nodepass.config import Settings, rows
-from nodepass.daemon import Daemon
+from nodepass.daemon.daemon import Daemon
+from nodepass.daemon.key_file import find_secret, generate
+from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError, ListenError, StartError
-from nodepass.systemd import ServiceManager
 from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url
 
 if TYPE_CHECKING:
-    from nodepass.proofs import Key
+    from nodepass.wire.auth import Key
 
 BUGS = 3  # exit status
 
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     if namespace.generate_key and namespace.urls:
         parser.error("--generate-key prints a key and takes no URL")
     if namespace.generate_key:
-        sys.stdout.write(f"{secret.generate()}\n")
+        sys.stdout.write(f"{generate()}\n")
         return 0
     texts = namespace.urls or os.environ.get("NODEPASS_URL", "").split()
     if not texts:
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write("nodepass: no URL given, nor NODEPASS_URL set; see nodepass --help\n")
         return 2
     if namespace.check:
-        from nodepass import check
+        from nodepass.tools import check
 
         return check.run(texts, lambda: read_settings(parser, namespace), namespace.tunnel_key_file, os.environ)
     try:
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _start(urls: Sequence[ServerURL | ClientURL], key_file: str | None) -> Key | None:
     """Begin to log, at the level of the most verbose URL, say what is to be warned of, and make the key."""
-    text, warnings = secret.find_secret(key_file, os.environ)
+    text, warnings = find_secret(key_file, os.environ)
     log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ)
     for warning in warnings:
         log.Log("nodepass").warning("%s", warning)
@@ -145,6 +146,6 @@ def _start(urls: Sequence[ServerURL | ClientURL], key_file: str | None) -> Key |
             log.Log(url.name).warning("%s", warning)
     if text is None:
         return None
-    from nodepass.proofs import Key
+    from nodepass.wire.auth import Key
 
     return Key(text)

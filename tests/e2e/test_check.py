@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nodepass import check, procnet
 from nodepass.config import Settings
-from nodepass.findings import Findings
+from nodepass.tools import check, procnet
+from nodepass.tools.report import Report
 from tests.support.certificates import DAY, Authority, Certificate
 from tests.support.process import Finished, run
 from tests.support.sockets import format_address, free_port, has_ipv6
@@ -221,7 +221,7 @@ class Terminal(io.StringIO):
 def test_colours_are_for_terminals(environ: dict[str, str], coloured: bool) -> None:
     terminal, pipe = Terminal(), io.StringIO()
     for stream in (terminal, pipe):
-        Findings(stream, environ).fail("server:1", "no")
+        Report(stream, environ).fail("server:1", "no")
     assert ("\x1b[" in terminal.getvalue()) is coloured
     assert pipe.getvalue() == "fail server:1: no\n"
 

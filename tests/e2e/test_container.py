@@ -71,7 +71,7 @@ def test_what_the_image_copies_is_enough_to_install_from(tmp_path: Path) -> None
     wheel = build_wheel(tmp_path, tmp_path / "context", copied())
     with zipfile.ZipFile(wheel) as opened:
         names = set(opened.namelist())
-    assert {f"nodepass/{path.name}" for path in (REPOSITORY / "nodepass").glob("*.py")} <= names
+    assert {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "nodepass").rglob("*.py")} <= names
     assert any(name.endswith("entry_points.txt") for name in names)
 
 
@@ -80,7 +80,7 @@ def test_the_image_runs_the_program_as_process_1_and_as_nobody() -> None:
     assert instructions("USER") == ["65532:65532"]
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
     (health,) = instructions("HEALTHCHECK")
-    assert health.endswith('CMD ["python", "-m", "nodepass.health"]')
+    assert health.endswith('CMD ["python", "-m", "nodepass.metrics.healthcheck"]')
     assert any("METRICS_LISTEN=unix:/dev/shm/nodepass.sock" in line for line in instructions("ENV"))
 
 
@@ -125,7 +125,7 @@ def test_as_process_1_on_a_read_only_root_it_serves_by_environment_and_drains_at
 def health(listen: str) -> subprocess.CompletedProcess[str]:
     """Run the health check as the image does."""
     return subprocess.run(
-        [sys.executable, "-m", "nodepass.health"],
+        [sys.executable, "-m", "nodepass.metrics.healthcheck"],
         env=scrubbed({"METRICS_LISTEN": listen}),
         cwd=REPOSITORY,
         capture_output=True,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nodepass import limits
 from nodepass.config import Settings
+from nodepass.daemon import limits
 from tests.support import cgroup
 from tests.support.sockets import receive_exactly
 from tests.support.target import Target

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nodepass.metrics import FAMILIES
+from nodepass.metrics.families import FAMILIES
 from nodepass.stats import CONTROL_FAILURES, DATA_FAILURES, TCP_OUTCOMES, TROUBLE, UDP_DROPS, UDP_OUTCOMES
 from tests.support.certificates import Authority
 from tests.support.scrape import WATCHED, Sample, get, metrics_of, parse, value
@@ -181,6 +181,6 @@ def test_the_document_explains_every_alert() -> None:
 
 
 def test_trouble_is_named_before_it_happens() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "nodepass").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "nodepass").rglob("*.py"))
     kinds = set(re.findall(r'\btrouble\["(\w+)"\]', source)) | set(re.findall(r'\._count\("(\w+)"', source))
     assert kinds == set(TROUBLE)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nodepass import top_scrape
+from nodepass.tools import top_scrape
 from tests.support.process import PROGRAM, Nodepass, run, scrubbed
 from tests.support.scrape import WATCHED, metrics_of
 from tests.support.sockets import format_address, is_over, receive_exactly
@@ -296,7 +296,7 @@ def test_an_answer_that_comes_in_drops_is_given_up(monkeypatch: pytest.MonkeyPat
 
 def test_it_needs_nothing_of_the_daemon() -> None:
     shown = subprocess.run(
-        [sys.executable, "-c", "import nodepass.top, sys; print(*sys.modules)"],
+        [sys.executable, "-c", "import nodepass.tools.top, sys; print(*sys.modules)"],
         cwd=PROGRAM.parents[1],
         capture_output=True,
         text=True,

@@ -73,32 +73,32 @@ def wait(_run: Nodepass, _target: Target, _server: OurServer) -> None:
 
 
 IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
-    "serving a visitor": ("server", "nodepass.entrance:Entrance._bring", visit),
-    "relaying, when there is something to read": ("server", "nodepass.direction:Direction._copy", visit),
-    "greeting a client": ("server", "nodepass.gate:Gate._greet", wait),
-    "watching an idle connection on the client": ("client", "nodepass.client_pool:ClientPool._readable", visit),
-    "opening a lane": ("server", "nodepass.visitor_flows:VisitorFlows._run", ask),
-    "serving a launch": ("client", "nodepass.attachment:Attachment._launch_tcp", visit),
-    "making a data connection": ("client", "nodepass.fillers:Route.make", wait),
-    "hearing the target's datagrams": ("client", "nodepass.target_flows:TargetFlows._pass_on", ask),
-    "looking at the certificate when asked": ("server", "nodepass.server:Server.reload", hang_up),
-    "describing the tunnel": ("client", "nodepass.client:Client.describe", dump),
-    "a timer of the event loop": ("server", "nodepass.crew:Workers._dismiss_surplus", stay_for_a_moment),
+    "serving a visitor": ("server", "nodepass.server.visitor_listener:VisitorListener._bring", visit),
+    "relaying, when there is something to read": ("server", "nodepass.net.pump:Direction._copy", visit),
+    "greeting a client": ("server", "nodepass.server.control_listener:ControlListener._greet", wait),
+    "watching an idle connection on the client": ("client", "nodepass.client.pool:ClientPool._readable", visit),
+    "opening a lane": ("server", "nodepass.server.udp_flows:VisitorFlows._run", ask),
+    "serving a launch": ("client", "nodepass.client.connection:Connection._launch_tcp", visit),
+    "making a data connection": ("client", "nodepass.tunnel.fillers:Route.make", wait),
+    "hearing the target's datagrams": ("client", "nodepass.client.udp_flows:TargetFlows._pass_on", ask),
+    "looking at the certificate when asked": ("server", "nodepass.server.server:Server.reload", hang_up),
+    "describing the tunnel": ("client", "nodepass.client.client:Client.describe", dump),
+    "a timer of the event loop": ("server", "nodepass.tasks:WorkerPool._dismiss_surplus", stay_for_a_moment),
 }
 
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
-    "accepting visitors": ("server", "nodepass.entrance:Entrance._wait_for_place", visit),
-    "accepting clients": ("server", "nodepass.lobby:Lobby.receive", wait),
-    "accepting data connections": ("server", "nodepass.fillers:AcceptingFiller.admit", wait),
-    "receiving datagrams": ("server", "nodepass.door:DatagramDoor._let_in", ask),
-    "heartbeats": ("server", "nodepass.control:Control._beat_once", wait),
-    "the server's report": ("server", "nodepass.server_pool:ServerPool.end_interval", wait),
-    "the client's report": ("client", "nodepass.client_pool:ClientPool.end_interval", wait),
-    "connecting": ("client", "nodepass.client:Client._connect", wait),
-    "reading signals": ("client", "nodepass.client_pool:ClientPool.reserve", visit),
-    "filling the pool": ("client", "nodepass.client_pool:ClientPool.is_unwanted", wait),
-    "dispatching launches": ("client", "nodepass.attachment:Attachment._dispatch_signals", wait),
-    "ending silent flows": ("client", "nodepass.lanes:FlowTable.sweep_forever", wait),
+    "accepting visitors": ("server", "nodepass.server.visitor_listener:VisitorListener._wait_for_place", visit),
+    "accepting clients": ("server", "nodepass.server.pending:PendingConnections.receive", wait),
+    "accepting data connections": ("server", "nodepass.tunnel.fillers:DataListener.admit", wait),
+    "receiving datagrams": ("server", "nodepass.server.datagram_listener:DatagramListener._let_in", ask),
+    "heartbeats": ("server", "nodepass.tunnel.control:Control._beat_once", wait),
+    "the server's report": ("server", "nodepass.server.pool:ServerPool.end_interval", wait),
+    "the client's report": ("client", "nodepass.client.pool:ClientPool.end_interval", wait),
+    "connecting": ("client", "nodepass.client.client:Client._connect", wait),
+    "reading signals": ("client", "nodepass.client.pool:ClientPool.reserve", visit),
+    "filling the pool": ("client", "nodepass.client.pool:ClientPool.is_unwanted", wait),
+    "dispatching launches": ("client", "nodepass.client.connection:Connection._dispatch_signals", wait),
+    "ending silent flows": ("client", "nodepass.tunnel.udp:FlowTable.sweep_forever", wait),
 }
 
 
@@ -171,7 +171,9 @@ def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: 
     urls = [f"server://127.0.0.1:{port}/127.0.0.1:{port + 1}?tls=0&log=info" for port in (first, first + 2)]
     env = {**BRISK, "SERVICE_COOLDOWN": "100ms"}
     server = Nodepass(*urls, env=env)
-    server.program = broken("nodepass.entrance:Entrance._wait_for_place", after=3)  # a look before each accept
+    server.program = broken(
+        "nodepass.server.visitor_listener:VisitorListener._wait_for_place", after=3
+    )  # a look before each accept
     stack.enter_context(server)
     server.wait_for(rf"server:{first + 2} listening")
     target = stack.enter_context(Target())
@@ -192,7 +194,7 @@ def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: 
 
 def test_a_bug_while_the_process_stops_does_not_keep_it_from_stopping() -> None:
     server = OurServer()
-    server.program = broken("nodepass.server:Server.stop_accepting")
+    server.program = broken("nodepass.server.server:Server.stop_accepting")
     with server:
         assert server.stop() == BUG
     assert server.find("Bug: put into")
@@ -201,7 +203,7 @@ def test_a_bug_while_the_process_stops_does_not_keep_it_from_stopping() -> None:
 
 def test_a_bug_where_the_metrics_endpoint_accepts_does_not_make_it_deaf() -> None:
     server = OurServer(env=WATCHED)
-    server.program = broken("nodepass.httpd:HTTPServer._admit")
+    server.program = broken("nodepass.metrics.http:HTTPServer._admit")
     with server:
         with reach(metrics_of(server)) as sock, contextlib.suppress(ConnectionError):
             sock.recv(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nodepass
-from nodepass.control import MISSED_HEARTBEATS
+from nodepass.tunnel.control import MISSED_HEARTBEATS
 from tests.support.process import Environment
 from tests.support.sockets import datagram_socket, until
 from tests.support.target import Target
@@ -81,7 +81,7 @@ def asks_for_the_wall_clock(path: Path) -> bool:
 
 def test_nothing_that_waits_or_measures_asks_for_the_wall_clock() -> None:
     package = Path(nodepass.__file__).parent
-    assert {path.stem for path in package.glob("*.py") if asks_for_the_wall_clock(path)} == {
+    assert {path.stem for path in package.rglob("*.py") if asks_for_the_wall_clock(path)} == {
         "certificates",
         "exposition",  # says in Unix time when the process started, looked at once
         "top_table",  # shows how long ago a process started, which Prometheus has in Unix time

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from nodepass.lobby import IN_ALL, PER_ADDRESS
+from nodepass.server.pending import IN_ALL, PER_ADDRESS
 from tests.support.attack import Attack, Then
 from tests.support.proc import resident_bytes
 from tests.support.process import Environment, Nodepass

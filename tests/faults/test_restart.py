@@ -13,7 +13,7 @@ import pytest
 from tests.support.process import Nodepass
 from tests.support.sockets import Address, connect, free_port, until
 from tests.support.tunnel import BRISK, OurClient, OurServer
-from tests.support.workers import Workers
+from tests.support.workers import WorkerPool
 
 VISITORS = 1000
 BACK = 1.0
@@ -24,7 +24,7 @@ class Greeter:
     """A target that says `!` to everybody at once, then echoes; a context manager."""
 
     def __enter__(self) -> Greeter:
-        self.workers = Workers()
+        self.workers = WorkerPool()
         self._listener = self.workers.own(socket.create_server(("127.0.0.1", 0), backlog=4096))
         self.address: Address = self._listener.getsockname()
         self.workers.spawn(self._accept)

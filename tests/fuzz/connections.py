@@ -6,15 +6,15 @@ import socket
 from typing import Any, cast
 from unittest import mock
 
-from nodepass import sorting
-from nodepass.datagrams import SPLIT_FROM, read_datagram
 from nodepass.errors import ClosedError, ProtocolError
-from nodepass.fillers import _check
-from nodepass.frames import HEADER, FrameBuffer, encode_frame
-from nodepass.listen import receive_datagram
-from nodepass.proofs import PROOF_LENGTH, SessionKey
-from nodepass.protocol import DATA_PREFIX, TLS_RECORD
-from nodepass.stream import TCPStream, recv_exactly
+from nodepass.net.listen import receive_datagram
+from nodepass.net.stream import TCPStream, recv_exactly
+from nodepass.server import sorting
+from nodepass.tunnel.datagrams import SPLIT_FROM, read_datagram
+from nodepass.tunnel.fillers import _check
+from nodepass.wire.auth import PROOF_LENGTH, SessionKey
+from nodepass.wire.frames import HEADER, FrameBuffer, encode_frame
+from nodepass.wire.signals import DATA_PREFIX, TLS_RECORD
 from tests.fuzz.scripted import PEER, ScriptedSocket
 from tests.fuzz.scripts import LONG, Script, pieces
 

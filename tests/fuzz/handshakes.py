@@ -10,12 +10,13 @@ from functools import cache
 from itertools import chain
 from typing import Any, cast
 
-from nodepass.control import Control
 from nodepass.errors import ProtocolError, RefusedError
-from nodepass.handshake import Caller, answer, hear, introduce
 from nodepass.log import Log
-from nodepass.proofs import Key
-from nodepass.protocol import (
+from nodepass.stats import Stats
+from nodepass.tunnel.control import Control
+from nodepass.tunnel.handshake import Caller, answer, hear, introduce
+from nodepass.wire.auth import Key
+from nodepass.wire.signals import (
     MAX_LINE,
     REASONS,
     Auth,
@@ -23,18 +24,17 @@ from nodepass.protocol import (
     Heartbeat,
     Hello,
     Launch,
+    Offer,
     Refusal,
-    Tunnel,
     Unknown,
     parse_opening,
     parse_signal,
 )
-from nodepass.stats import Stats
 from tests.fuzz.scripted import ScriptedSocket, assert_plain, plain_log
 from tests.fuzz.scripts import Script
 
 NONCE = "0123456789abcdef" * 2
-TUNNEL = Tunnel(10102, 1, 5000, True, "f" * 64)
+TUNNEL = Offer(10102, 1, 5000, True, "f" * 64)
 
 
 @cache
@@ -85,8 +85,8 @@ class ScriptedServer(Peer):
 
     def _sentences(self) -> list[bytes]:
         proof = key().server_proof(self._said(b"//hello"), NONCE, TUNNEL)
-        tunnels = [Tunnel(**{**vars(TUNNEL), "mac": mac}) for mac in (proof, "", "0" * 64)]
-        others: list[Challenge | Refusal | Tunnel] = [Challenge(NONCE), Refusal("busy"), Tunnel(80, 0)]
+        tunnels = [Offer(**{**vars(TUNNEL), "mac": mac}) for mac in (proof, "", "0" * 64)]
+        others: list[Challenge | Refusal | Offer] = [Challenge(NONCE), Refusal("busy"), Offer(80, 0)]
         return [each.encode() for each in chain(tunnels, others)]
 
 

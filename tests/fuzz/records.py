@@ -7,10 +7,10 @@ from typing import Any, cast
 
 from OpenSSL import SSL
 
-from nodepass import bios
-from nodepass.certificates import ServerCertificate
 from nodepass.log import Log
-from nodepass.tls import TLSStream, client_context
+from nodepass.tls import shrink
+from nodepass.tls.certificates import ServerCertificate
+from nodepass.tls.stream import TLSStream, client_context
 from tests.fuzz.scripted import assert_plain, plain_log
 from tests.fuzz.scripts import Script
 
@@ -178,7 +178,7 @@ def check_tls(data: bytes) -> None:
             side.listen()
             assert side.is_complete or side.is_out
     for side, other in (sides, sides[::-1]):
-        bios.forget(side)  # nobody closes it
+        shrink.forget(side)  # nobody closes it
         assert other.said.startswith(side.got)
         assert not side.is_complete or (side.got == other.said and not other.is_saying)
 

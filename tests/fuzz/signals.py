@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 
 from nodepass.errors import ProtocolError
-from nodepass.protocol import (
+from nodepass.wire.signals import (
     KIND_NAMES,
     MAX_LINE,
     Challenge,
     Heartbeat,
     Launch,
     LineBuffer,
+    Offer,
     Refusal,
-    Tunnel,
     parse_auth,
     parse_hello,
     parse_id,
@@ -66,7 +66,7 @@ def check_opening(data: bytes) -> None:
         assert_plain(error)
         return
     assert parse_opening(opening.encode()) == opening
-    if isinstance(opening, Tunnel):
+    if isinstance(opening, Offer):
         assert 1 <= opening.data_port <= 65535
         assert opening.tls in (0, 1, 2)
         assert opening.heartbeat is None or 1 <= opening.heartbeat < 10**9

@@ -9,12 +9,12 @@ import socket
 from typing import Any, cast
 from unittest import mock
 
-from nodepass import systemd
+from nodepass.daemon import systemd
+from nodepass.daemon.systemd import FIRST_SOCKET, PassedSocket, ServiceManager
 from nodepass.errors import ConfigError
-from nodepass.httpd import LARGEST_REQUEST, BadRequest, _read_request
-from nodepass.systemd import FIRST_SOCKET, PassedSocket, ServiceManager
-from nodepass.top_scrape import NoAnswer, Source, take
-from nodepass.top_table import HISTORY, Watch, plain, sparkline
+from nodepass.metrics.http import LARGEST_REQUEST, BadRequest, _read_request
+from nodepass.tools.top_scrape import NoAnswer, Source, take
+from nodepass.tools.top_table import HISTORY, Watch, plain, sparkline
 from tests.fuzz.scripted import ScriptedSocket, assert_plain
 from tests.fuzz.scripts import LONG, Script, pieces
 

@@ -26,7 +26,7 @@ from tests.support.v1_stream import (
     receive_exactly,
     relay,
 )
-from tests.support.workers import Workers
+from tests.support.workers import WorkerPool
 
 TCP, UDP = 1, 2
 DATAGRAM = 8192
@@ -65,7 +65,7 @@ class V1Client:
         self._lock = threading.Lock()
         self._taken = threading.Event()
         self.connects = 0
-        self.workers = Workers()
+        self.workers = WorkerPool()
 
     def __enter__(self) -> V1Client:
         if self._automatic:

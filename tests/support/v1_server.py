@@ -20,7 +20,7 @@ from types import TracebackType
 from tests.support.certificates import Certificate
 from tests.support.sockets import PATIENCE, Address, abort, free_port
 from tests.support.v1_stream import PlainStream, Stream, TLSStream, relay
-from tests.support.workers import Workers
+from tests.support.workers import WorkerPool
 
 TCP, UDP = 1, 2
 DATAGRAM = 8192
@@ -60,7 +60,7 @@ class V1Server:
         self._changed = threading.Condition()
         self._control: socket.socket | None = None
         self.connects = 0
-        self.workers = Workers()
+        self.workers = WorkerPool()
 
     def __enter__(self) -> V1Server:
         self._tunnel = self._listen()

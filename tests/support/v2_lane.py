@@ -10,7 +10,7 @@ import time
 
 from tests.support.sockets import Address, abort
 from tests.support.v1_stream import Stream, receive_exactly
-from tests.support.workers import Workers
+from tests.support.workers import WorkerPool
 
 LANE = 3
 """The kind of a launch that opens a lane."""
@@ -52,7 +52,7 @@ class Lane:
 class TargetFlows:
     """The client's side of one lane: a UDP socket, connected to the target, and a thread for every flow."""
 
-    def __init__(self, lane: Lane, target: Address, timeout: float, workers: Workers) -> None:
+    def __init__(self, lane: Lane, target: Address, timeout: float, workers: WorkerPool) -> None:
         """timeout: seconds without traffic after which a flow ends."""
         self._lane = lane
         self._target = target

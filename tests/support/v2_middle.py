@@ -14,7 +14,7 @@ from types import TracebackType
 from tests.support.certificates import Certificate
 from tests.support.sockets import Address, connect
 from tests.support.v1_stream import PlainStream, Stream, TLSStream, relay
-from tests.support.workers import Workers
+from tests.support.workers import WorkerPool
 
 HERE = "127.0.0.2"
 
@@ -25,7 +25,7 @@ class Forwarder:
     def __init__(self, behind: Address, listen: Address = ("127.0.0.1", 0)) -> None:
         self._behind = behind
         self._listen = listen
-        self.workers = Workers()
+        self.workers = WorkerPool()
 
     def __enter__(self) -> Forwarder:
         listener = self.workers.own(socket.create_server(self._listen, backlog=256))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tests.support.sockets import abort
 
 
-class Workers:
+class WorkerPool:
     """The threads of one peer, and the sockets that must be shut for them to end."""
 
     def __init__(self) -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from gevent import socket
 
-from nodepass.net import set_stream_options
-from nodepass.stream import TCPStream
+from nodepass.net.sockets import set_stream_options
+from nodepass.net.stream import TCPStream
 
 
 @contextmanager

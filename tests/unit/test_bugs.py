@@ -10,11 +10,11 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.direction import Direction
-from nodepass.lanes import Lane
-from nodepass.relay import exchange
+from nodepass.net.pump import Direction
+from nodepass.net.relay import exchange
+from nodepass.net.stream import Data, TCPStream
 from nodepass.stats import Stats
-from nodepass.stream import Data, TCPStream
+from nodepass.tunnel.udp import Lane
 from tests.unit.streams import tcp_pair
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.frames import FrameBuffer, encode_frame
+from nodepass.wire.frames import FrameBuffer, encode_frame
 
 
 def test_a_frame_is_flow_length_and_payload() -> None:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nodepass.protocol import (
+from nodepass.wire.signals import (
     KIND_NAMES,
     Auth,
     Challenge,
     Hello,
     Launch,
+    Offer,
     Refusal,
-    Tunnel,
     parse_auth,
     parse_hello,
     parse_opening,
@@ -72,7 +72,7 @@ def digits(size: int) -> st.SearchStrategy[str]:
 
 
 tunnels = st.builds(
-    Tunnel,
+    Offer,
     data_port=st.integers(1, 65535),
     tls=st.integers(0, 2),
     heartbeat=st.integers(1, 10**9 - 1),
@@ -80,13 +80,13 @@ tunnels = st.builds(
     fingerprint=st.one_of(st.just(""), digits(64)),
     mac=st.one_of(st.just(""), digits(64)),
 )
-old_tunnels = st.builds(Tunnel, st.integers(1, 65535), st.integers(0, 2))
+old_tunnels = st.builds(Offer, st.integers(1, 65535), st.integers(0, 2))
 refusals = st.builds(Refusal, st.text("abcdefghijklmnopqrstuvwxyz-", min_size=1, max_size=32))
 
 
 @reproducible
 @given(st.one_of(tunnels, old_tunnels, refusals, st.builds(Challenge, digits(32))))
-def test_what_a_server_writes_in_the_handshake_is_what_a_client_reads(signal: Challenge | Refusal | Tunnel) -> None:
+def test_what_a_server_writes_in_the_handshake_is_what_a_client_reads(signal: Challenge | Refusal | Offer) -> None:
     assert parse_opening(signal.encode()) == signal
 
 

@@ -6,9 +6,9 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass import keepalive
-from nodepass.keepalive import KEEPALIVE
-from nodepass.net import Endpoint, Socket, dial
+from nodepass.net import keepalive
+from nodepass.net.keepalive import KEEPALIVE
+from nodepass.net.sockets import Endpoint, Socket, dial
 
 OPTIONS = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 

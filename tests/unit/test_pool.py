@@ -10,10 +10,10 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.client_pool import ClientPool
+from nodepass.client.pool import ClientPool
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
-from nodepass.server_pool import INSISTS_AFTER, ServerPool
+from nodepass.server.pool import INSISTS_AFTER, ServerPool
 from nodepass.stats import Stats
 from tests.unit.streams import tcp_pair
 

@@ -9,9 +9,9 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.net import wait_delivered
-from nodepass.relay import exchange
-from nodepass.session import Traffic
+from nodepass.net.relay import exchange
+from nodepass.net.session import Traffic
+from nodepass.net.sockets import wait_delivered
 from nodepass.stats import Stats
 from tests.unit.streams import receive_all, reset, tcp_pair
 

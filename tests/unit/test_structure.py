@@ -16,15 +16,15 @@ import pytest
 from gevent import Greenlet, socket
 from greenlet import greenlet
 
-from nodepass import pipes
-from nodepass import stream as streams
-from nodepass.crew import Crew, Workers
-from nodepass.direction import Direction, _shared
 from nodepass.log import Log
-from nodepass.net import Socket, reset_on_close
-from nodepass.relay import exchange
+from nodepass.net import pipes
+from nodepass.net import stream as streams
+from nodepass.net.pump import Direction, _shared
+from nodepass.net.relay import exchange
+from nodepass.net.sockets import Socket, reset_on_close
+from nodepass.net.stream import Data, TCPStream
 from nodepass.stats import Stats
-from nodepass.stream import Data, TCPStream
+from nodepass.tasks import TaskGroup, WorkerPool
 from tests.unit.streams import receive_all, tcp_pair
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +163,7 @@ def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(stack: ExitStack, mon
 
 
 def test_short_work_runs_in_greenlets_that_are_used_again() -> None:
-    workers = Workers(Log("test"), Stats(), 8)
+    workers = WorkerPool(Log("test"), Stats(), 8)
     seen: set[greenlet] = set()
     for _ in range(50):
         workers.spawn("work", lambda: seen.add(gevent.getcurrent()))
@@ -176,7 +176,7 @@ def test_short_work_runs_in_greenlets_that_are_used_again() -> None:
 
 
 def test_a_worker_that_is_killed_before_it_began_gives_its_place_back() -> None:
-    workers = Workers(Log("test"), Stats(), 1)
+    workers = WorkerPool(Log("test"), Stats(), 1)
     workers.spawn("work", gevent.sleep, 10)
     assert workers.full()
     assert workers.kill() == 1
@@ -189,7 +189,7 @@ def test_without_tls_nothing_heavy_is_imported() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", MODULES_AT_START], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     ).stdout.split()
-    assert "nodepass.relay" in shown
+    assert "nodepass.net.relay" in shown
     assert not {each.partition(".")[0] for each in shown} & HEAVY
 
 
@@ -200,8 +200,8 @@ def test_what_has_been_sent_is_not_kept(stack: ExitStack) -> None:
     assert far.recv(100) == b"all of it"
 
 
-@pytest.mark.parametrize("make", [Crew, lambda log, stats: Workers(log, stats, 8)], ids=["crew", "workers"])
-def test_what_a_killed_greenlet_held_is_free_at_once(make: Callable[[Log, Stats], Crew | Workers]) -> None:
+@pytest.mark.parametrize("make", [TaskGroup, lambda log, stats: WorkerPool(log, stats, 8)], ids=["crew", "workers"])
+def test_what_a_killed_greenlet_held_is_free_at_once(make: Callable[[Log, Stats], TaskGroup | WorkerPool]) -> None:
     """Else many reconnects in a row would pile up memory until the next collection."""
 
     class Held:

@@ -13,14 +13,14 @@ from gevent import socket as gevent_socket
 from gevent.event import Event
 
 from nodepass.config import Settings
-from nodepass.control import Control
-from nodepass.inherited import Inherited, Share
-from nodepass.listen import close_all, port_of
+from nodepass.daemon.notifier import SECOND_LOOK, Notifier
+from nodepass.daemon.systemd import PassedSocket, ServiceManager, status
 from nodepass.log import Log
-from nodepass.readiness import SECOND_LOOK, Readiness
-from nodepass.server import Server
+from nodepass.net.activation import Inherited, Share
+from nodepass.net.listen import close_all, port_of
+from nodepass.server.server import Server
 from nodepass.stats import Stats
-from nodepass.systemd import PassedSocket, ServiceManager, status
+from nodepass.tunnel.control import Control
 from nodepass.urls import Address, ServerURL
 from tests.support.sockets import connect
 from tests.support.target import bind_pair
@@ -41,7 +41,7 @@ class Tunnel:
     def status(self) -> str:
         return "as always"
 
-    def ailment(self) -> str:
+    def unhealthy_reason(self) -> str:
         return self.ill
 
 
@@ -68,7 +68,7 @@ def stack() -> Iterator[ExitStack]:
 
 def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_well(stack: ExitStack) -> None:
     manager, tunnels = Heard.listening(), [Tunnel(), Tunnel()]
-    readiness = Readiness(manager, tunnels, Settings(report_interval=0.01), Log("test"))
+    readiness = Notifier(manager, tunnels, Settings(report_interval=0.01), Log("test"))
     running = gevent.spawn(readiness.run)
     stack.callback(running.kill)
 
@@ -92,11 +92,11 @@ def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_w
 
 def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stack: ExitStack) -> None:
     manager, tunnel = Heard.listening(), Tunnel()
-    readiness = Readiness(manager, [tunnel], Settings(report_interval=0.01), Log("test"))
+    readiness = Notifier(manager, [tunnel], Settings(report_interval=0.01), Log("test"))
     running = gevent.spawn(readiness.run)
     stack.callback(running.kill)
     looks = iter(["nothing heard"])
-    tunnel.ailment = lambda: next(looks, "")  # type: ignore[method-assign]
+    tunnel.unhealthy_reason = lambda: next(looks, "")  # type: ignore[method-assign]
     with gevent.Timeout(10):
         while not manager.lines:
             gevent.sleep(0.01)
@@ -107,16 +107,16 @@ def test_a_peer_that_is_silent_and_yet_connected_is_an_ailment(stack: ExitStack)
     near, peer = stack.enter_context(tcp_pair())
     assert isinstance(near.sock, gevent_socket.socket)
     control = Control(near.sock, 0.05, Log("test"), Stats())
-    assert not control.ailment()
+    assert not control.unhealthy_reason()
     control.agree(2, 0.05)
     gevent.sleep(0.25)
-    assert "was not given up" in control.ailment()
+    assert "was not given up" in control.unhealthy_reason()
     peer.sendall(b"\n")
     control.read_line()
-    assert not control.ailment()
+    assert not control.unhealthy_reason()
     control.agree(1, 0.001)
     time.sleep(0.01)
-    assert not control.ailment()  # a v1 client never says anything
+    assert not control.unhealthy_reason()  # a v1 client never says anything
 
 
 def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_them_open(stack: ExitStack) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nodepass.config import parse_duration, rows
-from nodepass.keepalive import KEEPALIVE
-from nodepass.limits import OWN, PER_SESSION
-from nodepass.secret import CREDENTIAL
+from nodepass.daemon.key_file import CREDENTIAL
+from nodepass.daemon.limits import OWN, PER_SESSION
+from nodepass.net.keepalive import KEEPALIVE
 
 UNITS = Path(__file__).resolve().parents[2] / "contrib" / "systemd"
 EXAMPLE = (UNITS / "example.env").read_text()

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from nodepass.top_scrape import Scrape, Tunnel
-from nodepass.top_table import COLUMNS, Watch, duration, fit, plain, size, sparkline
+from nodepass.tools.top_scrape import Scrape, Tunnel
+from nodepass.tools.top_table import COLUMNS, Watch, duration, fit, plain, size, sparkline
 
 
 def scrape(taken: float, *tunnels: Tunnel, started: float = 1.0) -> Scrape:

@@ -6,13 +6,13 @@ import gevent
 import gevent.event
 import pytest
 
-from nodepass import daemon
 from nodepass.config import Listen, Settings, parse_listen
-from nodepass.crew import Workers
+from nodepass.daemon import daemon
+from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.log import Log
 from nodepass.stats import BUCKETS, CONTROL_FAILURES, DATA_FAILURES, Histogram, Stats, View, failure
-from nodepass.systemd import ServiceManager
+from nodepass.tasks import WorkerPool
 from nodepass.urls import ServerURL, parse_url
 
 IDLE = View("server", "", "", 0, None, 0, 0, 0, 1, None)
@@ -26,7 +26,7 @@ class Fragile:
 
     def __init__(self, stats: Stats) -> None:
         self.log, self.stats = Log("server:1"), stats
-        self.sessions = Workers(self.log, stats, 1)
+        self.sessions = WorkerPool(self.log, stats, 1)
         self.closed = gevent.event.Event()
 
     def run(self) -> None:
@@ -61,7 +61,7 @@ def test_a_crash_is_counted_and_a_supervisor_that_is_gone_is_seen(monkeypatch: p
     url = parse_url("server://:1/:2?tls=0")
     assert isinstance(url, ServerURL)
     process = daemon.Daemon([url], Settings(service_cooldown=0.01), None, ServiceManager())
-    supervisor = process._crew.spawn("supervise", process._supervise, 0)
+    supervisor = process._tasks.spawn("supervise", process._supervise, 0)
     process._supervising.append(supervisor)
     with gevent.Timeout(10):
         while len(made) < 2:

@@ -1,0 +1,1 @@
+"""The client: connects to its server and dials the target."""

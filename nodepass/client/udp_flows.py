@@ -1,0 +1,115 @@
+"""The client's end of UDP lanes: one UDP socket, connected to the target, per flow."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import gevent
+
+from nodepass.config import Settings
+from nodepass.log import Log
+from nodepass.net.sockets import reason
+from nodepass.net.stream import Stream
+from nodepass.stats import Stats
+from nodepass.tasks import report_bug
+from nodepass.tunnel.udp import FlowTable, Lane
+
+ANSWERS_PER_TURN = 64  # datagrams read from one socket before others get their turn
+
+
+@dataclass(eq=False, slots=True)
+class TargetFlow:
+    """One flow's socket at the target."""
+
+    number: int
+    lane: Lane
+    sock: socket.socket
+    watcher: Any  # gevent's io watcher, which has no type
+    last: float = 0.0
+
+
+class TargetFlows:
+    """Sends what comes on lanes to the target, and what the target says back, as long as a flow lives."""
+
+    def __init__(self, dial: Callable[[], socket.socket], settings: Settings, log: Log, stats: Stats) -> None:
+        self._dial = dial
+        self._log = log
+        self._stats = stats
+        self._table: FlowTable[TargetFlow] = FlowTable(
+            settings.semaphore_limit, settings.udp_session_timeout, self._end
+        )
+        self.sweep_forever = self._table.sweep_forever
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def run_lane(self, stream: Stream, log: Log) -> None:
+        """Serve one lane until it ends; its flows end with it."""
+        lane = Lane(lambda number, payload: self._deliver(lane, number, payload))
+        log.debug("lane opens")
+        try:
+            log.debug("lane ends: %s", lane.run(stream))
+        finally:
+            lane.ended = True
+            self._table.end(lambda flow: flow.lane is lane)
+
+    def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
+        try:
+            flow = self._table.get((lane, number)) or self._begin(lane, number)
+            try:
+                flow.sock.send(payload)
+            except ConnectionRefusedError:  # of the datagram before this one
+                flow.sock.send(payload)
+            self._stats.udp.up.bytes += len(payload)
+        except OSError as error:
+            self._drop("target_unreachable", "a datagram of %d bytes: %s", len(payload), reason(error))
+
+    def _begin(self, lane: Lane, number: int) -> TargetFlow:
+        sock = self._dial()
+        flow = TargetFlow(number, lane, sock, gevent.get_hub().loop.io(sock.fileno(), 1))
+        self._table.add((lane, number), flow)
+        flow.watcher.start(self._readable, flow, cast(Any, sock)._sock)
+        self._stats.udp.begin()
+        self._log.debug("flow %d begins, %d flows", number, len(self))
+        return flow
+
+    def _readable(self, flow: TargetFlow, sock: socket.socket) -> None:
+        """Pass on what the target has said. Runs in gevent's hub, so nothing here may wait, nor hear of a bug."""
+        try:
+            self._pass_on(flow, sock)
+        except Exception as error:  # noqa: BLE001  # its flow is over, the others go on
+            report_bug(f"flow {flow.number}", error, self._log, self._stats)
+            self._table.end(lambda each: each is flow)
+
+    def _pass_on(self, flow: TargetFlow, sock: socket.socket) -> None:
+        for _ in range(ANSWERS_PER_TURN):
+            try:
+                answer = sock.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:  # refused: nobody listens there
+                self._drop("target_refused", "a datagram to the target: %s", reason(error))
+                return
+            self._table.get((flow.lane, flow.number))
+            if flow.lane.send(flow.number, answer):
+                self._stats.udp.down.bytes += len(answer)
+            else:
+                self._drop("lane_full", "an answer of %d bytes: its lane is full", len(answer))
+
+    def _end(self, flow: TargetFlow, outcome: str) -> None:
+        self._stats.udp.end(outcome)
+        flow.watcher.stop()
+        flow.watcher.close()
+        flow.sock.close()
+        self._log.debug("flow %d ends", flow.number)
+        if outcome == "evicted":
+            words = "dropped the longest idle flow: SEMAPHORE_LIMIT is reached"
+            self._log.limited(logging.WARNING, outcome, words, burst=3)
+
+    def _drop(self, why: str, message: str, *args: object) -> None:
+        self._stats.udp_drops[why] += 1
+        self._log.limited(logging.WARNING, why, f"dropped {message}", *args, burst=3)

@@ -1,0 +1,1 @@
+"""The process: its tunnels side by side, systemd, limits, the key file."""

@@ -1,0 +1,221 @@
+"""The process: its tunnels side by side, each restarted by itself when it crashes, and what POSIX signals do.
+
+Signals only wake the main greenlet, which acts. SIGTERM and SIGINT drain and stop; a second one exits at once.
+SIGHUP looks at the certificate files. SIGUSR1 writes statistics and greenlets to the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import gevent
+from gevent.event import Event
+from gevent.queue import SimpleQueue
+from gevent.util import format_run_info
+
+from nodepass.config import Settings, format_duration
+from nodepass.daemon.limits import survey
+from nodepass.daemon.notifier import Notifier
+from nodepass.daemon.systemd import ServiceManager
+from nodepass.daemon.tunnels import Tunnel, make_tunnel, name_tunnels
+from nodepass.errors import ConfigError, NodepassError, StartError
+from nodepass.log import Log
+from nodepass.net.activation import Inherited
+from nodepass.stats import Stats, Watched
+from nodepass.tasks import TaskGroup, report_bug
+from nodepass.urls import ClientURL, ServerURL, may_need_tls
+from nodepass.wire.auth import Key
+
+if TYPE_CHECKING:
+    from gevent import Greenlet
+
+    from nodepass.metrics.endpoint import MetricsEndpoint
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Daemon:
+    """All tunnels of the process."""
+
+    def __init__(
+        self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None, manager: ServiceManager
+    ) -> None:
+        self._log = Log("nodepass")
+        self._limits = survey(settings, len(urls), may_need_tls(urls))
+        self._settings = settings = self._limits.settings
+        self._stats = Stats()  # of what belongs to no tunnel
+        self._signals: SimpleQueue[int] = SimpleQueue()
+        self._stopping = Event()
+        self._tasks = TaskGroup(self._log, self._stats)
+        self._inherited = Inherited(manager.sockets)
+        self._plans = [
+            (url, settings, key, Log(name), Stats(), self._inherited.share())
+            for url, name in zip(urls, name_tunnels(urls), strict=True)
+        ]
+        self._tunnels = [make_tunnel(*plan) for plan in self._plans]
+        self._notifier = Notifier(manager, self._tunnels, settings, self._log)
+        self._failure: StartError | None = None
+        self._supervising: list[Greenlet[..., None]] = []
+        self._endpoint = self._make_endpoint()
+
+    @property
+    def bugs(self) -> int:
+        """How often something crashed, a session, a loop or a whole tunnel; the log has each with its traceback."""
+        everywhere = (self._stats, *(tunnel.stats for tunnel in self._tunnels))
+        return sum(stats.trouble["bugs"] + stats.trouble["crashes"] for stats in everywhere)
+
+    def run(self) -> None:
+        """Start every tunnel, serve until a signal says stop, drain.
+
+        Raises ListenError or StartError where one cannot start, ConfigError where systemd passed what no URL uses.
+        """
+        gevent.get_hub().print_exception = self._report_stray  # type: ignore[method-assign,assignment]
+        with self._with_endpoint():
+            self._run()
+
+    def _make_endpoint(self) -> MetricsEndpoint | None:
+        """What METRICS_LISTEN asks for. Raises ConfigError where what it needs is not installed."""
+        listen = self._settings.metrics_listen
+        if listen is None:
+            return None
+        try:
+            from nodepass.metrics.endpoint import MetricsEndpoint
+        except ImportError as error:
+            raise ConfigError(f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client") from None
+        return MetricsEndpoint(listen, self._watch, self._log, self._stats)
+
+    @contextlib.contextmanager
+    def _with_endpoint(self) -> Iterator[None]:
+        """Answer an operator's programs meanwhile, also while tunnels drain."""
+        if self._endpoint is None:
+            yield
+            return
+        self._endpoint.start()
+        try:
+            yield
+        finally:
+            self._endpoint.close()
+
+    def _watch(self) -> list[Watched]:
+        """All tunnels as they are now."""
+        watched = []
+        for index, tunnel in enumerate(self._tunnels):
+            view = tunnel.view()
+            if self._stopping.is_set():
+                view = replace(view, unready="stopping")
+            dead = bool(self._supervising) and self._supervising[index].ready() and not self._stopping.is_set()
+            watched.append(Watched(tunnel.log.where, tunnel.stats, view, not dead))
+        return watched
+
+    def _run(self) -> None:
+        self._log.info("%s", self._limits.line)
+        for warning in self._limits.warnings:
+            self._log.warning("%s", warning)
+        for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
+            gevent.signal_handler(number, self._signals.put, number)
+        started: list[Tunnel] = []
+        try:
+            for tunnel in self._tunnels:
+                tunnel.start()
+                started.append(tunnel)
+            self._inherited.refuse_unused()
+        except NodepassError:
+            for tunnel in started:
+                tunnel.close()
+            raise
+        for index in range(len(self._tunnels)):
+            self._supervising.append(self._tasks.spawn("supervise", self._supervise, index))
+        self._tasks.spawn("notify", self._notify)
+        self._wait_for_stop()
+        self._notifier.begin_stop()
+        stop, second = self._tasks.spawn("stop", self._stop), self._tasks.spawn("hear signals", self._wait_for_stop)
+        gevent.wait([stop, second], count=1)
+        if not stop.ready():
+            self._log.warning("a second signal: exiting at once, %d sessions cut", self._running())
+        if self._failure:
+            raise self._failure
+
+    def _notify(self) -> None:
+        """Keep the service manager informed; what does not start in time ends the process."""
+        try:
+            self._notifier.run()
+        except StartError as error:
+            self._failure = error
+            self._signals.put(signal.SIGTERM)
+
+    def _wait_for_stop(self) -> None:
+        """Act on signals until one says stop."""
+        while (number := self._signals.get()) not in STOPPING:
+            if number == signal.SIGHUP:
+                self._tasks.spawn("reload", self._reload)
+            else:
+                self._tasks.spawn("dump", self._dump)
+
+    def _reload(self) -> None:
+        self._log.info("SIGHUP: looking at the certificate files")
+        self._notifier.begin_reload()
+        gevent.joinall([self._tasks.spawn("reload", tunnel.reload) for tunnel in self._tunnels])
+        self._notifier.end_reload()
+
+    def _supervise(self, index: int) -> None:
+        """Run one tunnel; after a crash make it anew, so that the others in the process never notice."""
+        while not self._stopping.is_set():
+            tunnel = self._tunnels[index]
+            try:
+                tunnel.run()
+                return
+            except Exception:
+                tunnel.stats.trouble["crashes"] += 1
+                pause = format_duration(self._settings.service_cooldown)
+                tunnel.log.exception("this tunnel crashed, which is a bug; it starts again in %s", pause)
+            self._tasks.spawn("close", tunnel.close).join()
+            self._restart(index)
+
+    def _restart(self, index: int) -> None:
+        log, stats = self._tunnels[index].log, self._tunnels[index].stats
+        while not self._stopping.wait(self._settings.service_cooldown):
+            try:
+                tunnel = make_tunnel(*self._plans[index])
+                tunnel.start()
+            except NodepassError as error:
+                log.error("cannot start again: %s", error)
+            except Exception as error:  # noqa: BLE001  # the next attempt may do better
+                report_bug("starting again", error, log, stats)
+            else:
+                self._tunnels[index] = tunnel
+                return
+
+    def _stop(self) -> None:
+        """Drain every tunnel within SHUTDOWN_TIMEOUT, then cut what is left."""
+        self._stopping.set()
+        deadline = time.monotonic() + self._settings.shutdown_timeout
+        grace = format_duration(self._settings.shutdown_timeout)
+        self._log.info("stopping: %d sessions running, they have %s to finish", self._running(), grace)
+        gevent.joinall([self._tasks.spawn("stop accepting", tunnel.stop_accepting) for tunnel in self._tunnels])
+        for tunnel in self._tunnels:
+            tunnel.sessions.join(max(0.0, deadline - time.monotonic()))
+        cut = sum(tunnel.sessions.kill() for tunnel in self._tunnels)
+        if cut:
+            self._log.warning("cut %d sessions that had not finished within %s", cut, grace)
+        gevent.joinall([self._tasks.spawn("close", tunnel.close) for tunnel in self._tunnels])
+        self._log.info("stopped")
+
+    def _running(self) -> int:
+        return sum(len(tunnel.sessions) for tunnel in self._tunnels)
+
+    def _dump(self) -> None:
+        """What an operator asks for with SIGUSR1."""
+        for tunnel in self._tunnels:
+            tunnel.log.always("%s", tunnel.describe())
+        self._log.always("%s", f"bugs {self.bugs}, see their tracebacks" if self.bugs else "no bugs")
+        for line in cast(Callable[[], list[str]], format_run_info)():  # gevent's stubs say that it returns nothing
+            self._log.always("%s", line)
+
+    def _report_stray(self, context: object, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """What gevent would print of an exception that nobody has caught: a callback's of the loop, say."""
+        report_bug(f"{context!r:.200}", (error or kind()).with_traceback(trace), self._log, self._stats)

@@ -1,0 +1,1 @@
+"""The metrics endpoint: what operators' programs request over HTTP."""

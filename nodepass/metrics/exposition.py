@@ -1,0 +1,111 @@
+"""The text that Prometheus gets of the metrics, made when it asks for it, bit by bit while the tunnels go on.
+
+Imported, and prometheus_client with it, only when METRICS_LISTEN is set.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import gevent
+from gevent.lock import Semaphore
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from nodepass import __version__
+from nodepass.metrics.families import FAMILIES
+from nodepass.stats import Watched
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SHARE = 0.1  # of the time at most goes into making the text, however often it is asked for
+LONGEST_KEPT = 1.0  # seconds that a text is given again, at most
+SAMPLES_PER_TURN = 100  # written in a row, in half a millisecond; then the tunnels get to run
+TUNNELS_PER_TURN = 10  # read in a row, likewise
+
+
+def _one_by_one(watched: Sequence[Watched]) -> Iterator[Watched]:
+    for number, each in enumerate(watched):
+        if number % TUNNELS_PER_TURN == 0:
+            gevent.sleep(0)
+        yield each
+
+
+class _Unhurried(list[Sample]):
+    """Samples of many tunnels: whoever walks them lets the tunnels run."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        for number, sample in enumerate(super().__iter__()):
+            if number % SAMPLES_PER_TURN == 0:
+                gevent.sleep(0)
+            yield sample
+
+
+class _TunnelCollector(Collector):
+    """Yields one metric after the other; reading and writing them, it lets the tunnels run."""
+
+    def __init__(self, watch: Callable[[], Sequence[Watched]]) -> None:
+        self._watch = watch
+
+    def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily("nodepass_build_info", "What is running.", labels=("version", "python", "gevent"))
+        build.add_metric((__version__, platform.python_version(), gevent.__version__), 1)
+        yield build
+        watched = self._watch()
+        for family in FAMILIES:
+            metric = family.build(_one_by_one(watched))
+            metric.samples = _Unhurried(metric.samples)
+            yield metric
+
+
+class _ProcessCollector(Collector):
+    """The metrics that Prometheus's conventions have for every process.
+
+    prometheus_client's own has none where /proc shows processes only (ProcSubset=pid, as in the unit): it asks
+    /proc/stat when the machine was booted. The clock knows that too.
+    """
+
+    def __init__(self) -> None:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        self._started = time.time() - age
+
+    def collect(self) -> Iterator[Metric]:
+        size, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
+        page = resource.getpagesize()
+        yield CounterMetricFamily("process_cpu_seconds_total", "CPU time spent, in seconds.", time.process_time())
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, in bytes.", resident * page)
+        yield GaugeMetricFamily("process_virtual_memory_bytes", "Address space, in bytes.", size * page)
+        yield GaugeMetricFamily("process_start_time_seconds", "When it was started, in Unix time.", self._started)
+        yield GaugeMetricFamily("process_open_fds", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        yield GaugeMetricFamily("process_max_fds", "File descriptors that may be open.", limit)
+
+
+class Exposition:
+    """The text of all metrics. Made by one greenlet at a time, and given again to who asks too often."""
+
+    def __init__(self, watch: Callable[[], Sequence[Watched]]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_TunnelCollector(watch))
+        if Path("/proc/self/stat").exists():
+            self._registry.register(_ProcessCollector())
+        self._making = Semaphore()
+        self._text = b""
+        self._good_until = 0.0
+
+    def text(self) -> bytes:
+        """What a scrape gets."""
+        with self._making:
+            began = time.monotonic()
+            if began >= self._good_until:
+                self._text = generate_latest(self._registry)
+                now = time.monotonic()
+                self._good_until = now + min(LONGEST_KEPT, (now - began) / SHARE)
+            return self._text

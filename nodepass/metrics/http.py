@@ -1,0 +1,153 @@
+"""The smallest HTTP server that an operator's questions need: one connection, one GET, one answer.
+
+Owns a connection from accept to close and bounds what it may take: bytes, seconds, and how many there are at once. What
+the answer is, `monitor` says; what a tunnel is, nothing here knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import gevent
+
+from nodepass.errors import NodepassError
+from nodepass.log import Log
+from nodepass.net.listen import accept_forever, close_all
+from nodepass.net.sockets import Socket, as_blocking, reason
+from nodepass.stats import Stats
+from nodepass.tasks import TaskGroup
+
+AT_ONCE = 32  # connections; one more, and the oldest is dropped: who is slow keeps nobody out
+WITHIN = 5.0  # seconds for the whole of a connection
+LINGER = 1.0  # seconds for who has been answered to close; to close first on unread bytes would cut the answer
+AFTER_A_BUG = 1.0  # seconds without accepting, so that one at every connection is no busy loop
+LARGEST_REQUEST = 8192  # bytes up to the blank line
+PLAIN = "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said to a request."""
+
+    status: HTTPStatus
+    body: bytes
+    kind: str = PLAIN
+
+    @classmethod
+    def of(cls, status: HTTPStatus, text: str) -> Answer:
+        """A line or more for people."""
+        return cls(status, f"{text}\n".encode())
+
+    def encode(self, with_body: bool) -> bytes:
+        """The bytes on the wire; a HEAD has no body."""
+        head = (
+            f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\n"
+            f"Content-Type: {self.kind}\r\n"
+            f"Content-Length: {len(self.body)}\r\n"
+            "Cache-Control: no-store\r\n"
+            "Connection: close\r\n\r\n"
+        )
+        return head.encode() + (self.body if with_body else b"")
+
+
+class BadRequest(NodepassError):
+    """Bytes that are no request, or one that is not served here."""
+
+    def __init__(self, status: HTTPStatus, text: str) -> None:
+        super().__init__(text)
+        self.answer = Answer.of(status, text)
+
+
+class HTTPServer:
+    """Answers GET and HEAD on these listeners, which it closes; `answer` is given the path."""
+
+    def __init__(
+        self, listeners: Sequence[socket.socket], answer: Callable[[str], Answer], log: Log, stats: Stats
+    ) -> None:
+        self._listeners = listeners
+        self._answer = answer
+        self._log = log
+        self._tasks = TaskGroup(log, stats)
+        self._loops = TaskGroup(log, stats)
+        self._open: dict[socket.socket, None] = {}  # the oldest first
+
+    def start(self) -> None:
+        """Begin to accept."""
+        for listener in self._listeners:
+            self._loops.spawn("keep accepting questions", self._keep_accepting, listener)
+
+    def close(self) -> None:
+        """End everything at once."""
+        close_all(list(self._listeners))
+        self._loops.kill()
+        self._tasks.kill()
+        for sock in self._open:
+            sock.close()  # of those that had not begun
+
+    def _keep_accepting(self, listener: socket.socket) -> None:
+        """A bug must not make the endpoint deaf: who asks would wait in the kernel's queue for ever."""
+        while listener.fileno() >= 0:
+            self._loops.spawn("accept questions", self._accept, listener).join()
+            gevent.sleep(AFTER_A_BUG)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for accepted, _ in accept_forever(listener, self._log):
+            self._admit(accepted)
+
+    def _admit(self, accepted: Socket) -> None:
+        if len(self._open) >= AT_ONCE:
+            self._log.limited(logging.WARNING, "http", "more than %d questions at once: dropped the oldest", AT_ONCE)
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            with contextlib.suppress(OSError):  # it is gone already
+                oldest.shutdown(socket.SHUT_RDWR)  # whoever waits for its bytes hears of it, and closes it
+        sock = as_blocking(accepted)
+        self._open[sock] = None
+        self._tasks.spawn("answer", self._serve, sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            with gevent.Timeout(WITHIN, TimeoutError(f"not over within {WITHIN:g}s")):
+                self._converse(sock)
+        except OSError as error:
+            self._log.debug("a question came to nothing: %s", reason(error))
+        finally:
+            self._open.pop(sock, None)
+            sock.close()
+
+    def _converse(self, sock: socket.socket) -> None:
+        with_body = True
+        try:
+            method, path = _read_request(sock)
+            with_body = method != "HEAD"
+            answer = self._answer(path)
+        except BadRequest as refusal:
+            answer = refusal.answer
+        sock.sendall(answer.encode(with_body))
+        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(TimeoutError), gevent.Timeout(LINGER, TimeoutError()):
+            while sock.recv(LARGEST_REQUEST):
+                pass
+
+
+def _read_request(sock: socket.socket) -> tuple[str, str]:
+    """The method, GET or HEAD, and the path without its query. Raises BadRequest and OSError."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        if len(received) > LARGEST_REQUEST:
+            raise BadRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"at most {LARGEST_REQUEST} bytes")
+        data = sock.recv(LARGEST_REQUEST)
+        if not data:
+            raise ConnectionError("closed before the end of its request")
+        received += data
+    words = received.partition(b"\r\n")[0].split(b" ")
+    if len(words) != 3 or not words[1].startswith(b"/") or not words[2].startswith(b"HTTP/1."):
+        raise BadRequest(HTTPStatus.BAD_REQUEST, "this is no HTTP/1.1 request")
+    if words[0] not in (b"GET", b"HEAD"):
+        raise BadRequest(HTTPStatus.METHOD_NOT_ALLOWED, "allowed: GET, HEAD")
+    return words[0].decode(), words[1].partition(b"?")[0].decode("ascii", "replace")

@@ -1,0 +1,256 @@
+"""Listening: TCP and UDP sockets on an address, the accept loop, datagrams answered from where they were sent to.
+
+A socket that systemd passed for an address is taken instead of a new one. Whoever listens closes. Errors at opening are
+`ListenError`s, one line for the user.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gevent
+
+from nodepass.config import Ports
+from nodepass.errors import ListenError
+from nodepass.log import Log
+from nodepass.net.activation import DATA, KINDS, NOTHING, TARGET, TUNNEL, Share, missing_endpoints
+from nodepass.net.sockets import (
+    Endpoint,
+    Socket,
+    format_sockaddr,
+    reason,
+    reset_on_close,
+    resolve,
+    set_stream_options,
+    wait_readable,
+)
+from nodepass.urls import Address
+
+BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
+UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max
+ACCEPTS_PER_TURN = 4  # then others get theirs: a handshake that follows may take half a millisecond
+ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, EMFILE above all
+_WHAT = {TUNNEL: "tunnel address", DATA: "data port", TARGET: "target address"}
+_CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
+
+
+def listen_tcp(address: Address, role: str, share: Share = NOTHING) -> list[socket.socket]:
+    """Listeners on every endpoint of an address; an empty host is one dual-stack socket. Raises ListenError.
+
+    Options set here are inherited by what is accepted, which saves their system calls on each connection.
+    """
+
+    def prepare(listener: socket.socket) -> None:
+        set_stream_options(listener)
+        listener.listen(BACKLOG)
+
+    return _listen_all(address, role, share, socket.SOCK_STREAM, prepare)
+
+
+def listen_udp(address: Address, role: str, share: Share = NOTHING) -> list[socket.socket]:
+    """UDP sockets on every endpoint of an address, which tell where a datagram was sent to. Raises ListenError."""
+
+    def prepare(sock: socket.socket) -> None:
+        _lengthen_queue(sock)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+
+    return _listen_all(address, role, share, socket.SOCK_DGRAM, prepare)
+
+
+def listen_in_range(host: str, ports: Ports, role: str, share: Share = NOTHING) -> list[socket.socket]:
+    """TCP listeners on the first free port of a range, those that systemd passed before others. Raises ListenError."""
+    passed = share.ports(role, socket.SOCK_STREAM)
+    candidates = sorted(range(ports.first, ports.last + 1), key=lambda port: port not in passed)
+    for port in candidates:
+        try:
+            return listen_tcp(Address(host, port), role, share)
+        except ListenError:
+            if port == candidates[-1]:
+                raise
+    raise AssertionError("a range has at least one port")
+
+
+def listen_target(address: Address, share: Share) -> tuple[list[socket.socket], list[socket.socket]]:
+    """TCP and UDP sockets on one port, also where the kernel chooses it. Raises ListenError."""
+    for attempt in range(10):
+        listeners = listen_tcp(address, TARGET, share)
+        for listener in listeners:
+            reset_on_close(listener, True)  # inherited, too: who is not served must not take that for an empty answer
+        chosen = Address(address.host, port_of(listeners))
+        try:
+            return listeners, listen_udp(chosen, TARGET, share)
+        except ListenError:
+            close_all(listeners)
+            if address.port or attempt == 9:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+def port_of(listeners: list[socket.socket]) -> int:
+    """The port that these listeners share."""
+    return int(listeners[0].getsockname()[1])
+
+
+def close_all(sockets: list[socket.socket]) -> None:
+    """Close what was listened on."""
+    for each in sockets:
+        each.close()
+
+
+def _listen_all(
+    address: Address, role: str, share: Share, kind: int, prepare: Callable[[socket.socket], None]
+) -> list[socket.socket]:
+    opened: list[socket.socket] = []
+    try:
+        endpoints = _listening_endpoints(address)
+        opened += share.take(role, kind, address, endpoints)
+        for sock in opened:
+            prepare(sock)
+        for endpoint in missing_endpoints(address, endpoints, opened):
+            try:
+                opened.append(_bind(endpoint.with_port(port_of(opened)) if opened else endpoint, kind, prepare))
+            except OSError as error:
+                # A name may have an address of a family that this machine does not have; one is enough.
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) or not opened:
+                    raise
+    except OSError as error:
+        close_all(opened)
+        what = _WHAT.get(role, role) + (f" ({KINDS[kind]})" if role == TARGET else "")
+        raise ListenError(f"cannot listen on {what} {address}: {reason(error)}{share.hint()}") from None
+    return opened
+
+
+def _listening_endpoints(address: Address) -> list[Endpoint]:
+    if address.host:
+        return list(dict.fromkeys(sorted(resolve(address), key=lambda found: found.family)))
+    if socket.has_dualstack_ipv6():
+        return [Endpoint(socket.AF_INET6, ("::", address.port))]
+    return [Endpoint(socket.AF_INET, ("0.0.0.0", address.port))]
+
+
+def _bind(endpoint: Endpoint, kind: int, prepare: Callable[[socket.socket], None]) -> socket.socket:
+    sock = socket.socket(endpoint.family, kind)
+    try:
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.family == socket.AF_INET6:
+            # Only the empty host is dual-stack: `[::1]` and `127.0.0.1` can then both be listened on.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, endpoint.sockaddr[0] != "::")
+        sock.bind(endpoint.sockaddr)
+        prepare(sock)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _lengthen_queue(sock: socket.socket) -> None:
+    """Give a UDP socket the longest queue that the kernel grants, and never less than systemd has given it."""
+    with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_QUEUE)
+        granted = probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    if granted > sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_QUEUE)
+
+
+def accept_forever(
+    listener: socket.socket, log: Log, ready: Callable[[], object] = lambda: None
+) -> Iterator[tuple[Socket, Endpoint]]:
+    """Accepted connections and their peers, until the listener is closed.
+
+    `ready` is waited for before each is accepted.
+    """
+    pause = ACCEPT_PAUSES[0]
+    count = 0
+    while True:
+        ready()
+        try:
+            if count == ACCEPTS_PER_TURN:
+                count = 0
+                wait_readable(listener)
+            accepted = _accept(listener)
+        except OSError as error:
+            if listener.fileno() < 0 or error.errno in _CLOSED:
+                return
+            if error.errno != errno.ECONNABORTED:  # that visitor went away by itself
+                log.limited(
+                    logging.WARNING, f"accept {error.errno}", "cannot accept connections: %s", reason(error), burst=1
+                )
+                gevent.sleep(pause)
+                pause = min(2 * pause, ACCEPT_PAUSES[1])
+            continue
+        pause = ACCEPT_PAUSES[0]
+        yield accepted
+        count += 1
+
+
+def accept_waiting(listener: socket.socket, ready: Callable[[], object]) -> Iterator[tuple[Socket, Endpoint]]:
+    """What has connected until now, as far as it can be accepted: closing the listener would reset it."""
+    for _ in range(BACKLOG):
+        ready()
+        try:
+            yield _accept_now(listener)
+        except OSError:
+            return
+
+
+def _accept(listener: socket.socket) -> tuple[Socket, Endpoint]:
+    while True:
+        try:
+            return _accept_now(listener)
+        except BlockingIOError:
+            wait_readable(listener)
+
+
+def _accept_now(listener: Any) -> tuple[Socket, Endpoint]:
+    """Accept below gevent: its own `accept` makes a socket and two watchers, 10 of the 17 microseconds."""
+    fileno, sockaddr = listener._sock._accept()
+    family = listener._sock.family
+    sock = Socket(family, socket.SOCK_STREAM, 0, fileno)
+    sock.setblocking(False)
+    return sock, Endpoint(family, sockaddr)
+
+
+_IP_PKTINFO = 8  # <linux/in.h>; the standard library names it from Python 3.14 on
+_IN_PKTINFO = struct.Struct("@i4s4s")  # interface index, local address, header destination
+_IN6_PKTINFO = struct.Struct("@16si")  # local address, interface index
+
+
+@dataclass(frozen=True)
+class ReplyAddress:
+    """Where a datagram came from and which local address it was sent to: what the answer must swap."""
+
+    sockaddr: tuple[Any, ...]
+    control: tuple[tuple[int, int, bytes], ...]
+
+    def __str__(self) -> str:
+        return format_sockaddr(self.sockaddr)
+
+
+def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
+    """One datagram of any size. What is cut short of what is said beside it is left out: routing chooses then."""
+    payload, ancillary, _, sockaddr = sock.recvmsg(65536, 64)
+    control: list[tuple[int, int, bytes]] = []
+    for level, kind, data in ancillary:
+        if (level, kind, len(data)) == (socket.IPPROTO_IP, _IP_PKTINFO, _IN_PKTINFO.size):
+            _, local, _ = _IN_PKTINFO.unpack(data)
+            control.append((level, kind, _IN_PKTINFO.pack(0, local, bytes(4))))
+        elif (level, kind, len(data)) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _IN6_PKTINFO.size):
+            local, interface = _IN6_PKTINFO.unpack(data)
+            # Only a link-local address needs its interface; elsewhere routing chooses.
+            control.append((level, kind, _IN6_PKTINFO.pack(local, interface if local[:2] == b"\xfe\x80" else 0)))
+    return payload, ReplyAddress(sockaddr, tuple(control))
+
+
+def send_datagram(sock: socket.socket, payload: bytes, visitor: ReplyAddress) -> None:
+    """Answer a visitor from the address it spoke to. Raises OSError."""
+    sock.sendmsg([payload], visitor.control, 0, visitor.sockaddr)

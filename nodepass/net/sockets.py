@@ -1,0 +1,208 @@
+"""Sockets: resolving, dialling, options, and the stream interface that the rest of the program moves bytes with.
+
+Knows the kernel and nothing of tunnels. What listens or carries signals or datagrams is the standard library's socket,
+which gevent has patched: a call that looks blocking suspends its greenlet only. What carries a session is a `Socket`,
+the non-blocking one below it, which `stream` waits for: it costs a third of the time and half of the memory. Errors are
+OSErrors.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+import termios
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import gevent
+from gevent.socket import wait_write
+
+from nodepass.net.keepalive import KEEPALIVE, keep_alive_if_it_lasts, set_keepalive
+from nodepass.urls import Address
+
+Socket = _socket.socket  # the one that gevent does not patch
+
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST
+_GRACEFUL = struct.pack("ii", 0, 0)
+_MOST_KEEPALIVE = 32767  # seconds: the kernel takes no more (MAX_TCP_KEEPIDLE)
+_TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
+_TCP_CLOSE = 7  # tcpi_state of a connection that is gone
+_LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since an acknowledgement came
+_UNACKED = struct.Struct("@24xI")  # tcpi_unacked in struct tcp_info
+
+
+class Endpoint(NamedTuple):
+    """A resolved address: what connect(2) and bind(2) take."""
+
+    family: int
+    sockaddr: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return format_sockaddr(self.sockaddr)
+
+    @property
+    def host(self) -> str:
+        """What all connections of one peer have in common."""
+        return plain_host(self.sockaddr)
+
+    def with_port(self, port: int) -> Endpoint:
+        """The same host, another port."""
+        host, _, *rest = self.sockaddr
+        return Endpoint(self.family, (host, port, *rest))
+
+
+def format_sockaddr(sockaddr: Sequence[object]) -> str:
+    """An address for people: IPv4 as IPv4 even when it came in on a dual-stack socket."""
+    host = plain_host(sockaddr)
+    return f"[{host}]:{sockaddr[1]}" if ":" in host else f"{host}:{sockaddr[1]}"
+
+
+def plain_host(sockaddr: Sequence[object]) -> str:
+    """The host of an address, IPv4-mapped IPv6 as IPv4."""
+    return str(sockaddr[0]).removeprefix("::ffff:")
+
+
+def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
+    """The endpoints of an address, best first; an empty host is this machine. Raises OSError naming the host."""
+    try:
+        found = socket.getaddrinfo(address.host or "localhost", address.port, 0, kind)
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"cannot resolve {address.host!r}: {reason(error)}") from None
+    return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
+
+
+def reason(error: BaseException) -> str:
+    """The short words of an error, for the end of a log line."""
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
+    return str(error) or type(error).__name__
+
+
+def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
+    """A TCP connection to the first endpoint that answers, all within `timeout` seconds.
+
+    Raises OSError naming the last tried.
+    """
+    failure = OSError("no address to connect to")
+    deadline = time.monotonic() + timeout
+    for left, endpoint in zip(range(len(endpoints), 0, -1), endpoints, strict=True):
+        share = max(0.001, deadline - time.monotonic()) / left
+        sock = Socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            _connect(sock, endpoint, share)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive_if_it_lasts(sock)
+            return sock
+        except TimeoutError:
+            failure = TimeoutError(f"{endpoint}: no answer within {share:.3g}s")
+        except OSError as error:
+            failure = OSError(f"{endpoint}: {reason(error)}")
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise failure
+
+
+def _connect(sock: Socket, endpoint: Endpoint, timeout: float) -> None:
+    error = sock.connect_ex(endpoint.sockaddr)
+    if error == errno.EINPROGRESS:
+        error = sock.connect_ex(endpoint.sockaddr)  # on loopback it is through by now, which saves the wait
+    if error == errno.EALREADY:
+        wait_write(sock.fileno(), timeout, TimeoutError())
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+def as_blocking(sock: Socket) -> socket.socket:
+    """The same connection as a socket whose calls suspend the greenlet."""
+    return socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+
+
+def as_plain(sock: socket.socket) -> Socket:
+    """The way back."""
+    return Socket(sock.family, sock.type, sock.proto, sock.detach())
+
+
+def wait_readable(sock: Any) -> None:
+    """Wait until there is something to read, for one turn of the event loop at least. Raises OSError.
+
+    That is how a loop which could go on gives way: `gevent.sleep(0)` lets ready greenlets run, up to fifty times before
+    the loop looks at its sockets again.
+    """
+    sock._wait(sock._read_event)
+
+
+def dial_udp(endpoint: Endpoint) -> socket.socket:
+    """A UDP socket connected to an endpoint, so that only its answers arrive and its refusals are heard."""
+    sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
+    try:
+        sock.connect(endpoint.sockaddr)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def stalled(sock: Socket, seconds: float) -> bool:
+    """Whether something sent has gone without any acknowledgement for so long (TCP_INFO), or the connection is over."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    unacknowledged, milliseconds = _UNACKED.unpack_from(info)[0], _LAST_ACK.unpack_from(info)[0]
+    return info[0] != _TCP_ESTABLISHED or bool(unacknowledged and milliseconds > 1000 * seconds)
+
+
+def set_stream_options(sock: Socket) -> None:
+    """No Nagle delay, and keepalive probes; of a listener, what it accepts inherits both."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    set_keepalive(sock, *KEEPALIVE)
+
+
+def bound_failure_detection(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel give up a peer that acknowledges nothing for about so many seconds, also while we are silent."""
+    step = min(max(1, round(seconds / 3)), _MOST_KEEPALIVE)
+    set_keepalive(sock, step, step, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
+
+
+def acknowledged(sock: socket.socket) -> bool | None:
+    """Whether the peer's kernel has acknowledged all that was sent (TCP_INFO); None where the connection is over."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return not _UNACKED.unpack_from(info)[0] if info[0] == _TCP_ESTABLISHED else None
+
+
+def set_low_water_mark(sock: Socket, size: int) -> None:
+    """Tell of bytes to read once there are so many, or the end; the kernel tells earlier where its buffer is full."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+
+
+def reset_on_close(sock: Socket, on: bool) -> None:
+    """Whether closing is a reset, also when it is the kernel that closes because the process is gone."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _GRACEFUL)
+
+
+def end_reading(sock: Socket) -> None:
+    """Let reads return what has arrived and then the end of the stream, so that nobody waits on a dead connection."""
+    with contextlib.suppress(OSError):  # not connected any more: reads end by themselves
+        sock.shutdown(socket.SHUT_RD)
+
+
+def wait_delivered(sock: Socket, seconds: float) -> None:
+    """Wait until the peer has acknowledged all that was written, or the connection is gone; at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while sock.fileno() >= 0 and _unsent(sock) and time.monotonic() < deadline:
+        gevent.sleep(0.01)  # the kernel has no event for this
+
+
+def _unsent(sock: Socket) -> int:
+    """Bytes not yet acknowledged (SIOCOUTQ); none on a connection that is gone, for they will never be."""
+    state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    if state == _TCP_CLOSE:
+        return 0
+    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])

@@ -1,0 +1,1 @@
+"""The server: listens for its client and for visitors."""

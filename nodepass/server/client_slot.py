@@ -1,0 +1,140 @@
+"""The slot: the place that a server has for its client.
+
+It keeps what belongs to that client: the control connection while there is one, the pool, and the flows of UDP. All of
+it stays over reconnects, and so do the listeners. A second client would be a second slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gevent.event import Event
+from gevent.lock import Semaphore
+
+from nodepass.config import Settings
+from nodepass.errors import ClosedError, NoDataConnection, RefusedError
+from nodepass.log import Log
+from nodepass.net.sockets import Endpoint, acknowledged
+from nodepass.net.stream import Stream
+from nodepass.server.pool import ServerPool
+from nodepass.server.udp_flows import VisitorFlows
+from nodepass.stats import Stats
+from nodepass.tunnel.control import Control
+from nodepass.tunnel.fillers import DataListener
+from nodepass.tunnel.handshake import Agreement, Caller, answer
+from nodepass.wire.auth import Key
+from nodepass.wire.signals import BUSY, LANE, Launch, Offer
+
+if TYPE_CHECKING:
+    from OpenSSL import SSL
+
+LIFE_SIGN_WITHIN = 1.0  # seconds for a client to show that it lives when another asks for its place
+
+
+class ClientSlot:
+    """One client's place; `control` is None while no client is connected."""
+
+    def __init__(
+        self, key: Key | None, settings: Settings, context: Callable[[], SSL.Context | None], log: Log, stats: Stats
+    ) -> None:
+        self.control: Control | None = None
+        self.pool = ServerPool(log, stats, settings.min_pool_capacity, settings.max_pool_capacity)
+        self.flows = VisitorFlows(self.launch, settings, log, stats)
+        self._key = key
+        self._log = log
+        self._interval = settings.report_interval
+        self._agreement: Agreement | None = None
+        self._admission = Semaphore()
+        self._connected = Event()
+        self.filler = DataListener(
+            self.pool, self._owner, self._connected.is_set, context, log, stats, settings.handshake_timeout
+        )
+
+    @property
+    def version(self) -> int:
+        """The wire's version that the client speaks, 0 while none is connected."""
+        return self.control.version if self.control else 0
+
+    def wait_for_client(self, timeout: float) -> bool:
+        """Whether a client is connected now or within `timeout` seconds."""
+        return bool(self._connected.wait(timeout))
+
+    def is_client(self, peer: Endpoint) -> bool:
+        """Whether a connection comes from the address of the connected client."""
+        return self.control is not None and peer.host == self.control.endpoint.host
+
+    def _owner(self, peer: Endpoint) -> Agreement | None:
+        """The agreement that a data connection belongs to; without a key it must come from the client's address."""
+        return self._agreement if self.control and (self._key or self.is_client(peer)) else None
+
+    def admit(self, control: Control, caller: Caller, tunnel: Offer) -> None:
+        """Make a newcomer the client, if the place is free or may be taken. Raises OSError, RefusedError among them.
+
+        Who has proven the key takes over at once; anybody else only from a client that gives no sign of life.
+        """
+        with self._admission:
+            if acknowledged(control.sock) is None:
+                raise ClosedError("it has gone while it waited for its turn")
+            if incumbent := self.control:
+                if caller.challenge:
+                    self._log.warning(
+                        "client %s has proven the key and takes over from %s", control.peer, incumbent.peer
+                    )
+                    self.lose(incumbent, f"{control.peer} has proven the key and takes over")
+                elif incumbent.shows_life(LIFE_SIGN_WITHIN):
+                    raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")
+                else:
+                    incumbent.vanished = True
+                    self.lose(incumbent, f"no sign of life, and {control.peer} asks for its place")
+            agreement = answer(control, caller, self._key, tunnel)
+            control.agree(caller.version, self._interval)
+            self.control, self._agreement = control, agreement
+            self._connected.set()
+
+    def lose(self, control: Control, because: str) -> None:
+        """End a control connection. Its idle data connections go with it, its sessions run on.
+
+        The lanes of a client that vanished are as dead as it is, and end: their flows begin anew with the next client.
+        """
+        control.close(because)
+        if self.control is control:
+            self.control = self._agreement = None
+            self._connected.clear()
+            self.pool.flush("its client is gone")
+            if control.vanished:
+                self.flows.end_all()
+            else:
+                self.flows.abandon()
+
+    def launch(self, kind: int, timeout: float) -> tuple[str, Stream]:
+        """A data connection that the client has been told to use for a session; it is the caller's now.
+
+        Where the client goes away at that moment, the next one's connections serve as well. Raises NoDataConnection.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            id, stream = self.pool.take(max(0.0, deadline - time.monotonic()))
+            try:
+                # One that was given to us while its client was being replaced is closed: the next knows no such id.
+                if stream.sock.fileno() >= 0 and self._announce(id, kind):
+                    return id, stream
+            except BaseException:
+                stream.close()
+                raise
+            stream.close()
+            if time.monotonic() >= deadline:
+                raise NoDataConnection("the client went away")
+
+    def _announce(self, id: str, kind: int) -> bool:
+        """Whether the client could be told."""
+        if not self.control:
+            return False
+        if kind == LANE and self.control.version < 2:
+            raise NoDataConnection("the client that is connected now speaks wire v1, which has no lanes")
+        with contextlib.suppress(OSError):
+            self.control.send(Launch(id, kind))
+            return True
+        return False

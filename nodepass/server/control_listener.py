@@ -1,0 +1,127 @@
+"""The server's gate, its tunnel port: who comes there, and how one newcomer becomes the client.
+
+Each newcomer is heard in the lobby, in a greenlet of its own. Where data connections come to the same port, they are
+told apart here and handed to the pool's filler. Who may be the client is the slot's decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+from nodepass.config import Settings
+from nodepass.errors import RefusedError
+from nodepass.log import Log
+from nodepass.net.listen import accept_forever
+from nodepass.net.sockets import Endpoint, as_blocking, as_plain, reason
+from nodepass.server.client_slot import ClientSlot
+from nodepass.server.pending import PendingConnections
+from nodepass.server.sorting import is_data_connection
+from nodepass.stats import Stats, failure
+from nodepass.tasks import TaskGroup
+from nodepass.tunnel.control import Control
+from nodepass.tunnel.handshake import hear
+from nodepass.wire.auth import Key
+from nodepass.wire.signals import SHUTDOWN, Offer, Refusal
+
+
+class ControlListener:
+    """Lets clients in, from `run` on; after `shut` it turns them away."""
+
+    def __init__(
+        self,
+        slot: ClientSlot,
+        key: Key | None,
+        settings: Settings,
+        loops: TaskGroup,
+        tunnel: Callable[[], Offer],
+        log: Log,
+        stats: Stats,
+    ) -> None:
+        """`tunnel`: what a client that has been let in is told; `loops`: for its heartbeats."""
+        self._slot = slot
+        self._key = key
+        self._settings = settings
+        self._log = log
+        self._stats = stats
+        self._loops = loops
+        self._tunnel = tunnel
+        self._pending = PendingConnections("the tunnel address", log, stats)
+        self._is_shut = False
+
+    def run(self, listener: socket.socket) -> None:
+        """Accept until the listener is closed."""
+        for sock, peer in accept_forever(listener, self._log):
+            keyed = self._key is not None  # then there is no client that waits to be spoken to
+            if not self._tunnel().mux:
+                self._pending.receive(as_blocking(sock), self._serve, speaks_first=keyed)
+            elif self._slot.version == 1 and self._slot.is_client(peer):
+                self._slot.filler.admit(sock, peer)
+            else:
+                self._pending.receive(as_blocking(sock), self._sort, peer, speaks_first=keyed)
+
+    def shut(self) -> None:
+        """Let no newcomer become the client any more; the one that is stays."""
+        self._is_shut = True
+
+    def close(self) -> None:
+        """End everything at once."""
+        self._pending.kill()
+
+    def _sort(self, sock: socket.socket, peer: Endpoint) -> None:
+        """Tell a client from a data connection."""
+        try:
+            is_data = is_data_connection(sock)
+        except OSError:
+            sock.close()
+            return
+        except BaseException:
+            sock.close()
+            raise
+        if is_data:
+            self._pending.leave(sock)
+            self._slot.filler.admit(as_plain(sock), peer)
+        else:
+            self._serve(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.closing(sock):
+            try:
+                control = Control(sock, self._settings.report_interval, self._log, self._stats)
+                admitted = self._greet(control)
+            except OSError as error:
+                self._stats.control_failures[failure(error)] += 1
+                self._log.debug("a connection to the tunnel address came to nothing: %s", reason(error))
+            else:
+                if admitted:
+                    self._stay_with(control)
+
+    def _greet(self, control: Control) -> bool:
+        """Whether a newcomer is the client now. Raises OSError."""
+        try:
+            caller = hear(control, self._key, self._pending.left(control.sock, self._settings.handshake_timeout))
+            if self._is_shut:
+                raise RefusedError(SHUTDOWN, "this server is shutting down")
+            self._slot.admit(control, caller, self._tunnel())
+        except RefusedError as error:
+            self._stats.control_failures[failure(error)] += 1
+            self._log.limited(logging.WARNING, "turned away", "client %s turned away: %s", control.peer, error)
+            with contextlib.suppress(OSError):  # it has been counted already
+                control.send(Refusal(error.reason))
+            return False
+        return True
+
+    def _stay_with(self, control: Control) -> None:
+        """Keep the connected client until it is gone."""
+        self._pending.leave(control.sock)
+        self._stats.connects += 1
+        self._log.info("client connected from %s: wire v%d", control.peer, control.version)
+        beat = self._loops.spawn("send heartbeats", control.beat)
+        try:
+            control.wait_until_ended()
+        finally:
+            beat.kill(block=False)
+            self._slot.lose(control, "this end is stopping")
+            self._log.info("client disconnected: %s (%s)", control.closed_because, control.peer)

@@ -1,0 +1,176 @@
+"""The server's certificate: made in memory (tls=1), or read from files, and read again when they change (tls=2)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import gevent
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from nodepass.errors import ConfigError
+from nodepass.log import Log
+from nodepass.net.sockets import reason
+from nodepass.tls.stream import PrivateKey, server_context
+
+EXPIRY_WARNING = datetime.timedelta(days=14)
+_DAY = 86400.0  # seconds
+_VALIDITY = datetime.timedelta(days=3650)  # of the self-signed certificate, which lives as long as its process
+_CLOCK_SKEW = datetime.timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate with its issuers, leaf first, and its private key."""
+
+    chain: Sequence[x509.Certificate]
+    key: PrivateKey
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate in DER, 64 hex digits."""
+        return self.chain[0].fingerprint(hashes.SHA256()).hex()
+
+    @property
+    def expiry(self) -> float:
+        """When the certificate ceases to be valid, in Unix time."""
+        return self.chain[0].not_valid_after_utc.timestamp()
+
+    @property
+    def names(self) -> list[str]:
+        """What it is made out to: DNS names and addresses."""
+        try:
+            found = self.chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (x509.ExtensionNotFound, ValueError):
+            return []
+        addresses = map(str, found.get_values_for_type(x509.IPAddress))
+        return [*found.get_values_for_type(x509.DNSName), *addresses]
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it is not valid yet."""
+        return self.chain[0].not_valid_before_utc > datetime.datetime.now(datetime.timezone.utc)
+
+    @property
+    def lifetime(self) -> datetime.timedelta:
+        """How long the certificate is still valid; negative once it has expired."""
+        return self.chain[0].not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
+
+
+def self_signed() -> Identity:
+    """A new ECDSA P-256 key and a certificate for it that nobody vouches for."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nodepass")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(now + _VALIDITY)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("nodepass")]), critical=False)
+    )
+    return Identity([builder.sign(key, hashes.SHA256())], key)
+
+
+def load_pair(crt: str, key: str) -> Identity:
+    """The certificate, with the issuers that follow it in its file, and its key, all PEM.
+
+    Raises ConfigError naming the file.
+    """
+    try:
+        chain = x509.load_pem_x509_certificates(_read("crt", crt))
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(f"crt={crt}: not a PEM certificate") from None
+    try:
+        private = serialization.load_pem_private_key(_read("key", key), None)
+    except TypeError:
+        raise ConfigError(f"key={key}: the private key is encrypted; allowed: one without a passphrase") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(f"key={key}: not a PEM private key") from None
+    if private.public_key() != chain[0].public_key():
+        raise ConfigError(f"crt={crt} and key={key} do not match: the key is not the certificate's")
+    if not isinstance(private, PrivateKey):
+        raise ConfigError(f"key={key}: this kind of key is not usable; allowed: EC, Ed25519, Ed448, RSA")
+    return Identity(chain, private)
+
+
+def _read(parameter: str, path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigError(f"{parameter}={path}: cannot be read: {reason(error)}") from None
+
+
+class ServerCertificate:
+    """What a server shows to its clients: `context` is for the next handshake.
+
+    Without file names it is self-signed. Raises ConfigError when the files are not good at start; later a
+    bad pair keeps the old one.
+    """
+
+    def __init__(self, crt: str, key: str, log: Log) -> None:
+        self._paths = (crt, key) if crt else ()
+        self._log = log
+        self._seen = self._state()
+        self._use(load_pair(crt, key) if crt else self_signed(), "certificate" if crt else "self-signed certificate")
+
+    def reload(self, asked: bool = False) -> None:
+        """Look at the files; an unchanged pair is read only when `asked` for."""
+        state = self._state()
+        if not self._paths or (state == self._seen and not asked):
+            return
+        self._seen = state
+        try:
+            identity = load_pair(*self._paths)
+            if identity.fingerprint == self.identity.fingerprint:
+                self._log.info("certificate unchanged")
+            else:
+                self._use(identity, "certificate reloaded: certificate")
+        except ConfigError as error:
+            self._log.error("keeping the old certificate: %s", error)
+
+    def watch(self, interval: float) -> None:
+        """Look at the files every `interval` seconds, and at how long the certificate is still valid; until killed."""
+        while True:
+            gevent.sleep(interval)
+            self.reload()
+            self._warn_of_expiry()
+
+    def _use(self, identity: Identity, what: str) -> None:
+        context = server_context(identity.chain, identity.key)  # both or neither
+        self.identity, self.context = identity, context
+        self._log.info("%s SHA-256 %s", what, identity.fingerprint)
+        self._warned = float("-inf")
+        self._warn_of_expiry()
+
+    def _warn_of_expiry(self) -> None:
+        """A warning, once a day, from 14 days before the certificate expires."""
+        if self.identity.lifetime >= EXPIRY_WARNING or time.monotonic() - self._warned < _DAY:
+            return
+        self._warned = time.monotonic()
+        days = self.identity.lifetime / datetime.timedelta(days=1)
+        words = f"expires in {days:.1f} days" if days > 0 else f"expired {-days:.1f} days ago"
+        self._log.warning("the certificate %s", words)
+
+    def _state(self) -> list[tuple[int, int, int] | None]:
+        """What changes when a file is written or replaced: inode, size, time of change."""
+        return [_stat(path) for path in self._paths]
+
+
+def _stat(path: str) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

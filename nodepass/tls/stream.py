@@ -1,0 +1,249 @@
+"""TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
+
+This module, `records`, `certificates` and `verification` alone import OpenSSL and cryptography, and are imported only
+when TLS is on: that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting
+suspends the greenlet only. pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.x509 import Certificate
+from gevent.socket import wait_read
+from OpenSSL import SSL
+from OpenSSL.crypto import X509
+
+from nodepass.errors import ConfigError, TLSError, VerificationError
+from nodepass.net.sockets import Socket
+from nodepass.net.stream import Data, SocketStream
+from nodepass.tls import shrink
+from nodepass.tls.bio import BATCH, RECORD, Records, inbox
+from nodepass.tls.verify import Expected, is_ip
+
+FEEDS = 8  # reads from the kernel in a row that bring nothing to read: key updates, tickets, alerts
+_PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
+_CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
+# AES-128 first: as safe as anything here needs, and the cheapest per byte.
+_CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+
+PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSAPrivateKey
+
+
+class TLSStream(SocketStream):
+    """A connection under TLS."""
+
+    __slots__ = ("_connection", "_records", "moved_much")
+
+    batch = BATCH
+    plain = False
+
+    def __init__(self, sock: Socket, connection: SSL.Connection) -> None:
+        super().__init__(sock)
+        self._connection = connection
+        self._records = Records(connection)
+        self.moved_much = False
+
+    @property
+    def pending(self) -> bool:
+        return not self._records.over
+
+    def read(self, buffer: memoryview) -> int:
+        records = self._records
+        for _ in range(FEEDS):
+            if not records.over and (received := self._decrypt(buffer)) is not None:
+                return received
+            size = self._receive()
+            if size > RECORD:
+                records.lend(size)
+                continue
+            records.feed(size)
+            if size > shrink.LARGE:
+                shrink.note(self)
+        received = self._decrypt(buffer)
+        if received is None:
+            raise BlockingIOError  # others get their turn, then we are called again
+        return received
+
+    def send(self, data: Data) -> Data:
+        if len(data) > shrink.LARGE:
+            shrink.note(self)
+        try:
+            self._records.encrypt(data)
+        except SSL.Error as error:
+            raise _translated(error) from None
+        return self._send_records()
+
+    def end(self) -> Data:
+        try:
+            self._connection.shutdown()
+        except SSL.Error as error:
+            raise _translated(error) from None
+        return self._send_records()
+
+    def peek(self) -> bool | None:
+        try:
+            for _ in range(FEEDS):
+                try:
+                    return bool(self._connection.recv(1, socket.MSG_PEEK))
+                except SSL.WantReadError:
+                    if not self._records.go_on():
+                        self._records.feed(self._receive())
+            return False  # nobody has so much to say and means well
+        except BlockingIOError:
+            return None
+        except (OSError, SSL.Error):
+            return False
+
+    def shrink(self) -> bool:
+        """Give back the memory of large batches; False where bytes wait in it still."""
+        if self._records.over:
+            self._records.renew_bios()
+        return self._records.over
+
+    def close(self) -> None:
+        shrink.forget(self)
+        super().close()
+
+    def handshake(self) -> None:
+        """Complete the handshake; its deadline is the caller's. Raises OSError, TLSError among them."""
+        while True:
+            try:
+                self._connection.do_handshake()
+                self._flush()
+                self._records.look_again()
+                if self._records.over:
+                    self._records.renew_bios()
+                return
+            except SSL.WantReadError:
+                self._flush()
+                if self._records.go_on():
+                    continue
+            except SSL.Error as error:
+                self._flush()  # the alert that tells the peer why
+                raise _translated(error) from None
+            self._records.feed(self._receive_flight())
+
+    def _flush(self) -> None:
+        self._send_all(self._send_records())
+
+    def _receive_flight(self) -> int:
+        while True:
+            try:
+                size = int(self._raw.recv_into(inbox[:RECORD]))
+            except BlockingIOError:
+                self.wait_readable()
+            else:
+                if not size:
+                    raise TLSError("the peer closed the connection during the TLS handshake")
+                return size
+
+    def _receive(self) -> int:
+        size: int = self._raw.recv_into(inbox)
+        if not size:
+            raise TLSError("the connection ended without TLS close_notify: the stream is cut")
+        return size
+
+    def _send_records(self) -> Data:
+        """Send what goes at once of what OpenSSL has made; returns a copy of the rest."""
+        return bytes(self.try_rest(records)) if (records := self._records.take()) else b""
+
+    def _decrypt(self, buffer: memoryview) -> int | None:
+        """Fill the buffer with the records at hand; 0 at the peer's close_notify, None when more must be read."""
+        try:
+            return self._records.decrypt(buffer) or None
+        except SSL.ZeroReturnError:
+            return 0
+        except SSL.Error as error:
+            raise _translated(error) from None
+
+
+def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:
+    """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context.
+
+    Raises ConfigError where OpenSSL will not have them.
+    """
+    context = _context()
+    try:
+        context.use_certificate(chain[0])
+        for issuer in chain[1:]:
+            context.add_extra_chain_cert(issuer)
+        context.use_privatekey(key)
+    except SSL.Error as error:  # too weak a key, for one
+        raise ConfigError(f"the certificate cannot be used: {_translated(error)}") from None
+    # A data connection is never resumed, so tickets would be bytes and work for nothing.
+    context.set_options(SSL.OP_NO_TICKET)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    return context
+
+
+def client_context(verify: bool) -> SSL.Context:
+    """A context for a client; with `verify`, chains are checked against SSL_CERT_FILE or the system's CAs."""
+    context = _context()
+    if verify:
+        context.set_default_verify_paths()
+    return context
+
+
+def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
+    """The server's side of a handshake. Raises OSError, TLSError among them; closing `sock` is the caller's."""
+    wait_read(sock.fileno())  # OpenSSL's 140 KiB are not for a peer that says nothing
+    connection = SSL.Connection(context, None)
+    connection.set_accept_state()
+    stream = TLSStream(sock, connection)
+    stream.handshake()
+    return stream
+
+
+def connect_tls(sock: Socket, context: SSL.Context, expected: Expected) -> TLSStream:
+    """The client's side of a handshake. Raises OSError.
+
+    A VerificationError among them says whether the chain, the name or the fingerprint was refused. The server hears of
+    it in the handshake, so it never takes a refused connection for a ready one.
+    """
+    connection = SSL.Connection(context, None)
+    connection.set_connect_state()
+    if not is_ip(expected.host):
+        connection.set_tlsext_host_name(expected.host.encode("idna"))
+    refusals: list[str] = []
+
+    def judge(_connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
+        refusal = expected.refuses_chain(error if not ok else 0)
+        if not refusal and depth == 0:
+            refusal = expected.refuses_leaf(certificate)
+        if refusal:
+            refusals.append(refusal)
+        return not refusal
+
+    if expected.verify or expected.fingerprint:
+        connection.set_verify(SSL.VERIFY_PEER, judge)
+    stream = TLSStream(sock, connection)
+    try:
+        stream.handshake()
+    except TLSError:
+        if refusals:
+            raise VerificationError(f"certificate {refusals[0]}") from None
+        raise
+    return stream
+
+
+def _context() -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(_CIPHERS_12)
+    context.set_tls13_ciphersuites(_CIPHERS_13)
+    context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    if hasattr(context, "clear_mode"):  # pyOpenSSL 25.1
+        context.clear_mode(_PARTIAL_WRITE)  # one call for a batch, not one for each record: 5 % less CPU time
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
+    return context
+
+
+def _translated(error: SSL.Error) -> TLSError:
+    queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return TLSError(f"TLS: {queue[-1][-1] if queue else error.args[-1] if error.args else type(error).__name__}")

@@ -1,0 +1,1 @@
+"""Programs inside the command: `nodepass --check` and `nodepass top`."""

@@ -1,0 +1,198 @@
+"""`nodepass --check`: does once what a start would do, says how each of it went, and leaves.
+
+One line on standard output for each finding, `ok`, `warn` or `fail`, then where, then what. The exit status is 0 where
+nothing failed, 1 where an address or a peer failed, which may pass later, and 2 where the input is bad. What concerns a
+client and its server is in `check_client`, ports in `check_ports`. Called by `cli`; nothing of the daemon runs here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import sys
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, TextIO
+
+from nodepass import log
+from nodepass.config import Listen, Settings
+from nodepass.daemon.key_file import find_secret
+from nodepass.daemon.limits import survey
+from nodepass.daemon.systemd import ServiceManager
+from nodepass.errors import ConfigError
+from nodepass.net.activation import DATA, TARGET, TUNNEL, Inherited, Share
+from nodepass.net.listen import listen_in_range, listen_tcp, listen_udp
+from nodepass.tools.check_client import check_client
+from nodepass.tools.check_ports import try_to_listen, try_unix
+from nodepass.tools.report import BAD_INPUT, Report
+from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url
+
+if TYPE_CHECKING:
+    from nodepass.tls.certificates import Identity
+    from nodepass.wire.auth import Key
+
+EXPIRES_SOON = 14.0  # days
+_OTHERS = stat.S_IROTH | stat.S_IWOTH
+
+
+def run(
+    texts: Sequence[str],
+    read_settings: Callable[[], Settings],
+    key_file: str | None,
+    environ: MutableMapping[str, str],
+    stream: TextIO | None = None,
+) -> int:
+    """Check the tunnels of these URLs; the exit status."""
+    log.set_up("fatal", environ)
+    report = Report(stream or sys.stdout, environ)
+    urls = [url for text in texts if (url := _parse(text, report))]
+    settings = _settings(read_settings, report)
+    key = _key(key_file, environ, report)
+    inherited = _inherit(environ, report)
+    if settings is None or report.status == BAD_INPUT:
+        return report.status
+    settings = _limits(settings, urls, report)
+    servers = [url for url in urls if isinstance(url, ServerURL)]
+    with ExitStack() as held:  # until all are checked: two of them may want the same port
+        if settings.metrics_listen:
+            _metrics(settings.metrics_listen, report, held)
+        for url in servers:
+            _Server(url, settings, report, inherited.share(), held).check()
+    for url in urls:
+        if isinstance(url, ClientURL):
+            check_client(url, settings, key, report, {each.tunnel.port for each in servers})
+    return report.status
+
+
+def _parse(text: str, report: Report) -> ServerURL | ClientURL | None:
+    try:
+        url = parse_url(text)
+    except ConfigError as error:
+        report.bad("url", str(error))
+        return None
+    report.ok(url.name, f"url: tunnel address {url.tunnel}, target address {url.target}")
+    for warning in url.warnings:
+        report.warn(url.name, f"url: {warning}")
+    return url
+
+
+def _settings(read_settings: Callable[[], Settings], report: Report) -> Settings | None:
+    try:
+        settings = read_settings()
+    except ConfigError as error:
+        report.bad("settings", str(error))
+        return None
+    report.ok("settings", "every value is usable")
+    return settings
+
+
+def _key(file: str | None, environ: Mapping[str, str], report: Report) -> Key | None:
+    try:
+        text, warnings = find_secret(file, environ)
+    except ConfigError as error:
+        report.bad("key", str(error))
+        return None
+    for warning in warnings:
+        report.warn("key", warning)
+    if text is None:
+        report.ok("key", "none: who reaches the tunnel port may become the client")
+        return None
+    place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "of the environment or a credential"
+    report.ok("key", f"{place}: {len(text)} characters")
+    from nodepass.wire.auth import Key
+
+    return Key(text)
+
+
+def _mode(path: str) -> str:
+    try:
+        return f"{stat.S_IMODE(os.stat(path).st_mode):04o}"
+    except OSError:
+        return "unknown"
+
+
+def _inherit(environ: MutableMapping[str, str], report: Report) -> Inherited:
+    """The sockets that systemd has passed, if it was asked to start a check with them."""
+    try:
+        return Inherited(ServiceManager.take(environ).sockets)
+    except ConfigError as error:
+        report.bad("systemd", str(error))
+        return Inherited()
+
+
+def _limits(settings: Settings, urls: Sequence[ServerURL | ClientURL], report: Report) -> Settings:
+    limits = survey(settings, max(1, len(urls)), may_need_tls(urls))
+    report.ok("limits", limits.line.removeprefix("limits: "))
+    for warning in limits.warnings:
+        report.warn("limits", warning)
+    return limits.settings
+
+
+def _metrics(listen: Listen, report: Report, held: ExitStack) -> None:
+    try:
+        from nodepass.metrics.endpoint import LOOPBACK, WHAT
+    except ModuleNotFoundError as error:
+        report.bad("settings", f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client")
+        return
+    if listen.path:
+        try_unix(report, WHAT, listen.path)
+    else:
+        address = Address(listen.host or LOOPBACK, listen.port)
+        try_to_listen(report, held, "metrics", WHAT, address, lambda: listen_tcp(address, WHAT))
+
+
+class _Server:
+    """One server URL: its certificate and its addresses."""
+
+    def __init__(self, url: ServerURL, settings: Settings, report: Report, share: Share, held: ExitStack) -> None:
+        self._url = url
+        self._ports = settings.data_port
+        self._findings = report
+        self._share = share
+        self._listen = partial(try_to_listen, report, held, url.name)
+
+    def check(self) -> None:
+        """Load the certificate, and listen on every address."""
+        url, ports = self._url, self._ports
+        if url.tls == 2:
+            self._check_certificate()
+        share = self._share
+        self._listen("tunnel address", url.tunnel, lambda: listen_tcp(url.tunnel, TUNNEL, share))
+        if not ports.tunnel:
+            host = url.tunnel.host
+            data = Address(host, ports.last)
+            self._listen("data port", data, lambda: listen_in_range(host, ports, DATA, share))
+        self._listen("target address (tcp)", url.target, lambda: listen_tcp(url.target, TARGET, share))
+        datagrams = "target address (udp)"
+        self._listen(datagrams, url.target, lambda: listen_udp(url.target, TARGET, share), socket.SOCK_DGRAM)
+
+    def _check_certificate(self) -> None:
+        from nodepass.tls.certificates import load_pair
+        from nodepass.tls.stream import server_context
+
+        url = self._url
+        try:
+            identity = load_pair(url.crt, url.key)
+            server_context(identity.chain, identity.key)
+        except ConfigError as error:
+            self._findings.bad(url.name, str(error))
+            return
+        self._judge(identity)
+        if os.stat(url.key).st_mode & _OTHERS:
+            self._findings.warn(url.name, f"key={url.key}: mode {_mode(url.key)}, others can read it; chmod 600")
+
+    def _judge(self, identity: Identity) -> None:
+        """Whether clients will take it: its names and its days."""
+        place, days = f"crt={self._url.crt}", identity.lifetime.total_seconds() / 86400
+        names = ", ".join(identity.names)
+        text = f"{place}: matches its key, made out to {names or 'no name'}, {days:.1f} days left"
+        if days <= 0:
+            self._findings.fail(self._url.name, f"{place}: expired {-days:.1f} days ago, clients refuse it")
+        elif identity.is_early:
+            self._findings.fail(self._url.name, f"{place}: not valid yet, clients refuse it")
+        elif not names or days < EXPIRES_SOON:
+            self._findings.warn(self._url.name, text)
+        else:
+            self._findings.ok(self._url.name, text)

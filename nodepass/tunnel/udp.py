@@ -1,0 +1,177 @@
+"""UDP lanes (wire v2): the datagrams of many visitors on a few long-lived data connections.
+
+What both ends share. A `Lane` is a data connection that carries frames: what is to be sent waits in a bounded queue,
+and one write takes all that waits. A `FlowTable` keeps who talks to whom, and forgets who has fallen silent. The
+server's end is `visitor_flows`, the client's `target_flows`.
+
+A lane that cannot take more bytes loses datagrams, as a full network does; each loss is counted and logged.
+"""
+
+from __future__ import annotations
+
+import mmap
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
+
+import gevent
+from gevent import Greenlet
+from gevent.event import Event
+
+from nodepass.net.sockets import reason, stalled
+from nodepass.net.stream import Stream
+from nodepass.wire.frames import FrameBuffer, encode_frame
+
+QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds of delay
+OVERHEAD = 64  # bytes of memory that a queued frame takes beyond its own
+UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is on its way, for the same reason
+STALLED = 1.0  # seconds without an acknowledgement after which the lane of a replaced client is lost
+SWEEP = 1.0  # seconds between looks for silent flows, at most
+READS_PER_TURN = 16
+
+_shared = memoryview(mmap.mmap(-1, 256 * 1024))  # takes no memory before it is used
+
+
+class Lane:
+    """One data connection that carries frames; `deliver` gets the flow and the payload of each that arrives."""
+
+    def __init__(self, deliver: Callable[[int, bytes], object]) -> None:
+        self.flows = 0
+        self.ended = False
+        self.orphaned = False  # its client is not the connected one any more
+        self._deliver = deliver
+        self._frames: list[bytes] = []
+        self._queued = 0
+        self._wake = Event()
+        self._stream: Stream | None = None
+        self._crash: Exception | None = None  # of the writer
+
+    def send(self, flow: int, payload: bytes) -> bool:
+        """Queue one datagram; False where the lane cannot take it. Never blocks."""
+        frame = encode_frame(flow, payload)
+        if self.ended or self._queued + len(frame) > QUEUE:
+            return False
+        self._frames.append(frame)
+        self._queued += len(frame) + OVERHEAD
+        self._wake.set()
+        return True
+
+    def run(self, stream: Stream) -> str:
+        """Carry frames until the connection ends; why it did. The stream is closed on return. Raises what crashed."""
+        self._stream = stream
+        if self.ended:  # before it could begin
+            stream.close()
+            return "not needed any more"
+        stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+        writer = Greenlet.spawn(self._write, stream)
+        try:
+            self._read(stream)
+            return "closed by the peer"
+        except OSError as error:
+            if self._crash:
+                raise self._crash from None
+            return reason(error)
+        finally:
+            self.ended = True
+            writer.kill()
+            stream.close()
+
+    def lost(self) -> bool:
+        """Whether it has ended, or belongs to a client that was replaced and takes nothing any more."""
+        if self.ended or not self.orphaned:
+            return self.ended
+        try:
+            return self._stream is None or stalled(self._stream.sock, STALLED)
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """End the lane; whoever runs it hears of it."""
+        self.ended = True
+        if self._stream:
+            self._stream.close()
+
+    def _write(self, stream: Stream) -> None:
+        try:
+            while True:
+                self._wake.wait()
+                self._wake.clear()
+                frames = b"".join(self._frames)
+                self._frames.clear()
+                stream.write(frames)
+                self._queued = sum(map(len, self._frames)) + OVERHEAD * len(self._frames)
+        except OSError:
+            stream.abort()  # the reader says why
+        except Exception as error:  # noqa: BLE001  # a bug, which the reader raises where somebody hears of it
+            self._crash = error
+            stream.abort()
+
+    def _read(self, stream: Stream) -> None:
+        buffer, frames, deliver = _shared[: stream.batch], FrameBuffer(), self._deliver
+        reads = 0
+        while received := stream.recv_into(buffer):
+            for flow, payload in frames.feed(buffer[:received]):
+                deliver(flow, payload)
+            reads += 1
+            if reads % READS_PER_TURN == 0:
+                gevent.sleep(0)
+
+
+class FlowLike(Protocol):
+    """What a table knows of a flow."""
+
+    last: float  # time.monotonic() of its last datagram, either way
+
+
+Flow = TypeVar("Flow", bound=FlowLike)
+
+
+class FlowTable(Generic[Flow]):
+    """Flows by key, the longest idle first; at most `limit`, each for `timeout` seconds beyond its last datagram.
+
+    `on_end` is told of each that leaves, and how it ended, as one of `stats.UDP_OUTCOMES`.
+    """
+
+    def __init__(self, limit: int, timeout: float, on_end: Callable[[Flow, str], object]) -> None:
+        self._limit = limit
+        self._timeout = timeout
+        self._on_end = on_end
+        self._flows: OrderedDict[Hashable, Flow] = OrderedDict()
+        self._some = Event()
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def get(self, key: Hashable) -> Flow | None:
+        """The flow of this key, which has just had a datagram."""
+        flow = self._flows.get(key)
+        if flow is not None:
+            flow.last = time.monotonic()
+            self._flows.move_to_end(key)
+        return flow
+
+    def add(self, key: Hashable, flow: Flow) -> None:
+        """A new flow; the longest idle one makes room for it if need be."""
+        while len(self._flows) >= self._limit:
+            self._on_end(self._flows.popitem(last=False)[1], "evicted")
+        flow.last = time.monotonic()
+        self._flows[key] = flow
+        self._some.set()
+
+    def end(self, wanted: Callable[[Flow], bool]) -> None:
+        """End all flows that are wanted: their lane is gone."""
+        for key in [key for key, flow in self._flows.items() if wanted(flow)]:
+            self._on_end(self._flows.pop(key), "lost")
+
+    def sweep_forever(self) -> None:
+        """End silent flows, until killed."""
+        while True:
+            self._some.wait()
+            gevent.sleep(min(SWEEP, self._timeout / 4))
+            oldest = time.monotonic() - self._timeout
+            while self._flows and next(iter(self._flows.values())).last < oldest:
+                self._on_end(self._flows.popitem(last=False)[1], "completed")
+            if not self._flows:
+                self._some.clear()

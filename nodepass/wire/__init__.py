@@ -1,0 +1,1 @@
+"""The wire as data: bytes to values and back, no I/O."""
