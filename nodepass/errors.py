@@ -14,7 +14,14 @@ class ConfigError(NodepassError):
 
 
 class ListenError(NodepassError):
-    """An address cannot be listened on: the process exits with status 1 when this happens at start."""
+    """An address cannot be listened on: the process exits with status 1 when this happens at start.
+
+    `errno`: the kernel's reason, None where it was not the kernel's.
+    """
+
+    def __init__(self, text: str, errno: int | None = None) -> None:
+        super().__init__(text)
+        self.errno = errno
 
 
 class StartError(NodepassError):
@@ -47,3 +54,16 @@ class RefusedError(NodepassError, ConnectionError):
     def __init__(self, reason: str, words: str = "") -> None:
         super().__init__(words or f"the server turned this client away: {reason}")
         self.reason = reason
+
+
+def reason(error: BaseException) -> str:
+    """The short words of an error, for the end of a log line."""
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
+    return str(error) or type(error).__name__
+
+
+def with_words(error: Exception, words: str) -> OSError:
+    """The same error in words that say where it happened; its errno, and with it its type, stay."""
+    number = error.errno if isinstance(error, OSError) else None
+    return OSError(words) if number is None else OSError(number, words)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 
@@ -190,29 +189,3 @@ _FAILURES: tuple[tuple[type[OSError], str], ...] = (
     (ConnectionRefusedError, "unreachable"),
     (ConnectionError, "closed"),
 )
-
-
-@dataclass(frozen=True)
-class View:
-    """What a tunnel is like at this moment."""
-
-    role: str  # server or client
-    unready: str  # why it could not serve a session now; nothing where it could
-    peer: str  # the other end's address; nothing while it is not connected
-    wire: int  # the version that the two speak, 0 likewise
-    round_trip: float | None  # seconds
-    pool_idle: int  # data connections
-    pool_capacity: int
-    slots_used: int  # of SEMAPHORE_LIMIT
-    slots: int
-    certificate_expiry: float | None  # Unix time
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A tunnel as its process sees it."""
-
-    name: str
-    stats: Stats
-    view: View
-    alive: bool  # whether somebody would start it again

@@ -72,6 +72,42 @@ class TaskGroup:
         return running
 
 
+class IdleTimer:
+    """A timer of the event loop that runs only while there is something to look at: idle, it costs no wake-up.
+
+    `look` is called every `period` seconds from `start` on, until it returns False. The loop calls it, so it must not
+    wait.
+    """
+
+    __slots__ = ("_look", "_timer", "period")
+
+    def __init__(self, period: float, look: Callable[[], bool]) -> None:
+        self.period = period
+        self._look = look
+        self._timer: Any = None  # gevent's, which has no type
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs."""
+        return self._timer is not None
+
+    def start(self) -> None:
+        """Run, unless it runs already; the first look is one period from now."""
+        if self._timer is None:
+            self._timer = get_hub().loop.timer(self.period, self.period)
+            self._timer.start(self._run)
+
+    def stop(self) -> None:
+        """Stop looking."""
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
+    def _run(self) -> None:
+        if not self._look():
+            self.stop()
+
+
 class WorkerPool:
     """Greenlets for many short pieces of work, used again: a new one costs 12 microseconds, an old one 1.
 
@@ -86,7 +122,7 @@ class WorkerPool:
         self._busy: set[_Worker] = set()
         self._resting: list[_Worker] = []
         self._surplus = 0  # fewest that rested at any time since the last look
-        self._timer: Any = None  # gevent's, which has no type; it runs while somebody rests
+        self._timer = IdleTimer(REST, self._dismiss_surplus)
         self._all_done = Event()
         self._all_done.set()
 
@@ -134,19 +170,16 @@ class WorkerPool:
         if len(self._resting) >= RESTING_AT_MOST:
             return False
         self._resting.append(worker)
-        if self._timer is None:
-            self._timer = get_hub().loop.timer(REST, REST)
-            self._timer.start(self._dismiss_surplus)
+        self._timer.start()
         return True
 
-    def _dismiss_surplus(self) -> None:
+    def _dismiss_surplus(self) -> bool:
+        """Whether workers still rest."""
         dismissed, self._resting = self._resting[: self._surplus], self._resting[self._surplus :]
         for worker in dismissed:
             worker.dismiss()
         self._surplus = len(self._resting)
-        if not self._resting:
-            self._timer.close()
-            self._timer = None
+        return bool(self._resting)
 
     def _forget(self, worker: _Worker) -> None:
         """A worker has ended, perhaps before it could begin."""

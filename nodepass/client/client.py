@@ -10,17 +10,18 @@ import gevent
 from gevent.event import AsyncResult, Event
 
 from nodepass.client.connection import Connection, Lasting
+from nodepass.client.data_dialer import Backoff, Route
 from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
-from nodepass.errors import RefusedError
+from nodepass.errors import RefusedError, reason
 from nodepass.log import Log
-from nodepass.net.sockets import as_blocking, dial, reason, resolve
-from nodepass.stats import Stats, View, failure
+from nodepass.net.sockets import as_blocking, dial, resolve
+from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import Control
-from nodepass.tunnel.fillers import Backoff, Route
 from nodepass.tunnel.handshake import Agreement, introduce
+from nodepass.tunnel.interface import View
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
 

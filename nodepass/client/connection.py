@@ -17,20 +17,19 @@ import gevent
 from gevent import Greenlet
 from gevent.queue import Full, Queue
 
+from nodepass.client.data_dialer import Backoff, DataDialer, Route
 from nodepass.client.pool import ClientPool
 from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
-from nodepass.errors import NoDataConnection, ProtocolError
+from nodepass.errors import NoDataConnection, ProtocolError, reason
 from nodepass.log import Log
 from nodepass.net.relay import exchange
-from nodepass.net.sockets import reason
 from nodepass.net.stream import Stream, TCPStream
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
 from nodepass.tunnel.control import Control
-from nodepass.tunnel.datagrams import ask_target, read_datagram
-from nodepass.tunnel.fillers import Backoff, DataDialer, Route
+from nodepass.tunnel.udp import ask_target, read_datagram
 from nodepass.wire.signals import KIND_NAMES, LANE, TCP, Launch
 
 SIGNALS_WAITING = 1024  # launches that may wait for a slot, at least

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from nodepass.net.sockets import Endpoint, Socket, dial, dial_udp, resolve
+from nodepass.net.sockets import Endpoint, Socket, dial, resolve
+from nodepass.net.udp import dial_udp
 from nodepass.urls import Address
 
 

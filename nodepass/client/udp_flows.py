@@ -11,8 +11,8 @@ from typing import Any, cast
 import gevent
 
 from nodepass.config import Settings
+from nodepass.errors import reason
 from nodepass.log import Log
-from nodepass.net.sockets import reason
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tasks import report_bug

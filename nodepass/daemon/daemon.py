@@ -18,16 +18,18 @@ from gevent.event import Event
 from gevent.queue import SimpleQueue
 from gevent.util import format_run_info
 
+from nodepass.client.client import Client
 from nodepass.config import Settings, format_duration
 from nodepass.daemon.limits import survey
 from nodepass.daemon.notifier import Notifier
 from nodepass.daemon.systemd import ServiceManager
-from nodepass.daemon.tunnels import Tunnel, make_tunnel, name_tunnels
 from nodepass.errors import ConfigError, NodepassError, StartError
 from nodepass.log import Log
-from nodepass.net.activation import Inherited
-from nodepass.stats import Stats, Watched
+from nodepass.net.activation import Inherited, Share
+from nodepass.server.server import Server
+from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
+from nodepass.tunnel.interface import Tunnel, Watched
 from nodepass.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.wire.auth import Key
 
@@ -219,3 +221,21 @@ class Daemon:
     def _report_stray(self, context: object, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """What gevent would print of an exception that nobody has caught: a callback's of the loop, say."""
         report_bug(f"{context!r:.200}", (error or kind()).with_traceback(trace), self._log, self._stats)
+
+
+def make_tunnel(
+    url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats, share: Share
+) -> Tunnel:
+    """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
+    if isinstance(url, ServerURL):
+        return Server(url, settings, key, log, stats, share)
+    return Client(url, settings, key, log, stats)
+
+
+def name_tunnels(urls: Sequence[ServerURL | ClientURL]) -> list[str]:
+    """The log's names of the tunnels: `server:10101`, numbered where two would be the same."""
+    names: list[str] = []
+    for url in urls:
+        same = sum(name.partition("#")[0] == url.name for name in names)
+        names.append(f"{url.name}#{same + 1}" if same else url.name)
+    return names

@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nodepass.config import Settings
+from nodepass.server.pending import PENDING, pending_limit
 
 PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data connection
 OWN = 32  # descriptors: listeners, control connections, gevent's own
-PENDING = 1024  # descriptors at most on each of a server's two ports: who has not yet shown who it is (`lobby`)
-PENDING_SHARE = 8  # a part in so many of the descriptors, at most, on all ports together; where that is fewer than
-PENDING_LEAST = 64  # which a client may dial at once, it is these, but no more than a quarter
 
 # Measured with 500 and 1,000 sessions held, on either end, bytes moved both ways, the kernel's part included
 # (docs/performance.md): 16 KiB a session in the clear; 45 to 65 under TLS, most of it OpenSSL's.
@@ -87,15 +85,6 @@ def raise_descriptor_limit() -> int:
         except (OSError, ValueError):  # a filter of system calls may forbid it
             return soft
     return hard
-
-
-def pending_limit() -> int:
-    """How many connections of all servers of the process may not yet have shown who they are.
-
-    Without a share of their own, strangers could take the descriptors that visitors need.
-    """
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(PENDING_LEAST, files // 4), files // PENDING_SHARE)
 
 
 def fit_descriptors(settings: Settings, tunnels: int, files: int) -> Settings:

@@ -9,34 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import gevent
-from gevent.event import Event
 
 from nodepass.config import Settings, format_duration
 from nodepass.daemon.systemd import ServiceManager, extend_timeout, reloading, status
-from nodepass.errors import StartError
+from nodepass.errors import StartError, reason
 from nodepass.log import Log
-from nodepass.net.sockets import reason
+from nodepass.tunnel.interface import Observed
 
 MARGIN = 10.0  # seconds more than the program itself may take that systemd is asked to wait for it
 START_PERIOD = 1.0  # seconds, at most, between two looks while somebody may be watching the start
 SECOND_LOOK = 0.1  # seconds
 REPEAT = 60.0  # seconds between two lines about the same unhealthy_reason
-
-
-class Observed(Protocol):
-    """What is asked of a tunnel."""
-
-    log: Log
-    ready: Event
-
-    def status(self) -> str:
-        """How it is, for an operator."""
-
-    def unhealthy_reason(self) -> str:
-        """What is wrong with it, so that only a restart helps; empty while it is well."""
 
 
 class Notifier:

@@ -15,18 +15,11 @@ from dataclasses import dataclass
 from itertools import repeat
 
 from nodepass.errors import ConfigError
+from nodepass.net.activation import PassedSocket
 
 FIRST_SOCKET = 3  # the descriptor of the first passed socket (SD_LISTEN_FDS_START)
 LONGEST_STATUS = 1000  # bytes; systemd ignores a message of more than 4096
 SEND_WITHIN = 1.0  # seconds for systemd to take a message
-
-
-@dataclass(frozen=True)
-class PassedSocket:
-    """A socket that systemd opened, under the name that FileDescriptorName= gave it; else that is its unit's."""
-
-    name: str
-    sock: socket.socket
 
 
 @dataclass(frozen=True)

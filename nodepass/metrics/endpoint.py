@@ -15,7 +15,8 @@ from nodepass.metrics.http import Answer, HTTPServer
 from nodepass.net.listen import listen_tcp
 from nodepass.net.sockets import format_sockaddr
 from nodepass.net.unix import UnixListener
-from nodepass.stats import Stats, Watched
+from nodepass.stats import Stats
+from nodepass.tunnel.interface import Watched
 from nodepass.urls import Address
 
 WHAT = "METRICS_LISTEN"

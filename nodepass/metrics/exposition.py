@@ -21,7 +21,7 @@ from prometheus_client.samples import Sample
 
 from nodepass import __version__
 from nodepass.metrics.families import FAMILIES
-from nodepass.stats import Watched
+from nodepass.tunnel.interface import Watched
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SHARE = 0.1  # of the time at most goes into making the text, however often it is asked for

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from nodepass.stats import BUCKETS, Histogram, Sessions, Stats, Watched
+from nodepass.stats import BUCKETS, Histogram, Sessions, Stats
+from nodepass.tunnel.interface import Watched
 
 Labels = tuple[str, ...]
 Samples = Iterable[tuple[Labels, float]]

@@ -15,10 +15,10 @@ from http import HTTPStatus
 
 import gevent
 
-from nodepass.errors import NodepassError
+from nodepass.errors import NodepassError, reason
 from nodepass.log import Log
 from nodepass.net.listen import accept_forever, close_all
-from nodepass.net.sockets import Socket, as_blocking, reason
+from nodepass.net.sockets import Socket, as_blocking
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from nodepass.daemon.systemd import PassedSocket
 from nodepass.errors import ConfigError
 from nodepass.net.sockets import Endpoint, format_sockaddr, plain_host
 from nodepass.urls import Address
 
 TUNNEL, DATA, TARGET = ROLES = ("tunnel", "data", "target")
 KINDS: dict[int, str] = {socket.SOCK_STREAM: "tcp", socket.SOCK_DGRAM: "udp"}
+
+
+@dataclass(frozen=True)
+class PassedSocket:
+    """A socket that systemd opened, under the name that FileDescriptorName= gave it; else that is its unit's."""
+
+    name: str
+    sock: socket.socket
 
 
 class Inherited:

@@ -9,27 +9,24 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import gevent
 
 from nodepass.config import Ports
-from nodepass.errors import ListenError
+from nodepass.errors import ListenError, reason
 from nodepass.log import Log
 from nodepass.net.activation import DATA, KINDS, NOTHING, TARGET, TUNNEL, Share, missing_endpoints
 from nodepass.net.sockets import (
     Endpoint,
     Socket,
-    format_sockaddr,
-    reason,
     reset_on_close,
     resolve,
     set_stream_options,
     wait_readable,
 )
+from nodepass.net.udp import IP_PKTINFO
 from nodepass.urls import Address
 
 BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
@@ -61,7 +58,7 @@ def listen_udp(address: Address, role: str, share: Share = NOTHING) -> list[sock
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         else:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
 
     return _listen_all(address, role, share, socket.SOCK_DGRAM, prepare)
 
@@ -125,7 +122,7 @@ def _listen_all(
     except OSError as error:
         close_all(opened)
         what = _WHAT.get(role, role) + (f" ({KINDS[kind]})" if role == TARGET else "")
-        raise ListenError(f"cannot listen on {what} {address}: {reason(error)}{share.hint()}") from None
+        raise ListenError(f"cannot listen on {what} {address}: {reason(error)}{share.hint()}", error.errno) from None
     return opened
 
 
@@ -218,39 +215,3 @@ def _accept_now(listener: Any) -> tuple[Socket, Endpoint]:
     sock = Socket(family, socket.SOCK_STREAM, 0, fileno)
     sock.setblocking(False)
     return sock, Endpoint(family, sockaddr)
-
-
-_IP_PKTINFO = 8  # <linux/in.h>; the standard library names it from Python 3.14 on
-_IN_PKTINFO = struct.Struct("@i4s4s")  # interface index, local address, header destination
-_IN6_PKTINFO = struct.Struct("@16si")  # local address, interface index
-
-
-@dataclass(frozen=True)
-class ReplyAddress:
-    """Where a datagram came from and which local address it was sent to: what the answer must swap."""
-
-    sockaddr: tuple[Any, ...]
-    control: tuple[tuple[int, int, bytes], ...]
-
-    def __str__(self) -> str:
-        return format_sockaddr(self.sockaddr)
-
-
-def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
-    """One datagram of any size. What is cut short of what is said beside it is left out: routing chooses then."""
-    payload, ancillary, _, sockaddr = sock.recvmsg(65536, 64)
-    control: list[tuple[int, int, bytes]] = []
-    for level, kind, data in ancillary:
-        if (level, kind, len(data)) == (socket.IPPROTO_IP, _IP_PKTINFO, _IN_PKTINFO.size):
-            _, local, _ = _IN_PKTINFO.unpack(data)
-            control.append((level, kind, _IN_PKTINFO.pack(0, local, bytes(4))))
-        elif (level, kind, len(data)) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _IN6_PKTINFO.size):
-            local, interface = _IN6_PKTINFO.unpack(data)
-            # Only a link-local address needs its interface; elsewhere routing chooses.
-            control.append((level, kind, _IN6_PKTINFO.pack(local, interface if local[:2] == b"\xfe\x80" else 0)))
-    return payload, ReplyAddress(sockaddr, tuple(control))
-
-
-def send_datagram(sock: socket.socket, payload: bytes, visitor: ReplyAddress) -> None:
-    """Answer a visitor from the address it spoke to. Raises OSError."""
-    sock.sendmsg([payload], visitor.control, 0, visitor.sockaddr)

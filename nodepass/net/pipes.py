@@ -10,9 +10,8 @@ import contextlib
 import fcntl
 import os
 from dataclasses import dataclass
-from typing import Any
 
-import gevent
+from nodepass.tasks import IdleTimer
 
 CAPACITY = 1 << 20  # bytes; the kernel may grant less, see `Pipes._open`
 AT_MOST = 64  # at once, idle or not: each may hold a capacity of kernel memory; who gets none copies
@@ -56,7 +55,7 @@ class Pipes:
         self.open = 0
         self._idle: list[Pipe] = []
         self._used = False  # since the timer ran last
-        self._timer: Any = None  # gevent's, which has no type
+        self._timer = IdleTimer(IDLE_SECONDS, self._close_unused)
 
     def borrow(self) -> Pipe | None:
         """An empty pipe, to be given back; None where there are enough."""
@@ -71,9 +70,7 @@ class Pipes:
             self._close(pipe)
             return
         self._idle.append(pipe)
-        if self._timer is None:
-            self._timer = gevent.get_hub().loop.timer(IDLE_SECONDS, IDLE_SECONDS)
-            self._timer.start(self._tick)
+        self._timer.start()
 
     def _open(self) -> Pipe | None:
         try:
@@ -90,13 +87,12 @@ class Pipes:
         pipe.close()
         self.open -= 1
 
-    def _tick(self) -> None:
-        if not self._used:
-            while self._idle:
-                self._close(self._idle.pop())
-            self._timer.close()
-            self._timer = None
-        self._used = False
+    def _close_unused(self) -> bool:
+        """Whether pipes have been used since the last look."""
+        used, self._used = self._used, False
+        while self._idle and not used:
+            self._close(self._idle.pop())
+        return used
 
 
 pipes = Pipes()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gevent.hub import Waiter
 
-from nodepass.net.sockets import reason
+from nodepass.errors import reason
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 

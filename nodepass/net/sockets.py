@@ -1,5 +1,8 @@
 """Sockets: resolving, dialling, options, and the stream interface that the rest of the program moves bytes with.
 
+Keepalive probes are set on accepted connections by their listener. A dialled one gets them once it has lasted a moment:
+most are over long before a probe is due, and the four system calls are a tenth of what a short session costs.
+
 Knows the kernel and nothing of tunnels. What listens or carries signals or datagrams is the standard library's socket,
 which gevent has patched: a call that looks blocking suspends its greenlet only. What carries a session is a `Socket`,
 the non-blocking one below it, which `stream` waits for: it costs a third of the time and half of the memory. Errors are
@@ -23,10 +26,14 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.socket import wait_write
 
-from nodepass.net.keepalive import KEEPALIVE, keep_alive_if_it_lasts, set_keepalive
+from nodepass.errors import reason, with_words
+from nodepass.tasks import IdleTimer
 from nodepass.urls import Address
 
 Socket = _socket.socket  # the one that gevent does not patch
+
+KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a vanished peer is found in a minute
+LASTS = 1.0  # seconds between looks at what has been dialled; far less than until the first probe
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST
 _GRACEFUL = struct.pack("ii", 0, 0)
@@ -73,15 +80,8 @@ def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
     try:
         found = socket.getaddrinfo(address.host or "localhost", address.port, 0, kind)
     except (OSError, UnicodeError) as error:
-        raise OSError(f"cannot resolve {address.host!r}: {reason(error)}") from None
+        raise with_words(error, f"cannot resolve {address.host!r}: {reason(error)}") from None
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
-
-
-def reason(error: BaseException) -> str:
-    """The short words of an error, for the end of a log line."""
-    if isinstance(error, OSError) and error.strerror:
-        return str(error.strerror)
-    return str(error) or type(error).__name__
 
 
 def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
@@ -102,7 +102,7 @@ def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
         except TimeoutError:
             failure = TimeoutError(f"{endpoint}: no answer within {share:.3g}s")
         except OSError as error:
-            failure = OSError(f"{endpoint}: {reason(error)}")
+            failure = with_words(error, f"{endpoint}: {reason(error)}")
         except BaseException:
             sock.close()
             raise
@@ -138,17 +138,6 @@ def wait_readable(sock: Any) -> None:
     the loop looks at its sockets again.
     """
     sock._wait(sock._read_event)
-
-
-def dial_udp(endpoint: Endpoint) -> socket.socket:
-    """A UDP socket connected to an endpoint, so that only its answers arrive and its refusals are heard."""
-    sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
-    try:
-        sock.connect(endpoint.sockaddr)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def stalled(sock: Socket, seconds: float) -> bool:
@@ -206,3 +195,31 @@ def _unsent(sock: Socket) -> int:
     if state == _TCP_CLOSE:
         return 0
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def set_keepalive(sock: Socket, idle: int, interval: int, probes: int) -> None:
+    """Probe a silent peer after `idle` seconds, every `interval` seconds, and give it up after so many probes."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+
+
+def keep_alive_if_it_lasts(sock: Socket) -> None:
+    """Set KEEPALIVE on a connection once it has lasted, LASTS seconds from now at most."""
+    _dialled.append(sock)
+    keepalive_timer.start()
+
+
+def _set_due_keepalives() -> bool:
+    for sock in _dialled:
+        with contextlib.suppress(OSError):  # it is closed, or was reset
+            if sock.fileno() >= 0:
+                set_keepalive(sock, *KEEPALIVE)
+    some = bool(_dialled)
+    _dialled.clear()
+    return some
+
+
+_dialled: list[Socket] = []  # since the timer ran last
+keepalive_timer = IdleTimer(LASTS, _set_due_keepalives)

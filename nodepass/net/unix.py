@@ -7,8 +7,7 @@ import os
 import socket
 import stat
 
-from nodepass.errors import ListenError
-from nodepass.net.sockets import reason
+from nodepass.errors import ListenError, reason
 
 MODE = 0o660  # the user and the group of the process may connect
 BACKLOG = 128
@@ -28,7 +27,7 @@ class UnixListener:
             self.sock.listen(BACKLOG)
         except OSError as error:
             self.sock.close()
-            raise ListenError(f"cannot listen on {what} unix:{path}: {reason(error)}") from None
+            raise ListenError(f"cannot listen on {what} unix:{path}: {reason(error)}", error.errno) from None
 
     def close(self) -> None:
         """Stop listening."""

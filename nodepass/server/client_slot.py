@@ -19,11 +19,11 @@ from nodepass.errors import ClosedError, NoDataConnection, RefusedError
 from nodepass.log import Log
 from nodepass.net.sockets import Endpoint, acknowledged
 from nodepass.net.stream import Stream
+from nodepass.server.data_listener import DataListener
 from nodepass.server.pool import ServerPool
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.stats import Stats
 from nodepass.tunnel.control import Control
-from nodepass.tunnel.fillers import DataListener
 from nodepass.tunnel.handshake import Agreement, Caller, answer
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import BUSY, LANE, Launch, Offer

@@ -9,22 +9,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Callable
 
+import gevent
+
 from nodepass.config import Settings
-from nodepass.errors import RefusedError
+from nodepass.errors import RefusedError, reason
 from nodepass.log import Log
 from nodepass.net.listen import accept_forever
-from nodepass.net.sockets import Endpoint, as_blocking, as_plain, reason
+from nodepass.net.sockets import Endpoint, as_blocking, as_plain
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.pending import PendingConnections
-from nodepass.server.sorting import is_data_connection
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Control
 from nodepass.tunnel.handshake import hear
 from nodepass.wire.auth import Key
-from nodepass.wire.signals import SHUTDOWN, Offer, Refusal
+from nodepass.wire.signals import DATA_PREFIX, SHUTDOWN, TLS_RECORD, Offer, Refusal
+
+FIRST_BYTES_WITHIN = 0.25  # seconds; silence is a control connection of wire v1
+_STEP = 0.005  # seconds between looks at a beginning that is not yet long enough
 
 
 class ControlListener:
@@ -125,3 +130,32 @@ class ControlListener:
             beat.kill(block=False)
             self._slot.lose(control, "this end is stopping")
             self._log.info("client disconnected: %s (%s)", control.closed_because, control.peer)
+
+
+def is_data_connection(sock: socket.socket) -> bool:
+    """Whether a newcomer is a data connection; what marks it as one is read, anything else stays to be read.
+
+    Raises OSError.
+    """
+    deadline = time.monotonic() + FIRST_BYTES_WITHIN
+    begin = b""
+    while (left := deadline - time.monotonic()) > 0:
+        begin = _peek(sock, left)
+        if begin == DATA_PREFIX:
+            sock.recv(len(DATA_PREFIX))
+            return True
+        if not begin or not DATA_PREFIX.startswith(begin):
+            break
+        gevent.sleep(_STEP)
+    return begin.startswith(TLS_RECORD)
+
+
+def _peek(sock: socket.socket, timeout: float) -> bytes:
+    """The first bytes, as many as are here; none in silence or at the end of the stream."""
+    sock.settimeout(timeout)
+    try:
+        return sock.recv(len(DATA_PREFIX), socket.MSG_PEEK)
+    except TimeoutError:
+        return b""
+    finally:
+        sock.settimeout(None)

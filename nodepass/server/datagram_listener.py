@@ -12,14 +12,14 @@ import socket
 import gevent
 
 from nodepass.config import Settings, format_duration
-from nodepass.errors import NoDataConnection
+from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Log
-from nodepass.net.listen import ReplyAddress, receive_datagram, send_datagram
-from nodepass.net.sockets import reason, wait_readable
+from nodepass.net.sockets import wait_readable
+from nodepass.net.udp import ReplyAddress, receive_datagram, send_datagram
 from nodepass.server.client_slot import ClientSlot
 from nodepass.stats import Stats
 from nodepass.tasks import WorkerPool
-from nodepass.tunnel.datagrams import ANSWER_GRACE, read_datagram
+from nodepass.tunnel.udp import ANSWER_GRACE, read_datagram
 from nodepass.wire.signals import UDP
 
 DATAGRAMS_PER_TURN = 32  # received in a row, then what they set going gets to run

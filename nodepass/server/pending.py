@@ -9,6 +9,7 @@ ones is let in and dropped as fast as they come, and holds up nobody behind them
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from typing import Any, ClassVar
 
 from gevent import Greenlet, get_hub
 
-from nodepass.daemon.limits import PENDING, PENDING_LEAST, pending_limit
 from nodepass.log import Log
 from nodepass.net.sockets import Socket, plain_host
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 
+PENDING = 1024  # descriptors at most on each of a server's two ports: who has not yet shown who it is (`lobby`)
+PENDING_SHARE = 8  # a part in so many of the descriptors, at most, on all ports together; where that is fewer than
+PENDING_LEAST = 64  # which a client may dial at once, it is these, but no more than a quarter
 PER_ADDRESS = 256
 IN_ALL = PENDING
 QUIET = 0.25  # seconds for which silence costs nothing; then what finds out who it is begins, and has its own patience
@@ -162,3 +165,12 @@ class PendingConnections:
             newcomer.greenlet.kill(block=False)
         if not newcomer.begun:
             sock.close()
+
+
+def pending_limit() -> int:
+    """How many connections of all servers of the process may not yet have shown who they are.
+
+    Without a share of their own, strangers could take the descriptors that visitors need.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(PENDING_LEAST, files // 4), files // PENDING_SHARE)

@@ -13,21 +13,16 @@ from gevent.event import AsyncResult, Event
 from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.net.activation import DATA, TUNNEL, Share
-from nodepass.net.listen import (
-    close_all,
-    listen_in_range,
-    listen_target,
-    listen_tcp,
-    port_of,
-)
+from nodepass.net.listen import close_all, listen_in_range, listen_target, listen_tcp, port_of
 from nodepass.net.sockets import format_sockaddr
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.control_listener import ControlListener
 from nodepass.server.datagram_listener import DatagramListener
 from nodepass.server.visitor_listener import VisitorListener
-from nodepass.stats import Stats, View
+from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
 from nodepass.tunnel.control import Control
+from nodepass.tunnel.interface import View
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import Offer

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import count
 
 from nodepass.config import Settings
-from nodepass.errors import NoDataConnection
+from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Log
-from nodepass.net.listen import ReplyAddress, send_datagram
-from nodepass.net.sockets import reason
 from nodepass.net.stream import Stream
+from nodepass.net.udp import ReplyAddress, send_datagram
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.udp import FlowTable, Lane

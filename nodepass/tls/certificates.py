@@ -15,9 +15,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from nodepass.errors import ConfigError
+from nodepass.errors import ConfigError, reason
 from nodepass.log import Log
-from nodepass.net.sockets import reason
 from nodepass.tls.stream import PrivateKey, server_context
 
 EXPIRY_WARNING = datetime.timedelta(days=14)

@@ -7,9 +7,9 @@ while there are such streams, puts fresh BIOs in the place of those that nobody 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
-from gevent import get_hub
+from nodepass.tasks import IdleTimer
 
 LARGE = 1024  # bytes; batches up to this size leave too little behind to be worth a look
 QUIET = 0.05  # seconds without a large batch, up to twice as many
@@ -25,18 +25,14 @@ class Busy(Protocol):
 
 
 _busy: set[Busy] = set()
-_timer: Any = None  # gevent's, which has no type; it runs while a stream is busy
 
 
 def note(stream: Busy) -> None:
     """A stream has moved a large batch."""
-    global _timer  # noqa: PLW0603  # one timer for the process
     stream.moved_much = True
     if stream not in _busy:
         _busy.add(stream)
-        if _timer is None:
-            _timer = get_hub().loop.timer(QUIET, QUIET)
-            _timer.start(_look)
+        _timer.start()
 
 
 def forget(stream: Busy) -> None:
@@ -44,13 +40,13 @@ def forget(stream: Busy) -> None:
     _busy.discard(stream)
 
 
-def _look() -> None:
-    global _timer  # noqa: PLW0603
+def _shrink_quiet() -> bool:
     for stream in list(_busy):
         if stream.moved_much:
             stream.moved_much = False
         elif stream.shrink():
             _busy.discard(stream)
-    if not _busy:
-        _timer.close()
-        _timer = None
+    return bool(_busy)
+
+
+_timer = IdleTimer(QUIET, _shrink_quiet)

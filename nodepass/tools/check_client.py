@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import gevent
 
 from nodepass.config import Settings
-from nodepass.errors import RefusedError, VerificationError
+from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Log
-from nodepass.net.sockets import Endpoint, as_blocking, dial, reason, resolve
+from nodepass.net.sockets import Endpoint, as_blocking, dial, resolve
 from nodepass.net.stream import TCPStream
 from nodepass.stats import Stats
-from nodepass.tools.procnet import is_connected
+from nodepass.tools.check_ports import is_connected
 from nodepass.tools.report import Report
 from nodepass.tunnel.control import Control
 from nodepass.tunnel.handshake import Agreement, introduce

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from nodepass.errors import ListenError
 from nodepass.net.listen import close_all
-from nodepass.net.sockets import resolve
+from nodepass.net.sockets import Endpoint, plain_host, resolve
 from nodepass.net.unix import UnixListener, is_living
-from nodepass.tools import procnet
 from nodepass.tools.report import Report
 from nodepass.urls import Address
+
+# /proc/self/net
+_ESTABLISHED, _LISTEN, _UNCONNECTED = "01", "0A", "07"  # states in /proc/net, the last of UDP
+_LOCAL, _REMOTE, _STATE, _INODE = 1, 2, 3, 9  # columns
+_EVERY = ("0.0.0.0", "::")
+_TABLES: dict[int, tuple[tuple[str, int], ...]] = {
+    socket.SOCK_STREAM: (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)),
+    socket.SOCK_DGRAM: (("udp", socket.AF_INET), ("udp6", socket.AF_INET6)),
+}
+
+_SocketAddress = tuple[str, int]  # host as IPv4 wherever it is one
 
 
 def try_to_listen(
@@ -30,11 +43,9 @@ def try_to_listen(
     try:
         sockets = listen()
     except ListenError as error:
-        cause = error.__context__
-        number = cause.errno if isinstance(cause, OSError) else None
         # The kernel asks for the privilege before it looks whether the port is taken.
-        if number not in (errno.EADDRINUSE, errno.EACCES) or not _explain(report, where, what, address, kind):
-            hint = "; ports under 1024 need a privilege or a socket unit" if number == errno.EACCES else ""
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES) or not _explain(report, where, what, address, kind):
+            hint = "; ports under 1024 need a privilege or a socket unit" if error.errno == errno.EACCES else ""
             report.fail(where, f"{error}{hint}")
         return
     held.callback(close_all, sockets)
@@ -44,7 +55,7 @@ def try_to_listen(
 def _explain(report: Report, where: str, what: str, address: Address, kind: int) -> bool:
     """Say who holds the port; False where nobody does."""
     hosts = [str(each.sockaddr[0]) for each in resolve(address)] if address.host else []
-    holders = procnet.holders(kind, hosts, address.port)
+    holders = find_holders(kind, hosts, address.port)
     if holders is None:
         return False
     text = f"{what} {address}: in use"
@@ -73,3 +84,88 @@ def try_unix(report: Report, what: str, path: str) -> None:
         report.fail("metrics", str(error))
     else:
         report.ok("metrics", f"{what} unix:{path}: can be listened on")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that has a socket open."""
+
+    pid: int
+    command: list[str]
+
+    @property
+    def is_nodepass(self) -> bool:
+        """Whether it is this program, by its command line: `nodepass …`, `python …/nodepass …` or `-m nodepass`."""
+        return "nodepass" in map(os.path.basename, self.command[:4])
+
+    @property
+    def is_systemd(self) -> bool:
+        """Whether it is the one that passes sockets to units."""
+        return self.pid == 1 or os.path.basename(self.command[0]) == "systemd"
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.command[0])}, process {self.pid}"
+
+
+def is_connected(endpoints: Iterable[Endpoint]) -> bool:
+    """Whether a process of this machine has a TCP connection to one of these."""
+    wanted = {(plain_host(each.sockaddr), each.sockaddr[1]) for each in endpoints}
+    return any(row.state == _ESTABLISHED and row.remote in wanted for row in _rows(socket.SOCK_STREAM))
+
+
+def find_holders(kind: int, hosts: Iterable[str], port: int) -> list[Holder] | None:
+    """Who holds a port on one of these hosts, as far as we may see; None where nobody does. No host: on any."""
+    state = _LISTEN if kind == socket.SOCK_STREAM else _UNCONNECTED
+    ours = set(hosts)
+    inodes = {
+        row.inode
+        for row in _rows(kind)
+        if row.state == state and row.local[1] == port and (not ours or row.local[0] in ours or row.local[0] in _EVERY)
+    }
+    return list(_with_sockets(inodes)) if inodes else None
+
+
+@dataclass(frozen=True)
+class _Row:
+    local: _SocketAddress
+    remote: _SocketAddress
+    state: str
+    inode: str
+
+
+def _rows(kind: int) -> Iterator[_Row]:
+    for table, family in _TABLES[kind]:
+        with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as file:
+            next(file)
+            for line in file:
+                columns = line.split()
+                yield _Row(
+                    _address(family, columns[_LOCAL]),
+                    _address(family, columns[_REMOTE]),
+                    columns[_STATE],
+                    columns[_INODE],
+                )
+
+
+def _address(family: int, text: str) -> _SocketAddress:
+    """An address as the kernel prints it: words of 32 bits in the machine's order, and a port."""
+    host, port = text.split(":")
+    words = (int(host[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(host), 8))
+    return plain_host((socket.inet_ntop(family, b"".join(words)),)), int(port, 16)
+
+
+def _with_sockets(inodes: set[str]) -> Iterator[Holder]:
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it is another user's, or gone
+            folder = f"/proc/{pid}/fd"
+            if any(_link(f"{folder}/{name}") in wanted for name in os.listdir(folder)):
+                with open(f"/proc/{pid}/cmdline") as file:
+                    yield Holder(int(pid), file.read().rstrip("\0").split("\0"))
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -19,9 +19,9 @@ from typing import Protocol
 import gevent
 from gevent.lock import Semaphore
 
-from nodepass.errors import ClosedError, ProtocolError
+from nodepass.errors import ClosedError, ProtocolError, reason
 from nodepass.log import Log
-from nodepass.net.sockets import Endpoint, acknowledged, bound_failure_detection, reason, wait_readable
+from nodepass.net.sockets import Endpoint, acknowledged, bound_failure_detection, wait_readable
 from nodepass.net.stream import TCPStream
 from nodepass.stats import Stats
 from nodepass.wire.signals import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable

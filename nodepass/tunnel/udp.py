@@ -9,6 +9,7 @@ A lane that cannot take more bytes loses datagrams, as a full network does; each
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import socket
 import time
@@ -20,7 +21,8 @@ import gevent
 from gevent import Greenlet
 from gevent.event import Event
 
-from nodepass.net.sockets import reason, stalled
+from nodepass.errors import ProtocolError, reason
+from nodepass.net.sockets import stalled
 from nodepass.net.stream import Stream
 from nodepass.wire.frames import FrameBuffer, encode_frame
 
@@ -30,6 +32,11 @@ UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is on its way, fo
 STALLED = 1.0  # seconds without an acknowledgement after which the lane of a replaced client is lost
 SWEEP = 1.0  # seconds between looks for silent flows, at most
 READS_PER_TURN = 16
+
+# Wire v1: a session is one datagram and at most one answer, each what one read returns.
+SPLIT_FROM = 1000  # bytes: a first read of at least so many may be the beginning of a datagram (Go's first TLS records)
+REST_WITHIN = 0.005  # seconds for the next piece
+ANSWER_GRACE = 1.0  # seconds beyond UDP_READ_TIMEOUT that the server waits, so that the client's verdict arrives first
 
 _shared = memoryview(mmap.mmap(-1, 256 * 1024))  # takes no memory before it is used
 
@@ -175,3 +182,38 @@ class FlowTable(Generic[Flow]):
                 self._on_end(self._flows.popitem(last=False)[1], "completed")
             if not self._flows:
                 self._some.clear()
+
+
+def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:
+    """The datagram that a peer wrote; empty where it closed without one.
+
+    Raises TimeoutError after `timeout` seconds, ProtocolError where there are more than `largest` bytes.
+    """
+    buffer = memoryview(bytearray(largest + 1))
+    with gevent.Timeout(timeout, TimeoutError(f"no datagram within {timeout:g}s")):
+        size = received = stream.recv_into(buffer)
+    while received and SPLIT_FROM <= size <= largest:
+        received = 0
+        with contextlib.suppress(TimeoutError), gevent.Timeout(REST_WITHIN, TimeoutError()):
+            received = stream.recv_into(buffer[size:])
+        size += received
+    if size > largest:
+        raise ProtocolError(f"a datagram of {size} bytes or more is larger than UDP_DATA_BUF_SIZE ({largest})")
+    return bytes(buffer[:size])
+
+
+def ask_target(sock: socket.socket, question: bytes, largest: int, timeout: float) -> bytes:
+    """The target's one answer on a connected socket.
+
+    Raises TimeoutError after `timeout` seconds, ConnectionRefusedError where nobody listens, ProtocolError where the
+    answer is longer than `largest` bytes.
+    """
+    sock.settimeout(timeout)
+    sock.send(question)
+    try:
+        answer = sock.recv(65536)
+    except TimeoutError:
+        raise TimeoutError(f"the target gave no answer within {timeout:g}s") from None
+    if len(answer) > largest:
+        raise ProtocolError(f"an answer of {len(answer)} bytes is larger than UDP_DATA_BUF_SIZE ({largest})")
+    return answer

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.config import Settings
-from nodepass.tools import check, procnet
+from nodepass.tools import check, check_ports
 from nodepass.tools.report import Report
 from tests.support.certificates import DAY, Authority, Certificate
 from tests.support.process import Finished, run
@@ -144,11 +144,11 @@ def _log_as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_log_as_before")
-@pytest.mark.parametrize("holders", [[], [procnet.Holder(1, ["/lib/systemd/systemd"])]])
+@pytest.mark.parametrize("holders", [[], [check_ports.Holder(1, ["/lib/systemd/systemd"])]])
 def test_a_port_held_by_systemd_or_by_nobody_who_can_be_seen_is_a_warning(
-    monkeypatch: pytest.MonkeyPatch, holders: list[procnet.Holder]
+    monkeypatch: pytest.MonkeyPatch, holders: list[check_ports.Holder]
 ) -> None:
-    monkeypatch.setattr(procnet, "_with_sockets", lambda _: holders)
+    monkeypatch.setattr(check_ports, "_with_sockets", lambda _: holders)
     output = io.StringIO()
     with socket.create_server(("127.0.0.1", 0)) as holder:
         url = f"server://{format_address(holder.getsockname())}/127.0.0.1:0?tls=1"

@@ -79,7 +79,7 @@ IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
     "watching an idle connection on the client": ("client", "nodepass.client.pool:ClientPool._readable", visit),
     "opening a lane": ("server", "nodepass.server.udp_flows:VisitorFlows._run", ask),
     "serving a launch": ("client", "nodepass.client.connection:Connection._launch_tcp", visit),
-    "making a data connection": ("client", "nodepass.tunnel.fillers:Route.make", wait),
+    "making a data connection": ("client", "nodepass.client.data_dialer:Route.make", wait),
     "hearing the target's datagrams": ("client", "nodepass.client.udp_flows:TargetFlows._pass_on", ask),
     "looking at the certificate when asked": ("server", "nodepass.server.server:Server.reload", hang_up),
     "describing the tunnel": ("client", "nodepass.client.client:Client.describe", dump),
@@ -89,7 +89,7 @@ IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
     "accepting visitors": ("server", "nodepass.server.visitor_listener:VisitorListener._wait_for_place", visit),
     "accepting clients": ("server", "nodepass.server.pending:PendingConnections.receive", wait),
-    "accepting data connections": ("server", "nodepass.tunnel.fillers:DataListener.admit", wait),
+    "accepting data connections": ("server", "nodepass.server.data_listener:DataListener.admit", wait),
     "receiving datagrams": ("server", "nodepass.server.datagram_listener:DatagramListener._let_in", ask),
     "heartbeats": ("server", "nodepass.tunnel.control:Control._beat_once", wait),
     "the server's report": ("server", "nodepass.server.pool:ServerPool.end_interval", wait),

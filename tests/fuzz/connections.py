@@ -7,11 +7,11 @@ from typing import Any, cast
 from unittest import mock
 
 from nodepass.errors import ClosedError, ProtocolError
-from nodepass.net.listen import receive_datagram
 from nodepass.net.stream import TCPStream, recv_exactly
-from nodepass.server import sorting
-from nodepass.tunnel.datagrams import SPLIT_FROM, read_datagram
-from nodepass.tunnel.fillers import _check
+from nodepass.net.udp import receive_datagram
+from nodepass.server import control_listener as sorting
+from nodepass.server.data_listener import _check
+from nodepass.tunnel.udp import SPLIT_FROM, read_datagram
 from nodepass.wire.auth import PROOF_LENGTH, SessionKey
 from nodepass.wire.frames import HEADER, FrameBuffer, encode_frame
 from nodepass.wire.signals import DATA_PREFIX, TLS_RECORD

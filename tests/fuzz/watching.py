@@ -10,9 +10,10 @@ from typing import Any, cast
 from unittest import mock
 
 from nodepass.daemon import systemd
-from nodepass.daemon.systemd import FIRST_SOCKET, PassedSocket, ServiceManager
+from nodepass.daemon.systemd import FIRST_SOCKET, ServiceManager
 from nodepass.errors import ConfigError
 from nodepass.metrics.http import LARGEST_REQUEST, BadRequest, _read_request
+from nodepass.net.activation import PassedSocket
 from nodepass.tools.top_scrape import NoAnswer, Source, take
 from nodepass.tools.top_table import HISTORY, Watch, plain, sparkline
 from tests.fuzz.scripted import ScriptedSocket, assert_plain

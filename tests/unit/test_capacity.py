@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.tunnel.capacity import next_capacity
+from nodepass.tunnel.pool import next_capacity
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.net import keepalive
-from nodepass.net.keepalive import KEEPALIVE
-from nodepass.net.sockets import Endpoint, Socket, dial
+from nodepass.net import sockets
+from nodepass.net.sockets import KEEPALIVE, Endpoint, Socket, dial
 
 OPTIONS = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 
@@ -23,15 +22,15 @@ def probes(sock: Socket) -> tuple[int, ...] | None:
 def test_a_dialled_connection_that_lasts_is_probed_and_one_that_was_closed_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(keepalive, "LASTS", 0.01)
+    monkeypatch.setattr(sockets.keepalive_timer, "period", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint = Endpoint(socket.AF_INET, listener.getsockname())
         lasting, short = dial([endpoint], 10), dial([endpoint], 10)
         assert probes(lasting) is None
         short.close()
         with gevent.Timeout(10):
-            while keepalive._timer:  # it ends when there is nothing to look at any more
+            while sockets.keepalive_timer.active:  # it ends when there is nothing to look at any more
                 gevent.sleep(0.01)
         assert probes(lasting) == KEEPALIVE
-        assert not keepalive._dialled
+        assert not sockets._dialled
         lasting.close()

@@ -134,7 +134,7 @@ def test_a_session_sets_an_option_only_where_it_changes(stack: ExitStack, monkey
 
 
 def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipes, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(pipes.pipes._timer, "period", 0.01)
     spliced = 0
     splice = os.splice
 

@@ -14,9 +14,9 @@ from gevent.event import Event
 
 from nodepass.config import Settings
 from nodepass.daemon.notifier import SECOND_LOOK, Notifier
-from nodepass.daemon.systemd import PassedSocket, ServiceManager, status
+from nodepass.daemon.systemd import ServiceManager, status
 from nodepass.log import Log
-from nodepass.net.activation import Inherited, Share
+from nodepass.net.activation import Inherited, PassedSocket, Share
 from nodepass.net.listen import close_all, port_of
 from nodepass.server.server import Server
 from nodepass.stats import Stats

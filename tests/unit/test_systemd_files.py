@@ -10,7 +10,7 @@ import pytest
 from nodepass.config import parse_duration, rows
 from nodepass.daemon.key_file import CREDENTIAL
 from nodepass.daemon.limits import OWN, PER_SESSION
-from nodepass.net.keepalive import KEEPALIVE
+from nodepass.net.sockets import KEEPALIVE
 
 UNITS = Path(__file__).resolve().parents[2] / "contrib" / "systemd"
 EXAMPLE = (UNITS / "example.env").read_text()

@@ -11,8 +11,9 @@ from nodepass.daemon import daemon
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.log import Log
-from nodepass.stats import BUCKETS, CONTROL_FAILURES, DATA_FAILURES, Histogram, Stats, View, failure
+from nodepass.stats import BUCKETS, CONTROL_FAILURES, DATA_FAILURES, Histogram, Stats, failure
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.interface import View
 from nodepass.urls import ServerURL, parse_url
 
 IDLE = View("server", "", "", 0, None, 0, 0, 0, 1, None)
