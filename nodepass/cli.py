@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(parser, namespace)
         urls = [parse_url(text) for text in texts]
         manager = ServiceManager.take(os.environ)
-        key = _start(urls, namespace.tunnel_key_file)
+        key = _start(urls, settings, namespace.tunnel_key_file)
         gc.freeze()  # what is there now stays; 1 % of the time of short sessions
         daemon = Daemon(urls, settings, key, manager)
         daemon.run()
@@ -135,15 +135,15 @@ def main(arguments: Sequence[str]) -> int:
     return BUGS if daemon.bugs else 0
 
 
-def _start(urls: Sequence[ServerURL | ClientURL], key_file: str | None) -> Key | None:
+def _start(urls: Sequence[ServerURL | ClientURL], settings: Settings, key_file: str | None) -> Key | None:
     """Begin to log, at the level of the most verbose URL, say what is to be warned of, and make the key."""
     text, warnings = find_secret(key_file, os.environ)
-    log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ)
+    log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ, style=settings.log_format)
     for warning in warnings:
-        log.Log("nodepass").warning("%s", warning)
+        log.Log("nodepass").warning("config.warning", "%(warning)s", warning=warning)
     for url in urls:
         for warning in url.warnings:
-            log.Log(url.name).warning("%s", warning)
+            log.Log(url.name).warning("config.warning", "%(warning)s", warning=warning)
     if text is None:
         return None
     from nodepass.wire.auth import Key

@@ -122,6 +122,17 @@ def duration(lowest: float, highest: float) -> Kind:
     return Kind("duration", f"a duration from {bounds}, such as 500ms, 5s or 1h30m", parse)
 
 
+def choice(*values: str) -> Kind:
+    """One of these words."""
+
+    def parse(text: str) -> str:
+        if text not in values:
+            raise ValueError("not one of them")
+        return text
+
+    return Kind("word", " or ".join(values), parse)
+
+
 PORTS = Kind(
     "port", "0 (the kernel chooses), a port from 1 to 65535, a range such as 20000-20099, or tunnel", parse_ports
 )
@@ -199,6 +210,9 @@ class Settings:
     )
     reload_interval: float = setting(
         "1h", duration(0.001, 365 * DAY), "timing", "server, tls=2: how often the certificate files are looked at"
+    )
+    log_format: str = setting(
+        "text", choice("text", "json"), "log", "lines for people, or an object a line for programs"
     )
     metrics_listen: Listen | None = setting(
         "off", LISTEN, "metrics", "serve /metrics, /healthz and /readyz by HTTP; :PORT is for this machine only"

@@ -7,7 +7,6 @@ silence.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from gevent.event import Event
 from gevent.lock import Semaphore
 from gevent.pool import Pool
 
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.stats import Stats
 
 RESTING_AT_MOST = 64  # workers without work; each holds about 10 KiB
@@ -26,7 +25,7 @@ REST = 0.25  # seconds: as many workers as nobody needed for so long are dismiss
 def report_bug(what: str, error: BaseException, log: Log, stats: Stats) -> None:
     """Log with its traceback what nobody expected, and count it: the exit status tells of it, too (see `daemon`)."""
     stats.trouble["bugs"] += 1
-    log.limited(logging.ERROR, f"{what} crashed", "%s crashed, this is a bug", what, exc_info=error)
+    log.error("bug.caught", "%(where)s crashed, this is a bug", Limit(what), error, where=what)
 
 
 def find_ended(loops: Iterable[Greenlet[..., None]]) -> str:

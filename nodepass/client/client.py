@@ -15,11 +15,11 @@ from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
 from nodepass.errors import RefusedError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import as_blocking, dial, resolve
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup, WorkerPool
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Agreement, introduce
 from nodepass.tunnel.interface import View
 from nodepass.urls import ClientURL
@@ -52,7 +52,7 @@ class Client:
         )
         self._stopping = Event()
         self._ended = Event()
-        self.control: Control | None = None  # to the server, while it is connected
+        self.control: ClientControl | None = None  # to the server, while it is connected
         self.ready = Event()  # a handshake has succeeded
         self._connection: Connection | None = None
         self._failure = "no answer yet"  # why there is no connection
@@ -91,10 +91,16 @@ class Client:
         self.stats.control_failures[failure(error)] += 1
         refused = isinstance(error, RefusedError)
         level, what = (logging.ERROR, "no agreement with") if refused else (logging.WARNING, "cannot reach")
-        message = f"{what} the server %s: %s; trying again"
         why = reason(error)
         self._failure = f"{what} the server {self._url.tunnel}: {why}"
-        self.log.limited(level, why, message, self._url.tunnel, why, seconds=REPEAT_WARNING, burst=1)
+        self.log.log(
+            level,
+            "server.rejected" if refused else "server.unreachable",
+            what + " the server %(server)s: %(reason)s; trying again",
+            Limit(why, REPEAT_WARNING, 1),
+            server=self._url.tunnel,
+            reason=why,
+        )
 
     def stop_accepting(self) -> None:
         """Take no new launches beyond those that the server has already sent; running sessions go on."""
@@ -153,16 +159,18 @@ class Client:
 
     # One control connection
 
-    def _connect(self) -> tuple[Control, Agreement]:
+    def _connect(self) -> tuple[ClientControl, Agreement]:
         """A control connection after its handshake. Raises OSError, RefusedError among them."""
         timeout = self._settings.handshake_timeout
         try:
             self._lasting.target.resolve()
         except OSError as error:
-            self.log.warning("target: %s; it is looked up again for each session", error)
+            self.log.warning(
+                "target.unresolved", "target: %(reason)s; it is looked up again for each session", reason=error
+            )
         sock = as_blocking(dial(resolve(self._url.tunnel), timeout))
         try:
-            control = Control(sock, self._settings.report_interval, self.log, self.stats)
+            control = ClientControl(sock, self._settings.report_interval, self.log, self.stats)
             with gevent.Timeout(
                 timeout, TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s")
             ):
@@ -174,12 +182,18 @@ class Client:
             raise
         return control, agreement
 
-    def _serve(self, control: Control, agreement: Agreement) -> None:
+    def _serve(self, control: ClientControl, agreement: Agreement) -> None:
         """Serve one control connection until it ends."""
         self.stats.connects += 1
         tunnel = agreement.tunnel
-        words = "connected to %s: data port %d, tls %d, wire v%d"
-        self.log.info(words, control.peer, tunnel.data_port, tunnel.tls, tunnel.version)
+        self.log.info(
+            "server.connected",
+            "connected to %(server)s: data port %(data_port)d, tls %(tls)d, wire v%(wire)d",
+            server=control.peer,
+            data_port=tunnel.data_port,
+            tls=tunnel.tls,
+            wire=tunnel.version,
+        )
         attachment = Connection(self._lasting, control, self._route(control, agreement), self.describe)
         self.control, self._connection = control, attachment
         self.ready.set()
@@ -190,9 +204,9 @@ class Client:
             self._failure = control.closed_because
             if control.vanished:
                 self._lasting.lanes.kill()  # they are as dead as their server; without it their flows would hang
-            self.log.info("disconnected: %s", control.closed_because)
+            self.log.info("server.disconnected", "disconnected: %(reason)s", reason=control.closed_because)
 
-    def _route(self, control: Control, agreement: Agreement) -> Route:
+    def _route(self, control: ClientControl, agreement: Agreement) -> Route:
         """How data connections are made: to where the server was reached, on the port that it named."""
         tunnel = agreement.tunnel
         reached = control.endpoint

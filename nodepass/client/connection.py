@@ -7,7 +7,6 @@ connection, running sessions above all, belongs to the client and is only used h
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
 from nodepass.errors import NoDataConnection, ProtocolError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.relay import exchange
 from nodepass.net.stream import Stream, TCPStream
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.udp import ask_target, read_datagram
 from nodepass.wire.signals import KIND_NAMES, LANE, TCP, Launch
 
@@ -54,7 +53,7 @@ class Lasting:
 class Connection:
     """What a client has while it is connected: control connection, pool with its filler, queue of launches."""
 
-    def __init__(self, lasting: Lasting, control: Control, route: Route, describe: Callable[[], str]) -> None:
+    def __init__(self, lasting: Lasting, control: ClientControl, route: Route, describe: Callable[[], str]) -> None:
         settings = self._settings = lasting.settings
         self._lasting = lasting
         self._log, self._stats = lasting.log, lasting.stats
@@ -92,8 +91,10 @@ class Connection:
         return find_ended(self._watched) or self._control.unhealthy_reason()
 
     def _read_signals(self) -> None:
-        for launch in self._control.signals():
-            self._log.debug("signal: launch %s as %s", launch.id, KIND_NAMES[launch.kind])
+        for launch in self._control.launches():
+            self._log.debug(
+                "launch.received", "signal: launch %(id)s as %(kind)s", id=launch.id, kind=KIND_NAMES[launch.kind]
+            )
             self.pool.reserve(launch.id)
             if launch.kind == LANE:
                 self._open_lane(launch.id)
@@ -112,7 +113,7 @@ class Connection:
 
     def _drop(self, id: str, because: str) -> None:
         self._stats.trouble["launches_dropped"] += 1
-        self._log.limited(logging.WARNING, because, "launch dropped: %s", because)
+        self._log.warning("launch.dropped", "launch dropped: %(reason)s", Limit(because), reason=because)
         self.pool.drop(id)
 
     def _dispatch_signals(self) -> None:
@@ -126,7 +127,7 @@ class Connection:
             data = self.pool.claim(id, self._settings.handshake_timeout)
         except NoDataConnection as error:
             self._stats.trouble["launches_unknown"] += 1
-            self._log.limited(logging.WARNING, "unknown", "launch ignored: %s", error)
+            self._log.warning("launch.unknown", "launch ignored: %(reason)s", Limit(), reason=error)
             return
         try:
             handler(data, self._log.session(id))
@@ -140,11 +141,16 @@ class Connection:
         except OSError as error:
             self._stats.tcp.ended["unreachable"] += 1
             why = reason(error)
-            self._log.limited(logging.WARNING, f"target: {why}", "cannot reach the target: %s", why, burst=1)
+            self._log.warning(
+                "target.unreachable", "cannot reach the target: %(reason)s", Limit(why, burst=1), reason=why
+            )
             return  # closing the data connection resets it, so the visitor is refused, too
-        log.debug("target %s connected", self._lasting.target)
+        log.debug("target.connected", "target %(target)s connected", target=self._lasting.target)
         self._stats.target_dials.observe(time.monotonic() - dialled)
-        log.debug("target %s: %s", self._lasting.target, exchange(data, TCPStream(sock), self._stats, began))
+        traffic = exchange(data, TCPStream(sock), self._stats, began)
+        log.debug(
+            "session.closed", "target %(target)s: " + traffic.SENTENCE, target=self._lasting.target, **traffic.fields()
+        )
 
     def _launch_udp(self, data: Stream, log: Log) -> None:
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
@@ -160,13 +166,21 @@ class Connection:
             data.half_close()
         except ProtocolError as error:
             self._stats.udp_drops["too_large"] += 1
-            self._log.limited(logging.WARNING, "too large", "dropped: %s", error)
+            self._log.warning(
+                "datagram.dropped", "dropped: %(error)s", Limit("too_large"), reason="too_large", error=error
+            )
         except OSError as error:
-            self._log.limited(logging.WARNING, "datagram", "datagram unanswered: %s", reason(error))
+            self._log.warning("datagram.unanswered", "datagram unanswered: %(reason)s", Limit(), reason=reason(error))
         else:
             outcome = "completed"
             udp.down.bytes += len(answer)
-            log.debug("target %s: %d bytes asked, %d bytes answered", self._lasting.target, len(question), len(answer))
+            log.debug(
+                "datagram.answered",
+                "target %(target)s: %(asked)d bytes asked, %(answered)d bytes answered",
+                target=self._lasting.target,
+                asked=len(question),
+                answered=len(answer),
+            )
         finally:
             udp.end(outcome)
 
@@ -174,5 +188,5 @@ class Connection:
         while True:
             gevent.sleep(self._settings.report_interval)
             self.pool.end_interval()
-            self._log.tell_rest()
-            self._log.debug("%s", self._describe())
+            self._log.report_suppressed()
+            self._log.debug("tunnel.report", "%(report)s", report=self._describe())

@@ -13,7 +13,7 @@ import gevent
 
 from nodepass.client.pool import ClientPool
 from nodepass.errors import ClosedError, VerificationError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import Endpoint, Socket, dial
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.stats import Stats, failure
@@ -83,7 +83,8 @@ class DataDialer:
             self._stats.data_failures[failure(error)] += 1
             gevent.sleep(SAME_MOMENT)
             level = logging.ERROR if isinstance(error, VerificationError) else logging.WARNING
-            self._log.limited(level, "data connection", "cannot make a data connection: %s", reason(error), burst=1)
+            words = "cannot make a data connection: %(reason)s"
+            self._log.log(level, "data.dial_failed", words, Limit(burst=1), reason=reason(error))
         except Exception:
             self._failures += 1  # a bug must not be repeated without a pause
             raise

@@ -155,4 +155,9 @@ class ClientPool(Pool):
                 self._died_young.add(idle.id)
             self._release(idle)
             self.wanted.set()
-        self._log.debug("pool: %s %s", idle.id, "has its first bytes" if state else "ended by the server")
+        self._log.debug(
+            "pool.early",
+            "pool: %(id)s %(what)s",
+            id=idle.id,
+            what="has its first bytes" if state else "ended by the server",
+        )

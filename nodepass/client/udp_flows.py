@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ import gevent
 
 from nodepass.config import Settings
 from nodepass.errors import reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tasks import report_bug
-from nodepass.tunnel.udp import FlowTable, Lane
+from nodepass.tunnel.udp import FlowTable, Lane, drop_datagram
 
 ANSWERS_PER_TURN = 64  # datagrams read from one socket before others get their turn
 
@@ -50,9 +49,10 @@ class TargetFlows:
     def run_lane(self, stream: Stream, log: Log) -> None:
         """Serve one lane until it ends; its flows end with it."""
         lane = Lane(lambda number, payload: self._deliver(lane, number, payload))
-        log.debug("lane opens")
+        log.debug("lane.opened", "lane opens")
         try:
-            log.debug("lane ends: %s", lane.run(stream))
+            because = lane.run(stream)
+            log.debug("lane.closed", "lane ends: %(reason)s", reason=because)
         finally:
             lane.ended = True
             self._table.end(lambda flow: flow.lane is lane)
@@ -66,7 +66,8 @@ class TargetFlows:
                 flow.sock.send(payload)
             self._stats.udp.up.bytes += len(payload)
         except OSError as error:
-            self._drop("target_unreachable", "a datagram of %d bytes: %s", len(payload), reason(error))
+            words = "a datagram of %(size)d bytes: %(error)s"
+            drop_datagram(self._log, self._stats, "target_unreachable", words, size=len(payload), error=reason(error))
 
     def _begin(self, lane: Lane, number: int) -> TargetFlow:
         sock = self._dial()
@@ -74,7 +75,7 @@ class TargetFlows:
         self._table.add((lane, number), flow)
         flow.watcher.start(self._readable, flow, cast(Any, sock)._sock)
         self._stats.udp.begin()
-        self._log.debug("flow %d begins, %d flows", number, len(self))
+        self._log.debug("flow.opened", "flow %(flow)d begins, %(flows)d flows", flow=number, flows=len(self))
         return flow
 
     def _readable(self, flow: TargetFlow, sock: socket.socket) -> None:
@@ -92,24 +93,22 @@ class TargetFlows:
             except BlockingIOError:
                 return
             except OSError as error:  # refused: nobody listens there
-                self._drop("target_refused", "a datagram to the target: %s", reason(error))
+                words = "a datagram to the target: %(error)s"
+                drop_datagram(self._log, self._stats, "target_refused", words, error=reason(error))
                 return
             self._table.get((flow.lane, flow.number))
             if flow.lane.send(flow.number, answer):
                 self._stats.udp.down.bytes += len(answer)
             else:
-                self._drop("lane_full", "an answer of %d bytes: its lane is full", len(answer))
+                words = "an answer of %(size)d bytes: its lane is full"
+                drop_datagram(self._log, self._stats, "lane_full", words, size=len(answer))
 
     def _end(self, flow: TargetFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)
         flow.watcher.stop()
         flow.watcher.close()
         flow.sock.close()
-        self._log.debug("flow %d ends", flow.number)
+        self._log.debug("flow.closed", "flow %(flow)d ends", flow=flow.number, outcome=outcome)
         if outcome == "evicted":
             words = "dropped the longest idle flow: SEMAPHORE_LIMIT is reached"
-            self._log.limited(logging.WARNING, outcome, words, burst=3)
-
-    def _drop(self, why: str, message: str, *args: object) -> None:
-        self._stats.udp_drops[why] += 1
-        self._log.limited(logging.WARNING, why, f"dropped {message}", *args, burst=3)
+            self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number)

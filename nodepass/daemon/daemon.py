@@ -111,13 +111,13 @@ class Daemon:
             if self._stopping.is_set():
                 view = replace(view, unready="stopping")
             dead = bool(self._supervising) and self._supervising[index].ready() and not self._stopping.is_set()
-            watched.append(Watched(tunnel.log.where, tunnel.stats, view, not dead))
+            watched.append(Watched(tunnel.log.tunnel, tunnel.stats, view, not dead))
         return watched
 
     def _run(self) -> None:
-        self._log.info("%s", self._limits.line)
+        self._log.info("process.limits", "%(limits)s", limits=self._limits.line)
         for warning in self._limits.warnings:
-            self._log.warning("%s", warning)
+            self._log.warning("process.limits_exceeded", "%(warning)s", warning=warning)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
         started: list[Tunnel] = []
@@ -138,7 +138,11 @@ class Daemon:
         stop, second = self._tasks.spawn("stop", self._stop), self._tasks.spawn("hear signals", self._wait_for_stop)
         gevent.wait([stop, second], count=1)
         if not stop.ready():
-            self._log.warning("a second signal: exiting at once, %d sessions cut", self._running())
+            self._log.warning(
+                "process.exiting",
+                "a second signal: exiting at once, %(sessions)d sessions cut",
+                sessions=self._running(),
+            )
         if self._failure:
             raise self._failure
 
@@ -159,7 +163,7 @@ class Daemon:
                 self._tasks.spawn("dump", self._dump)
 
     def _reload(self) -> None:
-        self._log.info("SIGHUP: looking at the certificate files")
+        self._log.info("process.reloading", "SIGHUP: looking at the certificate files")
         self._notifier.begin_reload()
         gevent.joinall([self._tasks.spawn("reload", tunnel.reload) for tunnel in self._tunnels])
         self._notifier.end_reload()
@@ -171,10 +175,11 @@ class Daemon:
             try:
                 tunnel.run()
                 return
-            except Exception:
+            except Exception as error:  # noqa: BLE001  # a bug, which ends this tunnel only
                 tunnel.stats.trouble["crashes"] += 1
                 pause = format_duration(self._settings.service_cooldown)
-                tunnel.log.exception("this tunnel crashed, which is a bug; it starts again in %s", pause)
+                words = "this tunnel crashed, which is a bug; it starts again in %(pause)s"
+                tunnel.log.error("tunnel.crashed", words, crash=error, pause=pause)
             self._tasks.spawn("close", tunnel.close).join()
             self._restart(index)
 
@@ -185,7 +190,7 @@ class Daemon:
                 tunnel = make_tunnel(*self._plans[index])
                 tunnel.start()
             except NodepassError as error:
-                log.error("cannot start again: %s", error)
+                log.error("tunnel.restart_failed", "cannot start again: %(reason)s", reason=error)
             except Exception as error:  # noqa: BLE001  # the next attempt may do better
                 report_bug("starting again", error, log, stats)
             else:
@@ -197,15 +202,17 @@ class Daemon:
         self._stopping.set()
         deadline = time.monotonic() + self._settings.shutdown_timeout
         grace = format_duration(self._settings.shutdown_timeout)
-        self._log.info("stopping: %d sessions running, they have %s to finish", self._running(), grace)
+        words = "stopping: %(sessions)d sessions running, they have %(grace)s to finish"
+        self._log.info("process.stopping", words, sessions=self._running(), grace=grace)
         gevent.joinall([self._tasks.spawn("stop accepting", tunnel.stop_accepting) for tunnel in self._tunnels])
         for tunnel in self._tunnels:
             tunnel.sessions.join(max(0.0, deadline - time.monotonic()))
         cut = sum(tunnel.sessions.kill() for tunnel in self._tunnels)
         if cut:
-            self._log.warning("cut %d sessions that had not finished within %s", cut, grace)
+            words = "cut %(sessions)d sessions that had not finished within %(grace)s"
+            self._log.warning("process.cut", words, sessions=cut, grace=grace)
         gevent.joinall([self._tasks.spawn("close", tunnel.close) for tunnel in self._tunnels])
-        self._log.info("stopped")
+        self._log.info("process.stopped", "stopped")
 
     def _running(self) -> int:
         return sum(len(tunnel.sessions) for tunnel in self._tunnels)
@@ -213,10 +220,11 @@ class Daemon:
     def _dump(self) -> None:
         """What an operator asks for with SIGUSR1."""
         for tunnel in self._tunnels:
-            tunnel.log.always("%s", tunnel.describe())
-        self._log.always("%s", f"bugs {self.bugs}, see their tracebacks" if self.bugs else "no bugs")
+            tunnel.log.always("tunnel.report", "%(report)s", report=tunnel.describe())
+        bugs = f"bugs {self.bugs}, see their tracebacks" if self.bugs else "no bugs"
+        self._log.always("process.bugs", "%(what)s", what=bugs, bugs=self.bugs)
         for line in cast(Callable[[], list[str]], format_run_info)():  # gevent's stubs say that it returns nothing
-            self._log.always("%s", line)
+            self._log.always("process.greenlets", "%(line)s", line=line)
 
     def _report_stray(self, context: object, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """What gevent would print of an exception that nobody has caught: a callback's of the loop, say."""

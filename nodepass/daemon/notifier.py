@@ -6,7 +6,6 @@ How it is said is the business of `systemd`; without a service manager nothing i
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ import gevent
 from nodepass.config import Settings, format_duration
 from nodepass.daemon.systemd import ServiceManager, extend_timeout, reloading, status
 from nodepass.errors import StartError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.tunnel.interface import Observed
 
 MARGIN = 10.0  # seconds more than the program itself may take that systemd is asked to wait for it
@@ -80,13 +79,13 @@ class Notifier:
                 self._tell_state()
 
     def _unready(self) -> str:
-        return "; ".join(f"{each.log.where}: {each.status()}" for each in self._tunnels if not each.ready.is_set())
+        return "; ".join(f"{each.log.tunnel}: {each.status()}" for each in self._tunnels if not each.ready.is_set())
 
     def _tell_state(self, *lines: str) -> bool:
         """Tell how the tunnels are, and that they are well; whether that could be said."""
         well = self._stopping or not self._find_unhealthy()
         several = len(self._tunnels) > 1
-        text = "; ".join(f"{each.log.where}: {each.status()}" if several else each.status() for each in self._tunnels)
+        text = "; ".join(f"{each.log.tunnel}: {each.status()}" if several else each.status() for each in self._tunnels)
         now = status(f"stopping: {text}" if self._stopping else text)
         if not self._tell(*lines, *(["WATCHDOG=1"] if well else []), *([now] if now != self._told else [])):
             return False
@@ -104,15 +103,15 @@ class Notifier:
         for tunnel in self._tunnels:
             if unhealthy_reason := tunnel.unhealthy_reason():
                 found = True
-                words = "this tunnel is not well, so the watchdog is kept waiting: %s"
-                tunnel.log.limited(logging.ERROR, "unhealthy_reason", words, unhealthy_reason, seconds=REPEAT, burst=1)
+                words = "this tunnel is not well, so the watchdog is kept waiting: %(reason)s"
+                tunnel.log.error("tunnel.unhealthy", words, Limit(seconds=REPEAT, burst=1), reason=unhealthy_reason)
         return found
 
     def _tell(self, *lines: str) -> bool:
         try:
             self._manager.notify(*lines)
         except OSError as error:
-            words = "cannot notify systemd: %s"
-            self._log.limited(logging.WARNING, "notify", words, reason(error), seconds=REPEAT, burst=1)
+            limit = Limit(seconds=REPEAT, burst=1)
+            self._log.warning("systemd.notify_failed", "cannot notify systemd: %(reason)s", limit, reason=reason(error))
             return False
         return True

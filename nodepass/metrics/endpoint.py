@@ -44,7 +44,7 @@ class MetricsEndpoint:
             where = " and ".join(f"http://{format_sockaddr(each.getsockname())}/metrics" for each in listeners)
         self._server = HTTPServer(listeners, self._answer, self._log, self._stats)
         self._server.start()
-        self._log.info("metrics: %s", where)
+        self._log.info("metrics.listening", "metrics: %(where)s", where=where)
 
     def close(self) -> None:
         """End it, and remove its socket's file."""
@@ -59,8 +59,8 @@ class MetricsEndpoint:
             return Answer.of(HTTPStatus.NOT_FOUND, f"here are: {', '.join(routes)}")
         try:
             return routes[path]()
-        except Exception:  # noqa: BLE001  # a bug; the answer is known only to have none
-            self._log.exception("no answer to %s, which is a bug", path)
+        except Exception as error:  # noqa: BLE001  # a bug; the answer is known only to have none
+            self._log.error("metrics.bug", "no answer to %(path)s, which is a bug", crash=error, path=path)
             return Answer.of(HTTPStatus.INTERNAL_SERVER_ERROR, "see the log")
 
     def _metrics(self) -> Answer:

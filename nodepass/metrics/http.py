@@ -7,7 +7,6 @@ the answer is, `monitor` says; what a tunnel is, nothing here knows.
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from http import HTTPStatus
 import gevent
 
 from nodepass.errors import NodepassError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.listen import accept_forever, close_all
 from nodepass.net.sockets import Socket, as_blocking
 from nodepass.stats import Stats
@@ -101,7 +100,8 @@ class HTTPServer:
 
     def _admit(self, accepted: Socket) -> None:
         if len(self._open) >= AT_ONCE:
-            self._log.limited(logging.WARNING, "http", "more than %d questions at once: dropped the oldest", AT_ONCE)
+            words = "more than %(maximum)d questions at once: dropped the oldest"
+            self._log.warning("metrics.overloaded", words, Limit(), maximum=AT_ONCE)
             oldest = next(iter(self._open))
             del self._open[oldest]
             with contextlib.suppress(OSError):  # it is gone already
@@ -115,7 +115,7 @@ class HTTPServer:
             with gevent.Timeout(WITHIN, TimeoutError(f"not over within {WITHIN:g}s")):
                 self._converse(sock)
         except OSError as error:
-            self._log.debug("a question came to nothing: %s", reason(error))
+            self._log.debug("metrics.request_failed", "a question came to nothing: %(reason)s", reason=reason(error))
         finally:
             self._open.pop(sock, None)
             sock.close()

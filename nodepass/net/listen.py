@@ -7,7 +7,6 @@ A socket that systemd passed for an address is taken instead of a new one. Whoev
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ import gevent
 
 from nodepass.config import Ports
 from nodepass.errors import ListenError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.activation import DATA, KINDS, NOTHING, TARGET, TUNNEL, Share, missing_endpoints
 from nodepass.net.sockets import (
     Endpoint,
@@ -179,8 +178,9 @@ def accept_forever(
             if listener.fileno() < 0 or error.errno in _CLOSED:
                 return
             if error.errno != errno.ECONNABORTED:  # that visitor went away by itself
-                log.limited(
-                    logging.WARNING, f"accept {error.errno}", "cannot accept connections: %s", reason(error), burst=1
+                words = "cannot accept connections: %(reason)s"
+                log.warning(
+                    "accept.failed", words, Limit(error.errno, burst=1), reason=reason(error), errno=error.errno
                 )
                 gevent.sleep(pause)
                 pause = min(2 * pause, ACCEPT_PAUSES[1])

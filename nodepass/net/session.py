@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gevent.hub import Waiter
 
@@ -25,8 +26,12 @@ class Traffic:
         """One of `stats.TCP_OUTCOMES`."""
         return "reset" if self.failure else "completed" if self.ended == 2 else "cut"
 
-    def __str__(self) -> str:
-        return f"{self.up} bytes up, {self.down} bytes down, {self.failure or 'both ends closed'}"
+    SENTENCE: ClassVar = "%(up)d bytes up, %(down)d bytes down, %(reason)s"  # made of `fields`, for the log
+
+    def fields(self) -> dict[str, object]:
+        """What the log says of it."""
+        reason = self.failure or "both ends closed"
+        return {"up": self.up, "down": self.down, "reason": reason, "outcome": self.outcome}
 
 
 class Session:

@@ -23,7 +23,7 @@ from nodepass.server.data_listener import DataListener
 from nodepass.server.pool import ServerPool
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.stats import Stats
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.handshake import Agreement, Caller, answer
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import BUSY, LANE, Launch, Offer
@@ -40,7 +40,7 @@ class ClientSlot:
     def __init__(
         self, key: Key | None, settings: Settings, context: Callable[[], SSL.Context | None], log: Log, stats: Stats
     ) -> None:
-        self.control: Control | None = None
+        self.control: ServerControl | None = None
         self.pool = ServerPool(log, stats, settings.min_pool_capacity, settings.max_pool_capacity)
         self.flows = VisitorFlows(self.launch, settings, log, stats)
         self._key = key
@@ -70,7 +70,7 @@ class ClientSlot:
         """The agreement that a data connection belongs to; without a key it must come from the client's address."""
         return self._agreement if self.control and (self._key or self.is_client(peer)) else None
 
-    def admit(self, control: Control, caller: Caller, tunnel: Offer) -> None:
+    def admit(self, control: ServerControl, caller: Caller, tunnel: Offer) -> None:
         """Make a newcomer the client, if the place is free or may be taken. Raises OSError, RefusedError among them.
 
         Who has proven the key takes over at once; anybody else only from a client that gives no sign of life.
@@ -80,9 +80,8 @@ class ClientSlot:
                 raise ClosedError("it has gone while it waited for its turn")
             if incumbent := self.control:
                 if caller.challenge:
-                    self._log.warning(
-                        "client %s has proven the key and takes over from %s", control.peer, incumbent.peer
-                    )
+                    words = "client %(client)s has proven the key and takes over from %(incumbent)s"
+                    self._log.warning("client.replaced", words, client=control.peer, incumbent=incumbent.peer)
                     self.lose(incumbent, f"{control.peer} has proven the key and takes over")
                 elif incumbent.shows_life(LIFE_SIGN_WITHIN):
                     raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")
@@ -94,7 +93,7 @@ class ClientSlot:
             self.control, self._agreement = control, agreement
             self._connected.set()
 
-    def lose(self, control: Control, because: str) -> None:
+    def lose(self, control: ServerControl, because: str) -> None:
         """End a control connection. Its idle data connections go with it, its sessions run on.
 
         The lanes of a client that vanished are as dead as it is, and end: their flows begin anew with the next client.

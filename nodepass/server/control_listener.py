@@ -7,7 +7,6 @@ told apart here and handed to the pool's filler. Who may be the client is the sl
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import time
 from collections.abc import Callable
@@ -16,14 +15,14 @@ import gevent
 
 from nodepass.config import Settings
 from nodepass.errors import RefusedError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, as_blocking, as_plain
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.pending import PendingConnections
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.handshake import hear
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import DATA_PREFIX, SHUTDOWN, TLS_RECORD, Offer, Refusal
@@ -94,16 +93,20 @@ class ControlListener:
     def _serve(self, sock: socket.socket) -> None:
         with contextlib.closing(sock):
             try:
-                control = Control(sock, self._settings.report_interval, self._log, self._stats)
+                control = ServerControl(sock, self._settings.report_interval, self._log, self._stats)
                 admitted = self._greet(control)
             except OSError as error:
                 self._stats.control_failures[failure(error)] += 1
-                self._log.debug("a connection to the tunnel address came to nothing: %s", reason(error))
+                self._log.debug(
+                    "client.handshake_failed",
+                    "a connection to the tunnel address came to nothing: %(reason)s",
+                    reason=reason(error),
+                )
             else:
                 if admitted:
                     self._stay_with(control)
 
-    def _greet(self, control: Control) -> bool:
+    def _greet(self, control: ServerControl) -> bool:
         """Whether a newcomer is the client now. Raises OSError."""
         try:
             caller = hear(control, self._key, self._pending.left(control.sock, self._settings.handshake_timeout))
@@ -112,24 +115,27 @@ class ControlListener:
             self._slot.admit(control, caller, self._tunnel())
         except RefusedError as error:
             self._stats.control_failures[failure(error)] += 1
-            self._log.limited(logging.WARNING, "turned away", "client %s turned away: %s", control.peer, error)
+            words = "client %(client)s turned away: %(reason)s"
+            self._log.warning("client.rejected", words, Limit(), client=control.peer, reason=error, token=error.reason)
             with contextlib.suppress(OSError):  # it has been counted already
                 control.send(Refusal(error.reason))
             return False
         return True
 
-    def _stay_with(self, control: Control) -> None:
+    def _stay_with(self, control: ServerControl) -> None:
         """Keep the connected client until it is gone."""
         self._pending.leave(control.sock)
         self._stats.connects += 1
-        self._log.info("client connected from %s: wire v%d", control.peer, control.version)
+        words = "client connected from %(client)s: wire v%(wire)d"
+        self._log.info("client.connected", words, client=control.peer, wire=control.version)
         beat = self._loops.spawn("send heartbeats", control.beat)
         try:
             control.wait_until_ended()
         finally:
             beat.kill(block=False)
             self._slot.lose(control, "this end is stopping")
-            self._log.info("client disconnected: %s (%s)", control.closed_because, control.peer)
+            words = "client disconnected: %(reason)s (%(client)s)"
+            self._log.info("client.disconnected", words, reason=control.closed_because, client=control.peer)
 
 
 def is_data_connection(sock: socket.socket) -> bool:

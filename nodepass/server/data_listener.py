@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import gevent
 
 from nodepass.errors import ProtocolError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
@@ -116,7 +116,8 @@ class DataListener:
 
     def _refuse(self, sock: Socket, peer: Endpoint, why: str, because: str, level: int = logging.WARNING) -> None:
         self._stats.data_failures[why] += 1
-        self._log.limited(level, because, "data connection from %s refused: %s", peer, because)
+        words = "data connection from %(peer)s refused: %(reason)s"
+        self._log.log(level, "data.rejected", words, Limit(because), peer=peer, reason=because)
         sock.close()
 
 

@@ -6,20 +6,19 @@ for one.
 
 from __future__ import annotations
 
-import logging
 import socket
 
 import gevent
 
 from nodepass.config import Settings, format_duration
 from nodepass.errors import NoDataConnection, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import wait_readable
 from nodepass.net.udp import ReplyAddress, receive_datagram, send_datagram
 from nodepass.server.client_slot import ClientSlot
 from nodepass.stats import Stats
 from nodepass.tasks import WorkerPool
-from nodepass.tunnel.udp import ANSWER_GRACE, read_datagram
+from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
 from nodepass.wire.signals import UDP
 
 DATAGRAMS_PER_TURN = 32  # received in a row, then what they set going gets to run
@@ -45,7 +44,9 @@ class DatagramListener:
             try:
                 payload, visitor = receive_datagram(self._sock)
             except OSError as error:
-                self._log.limited(logging.WARNING, "receive", "cannot receive datagrams: %s", reason(error))
+                self._log.warning(
+                    "datagram.receive_failed", "cannot receive datagrams: %(reason)s", Limit(), reason=reason(error)
+                )
                 gevent.sleep(0.01)
                 continue
             self._let_in(payload, visitor)
@@ -89,7 +90,7 @@ class DatagramListener:
             self._drop(question, visitor, "unserved", because)
             return
         log = self._log.session(id)
-        log.debug("visitor %s sent %d bytes", visitor, len(question))
+        log.debug("datagram.received", "visitor %(visitor)s sent %(size)d bytes", visitor=visitor, size=len(question))
         udp, outcome = self._stats.udp, "unanswered"
         udp.begin()
         try:
@@ -100,15 +101,19 @@ class DatagramListener:
                 send_datagram(self._sock, answer, visitor)
                 udp.down.bytes += len(answer)
                 outcome = "completed"
-            log.debug("answered visitor %s with %d bytes", visitor, len(answer))
+            log.debug(
+                "datagram.answered",
+                "answered visitor %(visitor)s with %(size)d bytes",
+                visitor=visitor,
+                size=len(answer),
+            )
         except OSError as error:
-            self._stats.udp_drops["answer"] += 1
-            self._log.limited(logging.WARNING, "answer", "dropped the answer to visitor %s: %s", visitor, reason(error))
+            words = "the answer to visitor %(visitor)s: %(error)s"
+            drop_datagram(self._log, self._stats, "answer", words, visitor=visitor, error=reason(error))
         finally:
             data.close()
             udp.end(outcome)
 
     def _drop(self, payload: bytes, visitor: ReplyAddress, why: str, because: str) -> None:
-        self._stats.udp_drops[why] += 1
-        what = f"a datagram of {len(payload)} bytes from {visitor}"
-        self._log.limited(logging.WARNING, f"datagram {because}", "dropped %s: %s", what, because)
+        words = "a datagram of %(size)d bytes from %(visitor)s: %(error)s"
+        drop_datagram(self._log, self._stats, why, words, size=len(payload), visitor=visitor, error=because)

@@ -8,7 +8,6 @@ ones is let in and dropped as fast as they come, and holds up nobody behind them
 
 from __future__ import annotations
 
-import logging
 import resource
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any, ClassVar
 
 from gevent import Greenlet, get_hub
 
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import Socket, plain_host
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
@@ -154,8 +153,8 @@ class PendingConnections:
     def _drop(self, sock: Socket) -> None:
         """Make room. Whatever it waits for, be it its own bytes or its turn, it is to hold nothing any more."""
         self._stats.trouble["pending_dropped"] += 1
-        words = "too many newcomers to %s that say nothing: dropped the oldest, of %s"
-        self._log.limited(logging.WARNING, "lobby", words, self._name, self._inside[sock].host, burst=1)
+        words = "too many newcomers to %(port)s that say nothing: dropped the oldest, of %(peer)s"
+        self._log.warning("pending.dropped", words, Limit(burst=1), port=self._name, peer=self._inside[sock].host)
         self._end(sock)
 
     def _end(self, sock: Socket) -> None:

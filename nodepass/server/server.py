@@ -21,7 +21,7 @@ from nodepass.server.datagram_listener import DatagramListener
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.interface import View
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key
@@ -61,7 +61,7 @@ class Server:
             self._certificate = ServerCertificate(url.crt, url.key, log)
 
     @property
-    def control(self) -> Control | None:
+    def control(self) -> ServerControl | None:
         """The control connection to the client, while one is connected."""
         return self._slot.control
 
@@ -83,7 +83,15 @@ class Server:
     def run(self) -> None:
         """Serve until `close`; raises what crashed one of the loops."""
         tunnel, data, target = (self._addresses(each) for each in ("tunnel", self._data_listeners, "tcp"))
-        self.log.info("listening: tunnel %s, data %s, target %s (tcp, udp), tls %d", tunnel, data, target, self.url.tls)
+        self.log.info(
+            "server.listening",
+            "listening: tunnel %(tunnel_address)s, data %(data_address)s, target %(target_address)s (tcp, udp),"
+            " tls %(tls)d",
+            tunnel_address=tunnel,
+            data_address=data,
+            target_address=target,
+            tls=self.url.tls,
+        )
         self._watched = list(self._spawn_loops())
         self._failed.get()
 
@@ -182,5 +190,5 @@ class Server:
         while True:
             gevent.sleep(self._settings.report_interval)
             self._slot.pool.end_interval()
-            self.log.tell_rest()
-            self.log.debug("%s", self.describe())
+            self.log.report_suppressed()
+            self.log.debug("tunnel.report", "%(report)s", report=self.describe())

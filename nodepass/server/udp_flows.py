@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from itertools import count
 
 from nodepass.config import Settings
 from nodepass.errors import NoDataConnection, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, send_datagram
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
-from nodepass.tunnel.udp import FlowTable, Lane
+from nodepass.tunnel.udp import FlowTable, Lane, drop_datagram
 from nodepass.wire.signals import LANE
 
 
@@ -63,7 +62,8 @@ class VisitorFlows:
         if flow.lane.send(flow.number, payload):
             self._stats.udp.up.bytes += len(payload)
         else:
-            self._drop("lane_full", "a datagram of %d bytes from %s: its lane is full", len(payload), visitor)
+            words = "a datagram of %(size)d bytes from %(visitor)s: its lane is full"
+            self._drop("lane_full", words, size=len(payload), visitor=visitor)
 
     def abandon(self) -> None:
         """New flows go to new lanes: this client is replaced. Its flows stay with it while it takes their datagrams."""
@@ -82,7 +82,8 @@ class VisitorFlows:
         self._table.add(visitor, flow)
         self._by_number[number] = flow
         self._stats.udp.begin()
-        self._log.debug("flow %d begins: visitor %s, %d flows", number, visitor, len(self))
+        words = "flow %(flow)d begins: visitor %(visitor)s, %(flows)d flows"
+        self._log.debug("flow.opened", words, flow=number, visitor=visitor, flows=len(self))
         return flow
 
     def _lane(self) -> Lane:
@@ -100,11 +101,12 @@ class VisitorFlows:
         try:
             id, stream = self._launch(LANE, self._settings.pool_get_timeout)
             log = self._log.session(id)
-            log.debug("lane opens, %d of %d", len(self._lanes), self._settings.udp_lanes)
+            words = "lane opens, %(lanes)d of %(maximum)d"
+            log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._settings.udp_lanes)
             because = lane.run(stream)
-            log.debug("lane ends: %s", because)
+            log.debug("lane.closed", "lane ends: %(reason)s", reason=because)
         except NoDataConnection as error:
-            self._drop("lane_missing", "the datagrams of %d flows: %s", lane.flows, error)
+            self._drop("lane_missing", "the datagrams of %(flows)d flows: %(error)s", flows=lane.flows, error=error)
         finally:
             lane.ended = True
             if lane in self._lanes:
@@ -114,26 +116,27 @@ class VisitorFlows:
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         flow = self._by_number.get(number)
         if not flow or flow.lane is not lane:
-            self._drop("flow_over", "an answer of %d bytes: its flow is over", len(payload))
+            self._drop("flow_over", "an answer of %(size)d bytes: its flow is over", size=len(payload))
             return
         self._table.get(flow.visitor)
         try:
             send_datagram(flow.sock, payload, flow.visitor)
             self._stats.udp.down.bytes += len(payload)
         except OSError as error:
-            self._drop("visitor_unreachable", "an answer of %d bytes: %s", len(payload), reason(error))
+            words = "an answer of %(size)d bytes: %(error)s"
+            self._drop("visitor_unreachable", words, size=len(payload), error=reason(error))
 
     def _end(self, flow: VisitorFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)
         del self._by_number[flow.number]
         flow.lane.flows -= 1
-        self._log.debug("flow %d ends: visitor %s", flow.number, flow.visitor)
+        words = "flow %(flow)d ends: visitor %(visitor)s"
+        self._log.debug("flow.closed", words, flow=flow.number, visitor=flow.visitor, outcome=outcome)
         if outcome == "evicted":
-            words = "dropped the longest idle flow, of %s: SEMAPHORE_LIMIT is reached"
-            self._log.limited(logging.WARNING, outcome, words, flow.visitor, burst=3)
+            words = "dropped the longest idle flow, of %(visitor)s: SEMAPHORE_LIMIT is reached"
+            self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number, visitor=flow.visitor)
         if not flow.lane.flows:
             flow.lane.close()
 
-    def _drop(self, why: str, message: str, *args: object) -> None:
-        self._stats.udp_drops[why] += 1
-        self._log.limited(logging.WARNING, why, f"dropped {message}", *args, burst=3)
+    def _drop(self, why: str, words: str, **fields: object) -> None:
+        drop_datagram(self._log, self._stats, why, words, **fields)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import time
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ import gevent
 
 from nodepass.config import Settings, format_duration
 from nodepass.errors import NoDataConnection
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.listen import accept_forever, accept_waiting
 from nodepass.net.relay import exchange
 from nodepass.net.sockets import Endpoint, Socket
@@ -55,7 +54,7 @@ class VisitorListener:
     def _wait_for_place(self) -> None:
         if self._sessions.full():
             self._stats.trouble["limit_reached"] += 1
-            self._log.limited(logging.WARNING, "limit", "SEMAPHORE_LIMIT reached: new visitors wait", burst=1)
+            self._log.warning("visitor.limit_reached", "SEMAPHORE_LIMIT reached: new visitors wait", Limit(burst=1))
             self._sessions.wait_for_place()
 
     def _serve(self, sock: Socket, peer: Endpoint, began: float) -> None:
@@ -72,12 +71,19 @@ class VisitorListener:
         except NoDataConnection:
             self._stats.tcp.ended["unserved"] += 1
             because = "" if self._slot.control else ": no client is connected"
-            words = "visitor %s closed, no data connection within %s%s"
-            self._log.limited(logging.WARNING, "unserved visitors", words, peer, format_duration(timeout), because)
+            self._log.warning(
+                "visitor.unserved",
+                "visitor %(visitor)s closed, no data connection within %(timeout)s%(hint)s",
+                Limit(),
+                visitor=peer,
+                timeout=format_duration(timeout),
+                hint=because,
+            )
             return
         log = self._log.session(id)
-        log.debug("visitor %s connected", peer)
+        log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
         visitor = TCPStream(sock, resets=True)  # see listen_target
         if self._slot.version == 1 and visitor.peek() is False:
             gevent.sleep(HEAD_START)
-        log.debug("visitor %s: %s", peer, exchange(visitor, data, self._stats, began))
+        traffic = exchange(visitor, data, self._stats, began)
+        log.debug("session.closed", "visitor %(visitor)s: " + traffic.SENTENCE, visitor=peer, **traffic.fields())

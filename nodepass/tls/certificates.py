@@ -133,11 +133,11 @@ class ServerCertificate:
         try:
             identity = load_pair(*self._paths)
             if identity.fingerprint == self.identity.fingerprint:
-                self._log.info("certificate unchanged")
+                self._log.info("certificate.unchanged", "certificate unchanged")
             else:
                 self._use(identity, "certificate reloaded: certificate")
         except ConfigError as error:
-            self._log.error("keeping the old certificate: %s", error)
+            self._log.error("certificate.kept", "keeping the old certificate: %(reason)s", reason=error)
 
     def watch(self, interval: float) -> None:
         """Look at the files every `interval` seconds, and at how long the certificate is still valid; until killed."""
@@ -149,7 +149,7 @@ class ServerCertificate:
     def _use(self, identity: Identity, what: str) -> None:
         context = server_context(identity.chain, identity.key)  # both or neither
         self.identity, self.context = identity, context
-        self._log.info("%s SHA-256 %s", what, identity.fingerprint)
+        self._log.info("certificate.loaded", "%(what)s SHA-256 %(sha256)s", what=what, sha256=identity.fingerprint)
         self._warned = float("-inf")
         self._warn_of_expiry()
 
@@ -160,7 +160,7 @@ class ServerCertificate:
         self._warned = time.monotonic()
         days = self.identity.lifetime / datetime.timedelta(days=1)
         words = f"expires in {days:.1f} days" if days > 0 else f"expired {-days:.1f} days ago"
-        self._log.warning("the certificate %s", words)
+        self._log.warning("certificate.expiring", "the certificate %(state)s", state=words, days=round(days, 1))
 
     def _state(self) -> list[tuple[int, int, int] | None]:
         """What changes when a file is written or replaced: inode, size, time of change."""

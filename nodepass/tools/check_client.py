@@ -21,7 +21,7 @@ from nodepass.net.stream import TCPStream
 from nodepass.stats import Stats
 from nodepass.tools.check_ports import is_connected
 from nodepass.tools.report import Report
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Agreement, introduce
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
@@ -47,7 +47,7 @@ def check_client(
         report.fail(url.name, f"server {url.tunnel}: cannot be reached: {reason(error)}")
         return
     with contextlib.closing(sock):
-        control = Control(sock, settings.report_interval, Log(url.name), Stats())
+        control = ClientControl(sock, settings.report_interval, Log(url.name), Stats())
         report.ok(url.name, f"server {url.tunnel}: reached at {control.endpoint}")
         _Visit(url, settings, key, report, control).pay(is_live)
 
@@ -70,7 +70,7 @@ class _Visit:
     settings: Settings
     key: Key | None
     report: Report
-    control: Control
+    control: ClientControl
 
     def pay(self, is_live: bool) -> None:
         """Come to an agreement with the server, as far as that hurts nobody, and leave."""
@@ -127,7 +127,7 @@ class _Visit:
         """End the control connection, and wait until the server has noticed: the next client finds a free place."""
         self.control.finish()
         with contextlib.suppress(TimeoutError), gevent.Timeout(FAREWELL, TimeoutError()):
-            for _ in self.control.signals():
+            for _ in self.control.launches():
                 pass
 
     def _try_data_port(self, endpoint: Endpoint) -> None:

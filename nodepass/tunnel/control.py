@@ -1,15 +1,14 @@
 """The control connection: signals as lines, in order, on a plain TCP connection.
 
-How it begins is the business of `handshake`. After that the server writes and the client reads; a v2 client answers
-each heartbeat, a v1 client never writes. In v2 each end gives the other up after three heartbeats without a line; in
-v1 the kernel finds a vanished peer (keepalive and TCP_USER_TIMEOUT) in about the same time. What a launch means is the
-caller's business.
+How it begins is the business of `handshake`. After that the server writes and the client reads: `ServerControl` sends
+heartbeats and launches, `ClientControl` yields the launches and, in v2, answers each heartbeat; a v1 client never
+writes. In v2 each end gives the other up after three heartbeats without a line; in v1 the kernel finds a vanished peer
+(keepalive and TCP_USER_TIMEOUT) in about the same time. What a launch means is the caller's business.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import time
 from collections import deque
@@ -20,7 +19,7 @@ import gevent
 from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError, reason
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import Endpoint, acknowledged, bound_failure_detection, wait_readable
 from nodepass.net.stream import TCPStream
 from nodepass.stats import Stats
@@ -39,15 +38,16 @@ class Signal(Protocol):
 
 
 class Control:
-    """One control connection, on either end."""
+    """What both ends of a control connection have in common; `closed_because` says why it ended."""
 
     def __init__(self, sock: socket.socket, interval: float, log: Log, stats: Stats) -> None:
         self.sock = sock
         # Asked for once: a peer that has gone has no address any more.
         self.endpoint = Endpoint(sock.family, sock.getpeername())
         self.peer = str(self.endpoint)
-        self.closed_because = ""  # why it ended
+        self.closed_because = ""
         self.vanished = False  # it ended without the peer's saying so: its other connections are as dead
+        self.round_trip: float | None = None  # seconds, of the last heartbeat that was answered
         self._stream = TCPStream(sock)
         self._interval = interval
         self._log = log
@@ -57,10 +57,6 @@ class Control:
         self._ready: list[bytes] = []
         self._agreed = False
         self._version = 1
-        self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
-        self._answers = 0
-        self._on_heartbeat = self._answer
-        self.round_trip: float | None = None  # seconds, of the last heartbeat that was answered
         self._heard = time.monotonic()  # when the peer last said something
         bound_failure_detection(sock, MISSED_HEARTBEATS * interval)
 
@@ -89,84 +85,12 @@ class Control:
             self.sock.settimeout(MISSED_HEARTBEATS * interval)
 
     def __repr__(self) -> str:
-        return f"<Control {self.peer} {'closed' if self.sock.fileno() < 0 else 'open'}>"
+        return f"<{type(self).__name__} {self.peer} {'closed' if self.sock.fileno() < 0 else 'open'}>"
 
     def send(self, signal: Signal) -> None:
         """Write one signal; signals of several greenlets do not mix. Raises OSError."""
         with self._sending:
             self._stream.write(signal.encode())
-
-    def beat(self) -> None:
-        """Send heartbeats until the connection fails or is closed."""
-        try:
-            while True:
-                gevent.sleep(self._interval)
-                self._beat_once()
-        except OSError as error:
-            self.close(f"heartbeat failed: {reason(error)}")
-
-    def shows_life(self, timeout: float) -> bool:
-        """Whether the client reacts to a heartbeat within `timeout` seconds: v2 by its answer, v1 by its kernel's."""
-        deadline = time.monotonic() + timeout
-        answers = self._answers
-        try:
-            self._beat_once()
-            while time.monotonic() < deadline:
-                alive = self._answers > answers if self._version > 1 else acknowledged(self.sock)
-                if alive is not False:
-                    return bool(alive)
-                gevent.sleep(_PROBE_STEP)
-        except OSError:
-            pass
-        return False
-
-    def _beat_once(self) -> None:
-        self._unanswered.append(time.monotonic())
-        self.send(HEARTBEAT)
-
-    def _take_answer(self) -> None:
-        self._answers += 1
-        if self._unanswered:
-            self.round_trip = time.monotonic() - self._unanswered.popleft()
-
-    def signals(self) -> Iterator[Launch]:
-        """The launches that arrive, until the connection ends, which is not an error here: see `closed_because`."""
-        while True:
-            try:
-                line = self.read_line()
-            except ClosedError:
-                self.closed_because = self.closed_because or "closed by the peer"
-                return
-            except TimeoutError:
-                self.vanished = True
-                self.closed_because = self.closed_because or f"no sign of life for {MISSED_HEARTBEATS} heartbeats"
-                return
-            except OSError as error:
-                self.vanished = not self.closed_because
-                self.closed_because = self.closed_because or reason(error)
-                return
-            try:
-                signal = parse_signal(line)
-            except ProtocolError as error:
-                self._count("signals_malformed", "%s", error)
-                continue
-            if isinstance(signal, Launch):
-                yield signal
-            elif isinstance(signal, Heartbeat):
-                self._on_heartbeat()
-            elif isinstance(signal, Unknown):
-                self._count("signals_unknown", "ignoring an unknown signal: %s", printable(signal.line))
-
-    def _answer(self) -> None:
-        if self._version > 1:
-            with contextlib.suppress(OSError):  # the next read says what is wrong
-                self.send(HEARTBEAT)
-
-    def wait_until_ended(self) -> None:
-        """The server's end: take the client's answers, until the connection ends."""
-        self._on_heartbeat = self._take_answer
-        for launch in self.signals():
-            self._count("signals_unknown", "ignoring a launch from the client: %s", launch.id)
 
     def finish(self) -> None:
         """Tell the peer that we are leaving, but go on reading what it has already sent."""
@@ -194,9 +118,103 @@ class Control:
             if self._lines.skipped > skipped:
                 if not self._agreed:
                     raise ProtocolError("a line longer than 4096 bytes")
-                self._count("signals_over_long", "skipping a signal longer than 4096 bytes from %s", self.peer)
+                words = "skipping a signal longer than 4096 bytes from %(peer)s"
+                self._count("signals_over_long", "signal.over_long", words, peer=self.peer)
         return self._ready.pop(0)
 
-    def _count(self, key: str, message: str, *args: object) -> None:
-        self._stats.trouble[key] += 1
-        self._log.limited(logging.WARNING, key, message, *args)
+    def _signals(self) -> Iterator[Launch | Heartbeat]:
+        """What the peer says, until the connection ends, which is not an error here: see `closed_because`."""
+        while (line := self._next_line()) is not None:
+            try:
+                signal = parse_signal(line)
+            except ProtocolError as error:
+                self._count("signals_malformed", "signal.malformed", "%(error)s", error=error)
+                continue
+            if isinstance(signal, Unknown):
+                shown = printable(signal.line)
+                self._count("signals_unknown", "signal.unknown", "ignoring an unknown signal: %(line)s", line=shown)
+            else:
+                yield signal
+
+    def _next_line(self) -> bytes | None:
+        """None at the end of the connection, however it came."""
+        try:
+            return self.read_line()
+        except ClosedError:
+            because = "closed by the peer"
+        except TimeoutError:
+            self.vanished = True
+            because = f"no sign of life for {MISSED_HEARTBEATS} heartbeats"
+        except OSError as error:
+            self.vanished = not self.closed_because
+            because = reason(error)
+        self.closed_because = self.closed_because or because
+        return None
+
+    def _count(self, kind: str, event: str, words: str, **fields: object) -> None:
+        self._stats.trouble[kind] += 1
+        self._log.warning(event, words, Limit(), **fields)
+
+
+class ServerControl(Control):
+    """The server's end: sends heartbeats, takes their answers, and finds out whether its client lives."""
+
+    def __init__(self, sock: socket.socket, interval: float, log: Log, stats: Stats) -> None:
+        super().__init__(sock, interval, log, stats)
+        self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
+        self._answers = 0
+
+    def beat(self) -> None:
+        """Send heartbeats until the connection fails or is closed."""
+        try:
+            while True:
+                gevent.sleep(self._interval)
+                self._beat_once()
+        except OSError as error:
+            self.close(f"heartbeat failed: {reason(error)}")
+
+    def shows_life(self, timeout: float) -> bool:
+        """Whether the client reacts to a heartbeat within `timeout` seconds: v2 by its answer, v1 by its kernel's."""
+        deadline = time.monotonic() + timeout
+        answers = self._answers
+        try:
+            self._beat_once()
+            while time.monotonic() < deadline:
+                alive = self._answers > answers if self._version > 1 else acknowledged(self.sock)
+                if alive is not False:
+                    return bool(alive)
+                gevent.sleep(_PROBE_STEP)
+        except OSError:
+            pass
+        return False
+
+    def wait_until_ended(self) -> None:
+        """Take the client's answers until the connection ends."""
+        for signal in self._signals():
+            if isinstance(signal, Launch):
+                words = "ignoring a launch from the client: %(id)s"
+                self._count("signals_unknown", "signal.unknown", words, id=signal.id)
+            else:
+                self._take_answer()
+
+    def _beat_once(self) -> None:
+        self._unanswered.append(time.monotonic())
+        self.send(HEARTBEAT)
+
+    def _take_answer(self) -> None:
+        self._answers += 1
+        if self._unanswered:
+            self.round_trip = time.monotonic() - self._unanswered.popleft()
+
+
+class ClientControl(Control):
+    """The client's end: yields launches, and answers a v2 server's heartbeats."""
+
+    def launches(self) -> Iterator[Launch]:
+        """The launches that arrive, until the connection ends."""
+        for signal in self._signals():
+            if isinstance(signal, Launch):
+                yield signal
+            elif self._version > 1:
+                with contextlib.suppress(OSError):  # the next read says what is wrong
+                    self.send(HEARTBEAT)

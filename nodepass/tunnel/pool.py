@@ -93,7 +93,13 @@ class Pool:
             self._discard(old, "its id was given again")
         idle = self._idle[id] = Idle(id, stream, time.monotonic())
         stream.watch(self._look, idle)
-        self._log.debug("pool: %s added, %d of %d idle", id, len(self), self.capacity)
+        self._log.debug(
+            "pool.added",
+            "pool: %(id)s added, %(idle)d of %(capacity)d idle",
+            id=id,
+            idle=len(self),
+            capacity=self.capacity,
+        )
 
     def flush(self, because: str) -> None:
         """Close all that is idle."""
@@ -104,7 +110,9 @@ class Pool:
         """Think the capacity over, and start to count anew."""
         capacity = next_capacity(self.capacity, self.created, self.found_empty, *self.bounds)
         if capacity != self.capacity:
-            self._log.debug("pool: capacity %d -> %d", self.capacity, capacity)
+            self._log.debug(
+                "pool.resized", "pool: capacity %(before)d -> %(capacity)d", before=self.capacity, capacity=capacity
+            )
         self.capacity, self.created, self.found_empty = capacity, 0, False
 
     def _count_new(self) -> None:
@@ -125,7 +133,14 @@ class Pool:
 
     def _discard(self, idle: Idle, because: str) -> None:
         self._release(idle).close()
-        self._log.debug("pool: %s closed, %s; %d of %d idle", idle.id, because, len(self), self.capacity)
+        self._log.debug(
+            "pool.closed",
+            "pool: %(id)s closed, %(reason)s; %(idle)d of %(capacity)d idle",
+            id=idle.id,
+            reason=because,
+            idle=len(self),
+            capacity=self.capacity,
+        )
 
     def _look(self, idle: Idle) -> None:
         """An idle connection has become readable. The loop calls this, and would have nobody to tell of a bug."""

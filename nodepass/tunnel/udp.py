@@ -22,8 +22,10 @@ from gevent import Greenlet
 from gevent.event import Event
 
 from nodepass.errors import ProtocolError, reason
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import stalled
 from nodepass.net.stream import Stream
+from nodepass.stats import Stats
 from nodepass.wire.frames import FrameBuffer, encode_frame
 
 QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds of delay
@@ -217,3 +219,9 @@ def ask_target(sock: socket.socket, question: bytes, largest: int, timeout: floa
     if len(answer) > largest:
         raise ProtocolError(f"an answer of {len(answer)} bytes is larger than UDP_DATA_BUF_SIZE ({largest})")
     return answer
+
+
+def drop_datagram(log: Log, stats: Stats, why: str, words: str, **fields: object) -> None:
+    """Count and log a datagram that is lost here; `why` is one of `stats.UDP_DROPS`, `words` say what it was."""
+    stats.udp_drops[why] += 1
+    log.warning("datagram.dropped", "dropped " + words, Limit(why, burst=3), reason=why, **fields)

@@ -293,7 +293,7 @@ def test_a_data_connection_from_elsewhere_is_one_of_a_stranger(shared: Watched) 
     address = shared.tunnel.our_server.data_address
     with socket.create_connection(address, timeout=PATIENCE, source_address=("127.0.0.2", 0)) as stranger:
         assert is_over(stranger)
-    wait_for_value(shared.server, 1, "nodepass_handshake_failures_total", connection="data", reason="stranger")
+    wait_for_value(shared.server, 1, "nodepass_handshake_failures_total", connection="data", reason="wrong_address")
 
 
 def test_a_refused_certificate_is_counted(authority: Authority) -> None:

@@ -91,7 +91,7 @@ IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
     "accepting clients": ("server", "nodepass.server.pending:PendingConnections.receive", wait),
     "accepting data connections": ("server", "nodepass.server.data_listener:DataListener.admit", wait),
     "receiving datagrams": ("server", "nodepass.server.datagram_listener:DatagramListener._let_in", ask),
-    "heartbeats": ("server", "nodepass.tunnel.control:Control._beat_once", wait),
+    "heartbeats": ("server", "nodepass.tunnel.control:ServerControl._beat_once", wait),
     "the server's report": ("server", "nodepass.server.pool:ServerPool.end_interval", wait),
     "the client's report": ("client", "nodepass.client.pool:ClientPool.end_interval", wait),
     "connecting": ("client", "nodepass.client.client:Client._connect", wait),

@@ -13,7 +13,7 @@ from typing import Any, cast
 from nodepass.errors import ProtocolError, RefusedError
 from nodepass.log import Log
 from nodepass.stats import Stats
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Caller, answer, hear, introduce
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import (
@@ -48,7 +48,7 @@ class Peer:
     def __init__(self, script: Script) -> None:
         self._script = script
         self.sock = ScriptedSocket(self._act)
-        self.control = Control(cast(Any, self.sock), 5.0, Log("fuzz"), Stats())
+        self.control = ClientControl(cast(Any, self.sock), 5.0, Log("fuzz"), Stats())
 
     def _act(self) -> bytes:
         if not self._script:
@@ -161,7 +161,7 @@ def check_reader(data: bytes) -> None:
     control = peer.control
     control.agree(version, 5.0)
     with plain_log():
-        launches = list(control.signals())
+        launches = list(control.launches())
     assert control.closed_because
     lines = peer.sock.heard.split(b"\n")[:-1]
     kinds = [_kind(line) for line in lines if len(line) <= MAX_LINE]

@@ -11,7 +11,7 @@ from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.server.client_slot import ClientSlot
 from nodepass.stats import Stats
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import ServerControl
 from nodepass.wire.signals import TCP, Launch
 from tests.unit.streams import tcp_pair
 
@@ -37,13 +37,13 @@ def test_no_client_is_told_of_a_connection_of_the_client_before_it() -> None:
     with ExitStack() as stack, gevent.Timeout(10):
         slot = ClientSlot(None, Settings(), lambda: None, Log("test"), Stats())
         old, new = Told(), Told()
-        slot.control = cast(Control, old)
+        slot.control = cast(ServerControl, old)
         visitor = gevent.spawn(slot.launch, TCP, 5.0)
         gevent.sleep(0)
         stream, _ = stack.enter_context(tcp_pair())
         slot.pool.add("00000001", stream)
         slot.lose(slot.control, "another takes over")
-        slot.control = cast(Control, new)
+        slot.control = cast(ServerControl, new)
         gevent.sleep(0.01)
         assert stream.sock.fileno() < 0, "the client before would wait for it in vain"
         slot.pool.add("00000002", stack.enter_context(tcp_pair())[0])
