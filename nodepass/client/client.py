@@ -34,7 +34,7 @@ FAREWELL = 1.0  # seconds for the server to end its side of the control connecti
 
 
 class Client:
-    """One tunnel's client: `start`, `run`, then `stop_accepting` and `close`; `daemon.Tunnel` says who calls what."""
+    """One tunnel's client: `start`, `run`, then `stop` and `close`; `interface.Tunnel` says who calls what."""
 
     def __init__(self, url: ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> None:
         self.log = log
@@ -61,7 +61,7 @@ class Client:
         """Nothing to open: whatever a client needs is retried."""
 
     def run(self) -> None:
-        """Connect, serve, and connect again, until `stop_accepting`; raises what crashed one of the loops."""
+        """Connect, serve, and connect again, until `stop`; raises what crashed one of the loops."""
         self._loops.spawn("end silent flows", self._lasting.flows.sweep_forever)
         self._loops.spawn("stay connected", self._stay_connected)
         self._failed.get()
@@ -102,7 +102,14 @@ class Client:
             reason=why,
         )
 
-    def stop_accepting(self) -> None:
+    def stop(self, timeout: float) -> int:
+        """As `Tunnel.stop`."""
+        deadline = time.monotonic() + timeout
+        self._stop_accepting()
+        self.sessions.join(max(0.0, deadline - time.monotonic()))
+        return self.sessions.kill()
+
+    def _stop_accepting(self) -> None:
         """Take no new launches beyond those that the server has already sent; running sessions go on."""
         self._stopping.set()
         if self.control:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -200,17 +200,19 @@ class Daemon:
     def _stop(self) -> None:
         """Drain every tunnel within SHUTDOWN_TIMEOUT, then cut what is left."""
         self._stopping.set()
-        deadline = time.monotonic() + self._settings.shutdown_timeout
-        grace = format_duration(self._settings.shutdown_timeout)
+        timeout = self._settings.shutdown_timeout
+        grace = format_duration(timeout)
         words = "stopping: %(sessions)d sessions running, they have %(grace)s to finish"
         self._log.info("process.stopping", words, sessions=self._running(), grace=grace)
-        gevent.joinall([self._tasks.spawn("stop accepting", tunnel.stop_accepting) for tunnel in self._tunnels])
-        for tunnel in self._tunnels:
-            tunnel.sessions.join(max(0.0, deadline - time.monotonic()))
-        cut = sum(tunnel.sessions.kill() for tunnel in self._tunnels)
-        if cut:
+        cut: Counter[str] = Counter()
+
+        def stop(tunnel: Tunnel) -> None:
+            cut[tunnel.log.tunnel] = tunnel.stop(timeout)
+
+        gevent.joinall([self._tasks.spawn("stop", stop, tunnel) for tunnel in self._tunnels])
+        if cut.total():
             words = "cut %(sessions)d sessions that had not finished within %(grace)s"
-            self._log.warning("process.cut", words, sessions=cut, grace=grace)
+            self._log.warning("process.cut", words, sessions=cut.total(), grace=grace)
         gevent.joinall([self._tasks.spawn("close", tunnel.close) for tunnel in self._tunnels])
         self._log.info("process.stopped", "stopped")
 

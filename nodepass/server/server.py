@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """One tunnel's server: `start`, `run`, then `stop_accepting` and `close`; `daemon.Offer` says who calls what."""
+    """One tunnel's server: `start`, `run`, then `stop` and `close`; `interface.Tunnel` says who calls what."""
 
     def __init__(
         self, url: ServerURL, settings: Settings, key: Key | None, log: Log, stats: Stats, share: Share
@@ -110,7 +111,14 @@ class Server:
         if self._certificate:
             yield self._loops.spawn("watch certificate", self._certificate.watch, self._settings.reload_interval)
 
-    def stop_accepting(self) -> None:
+    def stop(self, timeout: float) -> int:
+        """As `Tunnel.stop`."""
+        deadline = time.monotonic() + timeout
+        self._stop_accepting()
+        self.sessions.join(max(0.0, deadline - time.monotonic()))
+        return self.sessions.kill()
+
+    def _stop_accepting(self) -> None:
         """Take no new visitors but those that have connected already; sessions, and the client they need, go on."""
         self._control_listener.shut()
         self._doors.kill()

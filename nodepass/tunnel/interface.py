@@ -53,7 +53,7 @@ class Observed(Protocol):
 
 
 class Tunnel(Observed, Protocol):
-    """What the process asks of a tunnel, in this order: start, run, stop_accepting, close."""
+    """What the process asks of a tunnel, in this order: start, run, stop, close."""
 
     stats: Stats
     sessions: WorkerPool
@@ -68,8 +68,8 @@ class Tunnel(Observed, Protocol):
     def run(self) -> None:
         """Serve until closed; raises what crashed it."""
 
-    def stop_accepting(self) -> None:
-        """Take no new sessions; running ones go on."""
+    def stop(self, timeout: float) -> int:
+        """Take no new sessions, let running ones end within `timeout` seconds, cut the rest; how many those were."""
 
     def close(self) -> None:
         """End everything at once."""

@@ -194,7 +194,7 @@ def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: 
 
 def test_a_bug_while_the_process_stops_does_not_keep_it_from_stopping() -> None:
     server = OurServer()
-    server.program = broken("nodepass.server.server:Server.stop_accepting")
+    server.program = broken("nodepass.server.server:Server._stop_accepting")
     with server:
         assert server.stop() == BUG
     assert server.find("Bug: put into")

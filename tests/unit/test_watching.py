@@ -40,7 +40,9 @@ class Fragile:
         return IDLE
 
     def start(self) -> None: ...
-    def stop_accepting(self) -> None: ...
+    def stop(self, timeout: float) -> int:
+        return 0
+
     def reload(self) -> None: ...
     def describe(self) -> str:
         return ""
