@@ -40,7 +40,7 @@ class Fragile:
         return IDLE
 
     def start(self) -> None: ...
-    def stop(self, timeout: float) -> int:
+    def stop(self, timeout: float) -> int:  # noqa: ARG002  # nothing to wait for
         return 0
 
     def reload(self) -> None: ...
