@@ -10,16 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from ipaddress import IPv6Address
 from typing import Any
 
 from nodepass.errors import ConfigError
+from nodepass.hostport import split_host_port
 
 # Go's time.ParseDuration, without its sign: people bring their durations from there.
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(f"(?:{_PART})+", re.ASCII)
-_ENDPOINT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s\x00-\x20]*)):(\d{1,5})", re.ASCII)
 _LONGEST_PATH = 107  # bytes in sockaddr_un, without the NUL
 DAY = 86400.0
 
@@ -92,10 +91,7 @@ def parse_listen(text: str) -> Listen | None:
         if len(path.encode()) > _LONGEST_PATH or "\0" in path:
             raise ValueError("not a path of a socket")
         return Listen(path=path)
-    match = _ENDPOINT.fullmatch(text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError("not an address")
-    return Listen(str(IPv6Address(match[1])) if match[1] else match[2], int(match[3]))
+    return Listen(*split_host_port(text))
 
 
 def count(lowest: int, highest: int, unit: str) -> Kind:

@@ -7,13 +7,12 @@ opened or resolved here; a `ConfigError` says in one line what is wrong and what
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv6Address
 from urllib.parse import unquote, urlsplit
 
 from nodepass.errors import ConfigError
+from nodepass.hostport import split_host_port
 
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 _PARAMETERS = {"server": ("log", "tls", "crt", "key"), "client": ("log", "tls")}
@@ -98,21 +97,11 @@ def parse_url(text: str) -> ServerURL | ClientURL:
 
 
 def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([^\[\]:/\s\x00-\x20]*)):(\d{1,5})", text, re.ASCII)
-    sound = match and (not match[1] or _is_ipv6(unquote(match[1]))) and "\0" not in unquote(text)
-    if not match or not sound or not lowest_port <= int(match[3]) <= 65535:
-        allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535"
-        raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable; allowed: {allowed}")
-    return Address(unquote(match[1] or match[2] or ""), int(match[3]))
-
-
-def _is_ipv6(host: str) -> bool:
-    """Whether what stands in brackets may; urlsplit looks only from Python 3.11 on."""
     try:
-        IPv6Address(host)
+        return Address(*split_host_port(text, lowest_port, in_url=True))
     except ValueError:
-        return False
-    return True
+        allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535"
+        raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable; allowed: {allowed}") from None
 
 
 def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""`python -m nodepass.metrics.healthcheck`: asks the process beside it whether it is well; a container's health check.
+"""`python -m nodepass.metrics.healthcheck`: a container's health check of the process beside it.
 
-It asks METRICS_LISTEN's /healthz and exits 0 at a 200, else 1 with one line that says why. Standard library only, and
-nothing of the package: it is started every few seconds.
+Requests /healthz at METRICS_LISTEN and exits with 0 on a 200, else with 1 and one line that says why. It starts every
+few seconds, so it imports little: the standard library's sockets, and `hostport`, which imports nothing.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ import os
 import socket
 import sys
 
-TIMEOUT = 4.0  # seconds: a process that needs longer for this is not well
+from nodepass.hostport import split_host_port
+
+TIMEOUT = 4.0  # seconds: a process that needs longer is unhealthy
 _LOOPBACK = {"": "localhost", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def connect(listen: str) -> socket.socket:
-    """A connection to `host:port`, `[IPv6]:port`, `:port` or `unix:/path`. Raises OSError, ValueError."""
+    """Connect to `host:port`, `[IPv6]:port`, `:port` or `unix:/path`. Raises OSError, ValueError."""
     if listen.startswith("unix:"):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(TIMEOUT)
         sock.connect(listen.removeprefix("unix:"))
         return sock
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    return socket.create_connection((_LOOPBACK.get(host, host), int(port)), TIMEOUT)
+    host, port = split_host_port(listen)
+    return socket.create_connection((_LOOPBACK.get(host, host), port), TIMEOUT)
 
 
 def ask(listen: str) -> str:
-    """The status line of the answer. Raises OSError, ValueError."""
+    """The status line of the response. Raises OSError, ValueError."""
     with connect(listen) as sock:
         sock.sendall(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n")
         with sock.makefile("rb") as answer:
@@ -38,7 +39,7 @@ def main() -> int:
     """The exit status."""
     listen = os.environ.get("METRICS_LISTEN", "off")
     if listen == "off":
-        sys.stderr.write("METRICS_LISTEN is off: there is nothing to ask\n")
+        sys.stderr.write("METRICS_LISTEN is off: no endpoint to check\n")
         return 1
     try:
         status = ask(listen)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import math
-import re
 import socket
 import threading
 import time
@@ -18,10 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nodepass.errors import ConfigError, NodepassError
+from nodepass.hostport import split_host_port
+from nodepass.urls import Address
 
 TIMEOUT = 5.0  # seconds for one answer
 LARGEST = 32 << 20  # bytes: some 10,000 tunnels
-_WEB = re.compile(r"(?:http://)?(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]*):(\d{1,5})(/\S*)?")
 ALLOWED = "HOST:PORT, http://HOST:PORT/metrics, unix:/PATH or a path"
 
 
@@ -39,27 +39,27 @@ class Source:
     socket_path: str = ""
 
     def __str__(self) -> str:
-        return f"unix:{self.socket_path}" if self.socket_path else f"http://{self.host}:{self.port}{self.path}"
+        return f"unix:{self.socket_path}" if self.socket_path else f"http://{Address(self.host, self.port)}{self.path}"
 
     def fetch(self) -> str:
         """The text that is there now. Raises NoAnswer."""
-        connection = _UnixConnection(self.socket_path) if self.socket_path else self._connection()
         try:
-            connection.connect()
-            with _cut_off(connection.sock):
-                connection.request("GET", self.path)
-                response = connection.getresponse()
-                body = response.read(LARGEST + 1)
-        except (OSError, http.client.HTTPException) as error:
+            with contextlib.closing(self._connection()) as connection:
+                connection.connect()
+                with _cut_off(connection.sock):
+                    connection.request("GET", self.path)
+                    response = connection.getresponse()
+                    body = response.read(LARGEST + 1)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise NoAnswer(f"{self}: {_words(error)}") from None
-        finally:
-            connection.close()
         if response.status != 200 or len(body) > LARGEST:
             raise NoAnswer(f"{self}: this is no endpoint of nodepass (HTTP {response.status})")
         return body.decode("utf-8", "replace")
 
     def _connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.host.strip("[]"), self.port, timeout=TIMEOUT)
+        if self.socket_path:
+            return _UnixConnection(self.socket_path)
+        return http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT)
 
 
 @contextlib.contextmanager
@@ -101,11 +101,14 @@ def parse_source(text: str) -> Source:
     """What a user calls the endpoint. Raises ConfigError."""
     if text.startswith(("unix:", "/", "./")):
         return Source("", 0, socket_path=text.removeprefix("unix:"))
-    match = _WEB.fullmatch(text)
-    if not match or not 0 < int(match[2]) < 65536:
-        raise ConfigError(f"{text!r} is no metrics endpoint; allowed: {ALLOWED}")
-    path = match[3] or "/metrics"
-    return Source(match[1] or "localhost", int(match[2]), "/metrics" if path == "/" else path)
+    address, _, path = text.removeprefix("http://").partition("/")
+    try:
+        host, port = split_host_port(address, lowest_port=1)
+        if not (path.isascii() and path.isprintable()) or " " in path:
+            raise ValueError("a path is printable ASCII without spaces")
+    except ValueError:
+        raise ConfigError(f"{text!r} is no metrics endpoint; allowed: {ALLOWED}") from None
+    return Source(host or "localhost", port, f"/{path or 'metrics'}")
 
 
 @dataclass
@@ -211,6 +214,6 @@ def _printable(text: str) -> str:
 
 
 def _words(error: Exception) -> str:
-    if isinstance(error, http.client.HTTPException):
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, http.client.InvalidURL):
         return "what answers there is no HTTP server"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -14,7 +14,7 @@ APART = {"server", "client"}
 LIMIT = 12  # modules in a room, and
 ROOT_LIMIT = 10  # at the root
 COMMAND = {"cli", "__main__"}  # they stand at the root and above all rooms
-ROOT = ("__init__", "errors", "config", "urls", "stats", "log", "tasks")  # in the order of imports
+ROOT = ("__init__", "errors", "hostport", "config", "urls", "stats", "log", "tasks")  # in the order of imports
 
 
 def modules() -> Iterator[str]:
