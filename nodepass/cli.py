@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import configargparse
 
 from nodepass import __version__, log
-from nodepass.config import Settings, rows
+from nodepass.config import Notice, Settings, rows
 from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.key_file import find_secret, generate
 from nodepass.daemon.systemd import ServiceManager
@@ -140,12 +140,16 @@ def _start(urls: Sequence[ServerURL | ClientURL], settings: Settings, key_file: 
     text, warnings = find_secret(key_file, os.environ)
     log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ, style=settings.log_format)
     for warning in warnings:
-        log.Log("nodepass").warning("config.warning", "%(warning)s", warning=warning)
+        _warn("nodepass", warning)
     for url in urls:
         for warning in url.warnings:
-            log.Log(url.name).warning("config.warning", "%(warning)s", warning=warning)
+            _warn(url.name, warning)
     if text is None:
         return None
     from nodepass.wire.auth import Key
 
     return Key(text)
+
+
+def _warn(tunnel: str, notice: Notice) -> None:
+    log.Log(tunnel).warning("config.warning", "%(warning)s", reason=notice.reason, warning=notice.words)

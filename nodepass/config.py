@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from nodepass.errors import ConfigError
 from nodepass.hostport import split_host_port
@@ -30,6 +30,13 @@ class Kind:
     unit: str
     allowed: str
     parse: Callable[[str], Any]
+
+
+class Notice(NamedTuple):
+    """What is to be warned of, as a token and in words."""
+
+    reason: str
+    words: str
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,11 @@ class TLSError(NodepassError, ConnectionError):
 
 
 class VerificationError(TLSError):
-    """The server's certificate was refused: its chain or its name."""
+    """The server's certificate was refused; `check` says by which one: chain, expired, name or fingerprint."""
+
+    def __init__(self, text: str, check: str = "") -> None:
+        super().__init__(text)
+        self.check = check
 
 
 class NoDataConnection(NodepassError, ConnectionError):

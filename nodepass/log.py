@@ -29,6 +29,8 @@ _NAMES = {level: name for name, level in LEVELS.items()}
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 _COLOURS = {logging.DEBUG: 2, logging.INFO: 32, logging.WARNING: 33, logging.ERROR: 31, logging.CRITICAL: 35}
 
+_NO_FIELDS = {"": ""}  # logging leaves a sentence as it is where the mapping is empty, and `%%` must become `%`
+
 _root = logging.getLogger("nodepass")
 
 
@@ -39,6 +41,11 @@ class Limit:
     key: object = ""
     seconds: float = 1.0
     burst: int = 10
+
+
+def literal(text: str) -> str:
+    """A sentence that says just this, whatever its fields are."""
+    return text.replace("%", "%%")
 
 
 class Log:
@@ -139,7 +146,7 @@ class Log:
             "",
             0,
             sentence,
-            (fields,) if fields else (),
+            (fields or _NO_FIELDS,),
             trace,
             extra={"tunnel": self.tunnel, "session": self._session, "event": event, "fields": fields},
         )

@@ -136,9 +136,9 @@ class Stats:
         """Payload bytes of both protocols."""
         return self.tcp.down.bytes + self.udp.down.bytes
 
-    def snapshot(self) -> dict[str, int]:
-        """The counters under their names; of those by reason the ones that have happened."""
-        counts = {
+    def snapshot(self) -> dict[str, int | dict[str, int]]:
+        """The counters under their names; those by reason are mappings, of the reasons that have happened."""
+        counts: dict[str, int | dict[str, int]] = {
             "tcp_sessions": self.tcp.begun,
             "udp_sessions": self.udp.begun,
             "bytes_up": self.bytes_up,
@@ -148,19 +148,36 @@ class Stats:
             "found_empty": self.found_empty,
         }
         by_reason: dict[str, Mapping[str, int]] = {
-            "tcp: ": self.tcp.ended,
-            "udp: ": self.udp.ended,
-            "control handshake failed: ": self.control_failures,
-            "data connection failed: ": self.data_failures,
-            "dropped: ": self.udp_drops,
-            "": self.trouble,
+            "tcp_ended": self.tcp.ended,
+            "udp_ended": self.udp.ended,
+            "control_failures": self.control_failures,
+            "data_failures": self.data_failures,
+            "udp_drops": self.udp_drops,
+            "trouble": self.trouble,
         }
-        for what, counter in by_reason.items():
-            counts |= {f"{what}{reason}": count for reason, count in sorted(counter.items()) if count}
+        for name, counter in by_reason.items():
+            counts[name] = {reason: count for reason, count in sorted(counter.items()) if count}
         return counts
 
     def __str__(self) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.snapshot().items())
+        counts: dict[str, int] = {}
+        for name, value in self.snapshot().items():
+            if isinstance(value, int):
+                counts[name] = value
+            else:
+                counts |= {f"{_PREFIXES[name]}{reason}": count for reason, count in value.items()}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
+
+
+# Before the reason of a counter, in text.
+_PREFIXES = {
+    "tcp_ended": "tcp: ",
+    "udp_ended": "udp: ",
+    "control_failures": "control handshake failed: ",
+    "data_failures": "data connection failed: ",
+    "udp_drops": "dropped: ",
+    "trouble": "",
+}
 
 
 def _zeros(reasons: Iterable[str]) -> Counter[str]:

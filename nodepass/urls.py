@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
+from nodepass.config import Notice
 from nodepass.errors import ConfigError
 from nodepass.hostport import split_host_port
 
@@ -37,7 +38,7 @@ class TunnelURL:
     tunnel: Address
     target: Address
     log: str = "info"
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Notice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def parse_url(text: str) -> ServerURL | ClientURL:
     given = _parse_query(text, scheme, parts.query)
     log = _one_of(text, "log", given.get("log", "info"), LOG_LEVELS)
     if not listens:
-        ignored = ("tls on a client URL is ignored: the client adopts the server's choice",)
+        ignored = (Notice("tls_ignored", "tls on a client URL is ignored: the client adopts the server's choice"),)
         return ClientURL(tunnel, target, log, ignored if "tls" in given else ())
     tls, warnings = _parse_tls(text, given)
     return ServerURL(tunnel, target, log, warnings, tls, given.get("crt", ""), given.get("key", ""))
@@ -130,14 +131,12 @@ def _one_of(url: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _parse_tls(url: str, given: dict[str, str]) -> tuple[int, tuple[str, ...]]:
+def _parse_tls(url: str, given: dict[str, str]) -> tuple[int, tuple[Notice, ...]]:
     tls = int(_one_of(url, "tls", given.get("tls", "0"), ("0", "1", "2")))
     for name in ("crt", "key"):
         if tls == 2 and not given.get(name):
             raise ConfigError(f"URL {url!r}: tls=2 needs {name}=FILE (PEM); it is missing")
         if tls != 2 and name in given:
             raise ConfigError(f"URL {url!r}: {name} is given with tls={tls}; allowed: with tls=2 only")
-    absent = (
-        "tls is not given: data connections are not encrypted (tls=0); say tls=0 to silence this, tls=1 to encrypt",
-    )
-    return tls, () if "tls" in given else absent
+    words = "tls is not given: data connections are not encrypted (tls=0); say tls=0 to silence this, tls=1 to encrypt"
+    return tls, () if "tls" in given else (Notice("tls_unset", words),)

@@ -15,13 +15,13 @@ from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
 from nodepass.errors import RefusedError, reason
-from nodepass.log import Limit, Log
+from nodepass.log import Limit, Log, literal
 from nodepass.net.sockets import as_blocking, dial, resolve
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup, WorkerPool
-from nodepass.tunnel.control import ClientControl
+from nodepass.tunnel.control import STOPPING, ClientControl
 from nodepass.tunnel.handshake import Agreement, introduce
-from nodepass.tunnel.interface import View
+from nodepass.tunnel.interface import View, report_fields
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
 
@@ -77,7 +77,7 @@ class Client:
                     self._tell(error)
                 else:
                     if self._stopping.is_set():
-                        control.close("this end is stopping")
+                        control.close(STOPPING)
                         break
                     self._serve(control, agreement)
                     if time.monotonic() - began > SETTLED:
@@ -88,7 +88,7 @@ class Client:
 
     def _tell(self, error: OSError) -> None:
         """Say why there is no connection; the same reason again only once in a while."""
-        self.stats.control_failures[failure(error)] += 1
+        self.stats.control_failures[token := failure(error)] += 1
         refused = isinstance(error, RefusedError)
         level, what = (logging.ERROR, "no agreement with") if refused else (logging.WARNING, "cannot reach")
         why = reason(error)
@@ -96,10 +96,11 @@ class Client:
         self.log.log(
             level,
             "server.rejected" if refused else "server.unreachable",
-            what + " the server %(server)s: %(reason)s; trying again",
+            what + " the server %(server)s: %(error)s; trying again",
             Limit(why, REPEAT_WARNING, 1),
             server=self._url.tunnel,
-            reason=why,
+            reason=token,
+            error=why,
         )
 
     def stop(self, timeout: float) -> int:
@@ -120,7 +121,7 @@ class Client:
         """End everything at once."""
         self._stopping.set()
         if self.control:
-            self.control.close("this end is stopping")
+            self.control.close(STOPPING)
         self._loops.kill()
         self._lasting.lanes.kill()
         self.sessions.kill()
@@ -161,6 +162,7 @@ class Client:
             pool_capacity=pool.capacity if pool is not None else 0,
             slots_used=len(self.sessions),
             slots=self._settings.semaphore_limit,
+            flows=len(self._lasting.flows),
             certificate_expiry=None,
         )
 
@@ -173,7 +175,7 @@ class Client:
             self._lasting.target.resolve()
         except OSError as error:
             self.log.warning(
-                "target.unresolved", "target: %(reason)s; it is looked up again for each session", reason=error
+                "target.unresolved", "target: %(error)s; it is looked up again for each session", error=error
             )
         sock = as_blocking(dial(resolve(self._url.tunnel), timeout))
         try:
@@ -201,17 +203,27 @@ class Client:
             tls=tunnel.tls,
             wire=tunnel.version,
         )
-        attachment = Connection(self._lasting, control, self._route(control, agreement), self.describe)
+        attachment = Connection(self._lasting, control, self._route(control, agreement), self._report)
         self.control, self._connection = control, attachment
         self.ready.set()
         try:
             attachment.run()
         finally:
             self.control = self._connection = None
-            self._failure = control.closed_because
+            self._failure = control.ending.words
             if control.vanished:
                 self._lasting.lanes.kill()  # they are as dead as their server; without it their flows would hang
-            self.log.info("server.disconnected", "disconnected: %(reason)s", reason=control.closed_because)
+            self.log.info(
+                "server.disconnected",
+                "disconnected: %(error)s",
+                server=control.peer,
+                reason=control.ending.reason,
+                error=control.ending.words,
+            )
+
+    def _report(self) -> None:
+        """A line of statistics."""
+        self.log.debug("tunnel.report", literal(self.describe()), **report_fields(self.view(), self.stats))
 
     def _route(self, control: ClientControl, agreement: Agreement) -> Route:
         """How data connections are made: to where the server was reached, on the port that it named."""

@@ -25,9 +25,9 @@ from nodepass.errors import NoDataConnection, ProtocolError, reason
 from nodepass.log import Limit, Log
 from nodepass.net.relay import exchange
 from nodepass.net.stream import Stream, TCPStream
-from nodepass.stats import Stats
+from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
-from nodepass.tunnel.control import ClientControl
+from nodepass.tunnel.control import STOPPING, ClientControl
 from nodepass.tunnel.udp import ask_target, read_datagram
 from nodepass.wire.signals import KIND_NAMES, LANE, TCP, Launch
 
@@ -53,12 +53,14 @@ class Lasting:
 class Connection:
     """What a client has while it is connected: control connection, pool with its filler, queue of launches."""
 
-    def __init__(self, lasting: Lasting, control: ClientControl, route: Route, describe: Callable[[], str]) -> None:
+    def __init__(
+        self, lasting: Lasting, control: ClientControl, route: Route, log_statistics: Callable[[], None]
+    ) -> None:
         settings = self._settings = lasting.settings
         self._lasting = lasting
         self._log, self._stats = lasting.log, lasting.stats
         self._control = control
-        self._describe = describe
+        self._log_statistics = log_statistics
         self._launches: Queue[tuple[Launch, float] | None] = Queue(max(SIGNALS_WAITING, settings.semaphore_limit))
         self._tasks = TaskGroup(self._log, self._stats, on_crash=lasting.on_crash)
         self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
@@ -81,7 +83,7 @@ class Connection:
                 dispatcher.join()
             gevent.sleep(0)  # the launches dispatched last claim their connections before the pool is flushed
         finally:
-            self._control.close("this end is stopping")
+            self._control.close(STOPPING)
             self._tasks.kill()
             self._filler.dials.kill()
             self.pool.flush("the control connection ended")
@@ -102,18 +104,19 @@ class Connection:
             try:
                 self._launches.put_nowait((launch, time.monotonic()))
             except Full:
-                self._drop(launch.id, "too many wait for a slot already")
+                self._drop(launch.id, "limit", "too many wait for a slot already")
 
     def _open_lane(self, id: str) -> None:
         """At once: a lane takes no slot. A server that means well has few."""
         if len(self._lasting.lanes) < LANES_AT_MOST:
             self._lasting.lanes.spawn("lane", self._launch, self._lasting.flows.run_lane, id)
         else:
-            self._drop(id, f"there are {LANES_AT_MOST} lanes already")
+            self._drop(id, "lanes", f"there are {LANES_AT_MOST} lanes already")
 
-    def _drop(self, id: str, because: str) -> None:
+    def _drop(self, id: str, why: str, because: str) -> None:
         self._stats.trouble["launches_dropped"] += 1
-        self._log.warning("launch.dropped", "launch dropped: %(reason)s", Limit(because), reason=because)
+        words = "launch dropped: %(error)s"
+        self._log.warning("launch.dropped", words, Limit(why), id=id, reason=why, error=because)
         self.pool.drop(id)
 
     def _dispatch_signals(self) -> None:
@@ -127,7 +130,7 @@ class Connection:
             data = self.pool.claim(id, self._settings.handshake_timeout)
         except NoDataConnection as error:
             self._stats.trouble["launches_unknown"] += 1
-            self._log.warning("launch.unknown", "launch ignored: %(reason)s", Limit(), reason=error)
+            self._log.warning("launch.unknown", "launch ignored: %(error)s", Limit(), id=id, error=error)
             return
         try:
             handler(data, self._log.session(id))
@@ -142,7 +145,12 @@ class Connection:
             self._stats.tcp.ended["unreachable"] += 1
             why = reason(error)
             self._log.warning(
-                "target.unreachable", "cannot reach the target: %(reason)s", Limit(why, burst=1), reason=why
+                "target.unreachable",
+                "cannot reach the target: %(error)s",
+                Limit(why, burst=1),
+                target=self._lasting.target,
+                reason=failure(error),
+                error=why,
             )
             return  # closing the data connection resets it, so the visitor is refused, too
         log.debug("target.connected", "target %(target)s connected", target=self._lasting.target)
@@ -170,7 +178,8 @@ class Connection:
                 "datagram.dropped", "dropped: %(error)s", Limit("too_large"), reason="too_large", error=error
             )
         except OSError as error:
-            self._log.warning("datagram.unanswered", "datagram unanswered: %(reason)s", Limit(), reason=reason(error))
+            words = "datagram unanswered: %(error)s"
+            self._log.warning("datagram.unanswered", words, Limit(), reason=failure(error), error=reason(error))
         else:
             outcome = "completed"
             udp.down.bytes += len(answer)
@@ -189,4 +198,4 @@ class Connection:
             gevent.sleep(self._settings.report_interval)
             self.pool.end_interval()
             self._log.report_suppressed()
-            self._log.debug("tunnel.report", "%(report)s", report=self._describe())
+            self._log_statistics()

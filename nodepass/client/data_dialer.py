@@ -80,11 +80,15 @@ class DataDialer:
             id, stream = self._make()
         except OSError as error:
             self._failures += 1
-            self._stats.data_failures[failure(error)] += 1
+            self._stats.data_failures[why := failure(error)] += 1
             gevent.sleep(SAME_MOMENT)
-            level = logging.ERROR if isinstance(error, VerificationError) else logging.WARNING
-            words = "cannot make a data connection: %(reason)s"
-            self._log.log(level, "data.dial_failed", words, Limit(burst=1), reason=reason(error))
+            level, check = logging.WARNING, ""
+            if isinstance(error, VerificationError):
+                level, check = logging.ERROR, error.check
+            words = "cannot make a data connection: %(error)s"
+            self._log.log(
+                level, "data.dial_failed", words, Limit(burst=1), reason=why, check=check, error=reason(error)
+            )
         except Exception:
             self._failures += 1  # a bug must not be repeated without a pause
             raise

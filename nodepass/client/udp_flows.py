@@ -52,7 +52,7 @@ class TargetFlows:
         log.debug("lane.opened", "lane opens")
         try:
             because = lane.run(stream)
-            log.debug("lane.closed", "lane ends: %(reason)s", reason=because)
+            log.debug("lane.closed", "lane ends: %(error)s", error=because)
         finally:
             lane.ended = True
             self._table.end(lambda flow: flow.lane is lane)

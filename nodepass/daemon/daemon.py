@@ -24,12 +24,12 @@ from nodepass.daemon.limits import survey
 from nodepass.daemon.notifier import Notifier
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError, NodepassError, StartError
-from nodepass.log import Log
+from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited, Share
 from nodepass.server.server import Server
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
-from nodepass.tunnel.interface import Tunnel, Watched
+from nodepass.tunnel.interface import Tunnel, Watched, report_fields
 from nodepass.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.wire.auth import Key
 
@@ -115,9 +115,16 @@ class Daemon:
         return watched
 
     def _run(self) -> None:
-        self._log.info("process.limits", "%(limits)s", limits=self._limits.line)
+        self._log.info(
+            "process.limits",
+            literal(self._limits.line),
+            files=self._limits.files,
+            sessions=self._limits.sessions,
+            memory=self._limits.memory.size if self._limits.memory else None,
+            memory_sessions=self._limits.memory_sessions,
+        )
         for warning in self._limits.warnings:
-            self._log.warning("process.limits_exceeded", "%(warning)s", warning=warning)
+            self._log.warning("process.limits_exceeded", "%(warning)s", reason=warning.reason, warning=warning.words)
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
         started: list[Tunnel] = []
@@ -190,7 +197,7 @@ class Daemon:
                 tunnel = make_tunnel(*self._plans[index])
                 tunnel.start()
             except NodepassError as error:
-                log.error("tunnel.restart_failed", "cannot start again: %(reason)s", reason=error)
+                log.error("tunnel.restart_failed", "cannot start again: %(error)s", error=error)
             except Exception as error:  # noqa: BLE001  # the next attempt may do better
                 report_bug("starting again", error, log, stats)
             else:
@@ -222,9 +229,9 @@ class Daemon:
     def _dump(self) -> None:
         """What an operator asks for with SIGUSR1."""
         for tunnel in self._tunnels:
-            tunnel.log.always("tunnel.report", "%(report)s", report=tunnel.describe())
+            tunnel.log.always("tunnel.report", literal(tunnel.describe()), **report_fields(tunnel.view(), tunnel.stats))
         bugs = f"bugs {self.bugs}, see their tracebacks" if self.bugs else "no bugs"
-        self._log.always("process.bugs", "%(what)s", what=bugs, bugs=self.bugs)
+        self._log.always("process.bugs", bugs, bugs=self.bugs)
         for line in cast(Callable[[], list[str]], format_run_info)():  # gevent's stubs say that it returns nothing
             self._log.always("process.greenlets", "%(line)s", line=line)
 

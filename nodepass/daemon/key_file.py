@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Mapping
 
+from nodepass.config import Notice
 from nodepass.errors import ConfigError
 
 SHORTEST = 16  # characters; fewer can be guessed
@@ -17,7 +18,7 @@ def generate() -> str:
     return os.urandom(32).hex()
 
 
-def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | None, list[str]]:
+def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | None, list[Notice]]:
     """The secret, if one is given, and what is to be warned of.
 
     Raises ConfigError naming the place, never the secret.
@@ -25,7 +26,7 @@ def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | Non
     text = environ.get("TUNNEL_KEY")
     if file is not None and text is not None:
         raise ConfigError("TUNNEL_KEY and TUNNEL_KEY_FILE are both given; allowed: one of them")
-    warnings: list[str] = []
+    warnings: list[Notice] = []
     place = "TUNNEL_KEY"
     if file is None and text is None and (folder := environ.get("CREDENTIALS_DIRECTORY")):
         credential = os.path.join(folder, CREDENTIAL)
@@ -43,15 +44,16 @@ def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | Non
     if not secret:
         raise ConfigError(f"{place}: the key is empty; allowed: a text, best one that nodepass --generate-key prints")
     if len(secret) < SHORTEST:
-        warnings.append(f"{place}: the key has fewer than {SHORTEST} characters and can be guessed")
+        words = f"{place}: the key has fewer than {SHORTEST} characters and can be guessed"
+        warnings.append(Notice("key_short", words))
     return secret, warnings
 
 
-def _read(file: str, place: str, warnings: list[str]) -> str:
+def _read(file: str, place: str, warnings: list[Notice]) -> str:
     try:
         with open(file, encoding="utf-8") as opened:
             if os.fstat(opened.fileno()).st_mode & stat.S_IROTH:
-                warnings.append(f"{place}: others can read it; chmod 600 {file}")
+                warnings.append(Notice("key_readable", f"{place}: others can read it; chmod 600 {file}"))
             return opened.read()
     except OSError as error:
         raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None

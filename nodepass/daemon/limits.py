@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nodepass.config import Settings
+from nodepass.config import Notice, Settings
 from nodepass.server.pending import PENDING, pending_limit
 
 PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data connection
@@ -29,15 +29,6 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What the limits allow: the settings that fit, one line for the log, and what is to be warned of."""
-
-    settings: Settings
-    line: str
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
 class Memory:
     """A limit on memory: whose it is, and how many bytes."""
 
@@ -48,6 +39,19 @@ class Memory:
         return f"{self.size / _MIB:,.0f} MiB of memory ({self.what})"
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What the limits allow: the settings that fit, one line for the log, and what is to be warned of."""
+
+    settings: Settings
+    line: str
+    warnings: list[Notice]
+    files: int  # that may be open
+    sessions: int  # that these files allow
+    memory: Memory | None
+    memory_sessions: int | None  # that this memory allows
+
+
 def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
     """Raise the limit on open files; see what so many tunnels can have. `tls`: whether one of them may need it."""
     warnings = []
@@ -56,24 +60,27 @@ def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
     fitting = fit_descriptors(settings, tunnels, files - kept)
     if fitting != settings:
         needed = _descriptors(settings, tunnels) + kept
-        warnings.append(
+        words = (
             f"open files: SEMAPHORE_LIMIT {settings.semaphore_limit} and MAX_POOL_CAPACITY {settings.max_pool_capacity}"
             f" can need {needed:,}, {needed - files:,} more than the limit of {files:,} allows: lowered to"
             f" {fitting.semaphore_limit} and {fitting.max_pool_capacity}; raise it (ulimit -Hn, LimitNOFILE=)"
         )
+        warnings.append(Notice("open_files", words))
     by_files = max(0, (files - kept - OWN - tunnels * fitting.max_pool_capacity) // PER_SESSION)
     line = f"limits: {files:,} open files allow {by_files:,} sessions"
+    by_memory = None
     if memory := min(memory_limits(), key=lambda each: each.size, default=None):
         by_memory = max(0, (memory.size - MEMORY_OWN[tls]) // MEMORY_PER_SESSION[tls])
         line += f"; {memory} allow about {by_memory:,}"
         wanted = tunnels * fitting.semaphore_limit
         if wanted > by_memory:
             lacking = MEMORY_OWN[tls] + wanted * MEMORY_PER_SESSION[tls] - memory.size
-            warnings.append(
+            words = (
                 f"memory: SEMAPHORE_LIMIT {fitting.semaphore_limit} can need about {lacking / _MIB:,.0f} MiB more than"
                 f" {memory}: lower it to {max(1, by_memory // tunnels)}, or allow more (MemoryMax=)"
             )
-    return Survey(fitting, line, warnings)
+            warnings.append(Notice("memory", words))
+    return Survey(fitting, line, warnings, files, by_files, memory, by_memory)
 
 
 def raise_descriptor_limit() -> int:

@@ -103,8 +103,8 @@ class Notifier:
         for tunnel in self._tunnels:
             if unhealthy_reason := tunnel.unhealthy_reason():
                 found = True
-                words = "this tunnel is not well, so the watchdog is kept waiting: %(reason)s"
-                tunnel.log.error("tunnel.unhealthy", words, Limit(seconds=REPEAT, burst=1), reason=unhealthy_reason)
+                words = "this tunnel is not well, so the watchdog is kept waiting: %(error)s"
+                tunnel.log.error("tunnel.unhealthy", words, Limit(seconds=REPEAT, burst=1), error=unhealthy_reason)
         return found
 
     def _tell(self, *lines: str) -> bool:
@@ -112,6 +112,6 @@ class Notifier:
             self._manager.notify(*lines)
         except OSError as error:
             limit = Limit(seconds=REPEAT, burst=1)
-            self._log.warning("systemd.notify_failed", "cannot notify systemd: %(reason)s", limit, reason=reason(error))
+            self._log.warning("systemd.notify_failed", "cannot notify systemd: %(error)s", limit, error=reason(error))
             return False
         return True

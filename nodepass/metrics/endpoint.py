@@ -44,7 +44,7 @@ class MetricsEndpoint:
             where = " and ".join(f"http://{format_sockaddr(each.getsockname())}/metrics" for each in listeners)
         self._server = HTTPServer(listeners, self._answer, self._log, self._stats)
         self._server.start()
-        self._log.info("metrics.listening", "metrics: %(where)s", where=where)
+        self._log.info("metrics.listening", "metrics: %(address)s", address=where)
 
     def close(self) -> None:
         """End it, and remove its socket's file."""

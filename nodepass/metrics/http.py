@@ -115,7 +115,7 @@ class HTTPServer:
             with gevent.Timeout(WITHIN, TimeoutError(f"not over within {WITHIN:g}s")):
                 self._converse(sock)
         except OSError as error:
-            self._log.debug("metrics.request_failed", "a question came to nothing: %(reason)s", reason=reason(error))
+            self._log.debug("metrics.request_failed", "a question came to nothing: %(error)s", error=reason(error))
         finally:
             self._open.pop(sock, None)
             sock.close()

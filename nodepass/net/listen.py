@@ -178,10 +178,8 @@ def accept_forever(
             if listener.fileno() < 0 or error.errno in _CLOSED:
                 return
             if error.errno != errno.ECONNABORTED:  # that visitor went away by itself
-                words = "cannot accept connections: %(reason)s"
-                log.warning(
-                    "accept.failed", words, Limit(error.errno, burst=1), reason=reason(error), errno=error.errno
-                )
+                words = "cannot accept connections: %(error)s"
+                log.warning("accept.failed", words, Limit(error.errno, burst=1), error=reason(error), errno=error.errno)
                 gevent.sleep(pause)
                 pause = min(2 * pause, ACCEPT_PAUSES[1])
             continue

@@ -26,12 +26,12 @@ class Traffic:
         """One of `stats.TCP_OUTCOMES`."""
         return "reset" if self.failure else "completed" if self.ended == 2 else "cut"
 
-    SENTENCE: ClassVar = "%(up)d bytes up, %(down)d bytes down, %(reason)s"  # made of `fields`, for the log
+    SENTENCE: ClassVar = "%(up)d bytes up, %(down)d bytes down, %(error)s"  # made of `fields`, for the log
 
     def fields(self) -> dict[str, object]:
         """What the log says of it."""
-        reason = self.failure or "both ends closed"
-        return {"up": self.up, "down": self.down, "reason": reason, "outcome": self.outcome}
+        error = self.failure or "both ends closed"
+        return {"up": self.up, "down": self.down, "outcome": self.outcome, "error": error}
 
 
 class Session:

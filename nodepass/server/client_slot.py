@@ -23,7 +23,7 @@ from nodepass.server.data_listener import DataListener
 from nodepass.server.pool import ServerPool
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.stats import Stats
-from nodepass.tunnel.control import ServerControl
+from nodepass.tunnel.control import Ending, ServerControl
 from nodepass.tunnel.handshake import Agreement, Caller, answer
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import BUSY, LANE, Launch, Offer
@@ -82,23 +82,23 @@ class ClientSlot:
                 if caller.challenge:
                     words = "client %(client)s has proven the key and takes over from %(incumbent)s"
                     self._log.warning("client.replaced", words, client=control.peer, incumbent=incumbent.peer)
-                    self.lose(incumbent, f"{control.peer} has proven the key and takes over")
+                    self.lose(incumbent, Ending("replaced", f"{control.peer} has proven the key and takes over"))
                 elif incumbent.shows_life(LIFE_SIGN_WITHIN):
                     raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")
                 else:
                     incumbent.vanished = True
-                    self.lose(incumbent, f"no sign of life, and {control.peer} asks for its place")
+                    self.lose(incumbent, Ending("silent", f"no sign of life, and {control.peer} asks for its place"))
             agreement = answer(control, caller, self._key, tunnel)
             control.agree(caller.version, self._interval)
             self.control, self._agreement = control, agreement
             self._connected.set()
 
-    def lose(self, control: ServerControl, because: str) -> None:
+    def lose(self, control: ServerControl, ending: Ending) -> None:
         """End a control connection. Its idle data connections go with it, its sessions run on.
 
         The lanes of a client that vanished are as dead as it is, and end: their flows begin anew with the next client.
         """
-        control.close(because)
+        control.close(ending)
         if self.control is control:
             self.control = self._agreement = None
             self._connected.clear()

@@ -22,7 +22,7 @@ from nodepass.server.client_slot import ClientSlot
 from nodepass.server.pending import PendingConnections
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup
-from nodepass.tunnel.control import ServerControl
+from nodepass.tunnel.control import STOPPING, ServerControl
 from nodepass.tunnel.handshake import hear
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import DATA_PREFIX, SHUTDOWN, TLS_RECORD, Offer, Refusal
@@ -96,11 +96,12 @@ class ControlListener:
                 control = ServerControl(sock, self._settings.report_interval, self._log, self._stats)
                 admitted = self._greet(control)
             except OSError as error:
-                self._stats.control_failures[failure(error)] += 1
+                self._stats.control_failures[why := failure(error)] += 1
                 self._log.debug(
                     "client.handshake_failed",
-                    "a connection to the tunnel address came to nothing: %(reason)s",
-                    reason=reason(error),
+                    "a connection to the tunnel address came to nothing: %(error)s",
+                    reason=why,
+                    error=reason(error),
                 )
             else:
                 if admitted:
@@ -114,9 +115,9 @@ class ControlListener:
                 raise RefusedError(SHUTDOWN, "this server is shutting down")
             self._slot.admit(control, caller, self._tunnel())
         except RefusedError as error:
-            self._stats.control_failures[failure(error)] += 1
-            words = "client %(client)s turned away: %(reason)s"
-            self._log.warning("client.rejected", words, Limit(), client=control.peer, reason=error, token=error.reason)
+            self._stats.control_failures[why := failure(error)] += 1
+            words = "client %(client)s turned away: %(error)s"
+            self._log.warning("client.rejected", words, Limit(), client=control.peer, reason=why, error=error)
             with contextlib.suppress(OSError):  # it has been counted already
                 control.send(Refusal(error.reason))
             return False
@@ -133,9 +134,10 @@ class ControlListener:
             control.wait_until_ended()
         finally:
             beat.kill(block=False)
-            self._slot.lose(control, "this end is stopping")
-            words = "client disconnected: %(reason)s (%(client)s)"
-            self._log.info("client.disconnected", words, reason=control.closed_because, client=control.peer)
+            self._slot.lose(control, STOPPING)
+            ending = control.ending
+            words = "client disconnected: %(error)s (%(client)s)"
+            self._log.info("client.disconnected", words, client=control.peer, reason=ending.reason, error=ending.words)
 
 
 def is_data_connection(sock: socket.socket) -> bool:

@@ -116,8 +116,8 @@ class DataListener:
 
     def _refuse(self, sock: Socket, peer: Endpoint, why: str, because: str, level: int = logging.WARNING) -> None:
         self._stats.data_failures[why] += 1
-        words = "data connection from %(peer)s refused: %(reason)s"
-        self._log.log(level, "data.rejected", words, Limit(because), peer=peer, reason=because)
+        words = "data connection from %(peer)s refused: %(error)s"
+        self._log.log(level, "data.rejected", words, Limit(because), peer=peer, reason=why, error=because)
         sock.close()
 
 

@@ -45,7 +45,7 @@ class DatagramListener:
                 payload, visitor = receive_datagram(self._sock)
             except OSError as error:
                 self._log.warning(
-                    "datagram.receive_failed", "cannot receive datagrams: %(reason)s", Limit(), reason=reason(error)
+                    "datagram.receive_failed", "cannot receive datagrams: %(error)s", Limit(), error=reason(error)
                 )
                 gevent.sleep(0.01)
                 continue

@@ -12,7 +12,7 @@ from gevent import Greenlet
 from gevent.event import AsyncResult, Event
 
 from nodepass.config import Settings
-from nodepass.log import Log
+from nodepass.log import Log, literal
 from nodepass.net.activation import DATA, TUNNEL, Share
 from nodepass.net.listen import close_all, listen_in_range, listen_target, listen_tcp, port_of
 from nodepass.net.sockets import format_sockaddr
@@ -22,8 +22,8 @@ from nodepass.server.datagram_listener import DatagramListener
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
-from nodepass.tunnel.control import ServerControl
-from nodepass.tunnel.interface import View
+from nodepass.tunnel.control import STOPPING, ServerControl
+from nodepass.tunnel.interface import View, report_fields
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import Offer
@@ -131,7 +131,7 @@ class Server:
         self._loops.kill()
         self._control_listener.close()
         if self._slot.control:
-            self._slot.lose(self._slot.control, "this end is stopping")
+            self._slot.lose(self._slot.control, STOPPING)
         self._slot.filler.handshakes.kill()
         self._slot.flows.end_all()
         self.sessions.kill()
@@ -171,6 +171,7 @@ class Server:
             pool_capacity=pool.capacity,
             slots_used=len(self.sessions),
             slots=self._settings.semaphore_limit,
+            flows=len(self._slot.flows),
             certificate_expiry=self._certificate.identity.expiry if self._certificate else None,
         )
 
@@ -199,4 +200,4 @@ class Server:
             gevent.sleep(self._settings.report_interval)
             self._slot.pool.end_interval()
             self.log.report_suppressed()
-            self.log.debug("tunnel.report", "%(report)s", report=self.describe())
+            self.log.debug("tunnel.report", literal(self.describe()), **report_fields(self.view(), self.stats))

@@ -104,7 +104,7 @@ class VisitorFlows:
             words = "lane opens, %(lanes)d of %(maximum)d"
             log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._settings.udp_lanes)
             because = lane.run(stream)
-            log.debug("lane.closed", "lane ends: %(reason)s", reason=because)
+            log.debug("lane.closed", "lane ends: %(error)s", error=because)
         except NoDataConnection as error:
             self._drop("lane_missing", "the datagrams of %(flows)d flows: %(error)s", flows=lane.flows, error=error)
         finally:

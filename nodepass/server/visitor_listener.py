@@ -70,14 +70,17 @@ class VisitorListener:
             id, data = self._slot.launch(TCP, timeout)
         except NoDataConnection:
             self._stats.tcp.ended["unserved"] += 1
-            because = "" if self._slot.control else ": no client is connected"
+            words = "visitor %(visitor)s closed, no data connection within %(timeout)s"
+            why = "pool_empty"
+            if not self._slot.control:
+                why, words = "no_client", f"{words}: no client is connected"
             self._log.warning(
                 "visitor.unserved",
-                "visitor %(visitor)s closed, no data connection within %(timeout)s%(hint)s",
+                words,
                 Limit(),
                 visitor=peer,
                 timeout=format_duration(timeout),
-                hint=because,
+                reason=why,
             )
             return
         log = self._log.session(id)

@@ -122,7 +122,10 @@ class ServerCertificate:
         self._paths = (crt, key) if crt else ()
         self._log = log
         self._seen = self._state()
-        self._use(load_pair(crt, key) if crt else self_signed(), "certificate" if crt else "self-signed certificate")
+        self._use(load_pair(crt, key) if crt else self_signed())
+        words = f"{'' if crt else 'self-signed '}certificate SHA-256 %(sha256)s"
+        self._log.info("certificate.loaded", words, sha256=self.identity.fingerprint, self_signed=not crt)
+        self._warn_of_expiry()
 
     def reload(self, asked: bool = False) -> None:
         """Look at the files; an unchanged pair is read only when `asked` for."""
@@ -133,11 +136,15 @@ class ServerCertificate:
         try:
             identity = load_pair(*self._paths)
             if identity.fingerprint == self.identity.fingerprint:
-                self._log.info("certificate.unchanged", "certificate unchanged")
+                self._log.info("certificate.unchanged", "certificate unchanged", sha256=identity.fingerprint)
             else:
-                self._use(identity, "certificate reloaded: certificate")
+                self._use(identity)
+                words = "certificate reloaded: certificate SHA-256 %(sha256)s"
+                self._log.info("certificate.reloaded", words, sha256=identity.fingerprint)
+                self._warn_of_expiry()
         except ConfigError as error:
-            self._log.error("certificate.kept", "keeping the old certificate: %(reason)s", reason=error)
+            words = "keeping the old certificate: %(error)s"
+            self._log.error("certificate.kept", words, sha256=self.identity.fingerprint, error=error)
 
     def watch(self, interval: float) -> None:
         """Look at the files every `interval` seconds, and at how long the certificate is still valid; until killed."""
@@ -146,12 +153,10 @@ class ServerCertificate:
             self.reload()
             self._warn_of_expiry()
 
-    def _use(self, identity: Identity, what: str) -> None:
+    def _use(self, identity: Identity) -> None:
         context = server_context(identity.chain, identity.key)  # both or neither
         self.identity, self.context = identity, context
-        self._log.info("certificate.loaded", "%(what)s SHA-256 %(sha256)s", what=what, sha256=identity.fingerprint)
         self._warned = float("-inf")
-        self._warn_of_expiry()
 
     def _warn_of_expiry(self) -> None:
         """A warning, once a day, from 14 days before the certificate expires."""
@@ -160,7 +165,7 @@ class ServerCertificate:
         self._warned = time.monotonic()
         days = self.identity.lifetime / datetime.timedelta(days=1)
         words = f"expires in {days:.1f} days" if days > 0 else f"expired {-days:.1f} days ago"
-        self._log.warning("certificate.expiring", "the certificate %(state)s", state=words, days=round(days, 1))
+        self._log.warning("certificate.expiring", f"the certificate {words}", days=round(days, 1))
 
     def _state(self) -> list[tuple[int, int, int] | None]:
         """What changes when a file is written or replaced: inode, size, time of change."""

@@ -24,7 +24,7 @@ from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls import shrink
 from nodepass.tls.bio import BATCH, RECORD, Records, inbox
-from nodepass.tls.verify import Expected, is_ip
+from nodepass.tls.verify import Expected, Refusal, is_ip
 
 FEEDS = 8  # reads from the kernel in a row that bring nothing to read: key updates, tickets, alerts
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
@@ -210,7 +210,7 @@ def connect_tls(sock: Socket, context: SSL.Context, expected: Expected) -> TLSSt
     connection.set_connect_state()
     if not is_ip(expected.host):
         connection.set_tlsext_host_name(expected.host.encode("idna"))
-    refusals: list[str] = []
+    refusals: list[Refusal] = []
 
     def judge(_connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
         refusal = expected.refuses_chain(error if not ok else 0)
@@ -227,7 +227,7 @@ def connect_tls(sock: Socket, context: SSL.Context, expected: Expected) -> TLSSt
         stream.handshake()
     except TLSError:
         if refusals:
-            raise VerificationError(f"certificate {refusals[0]}") from None
+            raise VerificationError(f"certificate {refusals[0].words}", refusals[0].check) from None
         raise
     return stream
 

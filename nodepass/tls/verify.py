@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from OpenSSL.crypto import X509
 
+_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 # X509_V_ERR_* of <openssl/x509_vfy.h> that a misconfigured server meets.
 _CHAIN_ERRORS = {
     9: "it is not valid yet",
-    10: "it has expired",
+    _EXPIRED: "it has expired",
     18: "it is self-signed",
     19: "its root is self-signed and not trusted here",
     20: "its issuer is not trusted here",
@@ -22,6 +24,13 @@ _CHAIN_ERRORS = {
     23: "it is revoked",
     26: "it is not meant for servers",
 }
+
+
+class Refusal(NamedTuple):
+    """Which check refuses a certificate (chain, expired, name or fingerprint), and why in words."""
+
+    check: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -35,20 +44,22 @@ class Expected:
     verify: bool = False
     fingerprint: str = ""
 
-    def refuses_chain(self, error: int) -> str:
-        """Why the chain is refused, given OpenSSL's X509_V_ERR_*; nothing where it is not."""
+    def refuses_chain(self, error: int) -> Refusal | None:
+        """Why the chain is refused, given OpenSSL's X509_V_ERR_*; None where it is not."""
         if not error or not self.verify:
-            return ""
-        return f"chain refused for {self.host!r}: {_CHAIN_ERRORS.get(error, f'X509 error {error}')}"
+            return None
+        words = f"chain refused for {self.host!r}: {_CHAIN_ERRORS.get(error, f'X509 error {error}')}"
+        return Refusal("expired" if error == _EXPIRED else "chain", words)
 
-    def refuses_leaf(self, certificate: X509) -> str:
-        """Why the server's own certificate is refused; nothing where it is not."""
+    def refuses_leaf(self, certificate: X509) -> Refusal | None:
+        """Why the server's own certificate is refused; None where it is not."""
         if self.verify and not _is_made_out_to(certificate, self.host):
-            return f"name refused for {self.host!r}: it is made out to {_names(certificate)}"
+            return Refusal("name", f"name refused for {self.host!r}: it is made out to {_names(certificate)}")
         shown = certificate.to_cryptography().fingerprint(SHA256()).hex()
         if self.fingerprint and shown != self.fingerprint:
-            return f"fingerprint refused: the server has proven {self.fingerprint}, this is {shown}; who is in between?"
-        return ""
+            words = f"the server has proven {self.fingerprint}, this is {shown}; who is in between?"
+            return Refusal("fingerprint", f"fingerprint refused: {words}")
+        return None
 
 
 @dataclass(frozen=True)
@@ -57,11 +68,11 @@ class Glance(Expected):
 
     passed: list[bool] = field(default_factory=list)
 
-    def refuses_leaf(self, certificate: X509) -> str:
+    def refuses_leaf(self, certificate: X509) -> Refusal:
         refusal = super().refuses_leaf(certificate)
         if not refusal:
             self.passed.append(True)
-        return refusal or "seen, and left"
+        return refusal or Refusal("", "seen, and left")
 
 
 def _is_made_out_to(certificate: X509, host: str) -> bool:

@@ -74,7 +74,7 @@ def _parse(text: str, report: Report) -> ServerURL | ClientURL | None:
         return None
     report.ok(url.name, f"url: tunnel address {url.tunnel}, target address {url.target}")
     for warning in url.warnings:
-        report.warn(url.name, f"url: {warning}")
+        report.warn(url.name, f"url: {warning.words}")
     return url
 
 
@@ -95,7 +95,7 @@ def _key(file: str | None, environ: Mapping[str, str], report: Report) -> Key | 
         report.bad("key", str(error))
         return None
     for warning in warnings:
-        report.warn("key", warning)
+        report.warn("key", warning.words)
     if text is None:
         report.ok("key", "none: who reaches the tunnel port may become the client")
         return None
@@ -126,7 +126,7 @@ def _limits(settings: Settings, urls: Sequence[ServerURL | ClientURL], report: R
     limits = survey(settings, max(1, len(urls)), may_need_tls(urls))
     report.ok("limits", limits.line.removeprefix("limits: "))
     for warning in limits.warnings:
-        report.warn("limits", warning)
+        report.warn("limits", warning.words)
     return limits.settings
 
 

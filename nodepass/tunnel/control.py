@@ -13,7 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import gevent
 from gevent.lock import Semaphore
@@ -31,6 +31,19 @@ _FIRST_READS = 256  # bytes, before an agreement: a stranger's lines are not wor
 _PROBE_STEP = 0.01  # seconds between looks at what a probe has brought
 
 
+class Ending(NamedTuple):
+    """Why a control connection ended: a token for programs, and the same in words."""
+
+    reason: str
+    words: str
+
+
+NOT_ENDED = Ending("", "")
+CLOSED = Ending("closed", "closed by the peer")
+STOPPING = Ending("stopping", "this end is stopping")
+SILENT = Ending("silent", f"no sign of life for {MISSED_HEARTBEATS} heartbeats")
+
+
 class Signal(Protocol):
     """Anything that can be written on a control connection."""
 
@@ -38,14 +51,14 @@ class Signal(Protocol):
 
 
 class Control:
-    """What both ends of a control connection have in common; `closed_because` says why it ended."""
+    """What both ends of a control connection have in common; `ending` says why it ended."""
 
     def __init__(self, sock: socket.socket, interval: float, log: Log, stats: Stats) -> None:
         self.sock = sock
         # Asked for once: a peer that has gone has no address any more.
         self.endpoint = Endpoint(sock.family, sock.getpeername())
         self.peer = str(self.endpoint)
-        self.closed_because = ""
+        self.ending = NOT_ENDED
         self.vanished = False  # it ended without the peer's saying so: its other connections are as dead
         self.round_trip: float | None = None  # seconds, of the last heartbeat that was answered
         self._stream = TCPStream(sock)
@@ -95,15 +108,19 @@ class Control:
     def finish(self) -> None:
         """Tell the peer that we are leaving, but go on reading what it has already sent."""
         try:
-            self.closed_because = self.closed_because or "this end is stopping"
+            self._note(STOPPING)
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self.close(reason(error))
+            self.close(Ending("failed", reason(error)))
 
-    def close(self, because: str) -> None:
-        """Close; the first reason given is the one that is reported."""
-        self.closed_because = self.closed_because or because
+    def close(self, ending: Ending) -> None:
+        """Close; the first ending given is the one that is reported."""
+        self._note(ending)
         self.sock.close()
+
+    def _note(self, ending: Ending) -> None:
+        if self.ending is NOT_ENDED:
+            self.ending = ending
 
     def read_line(self) -> bytes:
         """The next line; its deadline is the caller's, or what `agree` set. Raises OSError."""
@@ -123,7 +140,7 @@ class Control:
         return self._ready.pop(0)
 
     def _signals(self) -> Iterator[Launch | Heartbeat]:
-        """What the peer says, until the connection ends, which is not an error here: see `closed_because`."""
+        """What the peer says, until the connection ends, which is not an error here: see `ending`."""
         while (line := self._next_line()) is not None:
             try:
                 signal = parse_signal(line)
@@ -141,14 +158,13 @@ class Control:
         try:
             return self.read_line()
         except ClosedError:
-            because = "closed by the peer"
+            self._note(CLOSED)
         except TimeoutError:
             self.vanished = True
-            because = f"no sign of life for {MISSED_HEARTBEATS} heartbeats"
+            self._note(SILENT)
         except OSError as error:
-            self.vanished = not self.closed_because
-            because = reason(error)
-        self.closed_because = self.closed_because or because
+            self.vanished = self.ending is NOT_ENDED
+            self._note(Ending("failed", reason(error)))
         return None
 
     def _count(self, kind: str, event: str, words: str, **fields: object) -> None:
@@ -171,7 +187,7 @@ class ServerControl(Control):
                 gevent.sleep(self._interval)
                 self._beat_once()
         except OSError as error:
-            self.close(f"heartbeat failed: {reason(error)}")
+            self.close(Ending("failed", f"heartbeat failed: {reason(error)}"))
 
     def shows_life(self, timeout: float) -> bool:
         """Whether the client reacts to a heartbeat within `timeout` seconds: v2 by its answer, v1 by its kernel's."""

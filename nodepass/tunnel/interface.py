@@ -26,7 +26,22 @@ class View:
     pool_capacity: int
     slots_used: int  # of SEMAPHORE_LIMIT
     slots: int
+    flows: int  # of UDP
     certificate_expiry: float | None  # Unix time
+
+
+def report_fields(view: View, stats: Stats) -> dict[str, object]:
+    """A line of statistics as fields of the log."""
+    return {
+        "peer": view.peer,
+        "wire": view.wire,
+        "round_trip": view.round_trip,
+        "pool_idle": view.pool_idle,
+        "pool_capacity": view.pool_capacity,
+        "sessions": view.slots_used,
+        "flows": view.flows,
+        "counters": stats.snapshot(),
+    }
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,8 @@ def check_reader(data: bytes) -> None:
     control.agree(version, 5.0)
     with plain_log():
         launches = list(control.launches())
-    assert control.closed_because
+    assert control.ending.reason in ("closed", "failed", "silent")
+    assert control.ending.words
     lines = peer.sock.heard.split(b"\n")[:-1]
     kinds = [_kind(line) for line in lines if len(line) <= MAX_LINE]
     assert launches == [kind for kind in kinds if isinstance(kind, Launch)]

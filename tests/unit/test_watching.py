@@ -16,7 +16,7 @@ from nodepass.tasks import WorkerPool
 from nodepass.tunnel.interface import View
 from nodepass.urls import ServerURL, parse_url
 
-IDLE = View("server", "", "", 0, None, 0, 0, 0, 1, None)
+IDLE = View("server", "", "", 0, None, 0, 0, 0, 1, 0, None)
 
 
 class Fragile:
