@@ -19,8 +19,8 @@ from nodepass.log import Limit, Log, literal
 from nodepass.net.sockets import as_blocking, dial, resolve
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup, WorkerPool
-from nodepass.tunnel.control import STOPPING, ClientControl
-from nodepass.tunnel.handshake import Agreement, introduce
+from nodepass.tunnel.control import STOPPING, Agreement, ClientControl
+from nodepass.tunnel.handshake import connect_to_server
 from nodepass.tunnel.interface import View, report_fields
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
@@ -183,9 +183,7 @@ class Client:
             with gevent.Timeout(
                 timeout, TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s")
             ):
-                agreement = introduce(control, self._key)
-            heartbeat = agreement.tunnel.heartbeat
-            control.agree(agreement.version, heartbeat / 1000 if heartbeat else self._settings.report_interval)
+                agreement = connect_to_server(control, self._key)
         except BaseException:
             sock.close()
             raise
@@ -194,7 +192,7 @@ class Client:
     def _serve(self, control: ClientControl, agreement: Agreement) -> None:
         """Serve one control connection until it ends."""
         self.stats.connects += 1
-        tunnel = agreement.tunnel
+        tunnel = agreement.offer
         self.log.info(
             "server.connected",
             "connected to %(server)s: data port %(data_port)d, tls %(tls)d, wire v%(wire)d",
@@ -227,7 +225,7 @@ class Client:
 
     def _route(self, control: ClientControl, agreement: Agreement) -> Route:
         """How data connections are made: to where the server was reached, on the port that it named."""
-        tunnel = agreement.tunnel
+        tunnel = agreement.offer
         reached = control.endpoint
         return Route(
             endpoint=reached if tunnel.mux else reached.with_port(tunnel.data_port),

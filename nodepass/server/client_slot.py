@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from gevent.event import Event
@@ -23,10 +23,9 @@ from nodepass.server.data_listener import DataListener
 from nodepass.server.pool import ServerPool
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.stats import Stats
-from nodepass.tunnel.control import Ending, ServerControl
-from nodepass.tunnel.handshake import Agreement, Caller, answer
+from nodepass.tunnel.control import Agreement, Ending, ServerControl
 from nodepass.wire.auth import Key
-from nodepass.wire.signals import BUSY, LANE, Launch, Offer
+from nodepass.wire.signals import BUSY, LANE, Launch
 
 if TYPE_CHECKING:
     from OpenSSL import SSL
@@ -45,8 +44,6 @@ class ClientSlot:
         self.flows = VisitorFlows(self.launch, settings, log, stats)
         self._key = key
         self._log = log
-        self._interval = settings.report_interval
-        self._agreement: Agreement | None = None
         self._admission = Semaphore()
         self._connected = Event()
         self.filler = DataListener(
@@ -68,30 +65,35 @@ class ClientSlot:
 
     def _owner(self, peer: Endpoint) -> Agreement | None:
         """The agreement that a data connection belongs to; without a key it must come from the client's address."""
-        return self._agreement if self.control and (self._key or self.is_client(peer)) else None
+        return self.control.agreement if self.control and (self._key or self.is_client(peer)) else None
 
-    def admit(self, control: ServerControl, caller: Caller, tunnel: Offer) -> None:
-        """Make a newcomer the client, if the place is free or may be taken. Raises OSError, RefusedError among them.
+    @contextlib.contextmanager
+    def admission(self, control: ServerControl, proven: bool) -> Iterator[None]:
+        """Hold the place for a client while its handshake ends; then it is the connected one.
 
-        Who has proven the key takes over at once; anybody else only from a client that gives no sign of life.
+        A client that has proven the key takes over at once, one without a key only from a client that gives no sign of
+        life. Raises OSError, RefusedError among them.
         """
         with self._admission:
             if acknowledged(control.sock) is None:
                 raise ClosedError("it has gone while it waited for its turn")
-            if incumbent := self.control:
-                if caller.challenge:
-                    words = "client %(client)s has proven the key and takes over from %(incumbent)s"
-                    self._log.warning("client.replaced", words, client=control.peer, incumbent=incumbent.peer)
-                    self.lose(incumbent, Ending("replaced", f"{control.peer} has proven the key and takes over"))
-                elif incumbent.shows_life(LIFE_SIGN_WITHIN):
-                    raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")
-                else:
-                    incumbent.vanished = True
-                    self.lose(incumbent, Ending("silent", f"no sign of life, and {control.peer} asks for its place"))
-            agreement = answer(control, caller, self._key, tunnel)
-            control.agree(caller.version, self._interval)
-            self.control, self._agreement = control, agreement
+            if self.control:
+                self._replace(self.control, control, proven)
+            yield
+            self.control = control
             self._connected.set()
+
+    def _replace(self, incumbent: ServerControl, control: ServerControl, proven: bool) -> None:
+        """End the connection of the connected client, if it may be. Raises RefusedError."""
+        if proven:
+            words = "client %(client)s has proven the key and takes over from %(incumbent)s"
+            self._log.warning("client.replaced", words, client=control.peer, incumbent=incumbent.peer)
+            self.lose(incumbent, Ending("replaced", f"{control.peer} has proven the key and takes over"))
+        elif incumbent.shows_life(LIFE_SIGN_WITHIN):
+            raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")
+        else:
+            incumbent.vanished = True
+            self.lose(incumbent, Ending("silent", f"no sign of life, and {control.peer} asks for its place"))
 
     def lose(self, control: ServerControl, ending: Ending) -> None:
         """End a control connection. Its idle data connections go with it, its sessions run on.
@@ -100,7 +102,7 @@ class ClientSlot:
         """
         control.close(ending)
         if self.control is control:
-            self.control = self._agreement = None
+            self.control = None
             self._connected.clear()
             self.pool.flush("its client is gone")
             if control.vanished:

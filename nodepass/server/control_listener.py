@@ -10,6 +10,8 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 
 import gevent
 
@@ -23,7 +25,7 @@ from nodepass.server.pending import PendingConnections
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import STOPPING, ServerControl
-from nodepass.tunnel.handshake import hear
+from nodepass.tunnel.handshake import accept_client
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import DATA_PREFIX, SHUTDOWN, TLS_RECORD, Offer, Refusal
 
@@ -110,10 +112,8 @@ class ControlListener:
     def _greet(self, control: ServerControl) -> bool:
         """Whether a newcomer is the client now. Raises OSError."""
         try:
-            caller = hear(control, self._key, self._pending.left(control.sock, self._settings.handshake_timeout))
-            if self._is_shut:
-                raise RefusedError(SHUTDOWN, "this server is shutting down")
-            self._slot.admit(control, caller, self._tunnel())
+            left = self._pending.left(control.sock, self._settings.handshake_timeout)
+            accept_client(control, self._key, self._tunnel(), left, partial(self._admission, control))
         except RefusedError as error:
             self._stats.control_failures[why := failure(error)] += 1
             words = "client %(client)s turned away: %(error)s"
@@ -122,6 +122,11 @@ class ControlListener:
                 control.send(Refusal(error.reason))
             return False
         return True
+
+    def _admission(self, control: ServerControl, proven: bool) -> AbstractContextManager[None]:
+        if self._is_shut:
+            raise RefusedError(SHUTDOWN, "this server is shutting down")
+        return self._slot.admission(control, proven)
 
     def _stay_with(self, control: ServerControl) -> None:
         """Keep the connected client until it is gone."""

@@ -18,7 +18,7 @@ from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.server.pending import PendingConnections
 from nodepass.server.pool import ServerPool
 from nodepass.stats import Stats, failure
-from nodepass.tunnel.handshake import Agreement
+from nodepass.tunnel.control import Agreement
 from nodepass.wire.auth import PROOF_LENGTH, same
 from nodepass.wire.signals import ID_LENGTH
 

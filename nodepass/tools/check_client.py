@@ -21,8 +21,8 @@ from nodepass.net.stream import TCPStream
 from nodepass.stats import Stats
 from nodepass.tools.check_ports import is_connected
 from nodepass.tools.report import Report
-from nodepass.tunnel.control import ClientControl
-from nodepass.tunnel.handshake import Agreement, introduce
+from nodepass.tunnel.control import Agreement, ClientControl
+from nodepass.tunnel.handshake import connect_to_server
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import BUSY, DATA_PREFIX, KEY_REQUIRED, Offer
@@ -77,7 +77,7 @@ class _Visit:
         timeout = self.settings.handshake_timeout
         try:
             with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:g}s")):
-                agreement = introduce(self.control, None if is_live else self.key)
+                agreement = connect_to_server(self.control, None if is_live else self.key)
         except RefusedError as error:
             self._tell_refusal(error, is_live)
         except TimeoutError as error:
@@ -104,7 +104,7 @@ class _Visit:
             self._fail(f"no agreement: {error}")
 
     def _tell_agreement(self, agreement: Agreement, is_live: bool) -> None:
-        tunnel = agreement.tunnel
+        tunnel = agreement.offer
         if is_live and self.key:
             self._fail("no agreement: the server has no key; this client requires one: give both the same")
             return
@@ -126,6 +126,7 @@ class _Visit:
     def _leave(self) -> None:
         """End the control connection, and wait until the server has noticed: the next client finds a free place."""
         self.control.finish()
+        self.control.sock.settimeout(None)  # however brief its heartbeats
         with contextlib.suppress(TimeoutError), gevent.Timeout(FAREWELL, TimeoutError()):
             for _ in self.control.launches():
                 pass

@@ -1,9 +1,11 @@
 """The control connection: signals as lines, in order, on a plain TCP connection.
 
-How it begins is the business of `handshake`. After that the server writes and the client reads: `ServerControl` sends
-heartbeats and launches, `ClientControl` yields the launches and, in v2, answers each heartbeat; a v1 client never
-writes. In v2 each end gives the other up after three heartbeats without a line; in v1 the kernel finds a vanished peer
-(keepalive and TCP_USER_TIMEOUT) in about the same time. What a launch means is the caller's business.
+It begins with `handshake`, which reads and sends lines here and ends with `agree`. After that the server sends
+heartbeats and launches (`ServerControl`), and the client reads the launches and, in v2, answers each heartbeat
+(`ClientControl`); a v1 client never writes. In v2 each end gives its peer up after three heartbeats without a line; in
+v1 the kernel finds a vanished peer (keepalive and TCP_USER_TIMEOUT) in about the same time. What a launch means, and
+what follows the end of the connection, is decided by the callers: `control_listener` and `client_slot` on the server,
+`client` and `connection` on the client.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import gevent
@@ -23,12 +26,23 @@ from nodepass.log import Limit, Log
 from nodepass.net.sockets import Endpoint, acknowledged, bound_failure_detection, wait_readable
 from nodepass.net.stream import TCPStream
 from nodepass.stats import Stats
-from nodepass.wire.signals import HEARTBEAT, Heartbeat, Launch, LineBuffer, Unknown, parse_signal, printable
+from nodepass.wire.auth import SessionKey
+from nodepass.wire.signals import (
+    HEARTBEAT,
+    MAX_LINE,
+    Heartbeat,
+    Launch,
+    LineBuffer,
+    Offer,
+    Unknown,
+    parse_signal,
+    printable,
+)
 
-MISSED_HEARTBEATS = 3  # then the peer is given up
-_READ_SIZE = 1024  # bytes, for one turn of the loop: a peer may send as fast as it can
-_FIRST_READS = 256  # bytes, before an agreement: a stranger's lines are not worth more work at a time
-_PROBE_STEP = 0.01  # seconds between looks at what a probe has brought
+MISSED_HEARTBEATS = 3  # in a row; then the peer is given up
+_READ_SIZE = 1024  # bytes per turn of the event loop, so that a peer that floods does not hold up others
+_FIRST_READ_SIZE = 256  # bytes, likewise, while the peer is unauthenticated
+_PROBE_STEP = 0.01  # seconds between two checks for a reaction to a probe
 
 
 class Ending(NamedTuple):
@@ -50,16 +64,30 @@ class Signal(Protocol):
     def encode(self) -> bytes: ...
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What a handshake has established; `session` is None without a key."""
+
+    offer: Offer
+    session: SessionKey | None = None
+
+    @property
+    def version(self) -> int:
+        """The wire's version."""
+        return self.offer.version
+
+
 class Control:
-    """What both ends of a control connection have in common; `ending` says why it ended."""
+    """What both ends of a control connection have in common."""
 
     def __init__(self, sock: socket.socket, interval: float, log: Log, stats: Stats) -> None:
+        """`interval`: seconds between heartbeats."""
         self.sock = sock
-        # Asked for once: a peer that has gone has no address any more.
-        self.endpoint = Endpoint(sock.family, sock.getpeername())
+        self.endpoint = Endpoint(sock.family, sock.getpeername())  # asked for once: a closed connection has none
         self.peer = str(self.endpoint)
+        self.agreement: Agreement | None = None  # until the handshake is over
         self.ending = NOT_ENDED
-        self.vanished = False  # it ended without the peer's saying so: its other connections are as dead
+        self.vanished = False  # it ended without a close by either end: the peer's other connections are dead, too
         self.round_trip: float | None = None  # seconds, of the last heartbeat that was answered
         self._stream = TCPStream(sock)
         self._interval = interval
@@ -68,37 +96,35 @@ class Control:
         self._sending = Semaphore()
         self._lines = LineBuffer()
         self._ready: list[bytes] = []
-        self._agreed = False
-        self._version = 1
-        self._heard = time.monotonic()  # when the peer last said something
+        self._last_read = time.monotonic()
         bound_failure_detection(sock, MISSED_HEARTBEATS * interval)
 
     @property
     def version(self) -> int:
-        """The wire's version that the handshake has agreed on."""
-        return self._version
-
-    def describe(self) -> str:
-        """The peer, its version and how far away it is, for a line of statistics."""
-        far = "" if self.round_trip is None else f", round trip {1000 * self.round_trip:.2f} ms"
-        return f"{self.peer} (wire v{self._version}{far})"
-
-    def unhealthy_reason(self) -> str:
-        """What is wrong where a v2 peer's heartbeats have stayed away for so long that this end must have noticed."""
-        silent = time.monotonic() - self._heard
-        if self._version < 2 or silent < (MISSED_HEARTBEATS + 1) * self._interval:
-            return ""
-        return f"nothing from {self.peer} for {silent:.3g}s, and it was not given up"
-
-    def agree(self, version: int, interval: float) -> None:
-        """The handshake is over: heartbeats come every `interval` seconds, and in v2 three missing ones are the end."""
-        self._version, self._interval, self._agreed = version, interval, True
-        bound_failure_detection(self.sock, MISSED_HEARTBEATS * interval)
-        if version > 1:
-            self.sock.settimeout(MISSED_HEARTBEATS * interval)
+        """The wire's version; 1 before the handshake is over."""
+        return self.agreement.version if self.agreement else 1
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.peer} {'closed' if self.sock.fileno() < 0 else 'open'}>"
+
+    def describe(self) -> str:
+        """The peer, its version and the round trip, for a line of statistics."""
+        far = "" if self.round_trip is None else f", round trip {1000 * self.round_trip:.2f} ms"
+        return f"{self.peer} (wire v{self.version}{far})"
+
+    def unhealthy_reason(self) -> str:
+        """Why a restart is needed, or "": a v2 peer is so long silent that it must have been given up by now."""
+        silent = time.monotonic() - self._last_read
+        if self.version < 2 or silent < (MISSED_HEARTBEATS + 1) * self._interval:
+            return ""
+        return f"nothing from {self.peer} for {silent:.3g}s, and it was not given up"
+
+    def agree(self, agreement: Agreement) -> Agreement:
+        """End the handshake: in v2, MISSED_HEARTBEATS intervals without a line are the end from now on."""
+        self.agreement = agreement
+        if agreement.version > 1:
+            self.sock.settimeout(MISSED_HEARTBEATS * self._interval)
+        return agreement
 
     def send(self, signal: Signal) -> None:
         """Write one signal; signals of several greenlets do not mix. Raises OSError."""
@@ -106,7 +132,7 @@ class Control:
             self._stream.write(signal.encode())
 
     def finish(self) -> None:
-        """Tell the peer that we are leaving, but go on reading what it has already sent."""
+        """Send the end of the stream, but go on reading what the peer has already sent."""
         try:
             self._note(STOPPING)
             self.sock.shutdown(socket.SHUT_WR)
@@ -126,21 +152,25 @@ class Control:
         """The next line; its deadline is the caller's, or what `agree` set. Raises OSError."""
         while not self._ready:
             wait_readable(self.sock)
-            data = self.sock.recv(_READ_SIZE if self._agreed else _FIRST_READS)
+            data = self.sock.recv(_READ_SIZE if self.agreement else _FIRST_READ_SIZE)
             if not data:
                 raise ClosedError("closed by the peer")
-            self._heard = time.monotonic()
+            self._last_read = time.monotonic()
             skipped = self._lines.skipped
             self._ready = self._lines.feed(data)
             if self._lines.skipped > skipped:
-                if not self._agreed:
-                    raise ProtocolError("a line longer than 4096 bytes")
-                words = "skipping a signal longer than 4096 bytes from %(peer)s"
-                self._count("signals_over_long", "signal.over_long", words, peer=self.peer)
+                self._skip_over_long()
         return self._ready.pop(0)
 
+    def _skip_over_long(self) -> None:
+        """Count an over-long line; in a handshake it is an error."""
+        if not self.agreement:
+            raise ProtocolError(f"a line longer than {MAX_LINE} bytes")
+        words = f"skipping a signal longer than {MAX_LINE} bytes from %(peer)s"
+        self._count("signals_over_long", "signal.over_long", words, peer=self.peer)
+
     def _signals(self) -> Iterator[Launch | Heartbeat]:
-        """What the peer says, until the connection ends, which is not an error here: see `ending`."""
+        """The peer's signals, until the connection ends; `ending` then says why."""
         while (line := self._next_line()) is not None:
             try:
                 signal = parse_signal(line)
@@ -154,7 +184,7 @@ class Control:
                 yield signal
 
     def _next_line(self) -> bytes | None:
-        """None at the end of the connection, however it came."""
+        """The next line, or None at the end of the connection."""
         try:
             return self.read_line()
         except ClosedError:
@@ -173,7 +203,7 @@ class Control:
 
 
 class ServerControl(Control):
-    """The server's end: sends heartbeats, takes their answers, and finds out whether its client lives."""
+    """The server's end: sends heartbeats, takes their answers, and probes whether the client is alive."""
 
     def __init__(self, sock: socket.socket, interval: float, log: Log, stats: Stats) -> None:
         super().__init__(sock, interval, log, stats)
@@ -190,13 +220,13 @@ class ServerControl(Control):
             self.close(Ending("failed", f"heartbeat failed: {reason(error)}"))
 
     def shows_life(self, timeout: float) -> bool:
-        """Whether the client reacts to a heartbeat within `timeout` seconds: v2 by its answer, v1 by its kernel's."""
+        """Whether the client reacts to a heartbeat within `timeout` seconds: in v2 it answers, in v1 TCP does."""
         deadline = time.monotonic() + timeout
         answers = self._answers
         try:
             self._beat_once()
             while time.monotonic() < deadline:
-                alive = self._answers > answers if self._version > 1 else acknowledged(self.sock)
+                alive = self._answers > answers if self.version > 1 else acknowledged(self.sock)
                 if alive is not False:
                     return bool(alive)
                 gevent.sleep(_PROBE_STEP)
@@ -226,11 +256,18 @@ class ServerControl(Control):
 class ClientControl(Control):
     """The client's end: yields launches, and answers a v2 server's heartbeats."""
 
+    def agree(self, agreement: Agreement) -> Agreement:
+        """As `Control.agree`, with heartbeats as often as the server's offer says."""
+        if agreement.offer.heartbeat:
+            self._interval = agreement.offer.heartbeat / 1000
+            bound_failure_detection(self.sock, MISSED_HEARTBEATS * self._interval)
+        return super().agree(agreement)
+
     def launches(self) -> Iterator[Launch]:
         """The launches that arrive, until the connection ends."""
         for signal in self._signals():
             if isinstance(signal, Launch):
                 yield signal
-            elif self._version > 1:
-                with contextlib.suppress(OSError):  # the next read says what is wrong
+            elif self.version > 1:
+                with contextlib.suppress(OSError):  # the next read raises it, too
                     self.send(HEARTBEAT)

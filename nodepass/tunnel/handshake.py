@@ -1,17 +1,20 @@
-"""How a control connection begins: versions are told apart, the key is proven, the server says where data goes.
+"""How a control connection begins: the two ends agree on a version, prove the key, and the server says where data goes.
 
-Both sides of docs/protocol.md's negotiation, each as one story. Nothing here listens, dials or logs: a refusal is an
-exception whose text is plain words, and who called logs it.
+Each side of docs/protocol.md's negotiation is one function, and the two mirror each other. Nothing here listens, dials
+or logs: a refusal is a RefusedError whose text is plain words. The server's `control_listener` and the client's
+`client` call it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import gevent
 
 from nodepass.errors import ProtocolError, RefusedError
-from nodepass.tunnel.control import Control
+from nodepass.tunnel.control import Agreement, Control
 from nodepass.wire.auth import Key, SessionKey, new_nonce, same
 from nodepass.wire.signals import (
     KEY_MISMATCH,
@@ -28,87 +31,42 @@ from nodepass.wire.signals import (
     parse_opening,
 )
 
-HELLO_WITHIN = 0.25  # seconds that a server without a key gives a client to say that it speaks v2
+HELLO_WITHIN = 0.25  # seconds that a server without a key waits for a hello before it takes the client for v1
+_SILENT = Hello("", "1")  # what a v1 client is taken to have said
+
+Admission = Callable[[bool], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What the two ends have agreed on; `session` is there when they have proven a key."""
+def accept_client(control: Control, key: Key | None, offer: Offer, timeout: float, admission: Admission) -> Agreement:
+    """The server's side: read the hello, check the proof of the key, admit the client, send the offer.
 
-    tunnel: Offer
-    session: SessionKey | None = None
-
-    @property
-    def version(self) -> int:
-        """The wire's version."""
-        return self.tunnel.version
-
-
-@dataclass(frozen=True)
-class Caller:
-    """A client whose first lines a server has read."""
-
-    version: int
-    nonce: str = ""
-    challenge: str = ""  # the server's nonce, where the client has proven the key
-
-
-# The server's side, in two steps: who calls, and, once it may be the client, where data goes.
-
-
-def hear(control: Control, key: Key | None, timeout: float) -> Caller:
-    """Read what a newcomer has to say, and have it prove the key. Raises OSError, RefusedError among them."""
+    The client has `timeout` seconds to identify itself. `admission`, given whether the client has proven a key, raises
+    RefusedError where another client stays connected; else it holds the slot until the offer has been sent. Raises
+    OSError, RefusedError among them.
+    """
+    challenge = ""
     with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:.3g}s")):
-        hello = _hear_hello(control, timeout if key else min(timeout, HELLO_WITHIN))
-        if hello is None:
-            if key:
-                raise RefusedError(KEY_REQUIRED, "it speaks wire v1, or nothing, and this server requires a key")
-            return Caller(1)
-        if hello.version != "2":
-            raise RefusedError(VERSION, f"it speaks version {hello.version[:8]!r} of the wire, this server 1 and 2")
-        if not key:
-            return Caller(2, hello.nonce)
-        challenge = new_nonce()
-        control.send(Challenge(challenge))
-        try:
-            auth = parse_auth(control.read_line())
-        except ProtocolError as error:
-            raise RefusedError(KEY_MISMATCH, f"its answer to the challenge is no proof of the key: {error}") from None
-        except TimeoutError:
-            raise RefusedError(KEY_REQUIRED, f"it did not prove the key within {timeout:.3g}s") from None
-        except ConnectionError:
-            raise RefusedError(KEY_REQUIRED, "it left at the challenge: it has no key, or another one") from None
-        if not same(auth.mac, key.client_proof(hello.nonce, challenge)):
-            raise RefusedError(KEY_MISMATCH, "its key does not match this server's")
-        return Caller(2, hello.nonce, challenge)
+        hello = _read_hello(control, key, timeout)
+        if key:
+            challenge = new_nonce()
+            control.send(Challenge(challenge))
+            _check_client(control, key.client_proof(hello.nonce, challenge), timeout)
+    with admission(bool(challenge)):
+        if hello is _SILENT:
+            offer = Offer(offer.data_port, offer.tls)
+        session = None
+        if key:
+            offer = replace(offer, mac=key.server_proof(hello.nonce, challenge, offer))
+            session = key.session(hello.nonce, challenge, offer)
+        control.send(offer)
+        return control.agree(Agreement(offer, session))
 
 
-def _hear_hello(control: Control, timeout: float) -> Hello | None:
-    """The hello, or None in silence."""
-    try:
-        with gevent.Timeout(timeout, TimeoutError()):
-            return parse_hello(control.read_line())
-    except TimeoutError:
-        return None
+def connect_to_server(control: Control, key: Key | None) -> Agreement:
+    """The client's side: send the hello, prove the key, check the server's proof, take the offer.
 
-
-def answer(control: Control, caller: Caller, key: Key | None, tunnel: Offer) -> Agreement:
-    """Tell a client that it is the one, in its own version. Raises OSError."""
-    if caller.version == 1:
-        tunnel = Offer(tunnel.data_port, tunnel.tls)
-    session = None
-    if key:
-        tunnel = replace(tunnel, mac=key.server_proof(caller.nonce, caller.challenge, tunnel))
-        session = key.session(caller.nonce, caller.challenge, tunnel)
-    control.send(tunnel)
-    return Agreement(tunnel, session)
-
-
-# The client's side
-
-
-def introduce(control: Control, key: Key | None) -> Agreement:
-    """Say hello and come to an agreement; the deadline is the caller's. Raises OSError, RefusedError among them."""
+    The deadline is the caller's. Raises OSError, RefusedError among them.
+    """
     nonce, challenge = new_nonce(), ""
     control.send(Hello(nonce))
     opening = parse_opening(control.read_line())
@@ -122,17 +80,45 @@ def introduce(control: Control, key: Key | None) -> Agreement:
         raise RefusedError(opening.reason, REASONS.get(opening.reason, ""))
     if not isinstance(opening, Offer):
         raise ProtocolError("the server challenged twice")
-    if not key:
-        return Agreement(opening)
-    return Agreement(opening, _check_server(opening, key, nonce, challenge))
+    session = _check_server(opening, key, nonce, challenge) if key else None
+    return control.agree(Agreement(opening, session))
 
 
-def _check_server(tunnel: Offer, key: Key, nonce: str, challenge: str) -> SessionKey:
-    """The session's key, if the server has shown that it has ours. A client with a key never settles for less."""
-    if tunnel.version == 1:
+def _read_hello(control: Control, key: Key | None, timeout: float) -> Hello:
+    """The client's hello; `_SILENT` where none comes and no key is required."""
+    try:
+        with gevent.Timeout(timeout if key else min(timeout, HELLO_WITHIN), TimeoutError()):
+            hello = parse_hello(control.read_line())
+    except TimeoutError:
+        if key:
+            words = "it speaks wire v1, or nothing, and this server requires a key"
+            raise RefusedError(KEY_REQUIRED, words) from None
+        return _SILENT
+    if hello.version != "2":
+        raise RefusedError(VERSION, f"it speaks version {hello.version[:8]!r} of the wire, this server 1 and 2")
+    return hello
+
+
+def _check_client(control: Control, expected: str, timeout: float) -> None:
+    """Read the client's proof of the key. Raises RefusedError where it is missing or wrong."""
+    try:
+        auth = parse_auth(control.read_line())
+    except ProtocolError as error:
+        raise RefusedError(KEY_MISMATCH, f"its answer to the challenge is no proof of the key: {error}") from None
+    except TimeoutError:
+        raise RefusedError(KEY_REQUIRED, f"it did not prove the key within {timeout:.3g}s") from None
+    except ConnectionError:
+        raise RefusedError(KEY_REQUIRED, "it left at the challenge: it has no key, or another one") from None
+    if not same(auth.mac, expected):
+        raise RefusedError(KEY_MISMATCH, "its key does not match this server's")
+
+
+def _check_server(offer: Offer, key: Key, nonce: str, challenge: str) -> SessionKey:
+    """The session's key. Raises RefusedError where the server has not proven that it has the client's key."""
+    if offer.version == 1:
         raise RefusedError(KEY_MISMATCH, "the server speaks wire v1, which knows no key; this client requires one")
-    if not challenge or not tunnel.mac:
+    if not challenge or not offer.mac:
         raise RefusedError(KEY_MISMATCH, "the server has no key; this client requires one: give both the same")
-    if not same(tunnel.mac, key.server_proof(nonce, challenge, tunnel)):
+    if not same(offer.mac, key.server_proof(nonce, challenge, offer)):
         raise RefusedError(KEY_MISMATCH, "the server's key does not match this client's, or somebody is in between")
-    return key.session(nonce, challenge, tunnel)
+    return key.session(nonce, challenge, offer)

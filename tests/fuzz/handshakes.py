@@ -6,6 +6,7 @@ reach every state; or it says anything else.
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 from itertools import chain
 from typing import Any, cast
@@ -13,8 +14,8 @@ from typing import Any, cast
 from nodepass.errors import ProtocolError, RefusedError
 from nodepass.log import Log
 from nodepass.stats import Stats
-from nodepass.tunnel.control import ClientControl
-from nodepass.tunnel.handshake import Caller, answer, hear, introduce
+from nodepass.tunnel.control import Agreement, ClientControl
+from nodepass.tunnel.handshake import accept_client, connect_to_server
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import (
     MAX_LINE,
@@ -27,6 +28,7 @@ from nodepass.wire.signals import (
     Offer,
     Refusal,
     Unknown,
+    parse_hello,
     parse_opening,
     parse_signal,
 )
@@ -91,22 +93,39 @@ class ScriptedServer(Peer):
 
 
 def check_server_handshake(data: bytes) -> None:
-    """A server lets in who proves the key and nobody else, and tells a stranger nothing but a challenge."""
+    """A server admits a client that proves the key and no other, and sends an unauthenticated one only a challenge."""
     script = Script(data)
     mine = key() if script.number() % 2 else None
     client = ScriptedClient(script)
+    admitted: list[bool] = []
+
+    def admit(proven: bool) -> contextlib.nullcontext[None]:
+        _assert_told_nothing(client.sock.sent, mine)
+        admitted.append(proven)
+        return contextlib.nullcontext()
+
     try:
-        caller = hear(client.control, mine, 5.0)
+        agreement = accept_client(client.control, mine, TUNNEL, 5.0, admit)
     except OSError as error:
         assert_plain(error)
         _assert_known(error)
         _assert_told_nothing(client.sock.sent, mine)
+        assert not admitted
         return
-    _assert_told_nothing(client.sock.sent, mine)
+    assert admitted == [mine is not None]
+    assert client.control.agreement is agreement
     if mine:
-        assert caller.version == 2
-        assert mine.client_proof(caller.nonce, caller.challenge).encode() in client.sock.heard
-    _check_answer(client, caller, mine)
+        assert agreement.version == 2
+        proof = mine.client_proof(_nonce(client.sock.heard), client._said(b"//challenge"))
+        assert proof.encode() in client.sock.heard
+    assert parse_opening(client.sock.sent.split(b"\n")[-2]) == agreement.offer
+    assert (agreement.session is None) == (mine is None)
+    assert bool(agreement.offer.mac) == (mine is not None)
+
+
+def _nonce(heard: bytes) -> str:
+    """The nonce of the hello that was read."""
+    return parse_hello(heard.split(b"\n")[0]).nonce
 
 
 def _assert_known(error: OSError) -> None:
@@ -118,26 +137,17 @@ def _assert_told_nothing(sent: bytes, mine: Key | None) -> None:
     assert sent == b"" or (mine and len(lines) == 2 and isinstance(parse_opening(lines[0]), Challenge))
 
 
-def _check_answer(client: Peer, caller: Caller, mine: Key | None) -> None:
-    agreement = answer(client.control, caller, mine, TUNNEL)
-    line = client.sock.sent.split(b"\n")[-2]
-    assert parse_opening(line) == agreement.tunnel
-    assert agreement.version == caller.version
-    assert (agreement.session is None) == (mine is None)
-    assert bool(agreement.tunnel.mac) == (mine is not None)
-
-
 def check_client_handshake(data: bytes) -> None:
     """A client with a key settles for nobody who has not proven it; one without says nothing but its hello."""
     script = Script(data)
     mine = key() if script.number() % 2 else None
     server = ScriptedServer(script)
     try:
-        agreement = introduce(server.control, mine)
+        agreement = connect_to_server(server.control, mine)
     except OSError as error:
         assert_plain(error)
     else:
-        tunnel = agreement.tunnel
+        tunnel = agreement.offer
         assert (agreement.session is None) == (mine is None)
         if mine:
             assert tunnel.version == 2
@@ -159,7 +169,7 @@ def check_reader(data: bytes) -> None:
     version = script.number() % 2 + 1
     peer = Peer(script)
     control = peer.control
-    control.agree(version, 5.0)
+    control.agree(Agreement(TUNNEL if version > 1 else Offer(80, 0)))
     with plain_log():
         launches = list(control.launches())
     assert control.ending.reason in ("closed", "failed", "silent")

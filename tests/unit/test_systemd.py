@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import gevent
 import pytest
-from gevent import socket as gevent_socket
 from gevent.event import Event
 
 from nodepass.config import Settings
@@ -20,11 +18,9 @@ from nodepass.net.activation import Inherited, PassedSocket, Share
 from nodepass.net.listen import close_all, port_of
 from nodepass.server.server import Server
 from nodepass.stats import Stats
-from nodepass.tunnel.control import Control
 from nodepass.urls import Address, ServerURL
 from tests.support.sockets import connect
 from tests.support.target import bind_pair
-from tests.unit.streams import tcp_pair
 
 UNIT = "nodepass@web.socket"
 
@@ -101,22 +97,6 @@ def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stac
         while not manager.lines:
             gevent.sleep(0.01)
     assert manager.lines[:2] == ["READY=1", "WATCHDOG=1"]
-
-
-def test_a_peer_that_is_silent_and_yet_connected_is_an_ailment(stack: ExitStack) -> None:
-    near, peer = stack.enter_context(tcp_pair())
-    assert isinstance(near.sock, gevent_socket.socket)
-    control = Control(near.sock, 0.05, Log("test"), Stats())
-    assert not control.unhealthy_reason()
-    control.agree(2, 0.05)
-    gevent.sleep(0.25)
-    assert "was not given up" in control.unhealthy_reason()
-    peer.sendall(b"\n")
-    control.read_line()
-    assert not control.unhealthy_reason()
-    control.agree(1, 0.001)
-    time.sleep(0.01)
-    assert not control.unhealthy_reason()  # a v1 client never says anything
 
 
 def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_them_open(stack: ExitStack) -> None:
