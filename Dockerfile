@@ -11,15 +11,15 @@ COPY requirements.txt /src/
 RUN /opt/nodepass/bin/pip install -r /src/requirements.txt
 COPY setup.py README.md LICENSE /src/
 COPY nodepass /src/nodepass
-# Installing compiles the byte code too, so the running container never has to write any.
+# Installing compiles the byte code, so the running container never writes any.
 RUN /opt/nodepass/bin/pip install "/src[metrics]" && /opt/nodepass/bin/pip uninstall --yes pip
 
 FROM python:${PYTHON_VERSION}-slim
 COPY --from=build /opt/nodepass /opt/nodepass
-# For the health check. /dev/shm can be written to in every container, also where the root file system is read-only.
+# For the health check. /dev/shm is writable in every container, even with a read-only root file system.
 ENV PATH=/opt/nodepass/bin:$PATH PYTHONDONTWRITEBYTECODE=1 METRICS_LISTEN=unix:/dev/shm/nodepass.sock
 USER 65532:65532
-# The program is process 1: it handles the signals itself, and starts no other.
+# The program is process 1: it handles signals itself and starts no other process.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=5s --start-period=5s --retries=3 CMD ["python", "-m", "nodepass.metrics.healthcheck"]
 ENTRYPOINT ["nodepass"]

@@ -1,8 +1,8 @@
-"""What `make demo` runs: a small service, a nodepass server and a nodepass client, all on this machine.
+"""`make demo`: a small service, a nodepass server and a nodepass client, all on this machine.
 
-The service is a web page (TCP) and an echo (UDP) on one port. The two tunnel ends are real processes of
-bin/nodepass on ports that the kernel chooses; their readiness is read from their logs. The demo then uses
-the tunnel as a visitor would, says what it saw, and goes on until Ctrl-C. It ends only what it started.
+The service is a web page (TCP) and an echo (UDP) on one port. The ends of the tunnel are real processes of bin/nodepass
+on ports that the kernel chooses; their readiness is read from their logs. The demo uses the tunnel as a visitor would,
+prints the result, and runs until Ctrl-C. It ends only processes that it started.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from types import FrameType
 NODEPASS = Path(__file__).resolve().parents[2] / "bin" / "nodepass"
 LOOPBACK = "127.0.0.1"
 
-# Seconds: for a process to say that it is ready, for an answer through the tunnel, for a process to end. The
-# first is long because a first start also compiles the byte code.
+# Seconds: for a process to become ready, for an answer through the tunnel, for a process to end. The first is long
+# because a first start also compiles the byte code.
 READY_TIMEOUT = 20.0
 ANSWER_TIMEOUT = 10.0
 STOP_TIMEOUT = 10.0
@@ -42,16 +42,16 @@ PAGE = b"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>nodepass demo</title>
 <body style="font: 1.1rem/1.6 system-ui; max-width: 34rem; margin: 4rem auto">
 <h1>Hello through the tunnel</h1>
-<p>This page is served by a port that only the nodepass <em>client</em> can see. Your browser asked the
-nodepass <em>server</em>; the server launched one of the connections that the client keeps open to it,
-encrypted, and the bytes went through.</p>
-<p>Stop the demo with Ctrl-C, and this page is gone.</p>
+<p>This page is served on a port that only the nodepass <em>client</em> uses. Your browser connected to the
+nodepass <em>server</em>, which forwarded the request over one of the encrypted connections that the client keeps open
+to it.</p>
+<p>Ctrl-C stops the demo.</p>
 </body></html>
 """
 
 
 class DemoError(Exception):
-    """Something did not go as promised; the text says what."""
+    """The demo failed; the text has the reason."""
 
 
 class PageHandler(http.server.BaseHTTPRequestHandler):
@@ -65,12 +65,12 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(PAGE)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (the base class chose the name)
-        """Keep the terminal for the demo's own words."""
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (the name is the base class's)
+        """Keep the terminal for the demo's own output."""
 
 
 class EchoHandler(socketserver.BaseRequestHandler):
-    """Sends every datagram back where it came from."""
+    """Sends every datagram back to its sender."""
 
     def handle(self) -> None:
         """Answer one datagram."""
@@ -79,14 +79,14 @@ class EchoHandler(socketserver.BaseRequestHandler):
 
 
 class Tunnel:
-    """One running bin/nodepass, the lines of its log so far, and a way to wait for one of them."""
+    """One running bin/nodepass and the lines of its log so far."""
 
     def __init__(self, role: str, url: str) -> None:
         self.role = role
         self.lines: list[str] = []
         self._grown = threading.Condition()
         self._ended = False
-        # In a session of its own, so that a Ctrl-C at the terminal reaches it once, through the demo.
+        # A session of its own, so that Ctrl-C at the terminal reaches it once, through the demo.
         self.process = subprocess.Popen(
             [NODEPASS, url], stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         )
@@ -104,7 +104,7 @@ class Tunnel:
             self._grown.notify_all()
 
     def wait_for(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Return the first log line that matches; DemoError if it does not come within READY_TIMEOUT."""
+        """The first log line that matches. Raises DemoError if there is none within READY_TIMEOUT."""
         with self._grown:
             self._grown.wait_for(lambda: self._search(pattern) or self._ended, READY_TIMEOUT)
             found = self._search(pattern)
@@ -117,7 +117,7 @@ class Tunnel:
         return next((found for found in map(pattern.search, self.lines) if found), None)
 
     def stop(self) -> None:
-        """Ask the process to end, and make it end after STOP_TIMEOUT."""
+        """Terminate the process, and kill it after STOP_TIMEOUT."""
         self.process.terminate()
         try:
             self.process.wait(STOP_TIMEOUT)
@@ -130,19 +130,19 @@ class Tunnel:
 
 
 def say(text: str = "") -> None:
-    """Print one line at once, also into a pipe."""
+    """Print one line unbuffered, also into a pipe."""
     print(text, flush=True)
 
 
 def bind_service() -> tuple[http.server.ThreadingHTTPServer, socketserver.UDPServer]:
-    """Return the page and the echo, bound to the same free port."""
+    """The page and the echo, bound to the same free port."""
     for _ in range(20):
         page = http.server.ThreadingHTTPServer((LOOPBACK, 0), PageHandler)
         try:
             return page, socketserver.UDPServer((LOOPBACK, page.server_port), EchoHandler)
         except OSError:  # that number is taken on the UDP side: try another
             page.server_close()
-    raise DemoError("found no port that is free for both TCP and UDP")
+    raise DemoError("no port is free for both TCP and UDP")
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def serving() -> Iterator[int]:
 
 @contextlib.contextmanager
 def running(role: str, url: str) -> Iterator[Tunnel]:
-    """Run bin/nodepass with one URL; shows its log if anything fails meanwhile."""
+    """Run bin/nodepass with one URL; shows its log if anything fails."""
     say(f"  $ bin/nodepass {shlex.quote(url)}")
     tunnel = Tunnel(role, url)
     try:
@@ -176,19 +176,19 @@ def running(role: str, url: str) -> Iterator[Tunnel]:
 
 
 def fetch_page(port: int) -> str:
-    """Get the page as a browser would; returns what happened in words."""
+    """Get the page as a browser would; the result as a line of text."""
     started = time.perf_counter()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is no matter for a proxy
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for loopback
     with opener.open(f"http://{LOOPBACK}:{port}/", timeout=ANSWER_TIMEOUT) as response:
         body = response.read()
     if body != PAGE:
-        raise DemoError(f"the page came back changed: {len(body)} bytes instead of {len(PAGE)}")
+        raise DemoError(f"the page differs: {len(body)} bytes instead of {len(PAGE)}")
     milliseconds = 1000 * (time.perf_counter() - started)
     return f"the page, {len(body)} bytes, status {response.status}, in {milliseconds:.1f} ms"
 
 
 def echo_datagram(port: int) -> str:
-    """Send one datagram and wait for its echo; returns what happened in words."""
+    """Send one datagram and wait for its echo; the result as a line of text."""
     payload = b"knock, knock"
     started = time.perf_counter()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as visitor:
@@ -197,28 +197,28 @@ def echo_datagram(port: int) -> str:
         visitor.send(payload)
         answer = visitor.recv(2048)
     if answer != payload:
-        raise DemoError(f"the datagram came back changed: {answer!r}")
+        raise DemoError(f"the echo differs: {answer!r}")
     milliseconds = 1000 * (time.perf_counter() - started)
     return f"the echo of {payload.decode()!r} in {milliseconds:.1f} ms"
 
 
 def show_picture(visitor_port: int, tunnel_port: int, service_port: int) -> None:
-    """Draw who talks to whom."""
+    """Print how the parts are connected."""
     say(f"""
-What travels where:
+The connections:
 
   visitor -- TCP, UDP --> server :{visitor_port}
                              ^
-                             |  TLS, on connections that the client opened (to :{tunnel_port} first)
+                             |  TLS, on connections opened by the client (to :{tunnel_port} first)
                              |
                           client -- TCP, UDP --> service :{service_port}""")
 
 
 def run_demo(once: bool) -> None:
-    """Tell the whole story; raises DemoError or OSError where it breaks."""
+    """Run the demo. Raises DemoError or OSError."""
     with contextlib.ExitStack() as stack:
         service_port = stack.enter_context(serving())
-        say(f"The service, a web page and a UDP echo, waits on {LOOPBACK}:{service_port}.\n")
+        say(f"The service, a web page and a UDP echo, listens on {LOOPBACK}:{service_port}.\n")
         say("On the machine with the public address:")
         server = stack.enter_context(running("server", f"server://{LOOPBACK}:0/{LOOPBACK}:0?tls=1"))
         tunnel_port, visitor_port = map(int, server.wait_for(LISTENING).groups())
@@ -227,26 +227,26 @@ def run_demo(once: bool) -> None:
         stack.enter_context(running("client", client_url))
         server.wait_for(CLIENT_CONNECTED)
         show_picture(visitor_port, tunnel_port, service_port)
-        say(f"\nA visitor asks the server, {LOOPBACK}:{visitor_port}:\n")
+        say(f"\nA visitor connects to the server, {LOOPBACK}:{visitor_port}:\n")
         say(f"  TCP: {fetch_page(visitor_port)}")
         say(f"  UDP: {echo_datagram(visitor_port)}")
         if once:
             say("\nIt works.")
             return
-        say(f"\nIt works. Open http://{LOOPBACK}:{visitor_port}/ in a browser; Ctrl-C ends the demo.")
+        say(f"\nIt works. Open http://{LOOPBACK}:{visitor_port}/ in a browser; Ctrl-C stops the demo.")
         signal.pause()
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """End the demo by unwinding it; an impatient second signal does not cut that short."""
+    """End the demo by unwinding it; a second signal is ignored."""
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Parse, run, translate the outcome into an exit status."""
-    parser = argparse.ArgumentParser(description="A nodepass tunnel at work, all on this machine.")
+    """Run the command line; its exit status."""
+    parser = argparse.ArgumentParser(description="A nodepass tunnel, all on this machine.")
     parser.add_argument("--once", action="store_true", help="check the tunnel once and exit with 0 or 1")
     once = parser.parse_args().once
     for number in ENDING_SIGNALS:
@@ -254,7 +254,7 @@ def main() -> int:
     try:
         run_demo(once)
     except KeyboardInterrupt:
-        say("\nDone: the tunnel and the service are closed.")
+        say("\nStopped: the tunnel and the service are closed.")
         return 130 if once else 0
     except (DemoError, OSError) as error:
         say(f"\nThe demo failed: {error}")

@@ -121,7 +121,7 @@ def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
     create(box)
     carry(box)
     edit(box)
-    assert "still running the release before: web" in box.do("update", *installing)
+    assert "still running the previous release: web" in box.do("update", *installing)
     assert (box.root / "usr/local/lib/nodepass/current").readlink() == Path("2")
     stop_and_delete(box)
     uninstall(box)
@@ -166,8 +166,8 @@ def socket_since(box: ManagedBox) -> str:
 
 def create(box: ManagedBox) -> None:
     assert "fail url: " in box.refuse("create", "web", "--url", "server://:1/:2?tls=7")
-    assert "would have no tunnel; say --url" in box.refuse("create", "web")
-    assert "--key-file /srv/none: there is no such file" in box.refuse(
+    assert "would have no tunnel; use --url" in box.refuse("create", "web")
+    assert "--key-file /srv/none: no such file" in box.refuse(
         "create", "web", "--url", SERVER, "--key-file", "/srv/none"
     )
     assert not box.has(ENV)
@@ -176,9 +176,9 @@ def create(box: ManagedBox) -> None:
     assert (box.root / ENV[1:]).stat().st_mode & 0o777 == 0o640
     assert (box.root / KEY[1:]).stat().st_mode & 0o777 == 0o600
     assert re.search(rf"web +active +enabled +{re.escape(SERVER)}", box.do("list"))
-    assert "is there already" in box.refuse("create", "web", "--url", SERVER)
+    assert "already exists" in box.refuse("create", "web", "--url", SERVER)
     said = box.refuse("create", "twin", "--url", SERVER, "--set", "SEMAFORE_LIMIT=3")
-    assert "SEMAFORE_LIMIT is no setting of nodepass" in said
+    assert "SEMAFORE_LIMIT is not a setting of nodepass" in said
     assert "cannot listen on tunnel address 127.0.0.1:10101: Address already in use" in said  # the end of its log
     box.do("delete", "twin", "--yes")
 
@@ -403,7 +403,7 @@ def test_the_menu_offers_every_command_and_leaves() -> None:
         assert menu.wait(20) == 0
     text = said.decode()
     assert text.count("11  logs") == 6
-    assert "given up" in text
+    assert "aborted" in text
     for choice in ("nonsense", "99"):
         assert f"{choice!r} is none of these; allowed: 1 to 11" in text
     assert "NAME" in text
