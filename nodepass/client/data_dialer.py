@@ -71,7 +71,7 @@ class DataDialer:
                 self._failures = 0
                 gevent.sleep(self._backoff.pause())
             while pool.missing > 0:
-                pool.dialling += 1
+                pool.begin_dial()
                 self.dials.spawn("dial data connection", self._add_one)
 
     def _add_one(self) -> None:

@@ -41,6 +41,7 @@ class ClientPool(Pool):
         self.wanted = Event()
         self.wanted.set()
         self.dialling = 0
+        self._flushed = False
         self._died_young: set[str] = set()  # ended as soon as they were made, and by no visitor who left, so far
         self._expected: dict[str, Waiter] = {}
         self._reserved: dict[str, Stream] = {}  # launched, waiting for a slot
@@ -69,14 +70,21 @@ class ClientPool(Pool):
         else:
             super().add(id, stream)
 
+    def begin_dial(self) -> None:
+        """A connection is being made; `end_dial` follows, however that goes."""
+        self.dialling += 1
+
     def end_dial(self) -> None:
         """A connection has been added, or could not be made."""
         self.dialling -= 1
         self.wanted.set()
         if not self.dialling:
-            for id, expected in self._expected.items():
-                expected.fail(NoDataConnection(f"no data connection has the id {id}"))
-            self._expected.clear()
+            self._fail_claims()
+
+    def _fail_claims(self) -> None:
+        while self._expected:
+            id, expected = self._expected.popitem()
+            expected.fail(NoDataConnection(f"no data connection has the id {id}"))
 
     def end_interval(self) -> None:
         super().end_interval()
@@ -87,7 +95,10 @@ class ClientPool(Pool):
         self.wanted.set()
 
     def flush(self, because: str) -> None:
+        """Close all that is here, for good: no claim waits any more, also where a dial was ended before it began."""
         super().flush(because)
+        self._flushed = True
+        self._fail_claims()
         while self._spoken:
             self._spoken.popitem()[1].stream.close()
         while self._reserved:
@@ -96,6 +107,7 @@ class ClientPool(Pool):
     def reserve(self, id: str) -> None:
         """Keep the connection of a launch that has been read until it is claimed, however long that takes."""
         if stream := self._find(id):
+            self.drop(id)
             self._reserved[id] = stream
 
     def drop(self, id: str) -> None:
@@ -111,7 +123,7 @@ class ClientPool(Pool):
         """
         if stream := self._reserved.pop(id, None) or self._find(id):
             return stream
-        if not self.dialling or id in self._expected:
+        if not self.dialling or self._flushed or id in self._expected:
             raise NoDataConnection(f"no data connection has the id {id}")
         if not self._idle:
             self._find_empty()
@@ -126,6 +138,7 @@ class ClientPool(Pool):
         if spoken := self._spoken.pop(id, None):
             # Its visitor had left at once, which says nothing of how many connections there should be.
             self.capacity = min(self.bounds[1], self.capacity + spoken.lowered)
+            self.wanted.set()
             self._died_young.discard(id)
             return spoken.stream
         if idle := self._idle.get(id):
@@ -140,10 +153,17 @@ class ClientPool(Pool):
         self.wanted.set()
         return stream
 
+    def _look(self, idle: Idle) -> None:
+        super()._look(idle)
+        self.wanted.set()
+
     def _readable(self, idle: Idle) -> None:
         state = idle.stream.peek()
         if state is None:
             return
+        if old := self._spoken.pop(idle.id, None):  # its id was given again
+            old.stream.close()
+            self._died_young.discard(idle.id)
         spoken = self._spoken[idle.id] = Spoken(idle.stream, time.monotonic())
         if state:
             self._leave(idle)
@@ -154,7 +174,6 @@ class ClientPool(Pool):
             if spoken.since - idle.since < YOUNG:
                 self._died_young.add(idle.id)
             self._release(idle)
-            self.wanted.set()
         self._log.debug(
             "pool.early",
             "pool: %(id)s %(what)s",

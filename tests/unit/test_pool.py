@@ -13,6 +13,7 @@ from gevent import socket
 from nodepass.client.pool import ClientPool
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
+from nodepass.net.stream import TCPStream
 from nodepass.server.pool import INSISTS_AFTER, ServerPool
 from nodepass.stats import Stats
 from tests.unit.streams import tcp_pair
@@ -26,11 +27,15 @@ class Connections:
         self._stack = stack
         self._numbers = count()
 
+    def make(self) -> tuple[TCPStream, socket.socket]:
+        """A stream as the program sees it, and the peer's socket."""
+        return self._stack.enter_context(tcp_pair())
+
     def add_to(self, pool: ServerPool | ClientPool, number: int = 1) -> list[str]:
         """Put so many new connections into a pool; their ids."""
         ids = []
         for _ in range(number):
-            stream, peer = self._stack.enter_context(tcp_pair())
+            stream, peer = self.make()
             ids.append(f"{next(self._numbers):08x}")
             self.peers[ids[-1]] = peer
             pool.add(ids[-1], stream)
@@ -139,7 +144,7 @@ def test_a_claim_finds_the_connection_of_its_id(client: ClientPool, connections:
 
 
 def test_a_launch_may_overtake_its_connection(client: ClientPool, connections: Connections) -> None:
-    client.dialling = 1
+    client.begin_dial()
     claim = gevent.Greenlet.spawn(client.claim, "00000000", 10)
     gevent.idle()
     connections.add_to(client)
@@ -148,7 +153,7 @@ def test_a_launch_may_overtake_its_connection(client: ClientPool, connections: C
 
 
 def test_a_claim_gives_up_when_no_connection_is_being_made_any_more(client: ClientPool) -> None:
-    client.dialling = 1
+    client.begin_dial()
     claim = gevent.Greenlet.spawn(client.claim, "00000000", 10)
     gevent.idle()
     client.end_dial()
@@ -198,6 +203,43 @@ def test_a_server_that_ends_what_was_just_made_is_given_a_rest(client: ClientPoo
     end(client, connections, connections.add_to(client, 1))
     assert client.is_unwanted()
     assert not client.is_unwanted()
+
+
+@pytest.mark.parametrize("place", ["idle", "early", "reserved"])
+def test_a_connection_whose_id_is_given_again_is_closed(
+    client: ClientPool, connections: Connections, place: str
+) -> None:
+    first, second = connections.make(), connections.make()
+    for stream, peer in (first, second):
+        client.add("00000000", stream)
+        if place == "early":
+            peer.sendall(b"first bytes")
+            gevent.wait(timeout=0.05)
+        if place == "reserved":
+            client.reserve("00000000")
+    assert first[0].sock.fileno() < 0
+    assert client.claim("00000000", 1) is second[0]
+
+
+def test_the_filler_is_woken_for_a_visitor_that_left_before_its_launch(
+    client: ClientPool, connections: Connections
+) -> None:
+    client.capacity = 3
+    [id] = connections.add_to(client)
+    end(client, connections, [id])
+    client.wanted.clear()
+    client.claim(id, 1)
+    assert client.wanted.is_set()
+
+
+def test_no_claim_outlives_its_pool(client: ClientPool) -> None:
+    client.begin_dial()  # ended before it began, so `end_dial` is never called
+    claim = gevent.Greenlet.spawn(client.claim, "00000000", 10)
+    gevent.idle()
+    client.flush("the control connection ended")
+    for late in (claim, gevent.Greenlet.spawn(client.claim, "00000001", 10)):
+        with pytest.raises(NoDataConnection):
+            late.get(timeout=5)
 
 
 def test_an_empty_pool_grows_once_it_has_been_filled_once_over(client: ClientPool, connections: Connections) -> None:

@@ -1,0 +1,334 @@
+"""The client's pool against a model: random orders of connections, first bytes, ends, launches, dials and intervals."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any, TypeAlias, cast
+from unittest import mock
+
+import gevent
+from gevent import Greenlet, GreenletExit
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nodepass.client import pool as client_pool
+from nodepass.client.pool import LAUNCH_WITHIN, YOUNG, ClientPool
+from nodepass.errors import NoDataConnection
+from nodepass.log import Log
+from nodepass.net.stream import Stream
+from nodepass.stats import Stats
+from nodepass.tunnel import pool as tunnel_pool
+
+LOWEST, HIGHEST = 2, 6
+IDS = st.sampled_from([f"{number:08x}" for number in range(6)])  # few, so that some are given twice
+LONG = 60.0  # seconds: a claim that waits so long is ended by something else
+
+
+Claim: TypeAlias = "Greenlet[..., Any]"
+
+
+class Bug(Exception):
+    """A fault in the code that looks at a connection."""
+
+
+class FakeStream:
+    """A data connection whose peer the test plays; it objects to a wrong order of calls."""
+
+    def __init__(self, id: str, added: float) -> None:
+        self.id = id
+        self.added = added
+        self.ended = 0.0  # when its first bytes or its end came
+        self.place = "idle"  # by the model: idle, early, reserved, claimed or closed
+        self.closed = 0
+        self._input: bool | Bug | None = None
+        self._callback: Any = None
+
+    def watch(self, callback: Any, *args: object) -> None:
+        assert not self.closed
+        assert not self._callback
+        self._callback = callback, args
+
+    def unwatch(self) -> None:
+        self._callback = None
+
+    def peek(self) -> bool | None:
+        assert not self.closed
+        if isinstance(self._input, Bug):
+            raise self._input
+        return self._input
+
+    def close(self) -> None:
+        assert not self._callback, "a watcher would be left behind"
+        self.closed += 1
+
+    def abort(self) -> None:
+        self.close()
+
+    @property
+    def watched(self) -> bool:
+        return self._callback is not None
+
+    def bring(self, what: bool | Bug | None) -> None:
+        """Be readable, as the event loop sees it."""
+        self._input = what
+        callback, args = self._callback
+        callback(*args)
+        assert what is None or not self.watched, "the loop would call back without a pause"
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Plays the filler, the signal reader, the launch handlers, the report and the event loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        clock = SimpleNamespace(monotonic=lambda: self.now)
+        quiet = mock.patch.object(logging.getLogger("nodepass"), "disabled", new=True)
+        timed = [module for module in (client_pool, tunnel_pool) if hasattr(module, "time")]
+        self.patches: list[Any] = [quiet, *(mock.patch.object(module, "time", clock) for module in timed)]
+        for patch in self.patches:
+            patch.start()
+        self.stats = Stats()
+        self.pool = ClientPool(Log("test"), self.stats, LOWEST, HIGHEST)
+        self.streams: list[FakeStream] = []
+        self.waiting: dict[str, Claim] = {}  # claims by id
+        self.dialling = 0
+        self.young: set[str] = set()  # ended as soon as they were made, their launches not read so far
+        self.bugs = 0
+
+    # The model
+
+    def at(self, *places: str) -> list[FakeStream]:
+        return [each for each in self.streams if each.place in places]
+
+    def find(self, id: str, *places: str) -> FakeStream | None:
+        """The connection of this id in the first of these places that has one."""
+        return next((each for place in places for each in self.at(place) if each.id == id), None)
+
+    def move(self, stream: FakeStream, place: str) -> None:
+        """Move a connection; one of the same id that is there already is closed."""
+        if place in ("idle", "early", "reserved") and (old := self.find(stream.id, place)):
+            self.move(old, "closed")
+        if stream.place == "early":
+            self.young.discard(stream.id)
+        stream.place = place
+
+    def end_dial(self) -> None:
+        self.dialling -= 1
+        if not self.dialling:
+            for id in list(self.waiting):
+                self.assert_failed(self.waiting.pop(id))
+
+    def settle(self) -> None:
+        """Let greenlets run."""
+        for _ in range(3):
+            gevent.sleep(0)
+        for stream in self.at("early"):  # an interval can end early, and takes with it what is overdue
+            if stream.closed and stream.ended < self.now - LAUNCH_WITHIN:
+                self.move(stream, "closed")
+
+    def assert_failed(self, claim: Claim) -> None:
+        self.settle()
+        assert isinstance(claim.value, NoDataConnection)
+
+    def start_claim(self, id: str) -> Claim:
+        def claim() -> Stream | NoDataConnection:
+            try:
+                return self.pool.claim(id, LONG)
+            except NoDataConnection as error:
+                return error
+
+        return Greenlet.spawn(claim)
+
+    # The filler
+
+    @initialize()
+    def begin(self) -> None:
+        self.fill()
+
+    @precondition(lambda self: self.pool.wanted.is_set())
+    @rule()
+    def fill(self) -> None:
+        pool = self.pool
+        pool.wanted.clear()
+        before = self.dialling
+        while pool.missing > 0:
+            pool.begin_dial()
+            self.dialling += 1
+        assert self.dialling == before or len(pool) + self.dialling == pool.capacity
+
+    @precondition(lambda self: self.dialling)
+    @rule(id=IDS)
+    def succeed(self, id: str) -> None:
+        stream = FakeStream(id, self.now)
+        claim = self.waiting.pop(id, None)
+        if claim:
+            stream.place = "claimed"
+        else:
+            self.move(stream, "idle")
+        self.streams.append(stream)
+        self.pool.add(id, cast(Stream, stream))
+        self.pool.end_dial()
+        self.end_dial()
+        self.settle()
+        if claim:
+            assert claim.value is stream
+
+    @precondition(lambda self: self.dialling)
+    @rule()
+    def fail(self) -> None:
+        self.pool.end_dial()
+        self.end_dial()
+        self.settle()
+
+    @rule()
+    def ask_whether_the_server_wants_more(self) -> None:
+        unwanted = len(self.young) >= max(1, self.pool.capacity)
+        assert self.pool.is_unwanted() == unwanted
+        if unwanted:
+            self.young.clear()
+
+    # The event loop
+
+    @precondition(lambda self: self.at("idle"))
+    @rule(data=st.data(), what=st.sampled_from([True, False, None]))
+    def become_readable(self, data: st.DataObject, what: bool | None) -> None:
+        stream = data.draw(st.sampled_from(self.at("idle")))
+        stream.ended = self.now
+        if what is not None:
+            self.move(stream, "early")
+            if not what and self.now - stream.added < YOUNG:
+                self.young.add(stream.id)
+        stream.bring(what)
+        self.settle()
+
+    @precondition(lambda self: self.at("idle"))
+    @rule(data=st.data())
+    def be_looked_at_by_wrong_code(self, data: st.DataObject) -> None:
+        stream = data.draw(st.sampled_from(self.at("idle")))
+        stream.place = "closed"
+        stream.bring(Bug())
+        self.bugs += 1
+        assert self.stats.trouble["bugs"] == self.bugs
+
+    # The signal reader
+
+    @rule(id=IDS)
+    def reserve(self, id: str) -> None:
+        self.pool.reserve(id)
+        if stream := self.find(id, "early", "idle"):
+            self.move(stream, "reserved")
+        self.settle()
+
+    @rule(id=IDS)
+    def drop(self, id: str) -> None:
+        self.pool.drop(id)
+        if stream := self.find(id, "reserved"):
+            self.move(stream, "closed")
+
+    # The launch handlers
+
+    @rule(id=IDS)
+    def claim(self, id: str) -> None:
+        stream = self.find(id, "reserved", "early", "idle")
+        may_wait = self.dialling and id not in self.waiting
+        claim = self.start_claim(id)
+        self.settle()
+        if stream:
+            self.move(stream, "claimed")
+            assert claim.value is stream
+        elif may_wait:
+            assert not claim.ready()
+            self.waiting[id] = claim
+        else:
+            self.assert_failed(claim)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data(), comes=st.booleans())
+    def let_a_claim_time_out(self, data: st.DataObject, comes: bool) -> None:
+        """A connection that comes in the very moment in which the claim gives up is not lost."""
+        id = data.draw(st.sampled_from(sorted(self.waiting)))
+        claim = self.waiting[id]
+        claim.kill(gevent.Timeout(), block=False)
+        if comes:
+            self.succeed(id)
+        else:
+            del self.waiting[id]
+            self.assert_failed(claim)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data(), comes=st.booleans())
+    def kill_a_claim(self, data: st.DataObject, comes: bool) -> None:
+        """A connection that is handed over to a greenlet which is being killed is closed."""
+        id = data.draw(st.sampled_from(sorted(self.waiting)))
+        claim = self.waiting.pop(id)
+        claim.kill(block=False)
+        if comes:
+            stream = FakeStream(id, self.now)
+            stream.place = "closed"
+            self.streams.append(stream)
+            self.pool.add(id, cast(Stream, stream))
+            self.pool.end_dial()
+            self.end_dial()
+        self.settle()
+        assert isinstance(claim.value, GreenletExit)
+
+    # The report, and time
+
+    @rule()
+    def end_interval(self) -> None:
+        overdue = [each for each in self.at("early") if each.ended < self.now - LAUNCH_WITHIN]
+        self.pool.end_interval()
+        for stream in overdue:
+            self.move(stream, "closed")
+
+    @rule(seconds=st.sampled_from([0.1, YOUNG, LAUNCH_WITHIN]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    # What always holds
+
+    @invariant()
+    def every_connection_is_in_one_place_or_closed_once(self) -> None:
+        for stream in self.streams:
+            assert stream.closed == (stream.place == "closed"), stream.place
+            assert stream.watched == (stream.place == "idle"), stream.place
+
+    @invariant()
+    def what_is_idle_is_what_was_added_and_not_used(self) -> None:
+        assert len(self.pool) == len(self.at("idle"))
+        assert all(each.id in self.pool for each in self.at("idle"))
+
+    @invariant()
+    def what_is_missing_is_what_capacity_and_dials_leave(self) -> None:
+        assert LOWEST <= self.pool.capacity <= HIGHEST
+        assert self.pool.missing == self.pool.capacity - len(self.at("idle")) - self.dialling
+        assert self.pool.wanted.is_set() or self.pool.missing <= 0, "the filler sleeps though something is missing"
+
+    @invariant()
+    def a_claim_waits_only_while_something_is_dialled(self) -> None:
+        assert self.dialling or not self.waiting
+        assert not any(each.ready() for each in self.waiting.values())
+
+    def teardown(self) -> None:
+        """After the flush only those that were claimed are open, and no claim waits any more."""
+        self.pool.flush("the test is over")
+        self.settle()
+        try:
+            for stream in self.streams:
+                assert stream.closed == (stream.place != "claimed")
+                assert not stream.watched
+            assert not len(self.pool)
+            self.assert_failed(self.start_claim("ffffffff"))
+            for claim in self.waiting.values():
+                self.assert_failed(claim)
+        finally:
+            gevent.killall(list(self.waiting.values()))
+            for patch in self.patches:
+                patch.stop()
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
