@@ -183,7 +183,7 @@ class JournalFormatter(LineFormatter):
 
 
 class JSONFormatter(logging.Formatter):
-    """One object a line; values that JSON does not have are their text."""
+    """One object a line; values that JSON does not have, an address say, are their text."""
 
     def __init__(self, priorities: bool = False) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class JSONFormatter(logging.Formatter):
         import json
 
         self._priorities = priorities
-        self._encode = json.JSONEncoder(default=str).encode
+        self._encode = json.JSONEncoder().encode
         self._from_timestamp = datetime.datetime.fromtimestamp
         self._utc = datetime.timezone.utc
 
@@ -203,11 +203,20 @@ class JSONFormatter(logging.Formatter):
             **({"session": record.session} if record.session else {}),
             "event": record.event,
             "message": record.getMessage(),
-            **record.fields,
+            **{name: _plain(value) for name, value in record.fields.items()},
             **({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}),
         }
         line = self._encode(shown)
         return _with_priority(record, line) if self._priorities else line
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a field. A named tuple is no list here: an endpoint's text is what an operator looks for."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if type(value) in (list, tuple) else str(value)
 
 
 def _with_priority(record: logging.LogRecord, text: str) -> str:

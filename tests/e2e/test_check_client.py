@@ -50,7 +50,7 @@ def test_a_check_takes_no_visitor_from_the_client_that_is_started_after_it(
     client.wait_until_connected()
     with target.accept() as service:
         assert_connected(visitor, service)
-    assert not server.find("turned away|takes over")
+    assert not server.find_text("turned away|takes over")
 
 
 @pytest.mark.parametrize("env", [BRISK, KEYED], ids=["open", "keyed"])
@@ -68,7 +68,7 @@ def test_a_check_beside_the_running_client_leaves_it_alone(stack: contextlib.Exi
         assert found(done, "warn", said)
         assert len(trouble(done)) == 1
         assert_connected(visitor, service)
-    assert not server.find("takes over|client disconnected")
+    assert not server.find_text("takes over|client disconnected")
     Tunnel(server, client, target).assert_works()
 
 

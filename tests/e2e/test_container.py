@@ -27,7 +27,7 @@ from tests.support import v2_network
 from tests.support.process import REPOSITORY, Nodepass, scrubbed
 from tests.support.sockets import connect, free_port
 from tests.support.target import Target
-from tests.support.tunnel import LISTENING, OurClient, OurServer, assert_connected
+from tests.support.tunnel import OurClient, OurServer, assert_connected, listening
 from tests.support.v2_network import SERVER, Network
 from tests.support.v2_tunnel import SECRET
 from tests.support.wheels import build_wheel
@@ -105,9 +105,8 @@ def test_as_process_1_on_a_read_only_root_it_serves_by_environment_and_drains_at
 ) -> None:
     env = {"NODEPASS_URL": "server://127.0.0.1:0/127.0.0.1:0?tls=1", "DATA_PORT": "tunnel", "SHUTDOWN_TIMEOUT": "20s"}
     server = stack.enter_context(Contained(env=env))
-    found = server.wait_for(LISTENING)
-    assert found[1] == found[2]
-    tunnel, visitors = (("127.0.0.1", int(found[number].rpartition(":")[2])) for number in (1, 3))
+    tunnel, data, visitors = listening(server)
+    assert data == tunnel
     status = Path(f"/proc/{server.inner}/status").read_text()
     assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)
     target = stack.enter_context(Target())
@@ -116,10 +115,10 @@ def test_as_process_1_on_a_read_only_root_it_serves_by_environment_and_drains_at
     with connect(visitors) as visitor, target.accept() as service:
         assert_connected(visitor, service)
         os.kill(server.inner, signal.SIGTERM)
-        server.wait_for("stopping: 1 sessions running")
+        server.wait_for("process.stopping", sessions=1)
         assert_connected(visitor, service)
     assert server.wait() == 0
-    assert not server.find("cut")
+    assert not server.find("process.cut")
 
 
 def health(listen: str) -> subprocess.CompletedProcess[str]:
@@ -240,10 +239,9 @@ def test_the_example_works_between_two_networks_with_one_port_for_the_tunnel(
     env["client"]["NODEPASS_URL"] = env["client"]["NODEPASS_URL"].replace("server", SERVER).replace("target:80", where)
     server, client = Nodepass(env=env["server"]), Nodepass(env=env["client"])
     network.server.inside(lambda: stack.enter_context(server))
-    found = server.wait_for(LISTENING)
-    assert (found[1], found[2], found[3]) == ("[::]:10101", "[::]:10101", "[::]:8080")
+    assert listening(server) == (("::", 10101), ("::", 10101), ("::", 8080))
     network.client.inside(lambda: stack.enter_context(client))
-    client.wait_for("connected to")
+    client.wait_for("server.connected")
     visitor = stack.enter_context(network.client.inside(lambda: connect((SERVER, 8080))))
     with target.accept() as service:
         assert_connected(visitor, service)

@@ -63,7 +63,7 @@ def test_our_client_passes_over(victim: Tunnel, line: bytes) -> None:
 @pytest.mark.parametrize("line", LOGGED.values(), ids=list(LOGGED))
 def test_our_client_logs_and_survives(victim: Tunnel, line: bytes) -> None:
     victim.v1_server.write(line)
-    victim.our_client.wait_for("WARN|ERROR")
+    victim.our_client.wait_for_text("WARN|ERROR")
     assert max(map(len, victim.our_client.lines)) < 1000, "rubbish must not fill the log"
     victim.assert_works()
 
@@ -75,7 +75,7 @@ def test_a_flood_of_launches_for_unknown_ids_is_survived(stack: contextlib.ExitS
     client.wait_until_connected()
     before = client.settled_descriptors()
     server.write(UNKNOWN_ID * 20_000)
-    client.wait_for("WARN|ERROR")
+    client.wait_for_text("WARN|ERROR")
     until(lambda: serves_soon(server, target), what="serves nobody after the flood")
     target.drain()  # of visitors that had to wait for longer than they were asked to
     client.wait_for_descriptors(before)
@@ -101,7 +101,7 @@ def test_a_control_connection_cut_in_the_middle_of_a_line_is_made_again(
     mark = client.mark()
     server.write(b"//dead")
     server.drop_client()
-    client.wait_for(r"disconnected: \S", after=mark)
+    client.wait_for_text(r"disconnected: \S", after=mark)
     client.wait_until_connected(after=mark)
     Tunnel(server, client, target).assert_works()
 
@@ -122,10 +122,10 @@ def test_our_client_leaves_a_server_that_greets_it_with(stack: contextlib.ExitSt
     server = stack.enter_context(V1Server(greeting=greeting, heartbeat=None))
     env = {**BRISK, "HANDSHAKE_TIMEOUT": "300ms"}
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=env))
-    line = client.wait_for("(WARN|ERROR).*").string
+    line = client.wait_for_text("(WARN|ERROR).*").string
     assert len(line) < 1000
     assert client.is_running
-    assert not client.find("Traceback")
+    assert not client.find_text("Traceback")
 
 
 BAD_IDS = {"no hex": b"zzzzzzzz", "bytes": b"\xff" * 8, "too short": b"abc", "a line": b"ab\ncd\0ef"}
@@ -144,9 +144,9 @@ def test_our_client_drops_a_data_connection_whose_id_is(stack: contextlib.ExitSt
     target = stack.enter_context(Target())
     env = {**BRISK, "HANDSHAKE_TIMEOUT": "300ms"}
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
-    client.wait_for("(WARN|ERROR|DEBUG).*(id|identi|timed? ?out)")
+    client.wait_for_text("(WARN|ERROR|DEBUG).*(id|identi|timed? ?out)")
     until(lambda: serves_soon(server, target), what="serves nobody")
-    assert not client.find("Traceback")
+    assert not client.find_text("Traceback")
 
 
 def test_one_id_for_every_data_connection_is_survived(stack: contextlib.ExitStack) -> None:
@@ -156,7 +156,7 @@ def test_one_id_for_every_data_connection_is_survived(stack: contextlib.ExitStac
     client.wait_until_connected()
     until(lambda: serves_soon(server, target), what="serves nobody")
     assert client.count_descriptors() < 200
-    assert not client.find("Traceback")
+    assert not client.find_text("Traceback")
 
 
 TALK = {
@@ -180,7 +180,7 @@ def test_our_server_survives_a_stranger_on_the_tunnel_port_who_says(stack: conte
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     client.wait_until_connected()
     Tunnel(server, client, target).assert_works()
-    assert not server.find("Traceback")
+    assert not server.find_text("Traceback")
 
 
 @pytest.mark.parametrize("name", ["server", "client"])
@@ -193,11 +193,11 @@ def test_running_out_of_descriptors_is_survived_and_does_not_fill_the_log(tunnel
     with contextlib.ExitStack() as stack:
         for _ in range(60):
             stack.enter_context(connect(started.visitor_address))
-        run.wait_for("(WARN|ERROR).*too many open files")
+        run.wait_for_text("(WARN|ERROR).*too many open files")
         until(lambda: run.count_descriptors() > limit - 5)
     started.target.drain()
     until(lambda: serves_soon(started.server, started.target), what="serves nobody afterwards")
-    assert len(run.find("too many open files")) < 20
+    assert len(run.find_text("too many open files")) < 20
 
 
 def test_a_second_client_does_not_disturb_the_first(tunnel: TunnelFactory) -> None:
@@ -221,7 +221,7 @@ def test_a_client_that_talks_on_the_control_connection_is_survived(
     client.wait_until_full()
     client.write(b"rubbish\n" + OVER_LONG)
     until(lambda: serves_through(server, target), what="serves nobody after rubbish")
-    assert not server.find("Traceback")
+    assert not server.find_text("Traceback")
 
 
 def serves_through(server: OurServer, target: Target) -> bool:

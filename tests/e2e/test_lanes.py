@@ -165,7 +165,7 @@ def test_flows_beyond_the_limit_are_counted_and_logged(
     tunnel = lanes({"SEMAPHORE_LIMIT": "8"})
     for _ in range(20):
         ask(tunnel, stack.enter_context(datagram_socket()), b"hello")
-    tunnel.our_server.wait_for(r"(WARN|DEBUG).*(flows?\b.*(limit|idle|evict|ended)|SEMAPHORE_LIMIT)")
+    tunnel.our_server.wait_for_text(r"(WARN|DEBUG).*(flows?\b.*(limit|idle|evict|ended)|SEMAPHORE_LIMIT)")
 
 
 def test_a_target_that_refuses_datagrams_harms_nobody(stack: contextlib.ExitStack) -> None:
@@ -178,7 +178,7 @@ def test_a_target_that_refuses_datagrams_harms_nobody(stack: contextlib.ExitStac
         for _ in range(5):
             visitor.sendto(b"anybody?", server.visitor_address)
         assert is_silent(visitor, 0.2)
-    assert not client.find(r"traceback|\bbug\b")
+    assert not client.find_text(r"traceback|\bbug\b")
 
 
 def test_a_flow_outlives_a_target_that_is_restarted(stack: contextlib.ExitStack) -> None:
@@ -212,5 +212,5 @@ def test_the_statistics_line_counts_flows(lanes: Callable[[Environment], Tunnel]
     tunnel = lanes({})
     tunnel.exchange(b"question", b"answer")
     for process in (tunnel.our_server, tunnel.our_client):
-        assert re.search(r"\d", process.wait_for(r"DEBUG.*\b1 flows?\b").string)
+        assert re.search(r"\d", process.wait_for_text(r"DEBUG.*\b1 flows?\b").string)
     assert BRISK["REPORT_INTERVAL"] == "200ms"

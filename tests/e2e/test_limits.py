@@ -44,7 +44,7 @@ def test_in_64_mib_a_server_holds_500_sessions_that_have_carried_much_both_ways(
     server = OurServer(tls, env={"POOL_GET_TIMEOUT": "60s"}, log="info")
     server.prefix = group.prefix
     stack.enter_context(server)
-    assert server.find(r"limits: [\d,]+ open files allow [\d,]+ sessions; 64 MiB of memory \(cgroup\) allow about")
+    assert server.find_text(r"limits: [\d,]+ open files allow [\d,]+ sessions; 64 MiB of memory \(cgroup\) allow about")
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env={}, log="info"))
     client.wait_until_connected()
     tunnel = Tunnel(server, client, target)
@@ -68,13 +68,13 @@ def test_in_64_mib_a_server_holds_500_sessions_that_have_carried_much_both_ways(
 
 def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(n=100))
-    said = server.wait_for(
+    said = server.wait_for_text(
         r"open files: SEMAPHORE_LIMIT 1024 and MAX_POOL_CAPACITY 1024 can need ([\d,]+), ([\d,]+) more"
     )
     needed = 2 * 1024 + 1024 + limits.OWN + 100 // 4  # the last is for who has not shown who it is
     assert said[1] == f"{needed:,}"
     assert said[2] == f"{needed - 100:,}"
-    assert server.find(r"limits: 100 open files allow 14 sessions")
+    assert server.find_text(r"limits: 100 open files allow 14 sessions")
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     client.wait_until_connected()
@@ -82,12 +82,12 @@ def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(s
     opened = [stack.enter_context(tunnel.session()) for _ in range(14)]
     for visitor, service in opened:
         assert_connected(visitor, service)
-    assert not server.find("too many open files")
+    assert not server.find_text("too many open files")
 
 
 def test_a_limit_on_address_space_is_told(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(v=512 << 10))
-    assert server.find(r"limits: .* MiB of memory \(address space\) allow about [\d,]+")
+    assert server.find_text(r"limits: .* MiB of memory \(address space\) allow about [\d,]+")
 
 
 @pytest.mark.parametrize(("tls", "fitting"), [(False, 2816), (True, 512)])

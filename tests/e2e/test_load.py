@@ -103,7 +103,7 @@ def test_a_thousand_visitors_at_once_are_all_served(stack: contextlib.ExitStack,
         visitor.sendall(b"%04d" % number)
     for number, visitor in enumerate(visitors):
         assert receive_exactly(visitor, 4) == b"%04d" % number
-    assert not server.find("no data connection within")
+    assert not server.find_text("no data connection within")
 
 
 @pytest.mark.parametrize("count", IN_ALL)
@@ -130,11 +130,11 @@ def footprint(run: Nodepass) -> tuple[int, int]:
     """Descriptors and greenlets of a process at rest; the greenlets are counted in its dump."""
     descriptors, mark = run.settled_descriptors(), run.mark()
     run.send(signal.SIGUSR1)
-    run.wait_for(GREENLET, after=mark)
+    run.wait_for_text(GREENLET, after=mark)
     shown = 0
     while shown != run.mark():  # the dump has many lines: all of them are here when no more come
         shown = run.mark()
         run.settled_descriptors(0.2)
-    greenlets = len(run.find(GREENLET, after=mark))
+    greenlets = len(run.find_text(GREENLET, after=mark))
     assert greenlets > 1
     return descriptors, greenlets

@@ -1,57 +1,121 @@
-"""The log: levels, times, priorities for the journal, colours on a terminal, the dump on SIGUSR1."""
+"""The log: its formats, levels, priorities for the journal, colours on a terminal, the dump on SIGUSR1."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.conftest import TunnelFactory
-from tests.support.process import Nodepass, Output
+from tests.support.log import Entry
+from tests.support.process import Environment, Nodepass, Output
 from tests.support.sockets import Address, connect, free_port, is_over, until
 from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
 
 TIMED = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (DEBUG|INFO|WARN|ERROR|FATAL) +\S")
-LEVEL = re.compile(r"^\S+ \S+ (DEBUG|INFO|WARN|ERROR|FATAL) ")
 ESCAPE = "\x1b["
-ID = r"\[[0-9a-f]{8}\]"
+ID = re.compile(r"^[0-9a-f]{8}$")
+TEXT: Environment = {"LOG_FORMAT": "text"}
 
 
-def log_of(output: Output, stack: contextlib.ExitStack) -> list[str]:
-    """What a server without TLS says at start: a warning and an information at least."""
-    server = stack.enter_context(Nodepass("server://127.0.0.1:0/127.0.0.1:0?log=debug", output=output))
-    server.wait_for("listening")
-    server.wait_for("tls")
-    server.stop()
-    return server.lines
+@contextlib.contextmanager
+def served(kind: type[Nodepass], port: int, output: Output = "pipe", env: Environment = TEXT) -> Iterator[Nodepass]:
+    """A server without TLS at this port; as text its log has no name for the line that says that it listens."""
+    with kind(f"server://127.0.0.1:{port}/127.0.0.1:0?log=debug", env=env, output=output) as server:
+        until(lambda: accepts(("127.0.0.1", port)))
+        yield server
 
 
-def test_every_line_has_a_time_and_a_level(stack: contextlib.ExitStack) -> None:
-    lines = log_of("pipe", stack)
+def accepts(address: Address) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        connect(address).close()
+        return True
+    return False
+
+
+def log_of(port: int, output: Output = "pipe", env: Environment = TEXT, kind: type[Nodepass] = Nodepass) -> list[str]:
+    """What such a server says until it stops: a warning, an information, and about who connected at debug."""
+    with served(kind, port, output, env) as server:
+        assert server.stop() == 0
+        return server.lines
+
+
+def test_as_text_every_line_has_a_time_a_level_and_the_tunnel() -> None:
+    port = free_port()
+    lines = log_of(port)
     assert all(TIMED.match(line) for line in lines), lines
+    assert any(f" server:{port} " in line for line in lines)
     assert not any(ESCAPE in line for line in lines)
 
 
-def test_lines_for_the_journal_have_priorities_and_no_times(stack: contextlib.ExitStack) -> None:
-    lines = log_of("journal", stack)
-    assert all(re.match(r"^<[0-7]>\D", line) for line in lines), lines
+class Unset(Nodepass):
+    """A run without LOG_FORMAT."""
+
+    prefix = ("env", "-u", "LOG_FORMAT")
+
+
+def test_text_is_the_default() -> None:
+    lines = log_of(free_port(), kind=Unset)
+    assert all(TIMED.match(line) for line in lines), lines
+
+
+def test_lines_for_the_journal_have_priorities_and_no_times() -> None:
+    port = free_port()
+    lines = log_of(port, "journal")
+    assert all(re.match(r"^<[0-7]>(nodepass|server:\d+) \S", line) for line in lines), lines
     assert not any(re.search(r"\d\d:\d\d:\d\d", line) for line in lines), lines
-    assert any(line.startswith("<6>") and "listening" in line for line in lines)
-    assert any(line.startswith("<4>") for line in lines)
+    assert any(line.startswith(f"<6>server:{port} ") for line in lines)
+    assert any(line.startswith(f"<4>server:{port} ") for line in lines)
     assert not any(ESCAPE in line for line in lines)
 
 
-def test_a_journal_that_reads_something_else_changes_nothing(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(Nodepass("server://127.0.0.1:0/127.0.0.1:0?tls=1", env={"JOURNAL_STREAM": "1:1"}))
-    server.wait_for("listening")
-    assert all(TIMED.match(line) for line in server.lines)
+def test_a_journal_that_reads_something_else_changes_nothing() -> None:
+    lines = log_of(free_port(), env={**TEXT, "JOURNAL_STREAM": "1:1"})
+    assert all(TIMED.match(line) for line in lines), lines
 
 
-def test_a_terminal_gets_colours(stack: contextlib.ExitStack) -> None:
-    assert any(ESCAPE in line for line in log_of("terminal", stack))
+def test_a_terminal_gets_colours() -> None:
+    assert any(ESCAPE in line for line in log_of(free_port(), "terminal"))
+
+
+def test_as_json_every_line_is_an_object_with_an_event_and_its_fields() -> None:
+    port = free_port()
+    lines = [json.loads(line) for line in log_of(port, env={"LOG_FORMAT": "json"})]
+    for each in lines:
+        assert list(each)[:5] == ["time", "level", "tunnel", "event", "message"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", each["time"])
+        assert re.fullmatch(r"[a-z]+\.[a-z_]+", each["event"])
+    (listening,) = [each for each in lines if each["event"] == "server.listening"]
+    assert listening["level"] == "info"
+    assert listening["tunnel"] == f"server:{port}"
+    assert listening["tunnel_address"] == f"127.0.0.1:{port}"
+    assert listening["tls"] == 0
+
+
+def test_json_for_the_journal_has_priorities_before_the_objects() -> None:
+    lines = log_of(free_port(), "journal", {"LOG_FORMAT": "json"})
+    assert all(re.match(r'^<[0-7]>\{"time": ', line) for line in lines), lines
+    priorities = {json.loads(line[3:])["level"]: line[:3] for line in lines}
+    assert priorities.items() >= {("info", "<6>"), ("warn", "<4>")}
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_a_peer_sends_never_breaks_a_line(form: str) -> None:
+    port, forged = free_port(), "nodepass forged"
+    with served(Nodepass, port, env={"LOG_FORMAT": form}) as server:
+        for version in ("9", f"9%0A{forged}", f"\x1b[31m9\r{forged}"):
+            with connect(("127.0.0.1", port)) as stranger:
+                stranger.sendall(f"//hello?v={version}&nonce={'0' * 32}\n".encode())
+                while not is_over(stranger):
+                    pass
+        assert server.stop() == 0
+        assert all(line.isprintable() for line in server.lines), server.lines
+        assert not any(line.startswith(forged) for line in server.lines)
 
 
 LEVELS = ("debug", "info", "warn", "error")
@@ -67,15 +131,8 @@ def test_a_level_shows_itself_and_what_is_worse_and_nothing_else(level: str) -> 
         with V1Client(("127.0.0.1", port)) as client:
             client.wait_until_full()
         assert server.stop() == 0
-        seen = {name.lower() for line in server.lines for name in LEVEL.findall(line)}
+        seen = {entry["level"] for entry in server.entries}
     assert seen == set(LEVELS[LEVELS.index(level) : -1])
-
-
-def accepts(address: Address) -> bool:
-    with contextlib.suppress(ConnectionRefusedError):
-        connect(address).close()
-        return True
-    return False
 
 
 def test_the_most_verbose_level_of_several_urls_wins(stack: contextlib.ExitStack) -> None:
@@ -85,7 +142,7 @@ def test_the_most_verbose_level_of_several_urls_wins(stack: contextlib.ExitStack
             "server://127.0.0.1:0/127.0.0.1:0?tls=1&log=info",
         )
     )
-    until(lambda: len(both.find("INFO.*listening")) == 2)
+    until(lambda: len(both.find("server.listening", level="info")) == 2)
 
 
 def test_a_session_is_one_line_at_its_start_and_one_at_its_end(our_tunnel: Tunnel) -> None:
@@ -93,25 +150,26 @@ def test_a_session_is_one_line_at_its_start_and_one_at_its_end(our_tunnel: Tunne
     marks = [run.mark() for run in runs]
     with our_tunnel.session() as (visitor, service):
         assert_connected(visitor, service)
-    ids = []
-    for run, mark in zip(runs, marks, strict=True):
-        until(lambda run=run, mark=mark: len(session_lines(run, mark)) >= 2, what=f"{run!r}")  # type: ignore[misc]
-        lines = session_lines(run, mark)
-        ids.append({re.findall(ID, line)[0] for line in lines})
-        assert "4" in lines[-1], "the bytes of the session"
-    assert ids[0] & ids[1], "both sides log a session under the same id"
+    ids = set()
+    for run, begin, mark in zip(runs, ("visitor.connected", "target.connected"), marks, strict=True):
+        end = run.wait_for("session.closed", after=mark)
+        assert (end["up"], end["down"], end["outcome"]) == (4, 4, "completed")
+        assert [entry.event for entry in lines_of_session(run, end, mark)] == [begin, "session.closed"]
+        ids.add(end["session"])
+    assert len(ids) == 1, "both sides log a session under the same id"
 
 
-def session_lines(run: Nodepass, mark: int) -> list[str]:
-    return run.find(f"DEBUG.*{ID}", after=mark)
+def lines_of_session(run: Nodepass, line: Entry, mark: int) -> list[Entry]:
+    assert ID.match(line["session"])
+    return run.find(session=line["session"], level="debug", after=mark)
 
 
 def test_sessions_are_not_in_the_log_at_info(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(log="info", env={**BRISK, "POOL_GET_TIMEOUT": "10ms"}))
     with connect(server.visitor_address) as visitor:
         assert is_over(visitor)
-    server.wait_for("no data connection")
-    assert not server.find("DEBUG")
+    server.wait_for("visitor.unserved", reason="no_client")
+    assert not server.find(level="debug")
 
 
 @pytest.mark.parametrize("name", ["server", "client"])
@@ -123,8 +181,11 @@ def test_sigusr1_dumps_statistics_and_greenlets(tunnel: TunnelFactory, name: str
         for _ in range(2):
             mark = run.mark()
             run.send(signal.SIGUSR1)
-            run.wait_for("greenlet", after=mark)
-            run.wait_for("pool|idle", after=mark)
+            report = run.wait_for("tunnel.report", after=mark, level="info")
+            assert report["sessions"] == 1
+            assert report["counters"]["tcp_sessions"] == 1
+            run.wait_for("process.bugs", after=mark, bugs=0)
+            run.wait_for("process.greenlets", after=mark, line=re.compile("Greenlet"))
         assert_connected(visitor, service)
 
 
@@ -132,8 +193,8 @@ def test_log_lines_name_the_tunnel(stack: contextlib.ExitStack) -> None:
     port = free_port()
     server = stack.enter_context(OurServer(1, tunnel=f"127.0.0.1:{port}"))
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))
-    client.wait_for(rf"INFO +client\S*:{port} .*connected to")
-    server.wait_for(rf"INFO +server\S*:{port} .*client connected")
+    client.wait_for("server.connected", tunnel=f"client:{port}", level="info")
+    server.wait_for("client.connected", tunnel=f"server:{port}", level="info")
 
 
 def test_keys_and_certificates_never_appear_in_the_log(tunnel: TunnelFactory) -> None:
@@ -141,5 +202,5 @@ def test_keys_and_certificates_never_appear_in_the_log(tunnel: TunnelFactory) ->
     started.assert_works()
     for run in (started.our_server, started.our_client):
         run.send(signal.SIGUSR1)
-        run.wait_for("greenlet")
-        assert not run.find("PRIVATE|-----BEGIN")
+        run.wait_for("process.greenlets")
+        assert not run.find_text("PRIVATE|-----BEGIN")

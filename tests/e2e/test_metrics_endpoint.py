@@ -18,7 +18,7 @@ from tests.support.process import Finished, Nodepass, run
 from tests.support.scrape import WATCHED, get, metrics_of, parse, reach, value, wait_for_value
 from tests.support.sockets import connect, format_address, has_ipv6, is_over, receive_all, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, LISTENING, OurClient, OurServer, Tunnel
+from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
 
 URL = "server://127.0.0.1:0/127.0.0.1:0?tls=0"
 AT_ONCE = 32
@@ -48,20 +48,20 @@ def refused(listen: str, status: int, **env: str) -> str:
 @contextlib.contextmanager
 def watched_at(listen: str) -> Iterator[Nodepass]:
     with Nodepass(URL, env={**BRISK, "METRICS_LISTEN": listen}) as running:
-        running.wait_for(LISTENING)
+        running.wait_for("server.listening")
         yield running
 
 
 def test_by_default_there_is_no_endpoint() -> None:
     with OurServer() as server:
-        assert not server.find("metrics")
+        assert not server.find_text("metrics")
         own = {server.tunnel_address[1], server.data_address[1], server.visitor_address[1]}
         assert len(own) == 3
 
 
 def test_a_port_alone_is_for_this_machine_only() -> None:
     with watched_at(":0") as running:
-        line = running.wait_for("metrics: .*")[0]
+        line = running.wait_for_text("metrics: .*")[0]
         places = [each for each in line.split() if each.startswith("http")]
         assert places
         assert all(each.startswith(("http://127.", "http://[::1]")) for each in places)
@@ -225,7 +225,7 @@ def test_a_second_signal_removes_the_socket_too(path: Path) -> None:
         client.wait_until_connected()
         visitor, _ = stack.enter_context(Tunnel(server, client, target).session())
         server.send(signal.SIGTERM)
-        server.wait_for("stopping: 1 sessions? running")
+        server.wait_for_text("stopping: 1 sessions? running")
         server.send(signal.SIGTERM)
         assert is_over(visitor)
         assert server.wait() == 0

@@ -101,7 +101,7 @@ def test_a_v1_client_on_one_port_comes_back(authority: Authority) -> None:
         before = tunnel.v1_client.connects
         mark = tunnel.our_server.mark()
         tunnel.v1_client.disconnect()
-        tunnel.our_server.wait_for("client disconnected", after=mark)
+        tunnel.our_server.wait_for_text("client disconnected", after=mark)
         tunnel.our_server.wait_for_client(after=mark)
         assert_all_works(tunnel)
         assert tunnel.v1_client.connects > before
@@ -115,7 +115,7 @@ def test_a_client_of_the_other_version_may_follow(stack: contextlib.ExitStack) -
         with kind(server.tunnel_address, target.address) as client:
             client.wait_until_full()
             assert_all_works(Tunnel(server, client, target))
-        server.wait_for("client disconnected", after=mark)
+        server.wait_for_text("client disconnected", after=mark)
 
 
 @pytest.mark.parametrize("env", [ENV, {**KEYED, **ONE_PORT}], ids=["without a key", "with a key"])
@@ -133,7 +133,7 @@ def test_strangers_on_the_tunnel_port_harm_nobody(stack: contextlib.ExitStack, e
     for stranger in staying:
         assert_is_closed(stranger)
     tunnel.assert_works()
-    assert not server.find(r"traceback|\bbug\b|client disconnected")
+    assert not server.find_text(r"traceback|\bbug\b|client disconnected")
 
 
 def test_silent_strangers_by_the_hundred_do_not_keep_data_connections_out(stack: contextlib.ExitStack) -> None:

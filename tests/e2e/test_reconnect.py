@@ -32,8 +32,8 @@ def test_a_killed_server_that_is_started_again_gets_its_client_back(
         mark = client.mark()
         server.kill()
         assert is_over(service)
-    client.wait_for(r"disconnected: \S", after=mark)
-    client.wait_for("WARN.*cannot reach", after=mark)
+    client.wait_for_text(r"disconnected: \S", after=mark)
+    client.wait_for_text("WARN.*cannot reach", after=mark)
     mark = client.mark()
     again = stack.enter_context(server_at(first, 1))
     client.wait_until_connected(after=mark)
@@ -47,9 +47,9 @@ def test_a_client_adopts_the_tls_mode_and_the_data_port_of_a_restarted_server(
     target = stack.enter_context(Target())
     with server_at(first) as server:
         client = stack.enter_context(OurClient(server.tunnel_address, target.address))
-        client.wait_for(r"connected to .*tls 0")
+        client.wait_for_text(r"connected to .*tls 0")
     with server_at(first, 1) as server:
-        client.wait_for(rf"connected to .*data port {server.data_address[1]}, tls 1")
+        client.wait_for_text(rf"connected to .*data port {server.data_address[1]}, tls 1")
         Tunnel(server, client, target).assert_works()
 
 
@@ -60,7 +60,7 @@ def test_a_killed_client_is_replaced_by_the_next(tunnel: TunnelFactory) -> None:
         mark = started.our_server.mark()
         started.our_client.kill()
         assert is_over(visitor)
-    started.our_server.wait_for(r"client disconnected: \S", after=mark)
+    started.our_server.wait_for_text(r"client disconnected: \S", after=mark)
     with OurClient(started.our_server.tunnel_address, started.target.address) as second:
         started.our_server.wait_for_client(after=mark)
         Tunnel(started.server, second, started.target).assert_works()
@@ -72,7 +72,7 @@ def test_a_visitor_that_came_while_the_client_was_away_is_served_by_the_next(
     started = tunnel(server_env={**BRISK, "POOL_GET_TIMEOUT": "20s"})
     mark = started.our_server.mark()
     started.our_client.kill()
-    started.our_server.wait_for("client disconnected", after=mark)
+    started.our_server.wait_for_text("client disconnected", after=mark)
     with connect(started.visitor_address) as visitor:
         visitor.sendall(b"patience")
         successor = OurClient(started.our_server.tunnel_address, started.target.address)
@@ -100,11 +100,11 @@ def test_a_visitor_whom_nobody_can_serve_is_closed_with_one_line(
         began = time.monotonic()
         assert is_over(visitor)
         assert time.monotonic() - began > 0.25
-    server.wait_for("WARN.*no data connection within")
+    server.wait_for_text("WARN.*no data connection within")
     with connect(server.visitor_address) as visitor:
         assert is_over(visitor)
-    until(lambda: len(server.find("no data connection within")) == 2)
-    assert len(server.find("WARN|ERROR")) == 2
+    until(lambda: len(server.find_text("no data connection within")) == 2)
+    assert len(server.find_text("WARN|ERROR")) == 2
 
 
 def test_a_running_session_outlives_the_control_connection_of_our_server(
@@ -116,7 +116,7 @@ def test_a_running_session_outlives_the_control_connection_of_our_server(
         assert_connected(visitor, service)
         mark = server.mark()
         client.disconnect()
-        server.wait_for("client disconnected", after=mark)
+        server.wait_for_text("client disconnected", after=mark)
         assert_connected(visitor, service)
         server.wait_for_client(after=mark)
         started.assert_works()
@@ -131,7 +131,7 @@ def test_a_running_session_outlives_the_control_connection_of_our_client(
         assert_connected(visitor, service)
         mark = started.our_client.mark()
         started.v1_server.drop_client()
-        started.our_client.wait_for("disconnected", after=mark)
+        started.our_client.wait_for_text("disconnected", after=mark)
         assert_connected(visitor, service)
         started.our_client.wait_until_connected(after=mark)
         started.assert_works()
@@ -142,7 +142,7 @@ def test_a_client_may_start_before_its_server(stack: contextlib.ExitStack) -> No
     first = free_port(2)
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(("127.0.0.1", first), target.address))
-    line = client.wait_for("WARN.*cannot reach.*").string
+    line = client.wait_for_text("WARN.*cannot reach.*").string
     assert f"127.0.0.1:{first}" in line
     assert "refused" in line
     server = stack.enter_context(server_at(first))
@@ -154,7 +154,7 @@ def test_a_name_that_does_not_resolve_yet_is_tried_again(stack: contextlib.ExitS
     client = stack.enter_context(
         OurClient(("nowhere.invalid", 10101), ("127.0.0.1", 9), env={"SERVICE_COOLDOWN": "200ms"})
     )
-    client.wait_for(r"WARN.*cannot reach.*nowhere\.invalid")
+    client.wait_for_text(r"WARN.*cannot reach.*nowhere\.invalid")
     assert client.is_running
     assert client.stop() == 0
 
@@ -181,10 +181,10 @@ def test_a_data_port_that_refuses_does_not_make_the_client_spin(
     server = stack.enter_context(V1Server(greeting=b"//%d#0\n" % free_port()))
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))
     client.wait_until_connected()
-    client.wait_for("cannot make a data connection|refused")
+    client.wait_for_text("cannot make a data connection|refused")
     before, began = cpu_seconds(client.pid), time.monotonic()
     with contextlib.suppress(AssertionError):
-        client.wait_for("disconnected", timeout=1.0)
+        client.wait_for_text("disconnected", timeout=1.0)
     assert cpu_seconds(client.pid) - before < 0.6 * (time.monotonic() - began)
     assert len(client.lines) < 100
 
@@ -192,7 +192,7 @@ def test_a_data_port_that_refuses_does_not_make_the_client_spin(
 def test_a_server_that_breaks_off_its_greeting_is_tried_again(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(V1Server(greeting=b"//no greeting at all\n"))
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))
-    client.wait_for("WARN|ERROR")
+    client.wait_for_text("WARN|ERROR")
     until(lambda: server.connects >= 2 or dropped(server))
     assert client.is_running
 
@@ -211,6 +211,6 @@ def test_a_server_without_heartbeats_keeps_its_client(stack: contextlib.ExitStac
     )
     client.wait_until_connected()
     with contextlib.suppress(AssertionError):
-        client.wait_for("disconnected", timeout=1.0)
-    assert not client.find("disconnected")
+        client.wait_for_text("disconnected", timeout=1.0)
+    assert not client.find_text("disconnected")
     Tunnel(server, client, target).assert_works()

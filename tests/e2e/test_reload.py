@@ -40,9 +40,9 @@ def test_sighup_reloads_the_certificate(stack: contextlib.ExitStack, authority: 
     renewed = authority.issue()
     files.overwrite(renewed)
     server.send(signal.SIGHUP)
-    server.wait_for("certificate reloaded")
+    server.wait_for_text("certificate reloaded")
     assert client.fingerprint() == renewed.fingerprint
-    server.wait_for(f"certificate .*{renewed.fingerprint}")
+    server.wait_for_text(f"certificate .*{renewed.fingerprint}")
 
 
 def test_a_changed_certificate_is_found_without_being_told(
@@ -52,7 +52,7 @@ def test_a_changed_certificate_is_found_without_being_told(
     client = led_by_hand(stack, server, authority)
     renewed = authority.issue()
     files.overwrite(renewed)
-    server.wait_for("certificate reloaded")
+    server.wait_for_text("certificate reloaded")
     assert client.fingerprint() == renewed.fingerprint
 
 
@@ -62,8 +62,8 @@ def test_files_that_stay_the_same_are_not_reloaded(
     server = stack.enter_context(OurServer(2, files, env={**BRISK, "RELOAD_INTERVAL": "50ms"}))
     led_by_hand(stack, server, authority).fingerprint()
     files.overwrite(authority.issue())
-    server.wait_for("certificate reloaded")
-    assert len(server.find("certificate reloaded")) == 1
+    server.wait_for_text("certificate reloaded")
+    assert len(server.find_text("certificate reloaded")) == 1
 
 
 def break_key(files: Certificate, authority: Authority) -> None:
@@ -93,12 +93,12 @@ def test_a_bad_new_pair_keeps_the_old_one(
     damage(files, authority)
     if not watching:
         server.send(signal.SIGHUP)
-    server.wait_for("ERROR.*keeping the old certificate: .")
+    server.wait_for_text("ERROR.*keeping the old certificate: .")
     assert client.fingerprint() == before
     files.overwrite(authority.local)
     if not watching:
         server.send(signal.SIGHUP)
-    server.wait_for("certificate reloaded")
+    server.wait_for_text("certificate reloaded")
     assert client.fingerprint() == authority.local.fingerprint
 
 
@@ -114,20 +114,20 @@ def test_a_reload_leaves_sessions_and_the_client_alone(
         assert_connected(visitor, service)
         files.overwrite(authority.issue())
         server.send(signal.SIGHUP)
-        server.wait_for("certificate reloaded")
+        server.wait_for_text("certificate reloaded")
         assert_connected(visitor, service)
         tunnel.assert_works()
-    assert not client.find(r"disconnected")
+    assert not client.find_text(r"disconnected")
 
 
 def test_a_renewal_that_expires_soon_is_warned_about(
     stack: contextlib.ExitStack, authority: Authority, files: Certificate
 ) -> None:
     server = stack.enter_context(OurServer(2, files))
-    assert not server.find("expires in")
+    assert not server.find_text("expires in")
     files.overwrite(authority.issue(end=datetime.timedelta(days=10)))
     server.send(signal.SIGHUP)
-    server.wait_for("WARN.*expires in")
+    server.wait_for_text("WARN.*expires in")
 
 
 @pytest.mark.parametrize("tls", [0, 1])
@@ -135,5 +135,5 @@ def test_sighup_without_certificate_files_is_survived(stack: contextlib.ExitStac
     server = stack.enter_context(OurServer(tls))
     server.send(signal.SIGHUP)
     with connect(server.tunnel_address):
-        server.wait_for("client connected")
+        server.wait_for_text("client connected")
     assert server.is_running

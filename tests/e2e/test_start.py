@@ -67,8 +67,8 @@ def test_no_argument_shows_the_usage() -> None:
 def test_urls_may_come_from_the_environment() -> None:
     urls = "server://127.0.0.1:0/127.0.0.1:0?tls=0 server://127.0.0.1:0/127.0.0.1:0?tls=1"
     with Nodepass(env={"NODEPASS_URL": urls}) as both:
-        both.wait_for("listening: .* tls 0")
-        both.wait_for("listening: .* tls 1")
+        both.wait_for_text("listening: .* tls 0")
+        both.wait_for_text("listening: .* tls 1")
 
 
 def test_a_url_on_the_command_line_wins_over_the_environment() -> None:
@@ -150,7 +150,7 @@ def test_an_address_without_a_host_is_every_address_of_both_families(
     for host in ("127.0.0.1", "::1"):
         mark = server.mark()
         assert_tunnel_works(stack, server, host)
-        server.wait_for("client disconnected", after=mark)
+        server.wait_for_text("client disconnected", after=mark)
 
 
 def test_the_target_may_be_a_name(stack: contextlib.ExitStack) -> None:
@@ -203,7 +203,7 @@ def test_a_whole_tunnel_runs_in_one_process(stack: contextlib.ExitStack) -> None
             env=BRISK,
         )
     )
-    both.wait_for("connected to")
+    both.wait_for_text("connected to")
     visit(target, visitors)
     assert both.stop() == 0
 
@@ -214,8 +214,8 @@ def test_a_url_whose_server_is_absent_does_not_harm_the_other(stack: contextlib.
     absent = f"client://127.0.0.1:{free_port()}/127.0.0.1:9"
     present = "client://{}/{}".format(*map(format_address, (server.tunnel_address, target.address)))
     both = stack.enter_context(Nodepass(absent, present, env=BRISK))
-    both.wait_for("cannot reach")
-    both.wait_for("connected to")
+    both.wait_for_text("cannot reach")
+    both.wait_for_text("connected to")
     for _ in range(3):
         visit(target, server.visitor_address)
     assert both.stop() == 0

@@ -192,7 +192,7 @@ def test_a_visitor_is_closed_when_the_service_refuses(stack: contextlib.ExitStac
     for _ in range(3):
         with connect(server.visitor_address) as visitor:
             assert is_over(visitor)
-    client.wait_for(rf"127\.0\.0\.1:{absent[1]}.*refused|refused.*127\.0\.0\.1:{absent[1]}")
+    client.wait_for_text(rf"127\.0\.0\.1:{absent[1]}.*refused|refused.*127\.0\.0\.1:{absent[1]}")
 
 
 def test_the_limit_of_sessions_makes_visitors_wait_and_drops_none(tunnel: TunnelFactory) -> None:

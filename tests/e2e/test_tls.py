@@ -31,7 +31,7 @@ def refusal(stack: contextlib.ExitStack, leaf: Certificate, env: dict[str, str])
     server = stack.enter_context(OurServer(2, leaf))
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
-    line = client.wait_for(r"(WARN|ERROR).*(certificate|verif).*").string
+    line = client.wait_for_text(r"(WARN|ERROR).*(certificate|verif).*").string
     with connect(server.visitor_address) as visitor:
         visitor.settimeout(0.2)
         with contextlib.suppress(TimeoutError):
@@ -82,7 +82,7 @@ def test_a_v1_server_with_a_bad_certificate_is_refused_too(stack: contextlib.Exi
     target = stack.enter_context(Target())
     env = trusting(authority)
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
-    client.wait_for(r"(WARN|ERROR).*name.*elsewhere\.example")
+    client.wait_for_text(r"(WARN|ERROR).*name.*elsewhere\.example")
     with connect(server.visitor_address), pytest.raises(TimeoutError):
         target.accept(timeout=0.3)
 
@@ -102,7 +102,7 @@ def test_the_fingerprint_in_the_log_is_that_of_the_certificate_shown(
     server = stack.enter_context(OurServer(tls, authority.local, log="info"))
     client = stack.enter_context(V1Client(server.tunnel_address, cafile=authority.crt, automatic=False))
     client.connect()
-    logged = server.wait_for(r"certificate SHA-256 ([0-9a-f]{64})")[1]
+    logged = server.wait_for_text(r"certificate SHA-256 ([0-9a-f]{64})")[1]
     assert client.fingerprint() == logged
     assert tls == 1 or logged == authority.local.fingerprint
 
@@ -147,16 +147,16 @@ def test_a_client_ignores_a_tls_of_its_own_with_a_warning(stack: contextlib.Exit
     target = stack.enter_context(Target())
     url = f"client://127.0.0.1:{server.tunnel_address[1]}/127.0.0.1:{target.address[1]}?tls=0"
     client = stack.enter_context(Nodepass(url))
-    client.wait_for(r"WARN.*tls")
-    client.wait_for(r"connected to .*tls 1")
+    client.wait_for_text(r"WARN.*tls")
+    client.wait_for_text(r"connected to .*tls 1")
 
 
 def test_a_server_without_tls_says_that_the_tunnel_is_in_the_clear(
     stack: contextlib.ExitStack,
 ) -> None:
     server = stack.enter_context(Nodepass("server://127.0.0.1:0/127.0.0.1:0"))
-    server.wait_for(r"listening: .*tls 0")
-    server.wait_for(r"WARN.*tls")
+    server.wait_for_text(r"listening: .*tls 0")
+    server.wait_for_text(r"WARN.*tls")
 
 
 @pytest.mark.parametrize("tls", [0, 1])
@@ -177,7 +177,7 @@ def test_a_certificate_about_to_expire_is_warned_about_at_start(
     stack: contextlib.ExitStack, authority: Authority
 ) -> None:
     server = stack.enter_context(OurServer(2, authority.issue(end=5 * DAY)))
-    server.wait_for(r"WARN.*expires in")
+    server.wait_for_text(r"WARN.*expires in")
     fresh = stack.enter_context(OurServer(2, authority.local))
-    fresh.wait_for(r"certificate SHA-256")
-    assert not fresh.find("expires in")
+    fresh.wait_for_text(r"certificate SHA-256")
+    assert not fresh.find_text("expires in")

@@ -21,7 +21,7 @@ from tests.support.scrape import WATCHED, metrics_of
 from tests.support.sockets import format_address, is_over, receive_exactly
 from tests.support.target import Target
 from tests.support.terminal import LEAVES, Terminal
-from tests.support.tunnel import BRISK, LISTENING, OurClient, OurServer, Tunnel
+from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
 
 FAST = ("--interval", "100ms")
 ADDRESSLESS = "server://127.0.0.1:0/127.0.0.1:0?tls=0"
@@ -91,7 +91,7 @@ def test_with_interval_0_one_look_has_no_rates(tunnel: Tunnel) -> None:
 def test_a_unix_socket_is_looked_at_by_its_path(tmp_path_factory: pytest.TempPathFactory, prefix: str) -> None:
     path = tmp_path_factory.mktemp("t") / "m.sock"
     with Nodepass(ADDRESSLESS, env={**BRISK, "METRICS_LISTEN": f"unix:{path}"}) as process:
-        process.wait_for(LISTENING)
+        process.wait_for("server.listening")
         (row,) = cells(run("top", "--once", *FAST, f"{prefix}{path}").output)
         assert (row["STATE"], row["PEER"]) == ("down", "-")
 
@@ -221,7 +221,7 @@ def test_an_endpoint_that_goes_away_is_waited_for(tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("t") / "m.sock"
     env = {**BRISK, "METRICS_LISTEN": f"unix:{path}"}
     with Nodepass(ADDRESSLESS, env=env) as first:
-        first.wait_for(LISTENING)
+        first.wait_for("server.listening")
         with Terminal("top", *FAST, str(path)) as terminal:
             terminal.wait_for("0 of 1 tunnels ready")
             first.kill()
@@ -229,7 +229,7 @@ def test_an_endpoint_that_goes_away_is_waited_for(tmp_path_factory: pytest.TempP
             assert str(path) in text
             terminal.forget()
             with Nodepass(ADDRESSLESS, env=env) as second:
-                second.wait_for(LISTENING)
+                second.wait_for("server.listening")
                 terminal.wait_for("q: quit")
                 terminal.press("q")
                 assert terminal.wait() == 0

@@ -84,7 +84,7 @@ def test_a_datagram_over_the_limit_is_dropped_and_logged(tunnel: TunnelFactory) 
     started = tunnel(client="v1", server_env={**BRISK, "UDP_DATA_BUF_SIZE": "2000"})
     with datagram_socket() as visitor:
         visitor.sendto(b"x" * 2001, started.visitor_address)
-        line = started.our_server.wait_for(r"WARN.*dropped.*").string
+        line = started.our_server.wait_for_text(r"WARN.*dropped.*").string
     assert "2001" in line
     assert "UDP_DATA_BUF_SIZE" in line
     assert started.exchange(b"q" * 2000, b"answer") == (b"q" * 2000, b"answer")
@@ -96,7 +96,7 @@ def test_an_answer_over_the_limit_is_dropped_and_logged(tunnel: TunnelFactory) -
         visitor.sendto(b"question", started.visitor_address)
         _, client = started.target.udp.recvfrom(100)
         started.target.udp.sendto(b"x" * 2001, client)
-        line = started.our_client.wait_for(r"WARN.*dropped.*").string
+        line = started.our_client.wait_for_text(r"WARN.*dropped.*").string
         assert is_silent(visitor, 0.1)
     assert "2001" in line
     assert "UDP_DATA_BUF_SIZE" in line
@@ -109,7 +109,7 @@ def test_an_empty_pool_never_stalls_the_next_datagrams(stack: contextlib.ExitSta
     visitor = stack.enter_context(datagram_socket())
     for _ in range(30):
         visitor.sendto(b"nobody is there", server.visitor_address)
-    server.wait_for("no data connection within", timeout=PATIENCE)
+    server.wait_for_text("no data connection within", timeout=PATIENCE)
     target = stack.enter_context(datagram_socket())
     client = stack.enter_context(OurClient(server.tunnel_address, target.getsockname()))
     client.wait_until_connected()

@@ -84,7 +84,7 @@ def test_a_wrong_proof_never_enters_the_pool_and_is_closed(led: tuple[OurServer,
     for refused in bad:
         assert is_closed(refused)
     assert_only_these_serve(server, client, good)
-    assert not server.find(r"traceback|\bbug\b")
+    assert not server.find_text(r"traceback|\bbug\b")
 
 
 @in_the_clear_and_inside_tls
@@ -132,7 +132,7 @@ def test_a_refused_proof_is_counted_and_logged(led: tuple[OurServer, V2Client]) 
     server, client = led
     _, stream = client.open_data(prove=lambda _: bytes(32))
     assert is_closed(stream)
-    server.wait_for(r"(WARN|ERROR).*(proof|key)")
+    server.wait_for_text(r"(WARN|ERROR).*(proof|key)")
 
 
 def data_connection(client: V1Client, source: str) -> socket.socket:
@@ -156,7 +156,7 @@ def test_without_a_key_data_connections_from_another_address_are_refused(kind: t
             assert isinstance(stream, PlainStream)
             stream.sock.settimeout(PATIENCE)
             assert_connected(visitor, stream.sock)
-        server.wait_for(rf"{ELSEWHERE}.*|another address")
+        server.wait_for_text(rf"{ELSEWHERE}.*|another address")
 
 
 def test_with_a_key_data_connections_may_come_from_another_address(led: tuple[OurServer, V2Client]) -> None:

@@ -92,8 +92,8 @@ def test_a_server_that_does_not_prove_the_key_is_refused(stack: contextlib.ExitS
         SCRIPTS[name](talk, hello.parameters["nonce"], data.address[1])
         assert talk.is_ended_by_peer(), name
     for server in servers.values():
-        client.wait_for(rf"(WARN|ERROR) +client:{server.address[1]}\b.*\b(key|challenge|proof|mac)\b")
-    assert not client.find(r"connected to|traceback|\bbug\b")
+        client.wait_for_text(rf"(WARN|ERROR) +client:{server.address[1]}\b.*\b(key|challenge|proof|mac)\b")
+    assert not client.find_text(r"connected to|traceback|\bbug\b")
     assert client.is_running
     data.stop_waiting()
     with pytest.raises(TimeoutError):
@@ -109,21 +109,21 @@ def test_the_right_proof_is_believed() -> None:
     ):
         nonce = talk.hear().parameters["nonce"]
         with_mac(lambda agreed: agreed.server_proof())(talk, nonce, data.address[1])
-        client.wait_for("connected to .*wire v2")
+        client.wait_for_text("connected to .*wire v2")
         data.accept()
 
 
 def test_a_v1_server_is_refused_by_name() -> None:
     with V1Server() as server, OurClient(server.tunnel_address, ("127.0.0.1", 9), env=KEYED) as client:
-        client.wait_for(ANY_KEY)
-        assert not client.find("connected to")
+        client.wait_for_text(ANY_KEY)
+        assert not client.find_text("connected to")
         assert server.idle == 0
 
 
 def test_our_server_without_a_key_is_refused_by_our_client_with_one() -> None:
     with OurServer() as server, OurClient(server.tunnel_address, ("127.0.0.1", 9), env=KEYED) as client:
-        client.wait_for(ANY_KEY)
-        assert not client.find("connected to")
+        client.wait_for_text(ANY_KEY)
+        assert not client.find_text("connected to")
         with connect(server.visitor_address) as visitor:
             assert is_silent(visitor, 0.3)
 
@@ -142,7 +142,7 @@ def test_a_man_in_the_middle_who_ends_tls_is_refused_with_a_key_only(
         Tunnel(server, client, target).assert_works()
         assert middle.seen
     else:
-        client.wait_for(PINNED)
+        client.wait_for_text(PINNED)
         with connect(server.visitor_address), pytest.raises(TimeoutError):
             target.accept(timeout=0.5)
         assert not middle.seen

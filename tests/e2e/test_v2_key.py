@@ -64,7 +64,7 @@ def test_a_silent_peer_is_told_that_a_key_is_required(server: OurServer) -> None
     with dial(server.tunnel_address) as talk:
         assert is_silent(talk.sock, HELLO_WAIT + 0.1)  # a v1 peer is not given the v1 line
         assert talk.refusal() == "key-required"
-    server.wait_for(KEY_REQUIRED)
+    server.wait_for_text(KEY_REQUIRED)
     assert_served(server)
 
 
@@ -72,8 +72,8 @@ def test_a_v1_client_is_turned_away_and_its_operator_can_read_why(server: OurSer
     with V1Client(server.tunnel_address, automatic=False) as client:
         with pytest.raises(ConnectionError, match="reason=key-required"):
             client.connect()
-        server.wait_for(KEY_REQUIRED)
-    assert not server.find("client connected")
+        server.wait_for_text(KEY_REQUIRED)
+    assert not server.find_text("client connected")
     assert_served(server)
 
 
@@ -87,7 +87,7 @@ def test_a_client_that_never_proves_itself_is_turned_away(server: OurServer, str
     began = time.monotonic()
     assert refusal(stranger.talk) in ("key-required", "key-mismatch", "")
     assert time.monotonic() - began > PATIENT / 2
-    server.wait_for(ANY_KEY)
+    server.wait_for_text(ANY_KEY)
     assert_served(server)
 
 
@@ -97,31 +97,31 @@ def test_a_client_that_leaves_at_the_challenge_is_one_line_in_the_log(server: Ou
         client.hello()
         with pytest.raises(AssertionError, match="challenge"):
             client.adopt()
-    server.wait_for(ANY_KEY)
+    server.wait_for_text(ANY_KEY)
     assert_served(server)
 
 
 def test_our_client_without_a_key_says_that_the_server_requires_one(server: OurServer) -> None:
     with OurClient(server.tunnel_address, ("127.0.0.1", 9), env=BRISK) as client:
-        client.wait_for(KEY_REQUIRED)
-        server.wait_for(ANY_KEY)
-        assert not client.find("connected to")
+        client.wait_for_text(KEY_REQUIRED)
+        server.wait_for_text(ANY_KEY)
+        assert not client.find_text("connected to")
         assert client.is_running
     assert_served(server)
 
 
 def test_our_client_without_a_key_says_so_to_a_challenging_peer_too() -> None:
     with V2Server(secret=SECRET) as peer, OurClient(peer.tunnel_address, ("127.0.0.1", 9)) as client:
-        client.wait_for(KEY_REQUIRED)
+        client.wait_for_text(KEY_REQUIRED)
         assert client.is_running
 
 
 def test_both_ends_say_that_the_keys_do_not_match(server: OurServer) -> None:
     wrong = {**BRISK, "TUNNEL_KEY": "correct horse battery stapler"}
     with OurClient(server.tunnel_address, ("127.0.0.1", 9), env=wrong) as client:
-        client.wait_for(KEY_MISMATCH)
-        server.wait_for(KEY_MISMATCH)
-        assert not client.find("connected to")
+        client.wait_for_text(KEY_MISMATCH)
+        server.wait_for_text(KEY_MISMATCH)
+        assert not client.find_text("connected to")
         assert client.is_running
     assert_served(server)
 
@@ -129,7 +129,7 @@ def test_both_ends_say_that_the_keys_do_not_match(server: OurServer) -> None:
 def test_our_client_says_that_a_peer_has_another_key() -> None:
     with V2Server(secret="another long enough secret") as peer:
         with OurClient(peer.tunnel_address, ("127.0.0.1", 9), env=KEYED) as client:
-            client.wait_for(KEY_MISMATCH)
+            client.wait_for_text(KEY_MISMATCH)
         assert peer.connects == 0
 
 
@@ -198,16 +198,16 @@ def show(server: OurServer, make: Callable[[V2Client], str]) -> str:
 def test_a_wrong_proof_is_turned_away(server: OurServer) -> None:
     told = {name: show(server, wrong) for name, wrong in WRONG_PROOFS.items()}
     assert told == dict.fromkeys(WRONG_PROOFS, "key-mismatch")
-    server.wait_for(KEY_MISMATCH)
-    assert not server.find(r"client connected|traceback|\bbug\b")
+    server.wait_for_text(KEY_MISMATCH)
+    assert not server.find_text(r"client connected|traceback|\bbug\b")
     assert_served(server)
 
 
 def test_a_malformed_proof_is_turned_away(server: OurServer) -> None:
     told = {show(server, malformed) for malformed in MALFORMED_PROOFS.values()}
     assert told <= {"key-mismatch", "key-required"}
-    server.wait_for(UNPROVEN)
-    assert not server.find(r"client connected|traceback|\bbug\b")
+    server.wait_for_text(UNPROVEN)
+    assert not server.find_text(r"client connected|traceback|\bbug\b")
     assert_served(server)
 
 

@@ -100,7 +100,7 @@ def test_frames_for_flows_that_nobody_has_are_dropped_and_harm_nobody(server: Ou
             lane.send(stranger, b"for nobody")
         lane.send(flow, b"for you")
         assert visitor.recv(100) == b"for you"
-    assert not server.find(r"traceback|\bbug\b|disconnected")
+    assert not server.find_text(r"traceback|\bbug\b|disconnected")
 
 
 def test_frames_may_come_in_any_pieces(server: OurServer, client: V2Client) -> None:
@@ -190,11 +190,11 @@ def test_what_a_stuck_lane_cannot_take_is_dropped_counted_and_logged_by_our_serv
         lane = ready.next()
         lane.receive()
         sent = 0
-        while not server.find(DROPPED):
+        while not server.find_text(DROPPED):
             for sent in range(sent, sent + BURST):  # noqa: B020
                 visitor.sendto(numbered(sent), server.visitor_address)
             assert sent < 5000, "no datagram was dropped: they are queued without bound"
-        server.wait_for(r"DEBUG.*dropped[^,]* \d+")
+        server.wait_for_text(r"DEBUG.*dropped[^,]* \d+")
         client.talk.say("")
         with datagram_socket() as other:  # another lane is not stuck
             other.sendto(b"other", server.visitor_address)
@@ -223,15 +223,15 @@ def test_what_a_stuck_lane_cannot_take_is_dropped_counted_and_logged_by_our_clie
     lane.send(7, b"hello")
     _, source = target.udp.recvfrom(100)
     sent = 0
-    while not client.find(DROPPED):
+    while not client.find_text(DROPPED):
         for sent in range(sent, sent + BURST):  # noqa: B020
             target.udp.sendto(numbered(sent), source)
         assert sent < 5000, "no datagram was dropped: they are queued without bound"
-    client.wait_for(r"DEBUG.*dropped[^,]* \d+")
+    client.wait_for_text(r"DEBUG.*dropped[^,]* \d+")
     other, _ = server.open_lane()
     other.send(8, b"other")
     assert target.udp.recvfrom(100)[0] == b"other"
-    client.wait_for(r"DEBUG.*2 flows")
+    client.wait_for_text(r"DEBUG.*2 flows")
 
 
 def test_our_client_keeps_one_socket_for_each_flow(stack: contextlib.ExitStack) -> None:

@@ -51,7 +51,7 @@ def test_our_client_answers_at_once_and_with_an_empty_line(stack: contextlib.Exi
 def test_the_round_trip_is_in_the_statistics_line(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer())
     stack.enter_context(V2Client(server.tunnel_address))
-    found = server.wait_for(r"DEBUG.*round trip (\d+(\.\d+)?) ms")
+    found = server.wait_for_text(r"DEBUG.*round trip (\d+(\.\d+)?) ms")
     assert float(found[1]) < 1000 * MARGIN
 
 
@@ -62,7 +62,7 @@ def test_a_client_that_answers_is_never_given_up(stack: contextlib.ExitStack) ->
     with Tunnel(server, client, target).session() as (visitor, service):
         assert is_silent(visitor, 4.5 * INTERVAL)
         assert_connected(visitor, service)
-    assert not server.find("disconnected") + client.find("disconnected")
+    assert not server.find_text("disconnected") + client.find_text("disconnected")
 
 
 def test_a_v1_client_is_never_asked_for_answers(stack: contextlib.ExitStack) -> None:
@@ -72,7 +72,7 @@ def test_a_v1_client_is_never_asked_for_answers(stack: contextlib.ExitStack) -> 
     with Tunnel(server, client, target).session() as (visitor, service):
         assert is_silent(visitor, 4.5 * INTERVAL)
         assert_connected(visitor, service)
-    assert not server.find("disconnected")
+    assert not server.find_text("disconnected")
 
 
 def test_our_server_gives_a_silent_client_up_after_three_intervals(stack: contextlib.ExitStack) -> None:
@@ -82,7 +82,7 @@ def test_our_server_gives_a_silent_client_up_after_three_intervals(stack: contex
     began = time.monotonic()
     assert client.talk.is_ended_by_peer()
     assert 2 * INTERVAL <= time.monotonic() - began < 4 * INTERVAL + MARGIN
-    server.wait_for(r"client disconnected: .*(answer|silent|heartbeat)")
+    server.wait_for_text(r"client disconnected: .*(answer|silent|heartbeat)")
 
 
 def test_our_client_gives_a_silent_server_up_after_three_of_its_intervals(stack: contextlib.ExitStack) -> None:
@@ -90,7 +90,7 @@ def test_our_client_gives_a_silent_server_up_after_three_of_its_intervals(stack:
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=SLOW))
     client.wait_until_connected()
     began = time.monotonic()
-    client.wait_for(r"disconnected: .*(heartbeat|silent|nothing|heard|line)")
+    client.wait_for_text(r"disconnected: .*(heartbeat|silent|nothing|heard|line)")
     assert 2 * INTERVAL <= time.monotonic() - began < 4 * INTERVAL + MARGIN
     until(lambda: server.connects >= 2)
 
@@ -100,7 +100,7 @@ def test_the_interval_that_counts_is_the_server_s(stack: contextlib.ExitStack) -
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))
     until(lambda: server.answers)
     assert server.connects == 1
-    assert not client.find("disconnected")
+    assert not client.find_text("disconnected")
 
 
 def test_with_a_key_a_newcomer_takes_over_at_once_and_running_sessions_go_on(stack: contextlib.ExitStack) -> None:
@@ -143,7 +143,7 @@ def test_without_a_key_a_newcomer_is_turned_away_while_the_client_answers(stack:
         assert time.monotonic() - began < PROBE + MARGIN
     with dial(server.tunnel_address) as silent:
         assert silent.refusal() == "busy"
-    server.wait_for(BUSY)
+    server.wait_for_text(BUSY)
     Tunnel(server, first, target).assert_works()
     assert first.connects == 1
 
@@ -154,9 +154,9 @@ def test_our_second_client_says_that_another_one_is_connected(stack: contextlib.
     first = stack.enter_context(OurClient(server.tunnel_address, target.address, env=SLOW))
     first.wait_until_connected()
     second = stack.enter_context(OurClient(server.tunnel_address, target.address, env=SLOW))
-    second.wait_for(BUSY)
-    server.wait_for(BUSY)
-    assert not first.find("disconnected")
+    second.wait_for_text(BUSY)
+    server.wait_for_text(BUSY)
+    assert not first.find_text("disconnected")
     mark = second.mark()
     first.stop()
     second.wait_until_connected(after=mark)

@@ -62,7 +62,7 @@ def test_the_announced_fingerprint_is_that_of_the_certificate(stack: contextlib.
     client = stack.enter_context(V2Client(server.tunnel_address, automatic=False))
     client.connect()
     client.open_data()  # compares them
-    assert client.signal.parameters["fp"] in server.wait_for(r"certificate SHA-256 \S+").string
+    assert client.signal.parameters["fp"] in server.wait_for_text(r"certificate SHA-256 \S+").string
 
 
 def test_a_server_without_a_key_speaks_at_once_to_a_hello(server: OurServer) -> None:
@@ -77,7 +77,7 @@ def test_a_silent_peer_is_taken_for_v1_after_a_quarter_of_a_second(server: OurSe
         assert is_silent(talk.sock, HELLO_WAIT * 0.8)
         line = talk.hear_line(timeout=2)
     assert re.fullmatch(V1_LINE, line)
-    server.wait_for("client connected from .*wire v1")
+    server.wait_for_text("client connected from .*wire v1")
 
 
 def test_a_hello_in_two_pieces_is_understood(server: OurServer) -> None:
@@ -112,7 +112,7 @@ def test_a_version_of_the_future_is_turned_away_by_name(server: OurServer) -> No
     with dial(server.tunnel_address) as talk:
         talk.say(f"//hello?v=9&nonce={NONCE}")
         assert talk.refusal() == "version"
-    server.wait_for(VERSION)
+    server.wait_for_text(VERSION)
 
 
 REASONS = {
@@ -136,8 +136,8 @@ def test_our_client_says_in_plain_words_why_it_is_turned_away(stack: contextlib.
             talk.say(f"//error?reason={token}")
             assert talk.is_ended_by_peer()
     for token, server in servers.items():
-        client.wait_for(rf"client:{server.address[1]}\b")
-        client.wait_for(REASONS[token])
+        client.wait_for_text(rf"client:{server.address[1]}\b")
+        client.wait_for_text(REASONS[token])
     assert client.is_running
 
 
@@ -147,7 +147,7 @@ def test_a_newcomer_is_told_that_our_server_shuts_down(stack: contextlib.ExitSta
     client.wait_until_full()
     with Tunnel(server, client, target).session():  # for its sake the server does not end at once
         server.send(signal.SIGTERM)
-        server.wait_for("stopping|shutting down|SIGTERM")
+        server.wait_for_text("stopping|shutting down|SIGTERM")
         with dial(server.tunnel_address) as newcomer:
             newcomer.say(f"//hello?v=2&nonce={NONCE}")
             assert newcomer.refusal() == "shutdown"
@@ -173,7 +173,7 @@ def test_a_malformed_hello_harms_nobody(server: OurServer) -> None:
     with Target() as target, V2Client(server.tunnel_address, target.address) as client:
         until(lambda: client.idle)
         Tunnel(server, client, target).assert_works()
-    assert not server.find(r"traceback|\bbug\b")
+    assert not server.find_text(r"traceback|\bbug\b")
 
 
 def env_of(authority: Authority, extra: Environment = BRISK) -> dict[str, str]:
@@ -186,7 +186,7 @@ def test_a_v1_client_is_told_apart_and_served(stack: contextlib.ExitStack, autho
     target = stack.enter_context(Target())
     client = stack.enter_context(V1Client(server.tunnel_address, target.address, cafile=authority.crt))
     client.wait_until_full()
-    server.wait_for("client connected from .*wire v1")
+    server.wait_for_text("client connected from .*wire v1")
     tunnel = Tunnel(server, client, target)
     tunnel.assert_works()
     assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
@@ -197,7 +197,7 @@ def test_a_v1_server_is_told_apart_and_used(stack: contextlib.ExitStack, authori
     server = stack.enter_context(V1Server(tls, authority.local))
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env_of(authority)))
-    client.wait_for(rf"connected to \S+: data port \d+, tls {tls}.*wire v1")
+    client.wait_for_text(rf"connected to \S+: data port \d+, tls {tls}.*wire v1")
     tunnel = Tunnel(server, client, target)
     tunnel.assert_works()
     assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
@@ -205,7 +205,7 @@ def test_a_v1_server_is_told_apart_and_used(stack: contextlib.ExitStack, authori
 
 def test_a_v2_peer_is_told_apart_on_either_end(stack: contextlib.ExitStack, server: OurServer) -> None:
     stack.enter_context(V2Client(server.tunnel_address))
-    server.wait_for("client connected from .*wire v2")
+    server.wait_for_text("client connected from .*wire v2")
     peer = stack.enter_context(V2Server())
     client = stack.enter_context(OurClient(peer.tunnel_address, ("127.0.0.1", 9)))
-    client.wait_for("connected to .*wire v2")
+    client.wait_for_text("connected to .*wire v2")

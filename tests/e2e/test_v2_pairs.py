@@ -83,4 +83,4 @@ def test_nobody_was_given_up_on_the_way(v2_tunnel: Tunnel) -> None:
     runs = [run for run in (v2_tunnel.server, v2_tunnel.client) if hasattr(run, "find")]
     assert runs
     for run in runs:
-        assert not run.find("disconnected|given up|ERROR")
+        assert not run.find_text("disconnected|given up|ERROR")

@@ -121,7 +121,7 @@ def test_ten_thousand_questions_from_as_many_ports_are_all_answered(
     assert asker.answered == len(asker.ports) == QUESTIONS
     # A flow that has had its answer may make room for another where the machine allows too few open files.
     datagrams = r"dropped (?!the longest idle flow)"
-    assert not server.find(datagrams) + client.find(datagrams)
+    assert not server.find_text(datagrams) + client.find_text(datagrams)
 
 
 @needs("iperf3")

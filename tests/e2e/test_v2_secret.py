@@ -33,7 +33,7 @@ def assert_takes_the_key(env: dict[str, str]) -> list[str]:
     """Check that a server with this environment has the key; its warnings."""
     with OurServer(env={**BRISK, **env}) as server, V2Client(server.tunnel_address, secret=SECRET) as client:
         client.wait_until_full()
-        return server.find("WARN|ERROR")
+        return server.find_text("WARN|ERROR")
 
 
 def test_the_key_comes_from_the_environment() -> None:
@@ -100,14 +100,14 @@ def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> Non
     with OurServer(env={**BRISK, "TUNNEL_KEY_FILE": str(path)}) as server:
         with V2Client(server.tunnel_address, secret=keys[0].output.strip()) as client:
             client.wait_until_full()
-        assert not server.find("(WARN|ERROR).*key")
+        assert not server.find_text("(WARN|ERROR).*key")
 
 
 @pytest.mark.parametrize("length", [SHORTEST - 1, SHORTEST])
 def test_a_key_under_sixteen_characters_is_warned_of(length: int) -> None:
     secret = "qvz" * 6
     with OurServer(env={**BRISK, "TUNNEL_KEY": secret[:length]}) as server:
-        about = server.find("WARN.*key")
+        about = server.find_text("WARN.*key")
         assert bool(about) == (length < SHORTEST)
         assert not any(secret[:length] in line for line in server.lines)
 
@@ -141,8 +141,8 @@ def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer(1, env=KEYED))
     with OurClient(server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": "wrong" * 4}) as wrong:
-        wrong.wait_for("(WARN|ERROR).*key")
-        assert not wrong.find("wrong" * 4)
+        wrong.wait_for_text("(WARN|ERROR).*key")
+        assert not wrong.find_text("wrong" * 4)
     with V2Client(server.tunnel_address, secret=SECRET, automatic=False) as peer:
         peer.connect()
         hidden = secrets_of(peer)
@@ -153,7 +153,7 @@ def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.
     for process in (server, ours):
         mark = process.mark()
         process.send(signal.SIGUSR1)
-        process.wait_for(r"\+--- <", after=mark)
+        process.wait_for_text(r"\+--- <", after=mark)
         process.settled_descriptors(0.2)
         shown = "\n".join(process.lines) + command_line(process).decode()
         assert not [secret for secret in hidden if secret in shown]

@@ -7,6 +7,7 @@ of the process run on; the log has the traceback, the statistics count it, and t
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import with_bug
+from tests.support.log import Entry
 from tests.support.process import Nodepass
 from tests.support.scrape import WATCHED, get, metrics_of, reach
 from tests.support.sockets import connect, datagram_socket, free_port, until
@@ -117,9 +119,14 @@ def start(stack: contextlib.ExitStack, side: str, where: str) -> tuple[Nodepass,
     return (server if side == "server" else client), target, server
 
 
-def logged_at(line: str) -> float:
-    """Seconds since the epoch, from the beginning of a line of the log."""
-    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S.%f").astimezone().timestamp()
+def logged_at(entry: Entry) -> float:
+    """Seconds since the epoch."""
+    return datetime.fromisoformat(entry["time"]).timestamp()
+
+
+def find_bug(run: Nodepass, where: str) -> list[Entry]:
+    """The lines with a traceback of the bug that was put in there."""
+    return run.find(traceback=re.compile(rf"Bug: put into {re.escape(where)}"))
 
 
 def is_served(target: Target, server: OurServer) -> bool:
@@ -139,14 +146,14 @@ def test_a_bug_in_a_session_ends_that_session_with_a_traceback_in_the_log(
     side, where, act = IN_A_SESSION[name]
     run, target, server = start(stack, side, where)
     server.wait_for_client()
-    until(lambda: act(run, target, server) or run.find(rf"Bug: put into {where}"), what="no traceback in the log")
-    assert len(run.find("this is a bug")) == 1
+    until(lambda: act(run, target, server) or find_bug(run, where), what="no traceback in the log")
+    assert len(run.find_crashes()) == 1
     target.drain()
     until(lambda: is_served(target, server), what="serves nobody afterwards")
-    assert not run.find("starts again")
+    assert not run.find("tunnel.crashed")
     mark = run.mark()
     run.send(signal.SIGUSR1)
-    run.wait_for("bugs 1", after=mark)
+    run.wait_for("process.bugs", after=mark, bugs=1)
     assert run.stop() == BUG
 
 
@@ -154,15 +161,16 @@ def test_a_bug_in_a_session_ends_that_session_with_a_traceback_in_the_log(
 def test_a_bug_in_a_loop_has_its_tunnel_start_again_after_the_cooldown(stack: contextlib.ExitStack, name: str) -> None:
     side, where, act = IN_A_LOOP[name]
     run, target, server = start(stack, side, where)
-    until(lambda: act(run, target, server) or run.find("starts again"), what="no tunnel that starts again")
-    assert run.find(rf"Bug: put into {where}")
-    mark = next(number for number, line in enumerate(run.lines) if "starts again" in line)
-    again = run.wait_for("listening" if run is server else "connected to", after=mark)
-    assert logged_at(again.string) - logged_at(run.lines[mark]) >= COOLDOWN, "a bug at every start would be a busy loop"
+    until(lambda: act(run, target, server) or run.find("tunnel.crashed"), what="no tunnel that starts again")
+    assert find_bug(run, where)
+    crash = run.find("tunnel.crashed")[0]
+    mark = run.entries.index(crash)
+    again = run.wait_for("server.listening" if run is server else "server.connected", after=mark)
+    assert logged_at(again) - logged_at(crash) >= COOLDOWN, "a bug at every start would be a busy loop"
     target.drain()
     until(lambda: is_served(target, server), what="serves nobody afterwards")
     run.send(signal.SIGUSR1)
-    run.wait_for("crashes 1", after=mark)
+    run.wait_for("tunnel.report", after=mark, counters=lambda counters: counters["trouble"].get("crashes") == 1)
     assert run.stop() == BUG
 
 
@@ -175,38 +183,41 @@ def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: 
         "nodepass.server.visitor_listener:VisitorListener._wait_for_place", after=3
     )  # a look before each accept
     stack.enter_context(server)
-    server.wait_for(rf"server:{first + 2} listening")
+    server.wait_for("server.listening", tunnel=f"server:{first + 2}")
     target = stack.enter_context(Target())
     for port in (first, first + 2):
         stack.enter_context(OurClient(("127.0.0.1", port), target.address, env=env)).wait_until_connected()
     with connect(("127.0.0.1", first + 3)) as visitor, target.accept() as service:
         assert_connected(visitor, service)
         connect(("127.0.0.1", first + 1)).close()
-        server.wait_for(rf"server:{first} .*starts again")
+        server.wait_for("tunnel.crashed", tunnel=f"server:{first}")
         mark = server.mark()
         assert_connected(visitor, service)
-        server.wait_for(rf"server:{first} listening", after=mark)
-        server.wait_for(rf"server:{first} client connected", after=mark)
+        server.wait_for("server.listening", after=mark, tunnel=f"server:{first}")
+        server.wait_for("client.connected", after=mark, tunnel=f"server:{first}")
         assert_connected(visitor, service)
-    assert not server.find(rf"server:{first + 2} .*(crashed|disconnected)")
+    for event in ("bug.caught", "tunnel.crashed", "client.disconnected"):
+        assert not server.find(event, tunnel=f"server:{first + 2}")
     assert server.stop() == BUG
 
 
 def test_a_bug_while_the_process_stops_does_not_keep_it_from_stopping() -> None:
     server = OurServer()
-    server.program = broken("nodepass.server.server:Server._stop_accepting")
+    where = "nodepass.server.server:Server._stop_accepting"
+    server.program = broken(where)
     with server:
         assert server.stop() == BUG
-    assert server.find("Bug: put into")
-    assert server.find("nodepass stopped")
+    assert find_bug(server, where)
+    assert server.find("process.stopped")
 
 
 def test_a_bug_where_the_metrics_endpoint_accepts_does_not_make_it_deaf() -> None:
     server = OurServer(env=WATCHED)
-    server.program = broken("nodepass.metrics.http:HTTPServer._admit")
+    where = "nodepass.metrics.http:HTTPServer._admit"
+    server.program = broken(where)
     with server:
         with reach(metrics_of(server)) as sock, contextlib.suppress(ConnectionError):
             sock.recv(1)
-        server.wait_for("Bug: put into")
+        until(lambda: find_bug(server, where), what="no traceback in the log")
         assert get(metrics_of(server), "/healthz").status == 200
         assert server.stop() == BUG

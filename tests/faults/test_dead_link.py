@@ -115,8 +115,8 @@ def test_both_ends_notice_a_dead_link_and_recover_when_it_returns(place: Place) 
     marks = server.mark(), client.mark()
     began = time.monotonic()
     place.network.pull()
-    server.wait_for("client disconnected", left(began, NOTICED), marks[0])
-    client.wait_for("disconnected", left(began, NOTICED), marks[1])
+    server.wait_for("client.disconnected", after=marks[0], timeout=left(began, NOTICED), reason="silent")
+    client.wait_for("server.disconnected", after=marks[1], timeout=left(began, NOTICED), reason="silent")
     place.network.mend()
     client.wait_until_connected(after=marks[1])
     server.wait_for_client(after=marks[0])
@@ -131,7 +131,7 @@ def test_our_server_notices_a_dead_link_to_a_v1_client(place: Place) -> None:
     place.assert_works(server, target)
     mark = server.mark()
     place.network.pull()
-    server.wait_for("client disconnected", ABOUT, mark)
+    server.wait_for("client.disconnected", after=mark, timeout=ABOUT)
     place.network.mend()
 
 
@@ -143,7 +143,7 @@ def test_our_client_notices_a_dead_link_to_a_v1_server_and_recovers(place: Place
     place.assert_works(server, target)
     mark = client.mark()
     place.network.pull()
-    client.wait_for("disconnected", ABOUT, mark)
+    client.wait_for("server.disconnected", after=mark, timeout=ABOUT)
     place.network.mend()
     client.wait_until_connected(after=mark)
     place.assert_works(server, target)
@@ -163,9 +163,9 @@ def become_the_client(server: OurServer, client: Client, after: int = 0, within:
     One that still filled it when its machine moves would do so from its new address, as if it were the one after it.
     """
     began = time.monotonic()
-    server.wait_for("client connected from", within, after)
+    server.wait_for_client(after, within)
     if isinstance(client, OurClient):
-        client.wait_for("16 of 16 idle", left(began, within))
+        client.wait_for("pool.added", timeout=left(began, within), idle=16, capacity=16)
     else:
         client.wait_until_full()
 

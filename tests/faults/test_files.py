@@ -58,7 +58,7 @@ def test_a_reload_that_fails_keeps_the_old_certificate_and_serves_on(
     with tunnel.session() as (visitor, service):
         damage(server, files, authority)
         server.send(signal.SIGHUP)
-        server.wait_for("ERROR.*keeping the old certificate: .")
+        assert server.wait_for("certificate.kept", level="error")["error"]
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limits)
         assert_connected(visitor, service)
     for _ in range(20):  # more than the pool held before: handshakes go on with the old one

@@ -57,8 +57,8 @@ def test_a_link_that_was_down_has_lost_nothing_that_a_session_was_told(place: Pl
         sender.start()
         service.sendall(b"!")
         if seconds > 3 * HEARTBEAT:
-            client.wait_for("disconnected", left(began, 4 * HEARTBEAT), marks[1])
-            server.wait_for("client disconnected", left(began, 4 * HEARTBEAT), marks[0])
+            client.wait_for("server.disconnected", after=marks[1], timeout=left(began, 4 * HEARTBEAT))
+            server.wait_for("client.disconnected", after=marks[0], timeout=left(began, 4 * HEARTBEAT))
             print(f"\nnoticed after {time.monotonic() - began:.1f} s")
         time.sleep(left(began, seconds))
         place.network.mend()
@@ -71,7 +71,7 @@ def test_a_link_that_was_down_has_lost_nothing_that_a_session_was_told(place: Pl
         assert visitor.recv(1) == b"!"
         print(f"the session had caught up {time.monotonic() - mended:.1f} s after the link was back")
         sender.join()
-    assert bool(client.find("disconnected", marks[1])) == (seconds > 3 * HEARTBEAT)
+    assert bool(client.find("server.disconnected", after=marks[1])) == (seconds > 3 * HEARTBEAT)
 
 
 def lose_what_the_server_sends(network: Network) -> Callable[[], None]:
@@ -98,8 +98,8 @@ def test_a_link_that_loses_one_direction_is_noticed_by_both_ends(
     marks = server.mark(), client.mark()
     began = time.monotonic()
     mend = lose_one_way(place.network)
-    client.wait_for("disconnected", left(began, 2 * NOTICED), marks[1])
-    server.wait_for("client disconnected", left(began, 2 * NOTICED), marks[0])
+    client.wait_for("server.disconnected", after=marks[1], timeout=left(began, 2 * NOTICED))
+    server.wait_for("client.disconnected", after=marks[0], timeout=left(began, 2 * NOTICED))
     mend()
     client.wait_until_connected(after=marks[1])
     server.wait_for_client(after=marks[0])
@@ -141,6 +141,6 @@ def test_a_client_finds_a_server_whose_name_has_got_another_address(
     hosts.write_text("127.0.0.12 moving.example\n")
     began = time.monotonic()
     moved = stack.enter_context(OurServer(tunnel=f"127.0.0.12:{port}"))
-    client.wait_for("connected to 127.0.0.12", after=mark)
+    client.wait_until_connected(after=mark, server=f"127.0.0.12:{port}")
     print(f"\nconnected to the new address after {time.monotonic() - began:.1f} s, its start included")
     Tunnel(moved, client, target).assert_works()

@@ -55,7 +55,7 @@ def test_a_client_that_is_killed_before_a_launch_has_begun_does_not_look_like_an
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     data = ready.get(timeout=20)
-    client.wait_for("pool: deadbeef added")
+    client.wait_for("pool.added", id="deadbeef")
     client.kill()
     with pytest.raises(ConnectionResetError):
         data.recv(1)

@@ -8,33 +8,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.soak.pairs import Pair, Role
+from tests.soak.pairs import Explained, Pair, Role
 from tests.soak.places import Apart
+from tests.support.log import one_of
 
 LONGEST = 5.0
 """Seconds that a fault lasts, at most: beyond the three heartbeats after which a peer is given up."""
 
 TARGET_AWAY = (
-    r"WARN .* cannot reach the target: ",
-    r"WARN .* dropped a datagram to the target: Connection refused",
-    r"WARN .* dropped a datagram of \d+ bytes: Connection refused",
-    r"WARN .* \d+ more lines like the last about: target",
+    Explained("target.unreachable"),
+    Explained("datagram.dropped", reason=one_of("target_refused", "target_unreachable")),
+    Explained("log.suppressed", suppressed=one_of("target.unreachable", "datagram.dropped")),
 )
 PEER_AWAY = (
-    r"WARN .* cannot reach the server ",
-    r"WARN .* cannot make a data connection: ",
-    r"WARN .* visitor \S+ closed, no data connection within ",
-    r"WARN .* data connection from .* refused: ",
-    r"WARN .* dropped a datagram of \d+ bytes from \S+: (no data connection within|its lane is full)",
-    r"WARN .* dropped the datagrams of \d+ flows: ",
-    r"WARN .* dropped an answer of \d+ bytes: (its flow is over|its lane is full)",
-    r"WARN .* launch ignored: no data connection had? ",
-    r"WARN .* \d+ more lines like the last about: ",
-    r"WARN .* client \S+ has proven the key and takes over from ",
-    r"WARN .* client \S+ turned away: another client, \S+, is connected and alive",
-    r"ERROR .* no agreement with the server \S+: another client is connected",
+    Explained("server.unreachable"),
+    Explained("server.rejected", reason="busy"),
+    Explained("client.replaced"),
+    Explained("client.rejected", reason="busy"),
+    Explained("data.dial_failed"),
+    Explained("data.rejected"),
+    Explained("visitor.unserved"),
+    Explained("datagram.dropped", reason=one_of("unserved", "lane_full", "lane_missing", "flow_over")),
+    Explained("launch.unknown"),
+    Explained("log.suppressed"),
 )
-STOPPING = (r"WARN .* cut \d+ sessions that had not finished within ",)
+STOPPING = (Explained("process.cut"),)
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Fault:
 
     name: str
     inject: Callable[[Pair, random.Random], None]
-    explains: tuple[str, ...] = ()
+    explains: tuple[Explained, ...] = ()
 
 
 def kill(role: Role) -> Callable[[Pair, random.Random], None]:
@@ -88,7 +86,7 @@ def renew(pair: Pair, _: random.Random) -> None:
     mark = server.mark()
     fingerprint = pair.renew_certificate().fingerprint
     server.send(signal.SIGHUP)
-    server.wait_for(f"certificate reloaded: certificate SHA-256 {fingerprint}", after=mark)
+    server.wait_for("certificate.reloaded", after=mark, sha256=fingerprint)
 
 
 def stop_target(pair: Pair, rng: random.Random) -> None:

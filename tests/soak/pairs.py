@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from tests.soak.middle import Middle
 from tests.soak.places import Here
 from tests.soak.service import Service
 from tests.support.certificates import LOCAL_NAMES, Authority, Certificate
+from tests.support.log import Entry, loud
 from tests.support.process import Nodepass
 from tests.support.sockets import Address, free_port
 from tests.support.tunnel import OurClient, OurServer
@@ -40,8 +40,16 @@ ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parent / "inside"),
 }
 
-EXPECTED = re.compile(r"\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) |inside: ")
-"""How a line of the log begins that needs no reason."""
+
+class Explained:
+    """Events of this name, with these fields, that need no other reason than the fault that was."""
+
+    def __init__(self, event: str, **fields: object) -> None:
+        self._event, self._fields = event, fields
+
+    def matches(self, entry: Entry) -> bool:
+        """Whether this is such an event."""
+        return entry.matches(self._event, self._fields)
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,12 @@ class Run:
         """What it has in common with others that should need as much."""
         return f"{self.pair}'s {self.role} ({self.shape})"
 
-    def unexpected(self, allowed: Iterable[str] = ()) -> list[str]:
-        """The lines since the last look that neither need no reason nor are allowed."""
-        lines = self.process.lines[self.read :]
-        self.read += len(lines)
-        reasons = [re.compile(pattern) for pattern in allowed]
-        odd = [line for line in lines if not EXPECTED.match(line)]
-        return [f"{self.kind}: {line}" for line in odd if not any(reason.search(line) for reason in reasons)]
+    def unexpected(self, explained: Sequence[Explained] = ()) -> list[str]:
+        """The lines since the last look that are odd and not explained: warnings or worse, and what is no event."""
+        entries = self.process.entries[self.read :]
+        self.read += len(entries)
+        odd = [entry for entry in entries if not entry.data or loud(entry["level"])]
+        return [f"{self.kind}: {entry}" for entry in odd if not any(each.matches(entry) for each in explained)]
 
 
 class Pair:
@@ -161,9 +168,9 @@ class Pair:
         self._certificate.overwrite(renewed)
         return renewed
 
-    def unexpected(self, allowed: Iterable[str] = ()) -> list[str]:
+    def unexpected(self, explained: Sequence[Explained] = ()) -> list[str]:
         """The lines of all logs since the last look that need a reason and have none."""
-        return [line for run in self.runs for line in run.unexpected(allowed)]
+        return [line for run in self.runs for line in run.unexpected(explained)]
 
     def _environment(self) -> dict[str, str]:
         return {**ENVIRONMENT, "TUNNEL_KEY": SECRET} if self.shape.is_keyed else dict(ENVIRONMENT)

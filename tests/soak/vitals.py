@@ -35,25 +35,28 @@ HEAP = (256.0, 16.0)
 BLOCKS = (3000.0, 200.0)
 """Python's blocks, likewise."""
 
+GREENLET = re.compile(r"\+--- <(?!.*; finished)")
+"""A line of gevent's about a greenlet that has not finished; one that has is only not collected yet."""
+
 
 def take_sample(process: Nodepass) -> Sample:
     """The memory of a process now; without the pages of files, which every Python on the machine shares."""
     mark = process.mark()
     process.send(signal.SIGUSR2)
-    inside = process.wait_for(r"inside: heap (\d+), blocks (\d+)", after=mark)
+    inside = process.wait_for("soak.memory", after=mark)
     resident = re.search(r"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
     assert resident, "no RssAnon in /proc/PID/status"
-    return Sample(time.monotonic(), int(resident[1]), int(inside[1]) // 1024, int(inside[2]))
+    return Sample(time.monotonic(), int(resident[1]), inside["heap"] // 1024, inside["blocks"])
 
 
 def count_greenlets(process: Nodepass) -> int:
     """How many greenlets there are, asked by SIGUSR1; what it writes is left out of the log that is looked at."""
     mark = process.mark()
     process.send(signal.SIGUSR1)
-    process.wait_for(r"\* Greenlets", after=mark)
+    process.wait_for("process.greenlets", after=mark)
     process.send(signal.SIGHUP)  # its line comes behind the whole dump
-    process.wait_for("SIGHUP: looking at the certificate files", after=mark)
-    return len(process.find(r"\+--- <(?!.*; finished)", after=mark))  # one that has finished is not collected yet
+    process.wait_for("process.reloading", after=mark)
+    return len(process.find("process.greenlets", after=mark, line=GREENLET))
 
 
 @dataclass(frozen=True)

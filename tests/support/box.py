@@ -18,8 +18,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from tests.support.log import Entry, parse
 from tests.support.process import REPOSITORY
 from tests.support.sockets import PATIENCE, until
 from tests.support.v2_network import inside
@@ -158,13 +159,14 @@ class Unit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        print(self.journal())  # which a failed test shows
+        print(*self.journal(), sep="\n")  # which a failed test shows
         self.box.systemctl("stop", self.socket, self.name, check=False)
         self.box.systemctl("reset-failed", check=False)
 
     def configure(self, urls: str, settings: Mapping[str, str] | None = None) -> None:
         """Write its environment file."""
-        lines = [f'NODEPASS_URL="{urls}"', *(f"{name}={value}" for name, value in (settings or {}).items())]
+        environment = {"LOG_FORMAT": "json", **(settings or {})}
+        lines = [f'NODEPASS_URL="{urls}"', *(f"{name}={value}" for name, value in environment.items())]
         self.box.write(f"/etc/nodepass/{self.instance}.env", "\n".join(lines) + "\n")
 
     def drop_in(self, text: str) -> None:
@@ -193,20 +195,27 @@ class Unit:
         """Return once the status text matches."""
         until(lambda: re.search(pattern, self.show("StatusText")), what=pattern)
 
-    def journal(self) -> str:
-        """What it and systemd have said about it, a line each."""
-        return "\n".join(entry["MESSAGE"] for entry in self._entries())
+    def journal(self) -> list[Entry]:
+        """What it and systemd have said about it."""
+        return [parse(line["MESSAGE"]) for line in self._lines()]
 
-    def wait_for(self, pattern: str, count: int = 1) -> None:
-        """Return once the journal has so many lines that match."""
-        what = f"{pattern!r} {count} times"
-        until(lambda: len(re.findall(pattern, self.journal())) >= count, what=what)
+    def wait_for(self, event: str, **fields: Any) -> Entry:
+        """The first such event in the journal."""
+
+        def found() -> list[Entry]:
+            return [entry for entry in self.journal() if entry.matches(event, fields)]
+
+        return until(found, what=f"{event} {fields}")[0]
+
+    def wait_for_text(self, pattern: str) -> None:
+        """Return once systemd has said that about it."""
+        until(lambda: any(re.search(pattern, entry.line) for entry in self.journal() if not entry.data), what=pattern)
 
     def errors(self) -> list[str]:
         """What was said as an error or worse."""
-        return [entry["MESSAGE"] for entry in self._entries() if int(entry["PRIORITY"]) <= 3]
+        return [line["MESSAGE"] for line in self._lines() if int(line["PRIORITY"]) <= 3]
 
-    def _entries(self) -> Iterator[dict[str, str]]:
+    def _lines(self) -> Iterator[dict[str, str]]:
         for line in self.box.run("journalctl", "-o", "json", "-u", self.name).splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)

@@ -1,8 +1,8 @@
 """The real program under test: started, watched through its log, and ended by its own handle.
 
-A `Nodepass` is one run of `bin/nodepass`. Its log is collected line by line by a thread, so that a test
-waits for what the program says and never for a length of time. The environment is scrubbed: no setting
-of the machine that runs the tests reaches the program.
+A `Nodepass` is one run of `bin/nodepass`. Its log is collected by a thread, event by event, so that a test waits for
+what the program says and never for a length of time. The environment is scrubbed: no setting of the machine that runs
+the tests reaches the program, and its log is JSON unless the test says otherwise.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from tests.support.log import Entry, parse
 from tests.support.proc import count_descriptors
 from tests.support.sockets import PATIENCE, until
 
@@ -40,10 +41,10 @@ runs: list[Nodepass] = []
 
 
 def scrubbed(extra: Environment | None = None) -> dict[str, str]:
-    """An environment without settings, where `python3` is the interpreter that runs the tests."""
+    """An environment with no setting but LOG_FORMAT, where `python3` is the interpreter that runs the tests."""
     kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
     kept["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", os.defpath)))
-    return {**kept, **(extra or {})}
+    return {**kept, "LOG_FORMAT": "json", **(extra or {})}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Nodepass:
         self.arguments = arguments
         self._env = scrubbed(env)
         self._output = output
-        self._lines: list[str] = []
+        self._entries: list[Entry] = []
         self._changed = threading.Condition()
         self._drained = False
         self._shown_from = 0
@@ -157,8 +158,9 @@ class Nodepass:
             return b""
 
     def _append(self, lines: list[bytes]) -> None:
+        entries = [parse(line.decode(errors="replace").rstrip("\r")) for line in lines]
         with self._changed:
-            self._lines += [line.decode(errors="replace").rstrip("\r") for line in lines]
+            self._entries += entries
             self._changed.notify_all()
 
     @property
@@ -172,33 +174,56 @@ class Nodepass:
         return self.process.poll() is None
 
     @property
-    def lines(self) -> list[str]:
+    def entries(self) -> list[Entry]:
         """The log so far."""
         with self._changed:
-            return list(self._lines)
+            return list(self._entries)
+
+    @property
+    def lines(self) -> list[str]:
+        """The log so far, as it was written."""
+        return [entry.line for entry in self.entries]
 
     def mark(self) -> int:
         """A place in the log: what `wait_for` and `find` are given to look only behind it."""
-        return len(self.lines)
+        return len(self.entries)
 
-    def find(self, pattern: str, after: int = 0) -> list[str]:
-        """The lines so far that match, upper and lower case alike."""
-        return [line for line in self.lines[after:] if re.search(pattern, line, re.I)]
+    def find(self, event: str = "", *, after: int = 0, **fields: Any) -> list[Entry]:
+        """The events so far of this name (of any, without one) whose fields are so; see `Entry.matches`."""
+        return [entry for entry in self.entries[after:] if entry.matches(event, fields)]
 
-    def wait_for(self, pattern: str, timeout: float = PATIENCE, after: int = 0) -> re.Match[str]:
-        """The first match in the log behind the mark; AssertionError at the timeout or the end of the log."""
+    def find_crashes(self, after: int = 0) -> list[Entry]:
+        """Every traceback so far."""
+        return [entry for entry in self.entries[after:] if entry.is_crash]
+
+    def wait_for(self, event: str = "", *, after: int = 0, timeout: float = PATIENCE, **fields: Any) -> Entry:
+        """The first such event behind the mark; AssertionError at the timeout or the end of the log."""
+        return self._wait(lambda entry: entry.matches(event, fields), f"{event} {fields}", after, timeout)
+
+    def find_text(self, pattern: str, after: int = 0) -> list[str]:
+        """The lines so far that match, upper and lower case alike: for a run whose log is text."""
+        return [text for entry in self.entries[after:] if re.search(pattern, text := entry.text(), re.I)]
+
+    def wait_for_text(self, pattern: str, timeout: float = PATIENCE, after: int = 0) -> re.Match[str]:
+        """The first match in a line behind the mark, likewise."""
+        entry = self._wait(lambda entry: bool(re.search(pattern, entry.text(), re.I)), pattern, after, timeout)
+        match = re.search(pattern, entry.text(), re.I)
+        assert match
+        return match
+
+    def _wait(self, wanted: Callable[[Entry], bool], what: str, after: int, timeout: float) -> Entry:
         deadline = time.monotonic() + timeout
         seen = after
         with self._changed:
             while True:
-                for line in self._lines[seen:]:
-                    if match := re.search(pattern, line, re.I):
-                        return match
-                seen = max(seen, len(self._lines))
+                for entry in self._entries[seen:]:
+                    if wanted(entry):
+                        return entry
+                seen = max(seen, len(self._entries))
                 left = deadline - time.monotonic()
                 if self._drained or left <= 0:
                     why = "before the log ended" if self._drained else f"in {timeout:g} s"
-                    raise AssertionError(f"no line matches {pattern!r} {why}: {self!r}")
+                    raise AssertionError(f"not in the log {why}: {what}: {self!r}")
                 self._changed.wait(left)
 
     def send(self, number: signal.Signals) -> None:
@@ -247,4 +272,4 @@ class Nodepass:
 
     def text(self) -> str:
         """The part of the log that a failed test shows."""
-        return "\n".join(self.lines[self._shown_from :][-SHOWN:])
+        return "\n".join(map(str, self.entries[self._shown_from :][-SHOWN:]))

@@ -38,7 +38,7 @@ class Sample:
 
 def metrics_of(run: Nodepass) -> Address:
     """Where a run serves its metrics, once it does."""
-    return parse_address(run.wait_for(r"metrics: http://([^/\s]+)/metrics")[1])
+    return parse_address(run.wait_for_text(r"metrics: http://([^/\s]+)/metrics")[1])
 
 
 def reach(place: Place) -> socket.socket:

@@ -8,16 +8,17 @@ Either side of the tunnel is our program or a v1 peer.
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tests.support.certificates import Authority, Certificate
+from tests.support.log import Entry
 from tests.support.process import Environment, Nodepass, Output
 from tests.support.sockets import (
+    PATIENCE,
     Address,
     connect,
     datagram_socket,
@@ -34,8 +35,6 @@ Side = Literal["ours", "v1"]
 BRISK: Environment = {"REPORT_INTERVAL": "200ms", "SERVICE_COOLDOWN": "500ms"}
 """Settings with which things that happen every few seconds happen several times a second."""
 
-LISTENING = r"listening: tunnel (\S+), data (\S+), target (\S+) \(tcp, udp\), tls (\d)"
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -47,6 +46,13 @@ class Pair:
 
     def __str__(self) -> str:
         return f"{self.server}-server-{self.client}-client-tls{self.tls}"
+
+
+def listening(server: Nodepass) -> tuple[Address, Address, Address]:
+    """Where a server says that it listens: tunnel, data, target."""
+    entry = server.wait_for("server.listening")
+    tunnel, data, target = (parse_address(entry[f"{name}_address"]) for name in ("tunnel", "data", "target"))
+    return tunnel, data, target
 
 
 class OurServer(Nodepass):
@@ -73,18 +79,15 @@ class OurServer(Nodepass):
     def __enter__(self) -> OurServer:
         super().__enter__()
         try:
-            found = self.wait_for(LISTENING)
+            self.tunnel_address, self.data_address, self.visitor_address = listening(self)
         except BaseException:
             self.kill()
             raise
-        self.tunnel_address, self.data_address, self.visitor_address = (
-            parse_address(found[number]) for number in (1, 2, 3)
-        )
         return self
 
-    def wait_for_client(self, after: int = 0) -> re.Match[str]:
+    def wait_for_client(self, after: int = 0, timeout: float = PATIENCE, **fields: Any) -> Entry:
         """Return once a client is connected."""
-        return self.wait_for("client connected from", after=after)
+        return self.wait_for("client.connected", after=after, timeout=timeout, **fields)
 
 
 class OurClient(Nodepass):
@@ -106,9 +109,9 @@ class OurClient(Nodepass):
         super().__enter__()
         return self
 
-    def wait_until_connected(self, after: int = 0) -> re.Match[str]:
+    def wait_until_connected(self, after: int = 0, timeout: float = PATIENCE, **fields: Any) -> Entry:
         """Return once it is connected to a server."""
-        return self.wait_for(r"connected to \S+: data port \d+, tls \d", after=after)
+        return self.wait_for("server.connected", after=after, timeout=timeout, **fields)
 
 
 @dataclass

@@ -71,9 +71,9 @@ def open_v2_tunnel(pair: V2Pair, authority: Authority, extra: Environment | None
         server = stack.enter_context(v2_server(pair, authority, more))
         client = stack.enter_context(v2_client(pair, authority, server.tunnel_address, target.address, more))
         if isinstance(client, OurClient):
-            client.wait_for(rf"connected to \S+: data port \d+, tls {pair.tls}.*wire v2")
+            client.wait_for_text(rf"connected to \S+: data port \d+, tls {pair.tls}.*wire v2")
         else:
             client.wait_until_full()
         if isinstance(server, OurServer):
-            server.wait_for(r"client connected from .*wire v2")
+            server.wait_for_text(r"client connected from .*wire v2")
         yield Tunnel(server, client, target)

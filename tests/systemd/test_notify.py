@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -58,7 +59,7 @@ def test_a_process_is_ready_once_all_its_tunnels_are(stack: contextlib.ExitStack
     port = free_port()
     urls = "server://127.0.0.1:0/127.0.0.1:0?tls=0", f"client://127.0.0.1:{port}/127.0.0.1:9"
     both = stack.enter_context(Nodepass(*urls, env=told(notified)))
-    both.wait_for("listening")
+    both.wait_for("server.listening")
     text = notified.wait_for("STATUS=")
     assert re.search(r"STATUS=server:\d+: client none, .*; client:\d+: no server: ", text)
     assert "READY=1" not in notified.heard
@@ -123,7 +124,7 @@ def test_a_client_in_search_of_its_server_is_healthy(stack: contextlib.ExitStack
     notified.forget()
     for _ in range(5):
         notified.wait_for("WATCHDOG=1")
-    assert not client.find("not well")
+    assert not client.find("tunnel.unhealthy")
 
 
 def test_a_server_that_falls_silent_is_given_up_and_the_client_stays_healthy(
@@ -131,10 +132,10 @@ def test_a_server_that_falls_silent_is_given_up_and_the_client_stays_healthy(
 ) -> None:
     server = stack.enter_context(V2Server(heartbeat=None, announced=0.2))
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=told(notified)))
-    client.wait_for("no sign of life")
+    client.wait_for("server.disconnected", reason="silent")
     notified.forget()
     notified.wait_for("WATCHDOG=1")
-    assert not client.find("not well")
+    assert not client.find("tunnel.unhealthy")
 
 
 def test_another_process_s_watchdog_is_not_ours(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
@@ -155,9 +156,9 @@ def test_a_reload_is_announced_and_its_end_too(stack: contextlib.ExitStack, noti
 
 def test_a_reload_does_not_make_a_starting_client_ready(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
     client = stack.enter_context(OurClient(("127.0.0.1", free_port()), ("127.0.0.1", 9), env=told(notified)))
-    client.wait_for("cannot reach")
+    client.wait_for("server.unreachable", reason="unreachable")
     client.send(signal.SIGHUP)
-    client.wait_for("SIGHUP: looking")
+    client.wait_for("process.reloading")
     notified.forget()
     notified.wait_for("WATCHDOG=1")
     assert client.stop() == 0
@@ -218,7 +219,7 @@ def test_what_systemd_would_never_say_is_refused_by_name(variable: str, value: s
 
 def test_nobody_who_listens_does_not_keep_the_program_from_its_work(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env={**BRISK, "NOTIFY_SOCKET": "/nonexistent/notify"}))
-    server.wait_for("WARN .*cannot notify systemd: No such file")
+    server.wait_for("systemd.notify_failed", level="warn", error=os.strerror(errno.ENOENT))
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))
     client.wait_until_connected()
     assert server.stop() == 0

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.support.process import Nodepass, run
-from tests.support.sockets import Address, connect, datagram_socket, free_port, has_ipv6, parse_address
+from tests.support.process import run
+from tests.support.sockets import connect, datagram_socket, format_address, free_port, has_ipv6
 from tests.support.systemd import Activated, NamedSocket, NotifySocket
 from tests.support.target import Target, bind_pair
-from tests.support.tunnel import BRISK, LISTENING, OurClient, assert_connected
+from tests.support.tunnel import BRISK, OurClient, assert_connected, listening
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 
@@ -57,12 +57,6 @@ class Ports:
 
 def start(stack: contextlib.ExitStack, sockets: Sequence[NamedSocket], *urls: str, **env: str) -> Activated:
     return stack.enter_context(Activated(sockets, *urls, env={**BRISK, **env}))
-
-
-def listening(server: Nodepass) -> tuple[Address, Address, Address]:
-    """Where it says that it listens: tunnel, data, target."""
-    found = server.wait_for(LISTENING)
-    return parse_address(found[1]), parse_address(found[2]), parse_address(found[3])
 
 
 def complain(sockets: Sequence[NamedSocket], *urls: str, **env: str) -> tuple[int, str]:
@@ -127,8 +121,9 @@ def test_what_is_not_passed_is_opened_all_the_same(stack: contextlib.ExitStack) 
 def test_several_urls_each_take_their_own(stack: contextlib.ExitStack) -> None:
     one, two = Ports(stack), Ports(stack)
     server = start(stack, [*two.named(), *one.named()], one.url, two.url)
-    server.wait_for(f"listening: tunnel .*:{port_of(one.tunnel)}, .* target .*:{port_of(one.target)} ")
-    server.wait_for(f"listening: tunnel .*:{port_of(two.tunnel)}, .* target .*:{port_of(two.target)} ")
+    for ports in (one, two):
+        tunnel, target = (format_address(each.getsockname()) for each in (ports.tunnel, ports.target))
+        server.wait_for("server.listening", tunnel_address=tunnel, target_address=target)
 
 
 @needs_ipv6
@@ -136,7 +131,9 @@ def test_a_url_without_a_host_takes_the_addresses_of_the_socket_unit(stack: cont
     port = free_port()
     both = [(UNIT, listener(stack, "127.0.0.1", port)), (UNIT, listener(stack, "::1", port))]
     server = start(stack, both, f"server://:{port}/127.0.0.1:0?tls=0")
-    server.wait_for(rf"listening: tunnel 127\.0\.0\.1:{port} and \[::1\]:{port},")
+    addresses = server.wait_for("server.listening")["tunnel_address"]
+    assert f"127.0.0.1:{port}" in addresses
+    assert f"[::1]:{port}" in addresses
 
 
 @needs_ipv6
@@ -229,7 +226,7 @@ def test_a_loop_that_ended_keeps_the_watchdog_waiting_and_is_named(stack: contex
     server = start(stack, ports.named(), ports.url, NOTIFY_SOCKET=notified.address)
     notified.wait_for("READY=1")
     ports.target.shutdown(socket.SHUT_RDWR)
-    server.wait_for("ERROR .* the watchdog is kept waiting: the loop «accept visitors» has ended")
+    server.wait_for("tunnel.unhealthy", level="error", error=re.compile("accept visitors"))
     notified.forget()
     with pytest.raises(AssertionError, match="no 'WATCHDOG=1' within"):
         notified.wait_for("WATCHDOG=1", 1)

@@ -252,7 +252,7 @@ def test_a_blocked_process_is_killed_and_started_again_and_its_visitors_wait(
     server.kill(signal.SIGSTOP)
     assert_works(stack, box, target)
     assert server.show("NRestarts") != "0"
-    server.wait_for("Watchdog timeout")
+    server.wait_for_text("Watchdog timeout")
 
 
 def store(box: Box, name: str, text: str) -> None:
@@ -268,7 +268,7 @@ def test_a_key_is_a_credential(stack: contextlib.ExitStack, box: Box) -> None:
     target = service(stack, box)
     stranger = OurClient(TUNNEL, target.address, env=BRISK)
     box.inside(lambda: stack.enter_context(stranger))
-    stranger.wait_for("requires a key")
+    stranger.wait_for("server.rejected", reason="key_required")
     client(stack, box, target, {"TUNNEL_KEY": key})
     assert_works(stack, box, target)
 
@@ -297,7 +297,7 @@ def test_a_reload_brings_a_renewed_certificate_that_only_root_can_read(
         certificate = authority.issue()
         renew(box, certificate)
         box.systemctl("reload", server.name)
-        server.wait_for(f"certificate reloaded: certificate SHA-256 {certificate.fingerprint}")
+        server.wait_for("certificate.reloaded", sha256=certificate.fingerprint)
         assert_works(stack, box, target)
     owner = box.run("stat", "-c", "%a %u", "/run/nodepass/verified/tls.key", f"/proc/{server.pid}").split()
     assert owner[0] == "600"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from dataclasses import replace
@@ -116,9 +117,16 @@ def test_memory_that_grows_after_the_warm_up_is_found(resident: int, heap: int, 
 
 
 def test_a_line_of_the_log_that_no_fault_explains_is_found() -> None:
-    warning = "2026-01-01 00:00:00.000 WARN  client:1 cannot reach the target: Connection refused"
     run = replace(RUN, process=Nodepass())
-    run.process._lines += ["2026-01-01 00:00:00.000 INFO  client:1 disconnected", warning, "Traceback:", warning]
-    assert len(run.unexpected(TARGET_AWAY)) == 1
-    run.process._lines += [warning]
+    run.process._append([line("info", "server.disconnected"), line("warn", "target.unreachable"), b"Traceback:"])
+    assert [found.endswith("Traceback:") for found in run.unexpected(TARGET_AWAY)] == [True]
+    run.process._append([line("warn", "target.unreachable")])
     assert len(run.unexpected()) == 1
+    run.process._append([line("warn", "datagram.dropped", reason="too_large")])
+    assert len(run.unexpected(TARGET_AWAY)) == 1
+
+
+def line(level: str, event: str, **fields: str) -> bytes:
+    """A line of a log."""
+    own = {"time": "2026-01-01T00:00:00.000+00:00", "level": level, "tunnel": "client:1", "event": event, "message": ""}
+    return json.dumps({**own, **fields}).encode()

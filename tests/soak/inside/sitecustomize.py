@@ -44,10 +44,15 @@ def heap_in_use() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
+EVENT = (
+    b'{"time": "", "level": "info", "tunnel": "soak", "event": "soak.memory", "message": "", "heap": %d, "blocks": %d}'
+)
+
+
 def tell(*_: object) -> None:
-    """Write one line to standard error. Garbage is collected before: what only waits for that is no leak."""
+    """Write an event to standard error. Garbage is collected before: what only waits for that is no leak."""
     gc.collect()
-    os.write(2, b"inside: heap %d, blocks %d\n" % (heap_in_use(), sys.getallocatedblocks()))
+    os.write(2, EVENT % (heap_in_use(), sys.getallocatedblocks()) + b"\n")
 
 
 signal.signal(signal.SIGUSR2, tell)
