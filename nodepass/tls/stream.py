@@ -1,8 +1,8 @@
 """TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
 
-This module, `records`, `certificates` and `verification` alone import OpenSSL and cryptography, and are imported only
-when TLS is on: that costs 10 MB. OpenSSL works on memory BIOs and a patched plain socket does the I/O, so waiting
-suspends the greenlet only. pyOpenSSL's errors become `TLSError`s here, and nothing above knows it.
+Servers and clients import this room only when TLS is on: OpenSSL takes 10 MB. OpenSSL works on memory BIOs (`bio`) and
+the kernel's non-blocking socket does the I/O, so waiting suspends the greenlet only. Errors of pyOpenSSL become
+`TLSError`s here; no other room sees them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from OpenSSL.crypto import X509
 from nodepass.errors import ConfigError, TLSError, VerificationError
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
-from nodepass.tls import shrink
-from nodepass.tls.bio import BATCH, RECORD, Records, inbox
+from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
 from nodepass.tls.verify import Expected, Refusal, is_ip
 
-FEEDS = 8  # reads from the kernel in a row that bring nothing to read: key updates, tickets, alerts
+FEEDS = 8  # reads from the kernel in a row that bring no payload: key updates, tickets, alerts
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
-# AES-128 first: as safe as anything here needs, and the cheapest per byte.
+# AES-128 first: its strength suffices here, and it costs least per byte.
 _CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 
 PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSAPrivateKey
@@ -38,7 +37,7 @@ PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSA
 class TLSStream(SocketStream):
     """A connection under TLS."""
 
-    __slots__ = ("_connection", "_records", "moved_much")
+    __slots__ = ("_connection", "_records")
 
     batch = BATCH
     plain = False
@@ -46,33 +45,28 @@ class TLSStream(SocketStream):
     def __init__(self, sock: Socket, connection: SSL.Connection) -> None:
         super().__init__(sock)
         self._connection = connection
-        self._records = Records(connection)
-        self.moved_much = False
+        self._records = open_records(connection)
 
     @property
     def pending(self) -> bool:
-        return not self._records.over
+        return self._records.unread
 
     def read(self, buffer: memoryview) -> int:
         records = self._records
         for _ in range(FEEDS):
-            if not records.over and (received := self._decrypt(buffer)) is not None:
+            if records.unread and (received := self._decrypt(buffer)) is not None:
                 return received
             size = self._receive()
             if size > RECORD:
                 records.lend(size)
-                continue
-            records.feed(size)
-            if size > shrink.LARGE:
-                shrink.note(self)
+            else:
+                records.feed(size)
         received = self._decrypt(buffer)
         if received is None:
-            raise BlockingIOError  # others get their turn, then we are called again
+            raise BlockingIOError  # others get their turn, then the event loop calls again
         return received
 
     def send(self, data: Data) -> Data:
-        if len(data) > shrink.LARGE:
-            shrink.note(self)
         try:
             self._records.encrypt(data)
         except SSL.Error as error:
@@ -94,20 +88,14 @@ class TLSStream(SocketStream):
                 except SSL.WantReadError:
                     if not self._records.go_on():
                         self._records.feed(self._receive())
-            return False  # nobody has so much to say and means well
+            return False  # no well-behaved peer sends so much without payload
         except BlockingIOError:
             return None
         except (OSError, SSL.Error):
             return False
 
-    def shrink(self) -> bool:
-        """Give back the memory of large batches; False where bytes wait in it still."""
-        if self._records.over:
-            self._records.renew_bios()
-        return self._records.over
-
     def close(self) -> None:
-        shrink.forget(self)
+        self._records.close()
         super().close()
 
     def handshake(self) -> None:
@@ -116,9 +104,8 @@ class TLSStream(SocketStream):
             try:
                 self._connection.do_handshake()
                 self._flush()
-                self._records.look_again()
-                if self._records.over:
-                    self._records.renew_bios()
+                self._records.finish_handshake()
+                self._records.shrink()
                 return
             except SSL.WantReadError:
                 self._flush()
@@ -150,7 +137,7 @@ class TLSStream(SocketStream):
         return size
 
     def _send_records(self) -> Data:
-        """Send what goes at once of what OpenSSL has made; returns a copy of the rest."""
+        """Send at once what the kernel takes of what OpenSSL has made; returns a copy of the rest."""
         return bytes(self.try_rest(records)) if (records := self._records.take()) else b""
 
     def _decrypt(self, buffer: memoryview) -> int | None:
@@ -166,7 +153,7 @@ class TLSStream(SocketStream):
 def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:
     """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context.
 
-    Raises ConfigError where OpenSSL will not have them.
+    Raises ConfigError when OpenSSL rejects them.
     """
     context = _context()
     try:
@@ -192,7 +179,7 @@ def client_context(verify: bool) -> SSL.Context:
 
 def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
     """The server's side of a handshake. Raises OSError, TLSError among them; closing `sock` is the caller's."""
-    wait_read(sock.fileno())  # OpenSSL's 140 KiB are not for a peer that says nothing
+    wait_read(sock.fileno())  # a peer that sends nothing does not get OpenSSL's 140 KiB
     connection = SSL.Connection(context, None)
     connection.set_accept_state()
     stream = TLSStream(sock, connection)

@@ -1,14 +1,18 @@
-"""TLS between two of our streams over a wire that drops, repeats, swaps, cuts and bends records."""
+"""TLS between two of our streams over a wire that drops, repeats, swaps, cuts and alters records.
+
+Either end passes its records by pyOpenSSL's private names or by its public API.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any, cast
+from unittest import mock
 
 from OpenSSL import SSL
 
 from nodepass.log import Log
-from nodepass.tls import shrink
+from nodepass.tls import bio
 from nodepass.tls.certificates import ServerCertificate
 from nodepass.tls.stream import TLSStream, client_context
 from tests.fuzz.scripted import assert_plain, plain_log
@@ -143,22 +147,29 @@ def contexts() -> tuple[SSL.Context, SSL.Context, SSL.Context]:
     return server, client_context(False), old
 
 
-def connect(is_old: int) -> tuple[Side, Side]:
-    """A client and a server that have not shaken hands."""
+def connect(is_old: int, is_client_public: int, is_server_public: int) -> tuple[Side, Side]:
+    """A client and a server before their handshake."""
     server, new, old = contexts()
     near, far = End(), End()
     near.other, far.other = far, near
-    client = Side(near, SSL.Connection(old if is_old else new, None))
+    client = make_side(near, SSL.Connection(old if is_old else new, None), is_client_public)
     client._connection.set_connect_state()
-    service = Side(far, SSL.Connection(server, None))
+    service = make_side(far, SSL.Connection(server, None), is_server_public)
     service._connection.set_accept_state()
     return client, service
+
+
+def make_side(end: End, connection: SSL.Connection, is_public: int) -> Side:
+    """One end, with records by the public API or by private names."""
+    with mock.patch.object(bio, "Implementation", bio.PublicRecords if is_public else bio.PrivateRecords):
+        return Side(end, connection)
 
 
 def check_tls(data: bytes) -> None:
     """What arrives is what was sent from its first byte on; it is complete only where it was ended and is whole."""
     script = Script(data)
-    sides = connect(script.number() % 2)
+    kind = script.number()
+    sides = connect(kind & 1, kind & 2, kind & 4)
     spoilt = script.number()  # the flight of the handshake that is mangled, if there is one
     for turn in range(ROUNDS):
         side = sides[turn % 2]
@@ -178,7 +189,7 @@ def check_tls(data: bytes) -> None:
             side.listen()
             assert side.is_complete or side.is_out
     for side, other in (sides, sides[::-1]):
-        shrink.forget(side)  # nobody closes it
+        side._records.close()  # the sockets are not real ones to close
         assert other.said.startswith(side.got)
         assert not side.is_complete or (side.got == other.said and not other.is_saying)
 
@@ -186,7 +197,7 @@ def check_tls(data: bytes) -> None:
 def _act(script: Script, sides: tuple[Side, Side]) -> None:
     act = script.number()
     side = sides[act % 2]
-    act = act // 2 % 6
+    act = act // 2 % 7
     if act == 5:
         side.end_of.mangle(script)
     elif not side.is_ready:
@@ -201,3 +212,5 @@ def _act(script: Script, sides: tuple[Side, Side]) -> None:
         side.listen()
     elif act == 4 and not side.is_out:
         assert side.peek() in (None, True, False)
+    elif act == 6:
+        assert side._records.shrink() != side.pending
