@@ -1,4 +1,7 @@
-"""The server's certificate: made in memory (tls=1), or read from files, and read again when they change (tls=2)."""
+"""The server's certificate: made in memory (tls=1), or read from files and reloaded when they change (tls=2).
+
+It owns the certificate, its key and the context made of them; `server` asks for the context at each handshake.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from cryptography.x509.oid import NameOID
 from nodepass.errors import ConfigError, reason
 from nodepass.log import Log
 from nodepass.tls.stream import PrivateKey, server_context
+from nodepass.tls.verify import names_of
 
 EXPIRY_WARNING = datetime.timedelta(days=14)
 _DAY = 86400.0  # seconds
@@ -39,18 +43,13 @@ class Identity:
 
     @property
     def expiry(self) -> float:
-        """When the certificate ceases to be valid, in Unix time."""
+        """When the certificate expires, in Unix time."""
         return self.chain[0].not_valid_after_utc.timestamp()
 
     @property
     def names(self) -> list[str]:
-        """What it is made out to: DNS names and addresses."""
-        try:
-            found = self.chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except (x509.ExtensionNotFound, ValueError):
-            return []
-        addresses = map(str, found.get_values_for_type(x509.IPAddress))
-        return [*found.get_values_for_type(x509.DNSName), *addresses]
+        """The DNS names and IP addresses in the certificate."""
+        return names_of(self.chain[0])
 
     @property
     def is_early(self) -> bool:
@@ -59,12 +58,12 @@ class Identity:
 
     @property
     def lifetime(self) -> datetime.timedelta:
-        """How long the certificate is still valid; negative once it has expired."""
+        """Time until the certificate expires; negative afterwards."""
         return self.chain[0].not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
 
 
 def self_signed() -> Identity:
-    """A new ECDSA P-256 key and a certificate for it that nobody vouches for."""
+    """A new ECDSA P-256 key and a self-signed certificate for it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nodepass")])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -82,7 +81,7 @@ def self_signed() -> Identity:
 
 
 def load_pair(crt: str, key: str) -> Identity:
-    """The certificate, with the issuers that follow it in its file, and its key, all PEM.
+    """The certificate, the issuers that follow it in its file, and its key, all PEM.
 
     Raises ConfigError naming the file.
     """
@@ -112,10 +111,10 @@ def _read(parameter: str, path: str) -> bytes:
 
 
 class ServerCertificate:
-    """What a server shows to its clients: `context` is for the next handshake.
+    """What a server shows to its clients; `context` is for the next handshake.
 
-    Without file names it is self-signed. Raises ConfigError when the files are not good at start; later a
-    bad pair keeps the old one.
+    Without file names it is self-signed. Raises ConfigError when the files are not usable at start; a reload that finds
+    them so keeps the pair in use.
     """
 
     def __init__(self, crt: str, key: str, log: Log) -> None:
@@ -128,7 +127,7 @@ class ServerCertificate:
         self._warn_of_expiry()
 
     def reload(self, asked: bool = False) -> None:
-        """Look at the files; an unchanged pair is read only when `asked` for."""
+        """Check the files; files that have not changed are read only when `asked`."""
         state = self._state()
         if not self._paths or (state == self._seen and not asked):
             return
@@ -147,14 +146,14 @@ class ServerCertificate:
             self._log.error("certificate.kept", words, sha256=self.identity.fingerprint, error=error)
 
     def watch(self, interval: float) -> None:
-        """Look at the files every `interval` seconds, and at how long the certificate is still valid; until killed."""
+        """Check the files, and when the certificate expires, every `interval` seconds until killed."""
         while True:
             gevent.sleep(interval)
             self.reload()
             self._warn_of_expiry()
 
     def _use(self, identity: Identity) -> None:
-        context = server_context(identity.chain, identity.key)  # both or neither
+        context = server_context(identity.chain, identity.key)  # may raise: then neither changes
         self.identity, self.context = identity, context
         self._warned = float("-inf")
 
@@ -168,7 +167,7 @@ class ServerCertificate:
         self._log.warning("certificate.expiring", f"the certificate {words}", days=round(days, 1))
 
     def _state(self) -> list[tuple[int, int, int] | None]:
-        """What changes when a file is written or replaced: inode, size, time of change."""
+        """What changes when a file is written or replaced: inode, size, modification time."""
         return [_stat(path) for path in self._paths]
 
 

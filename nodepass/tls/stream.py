@@ -23,7 +23,7 @@ from nodepass.errors import ConfigError, TLSError, VerificationError
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
-from nodepass.tls.verify import Expected, Refusal, is_ip
+from nodepass.tls.verify import Expected, Rejection, is_ip
 
 FEEDS = 8  # reads from the kernel in a row that bring no payload: key updates, tickets, alerts
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
@@ -190,31 +190,60 @@ def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
 def connect_tls(sock: Socket, context: SSL.Context, expected: Expected) -> TLSStream:
     """The client's side of a handshake. Raises OSError.
 
-    A VerificationError among them says whether the chain, the name or the fingerprint was refused. The server hears of
-    it in the handshake, so it never takes a refused connection for a ready one.
+    A VerificationError among them says whether the chain, the name or the fingerprint was rejected. The server learns
+    that in the handshake, so it never takes a rejected connection for a ready one.
     """
+    return _connect(sock, context, _Judge(expected))
+
+
+def check_certificate(sock: Socket, context: SSL.Context, expected: Expected) -> None:
+    """Verify the server's certificate and end the handshake there, so that the server gets no connection from it.
+
+    Raises OSError, VerificationError among them.
+    """
+    judge = _Judge(expected, accepts=False)
+    try:
+        _connect(sock, context, judge)
+    except VerificationError:
+        raise
+    except TLSError:
+        if not judge.has_passed:
+            raise
+
+
+class _Judge:
+    """OpenSSL's verification callback: called for each certificate of the chain, the server's own last."""
+
+    def __init__(self, expected: Expected, accepts: bool = True) -> None:
+        """`accepts`: the handshake goes on with a certificate that is as expected."""
+        self.expected = expected
+        self._accepts = accepts
+        self.has_passed = False
+        self.rejection: Rejection | None = None
+
+    def __call__(self, _connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
+        rejection = self.expected.rejects_chain(error if not ok else 0)
+        if not rejection and depth == 0:
+            rejection = self.expected.rejects_leaf(certificate)
+            self.has_passed = not rejection
+        self.rejection = self.rejection or rejection
+        return not rejection and (self._accepts or depth > 0)
+
+
+def _connect(sock: Socket, context: SSL.Context, judge: _Judge) -> TLSStream:
+    expected = judge.expected
     connection = SSL.Connection(context, None)
     connection.set_connect_state()
     if not is_ip(expected.host):
         connection.set_tlsext_host_name(expected.host.encode("idna"))
-    refusals: list[Refusal] = []
-
-    def judge(_connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
-        refusal = expected.refuses_chain(error if not ok else 0)
-        if not refusal and depth == 0:
-            refusal = expected.refuses_leaf(certificate)
-        if refusal:
-            refusals.append(refusal)
-        return not refusal
-
     if expected.verify or expected.fingerprint:
         connection.set_verify(SSL.VERIFY_PEER, judge)
     stream = TLSStream(sock, connection)
     try:
         stream.handshake()
     except TLSError:
-        if refusals:
-            raise VerificationError(f"certificate {refusals[0].words}", refusals[0].check) from None
+        if judge.rejection:
+            raise VerificationError(f"certificate {judge.rejection.words}", judge.rejection.check) from None
         raise
     return stream
 

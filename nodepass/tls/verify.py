@@ -1,19 +1,24 @@
-"""What a client asks of a server's certificate, and the words for what is wrong with it.
+"""What a client requires of a server's certificate, and why a certificate does not meet it, as text for an operator.
 
-service-identity, which judges names, is imported when it is needed: only a client in mode 2 needs it.
+It knows no connection: `tls.stream` calls it from OpenSSL's verification callback. service-identity, which matches
+names, is imported on first use: only a client in mode 2 needs it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography import x509
 from OpenSSL.crypto import X509
 
+NAMES_SHOWN = 5  # of a certificate, in an error
+NAME_SHOWN = 253  # characters of a name, in an error: as long as a DNS name can be
+
 _EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
-# X509_V_ERR_* of <openssl/x509_vfy.h> that a misconfigured server meets.
+# X509_V_ERR_* of <openssl/x509_vfy.h> that a misconfigured server causes.
 _CHAIN_ERRORS = {
     9: "it is not valid yet",
     _EXPIRED: "it has expired",
@@ -25,9 +30,12 @@ _CHAIN_ERRORS = {
     26: "it is not meant for servers",
 }
 
+# What cryptography raises for a part of a certificate that it cannot read.
+_MALFORMED = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
-class Refusal(NamedTuple):
-    """Which check refuses a certificate (chain, expired, name or fingerprint), and why in words."""
+
+class Rejection(NamedTuple):
+    """Which check rejects a certificate (chain, expired, name or fingerprint), and why in words."""
 
     check: str
     words: str
@@ -35,47 +43,60 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """With `verify` the certificate's chain and name must be right, with a `fingerprint` that too.
+    """With `verify` the certificate's chain and name must be valid; with a `fingerprint` it must have that one.
 
-    The fingerprint is the certificate's SHA-256 in DER, as hex.
+    The fingerprint is the SHA-256 of the certificate in DER, as 64 hex digits.
     """
 
     host: str
     verify: bool = False
     fingerprint: str = ""
 
-    def refuses_chain(self, error: int) -> Refusal | None:
-        """Why the chain is refused, given OpenSSL's X509_V_ERR_*; None where it is not."""
+    def rejects_chain(self, error: int) -> Rejection | None:
+        """Why the chain is rejected, given OpenSSL's X509_V_ERR_*; None when it is not."""
         if not error or not self.verify:
             return None
         words = f"chain refused for {self.host!r}: {_CHAIN_ERRORS.get(error, f'X509 error {error}')}"
-        return Refusal("expired" if error == _EXPIRED else "chain", words)
+        return Rejection("expired" if error == _EXPIRED else "chain", words)
 
-    def refuses_leaf(self, certificate: X509) -> Refusal | None:
-        """Why the server's own certificate is refused; None where it is not."""
-        if self.verify and not _is_made_out_to(certificate, self.host):
-            return Refusal("name", f"name refused for {self.host!r}: it is made out to {_names(certificate)}")
-        shown = certificate.to_cryptography().fingerprint(SHA256()).hex()
+    def rejects_leaf(self, certificate: X509) -> Rejection | None:
+        """Why the server's own certificate is rejected; None when it is not."""
+        if self.verify and not _is_valid_for(certificate, self.host):
+            names = shown_names(names_of(certificate.to_cryptography())) or "no name"
+            return Rejection("name", f"name refused for {self.host!r}: it is made out to {names}")
+        shown = certificate.digest("sha256").replace(b":", b"").decode().lower()
         if self.fingerprint and shown != self.fingerprint:
             words = f"the server has proven {self.fingerprint}, this is {shown}; who is in between?"
-            return Refusal("fingerprint", f"fingerprint refused: {words}")
+            return Rejection("fingerprint", f"fingerprint refused: {words}")
         return None
 
 
-@dataclass(frozen=True)
-class Glance(Expected):
-    """A look at the certificate, to leave before the handshake is over: the server never has a connection to use."""
-
-    passed: list[bool] = field(default_factory=list)
-
-    def refuses_leaf(self, certificate: X509) -> Refusal:
-        refusal = super().refuses_leaf(certificate)
-        if not refusal:
-            self.passed.append(True)
-        return refusal or Refusal("", "seen, and left")
+def is_ip(host: str) -> bool:
+    """Whether a host is an IP address, not a name."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
-def _is_made_out_to(certificate: X509, host: str) -> bool:
+def shown_names(names: Sequence[str]) -> str:
+    """The names in a certificate, for a line of text: at most five, in printable ASCII."""
+    shown = [name[:NAME_SHOWN].encode("unicode_escape").decode() for name in names[:NAMES_SHOWN]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The DNS names and IP addresses in a certificate; none when that part of it cannot be read."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, *_MALFORMED):
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def _is_valid_for(certificate: X509, host: str) -> bool:
     import service_identity
     from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identity
     from service_identity.pyopenssl import extract_patterns
@@ -83,27 +104,6 @@ def _is_made_out_to(certificate: X509, host: str) -> bool:
     wanted = IPAddress_ID(host) if is_ip(host) else DNS_ID(host)
     try:
         verify_service_identity(extract_patterns(certificate), [wanted], [])
-    except (service_identity.VerificationError, service_identity.CertificateError):
-        return False
-    return True
-
-
-def _names(certificate: X509) -> str:
-    from service_identity.pyopenssl import extract_patterns
-
-    return ", ".join(map(_pattern_text, extract_patterns(certificate))) or "no name"
-
-
-def _pattern_text(pattern: object) -> str:
-    value = getattr(pattern, "pattern", None)
-    value = getattr(value, "pattern", value)
-    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-def is_ip(host: str) -> bool:
-    """Whether a host is an address and not a name."""
-    try:
-        ip_address(host)
-    except ValueError:
+    except (service_identity.VerificationError, service_identity.CertificateError, *_MALFORMED):
         return False
     return True

@@ -185,8 +185,10 @@ class _Server:
 
     def _judge(self, identity: Identity) -> None:
         """Whether clients will take it: its names and its days."""
+        from nodepass.tls.verify import shown_names
+
         place, days = f"crt={self._url.crt}", identity.lifetime.total_seconds() / 86400
-        names = ", ".join(identity.names)
+        names = shown_names(identity.names)
         text = f"{place}: matches its key, made out to {names or 'no name'}, {days:.1f} days left"
         if days <= 0:
             self._findings.fail(self._url.name, f"{place}: expired {-days:.1f} days ago, clients refuse it")

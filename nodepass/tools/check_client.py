@@ -141,25 +141,24 @@ class _Visit:
             self._ok(f"data port {endpoint}: reached")
 
     def _look_at_certificate(self, endpoint: Endpoint, tunnel: Offer, vouched_for: bool) -> None:
-        from nodepass.tls.stream import client_context, connect_tls
-        from nodepass.tls.verify import Glance
+        from nodepass.tls.stream import check_certificate, client_context
+        from nodepass.tls.verify import Expected
 
         timeout = self.settings.handshake_timeout
         host = self.url.tunnel.host or "localhost"
-        glance = Glance(host, tunnel.tls == 2, tunnel.fingerprint)
+        expected = Expected(host, tunnel.tls == 2, tunnel.fingerprint)
         try:
             with gevent.Timeout(timeout, TimeoutError(f"{endpoint}: no TLS handshake within {timeout:g}s")):
                 sock = dial([endpoint], timeout)
                 try:
                     if tunnel.mux:
                         TCPStream(sock).write(DATA_PREFIX)
-                    connect_tls(sock, client_context(verify=tunnel.tls == 2), glance)
+                    check_certificate(sock, client_context(expected.verify), expected)
                 finally:
                     sock.close()
         except VerificationError as error:
-            if not glance.passed:
-                self._fail(f"data port {endpoint}: {error}")
-                return
+            self._fail(f"data port {endpoint}: {error}")
+            return
         except OSError as error:
             self._fail_data(error)
             return

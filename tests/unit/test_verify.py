@@ -1,0 +1,86 @@
+"""What a client says about a certificate that it rejects."""
+
+from __future__ import annotations
+
+import datetime
+from ipaddress import ip_address
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from OpenSSL.crypto import X509
+
+from nodepass.tls.verify import NAME_SHOWN, Expected
+
+NOW = datetime.datetime.now(datetime.timezone.utc)
+
+
+def build(key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    name = x509.Name([])
+    return x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), NOW, NOW)
+
+
+def certificate(*names: x509.GeneralName) -> X509:
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = build(key)
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
+    return X509.from_cryptography(builder.sign(key, hashes.SHA256()))
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], "no name"),
+        ([x509.RFC822Name("me@a.example")], "no name"),
+        ([x509.DNSName("a.example"), x509.IPAddress(ip_address("::1"))], "a.example, ::1"),
+        (
+            [x509.DNSName(f"{number}.example") for number in range(7)],
+            "0.example, 1.example, 2.example, 3.example, 4.example and 2 more",
+        ),
+        ([x509.DNSName("a\x1b[31m\n.example")], r"a\x1b[31m\n.example"),
+        ([x509.DNSName("x" * 1000)], "x" * NAME_SHOWN),
+        ([x509.DNSName("*.*.example")], "*.*.example"),
+        ([x509.DNSName("*")], "*"),
+        ([x509.DNSName("127.0.0.1")], "127.0.0.1"),
+    ],
+)
+def test_a_rejection_by_name_shows_the_names_in_the_certificate(names: list[x509.GeneralName], shown: str) -> None:
+    rejection = Expected("tunnel.example", verify=True).rejects_leaf(certificate(*names))
+    assert rejection
+    assert rejection.check == "name"
+    assert rejection.words.startswith("name refused for 'tunnel.example': ")
+    assert rejection.words.endswith(f" {shown}")
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("tunnel.example", x509.DNSName("tunnel.example")),
+        ("tunnel.b.example", x509.DNSName("*.b.example")),
+        ("::1", x509.IPAddress(ip_address("::1"))),
+    ],
+)
+def test_a_certificate_for_the_host_is_accepted(host: str, name: x509.GeneralName) -> None:
+    other = x509.DNSName("other.example")
+    assert not Expected(host, verify=True).rejects_leaf(certificate(other, name))
+
+
+def test_an_unreadable_name_rejects_the_certificate() -> None:
+    unreadable = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, b"no DER")
+    key = ec.generate_private_key(ec.SECP256R1())
+    shown = X509.from_cryptography(build(key).add_extension(unreadable, critical=False).sign(key, hashes.SHA256()))
+    rejection = Expected("tunnel.example", verify=True).rejects_leaf(shown)
+    assert rejection
+    assert rejection.words.endswith(" no name")
+
+
+def test_a_fingerprint_is_that_of_the_certificate_in_der() -> None:
+    shown = certificate(x509.DNSName("tunnel.example"))
+    fingerprint = shown.to_cryptography().fingerprint(hashes.SHA256()).hex()
+    assert not Expected("tunnel.example", fingerprint=fingerprint).rejects_leaf(shown)
+    rejection = Expected("tunnel.example", fingerprint="0" * 64).rejects_leaf(shown)
+    assert rejection
+    assert rejection.check == "fingerprint"
+    assert fingerprint in rejection.words
