@@ -7,7 +7,6 @@ import contextlib
 import pytest
 
 from tests.e2e.test_check import check_of, found, trouble
-from tests.support import v2_network
 from tests.support.certificates import Authority
 from tests.support.process import Environment, run
 from tests.support.sockets import connect, format_address, free_port
@@ -17,8 +16,7 @@ from tests.support.v1_server import V1Server
 from tests.support.v2_network import SERVER, Network
 from tests.support.v2_tunnel import KEYED, SECRET
 
-WHY_NOT = v2_network.why_not()
-needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+needs_namespaces = pytest.mark.programs("network namespaces")
 
 
 def url_of(server: OurServer | V1Server, target: Target) -> str:

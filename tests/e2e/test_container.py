@@ -7,7 +7,6 @@ import http.server
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import socketserver
@@ -23,7 +22,6 @@ import pytest
 import yaml
 
 from nodepass.config import rows
-from tests.support import v2_network
 from tests.support.process import REPOSITORY, Nodepass, scrubbed
 from tests.support.sockets import connect, free_port
 from tests.support.target import Target
@@ -34,8 +32,7 @@ from tests.support.wheels import build_wheel
 
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ")
 COMPOSE = REPOSITORY / "contrib" / "docker" / "compose.yaml"
-WHY_NOT = v2_network.why_not()
-needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+needs_namespaces = pytest.mark.programs("network namespaces")
 
 
 def instructions(name: str) -> list[str]:
@@ -67,6 +64,7 @@ def test_everything_that_the_image_copies_is_there_and_not_ignored() -> None:
     assert is_ignored("tests")
 
 
+@pytest.mark.programs
 def test_what_the_image_copies_is_enough_to_install_from(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, tmp_path / "context", copied())
     with zipfile.ZipFile(wheel) as opened:
@@ -98,8 +96,7 @@ class Contained(Nodepass):
         return int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text())
 
 
-@needs_namespaces
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="not installed: unshare")
+@pytest.mark.programs("mount namespaces")
 def test_as_process_1_on_a_read_only_root_it_serves_by_environment_and_drains_at_sigterm(
     stack: contextlib.ExitStack,
 ) -> None:
@@ -179,9 +176,7 @@ def test_without_anybody_to_ask_the_health_check_fails_in_one_line(listen: str) 
     assert "METRICS_LISTEN" in done.stderr
 
 
-@pytest.mark.skipif("metrics_listen" not in rows(), reason="this version has no METRICS_LISTEN")
 def test_a_running_server_and_a_running_client_are_healthy(stack: contextlib.ExitStack) -> None:
-    pytest.importorskip("prometheus_client")
     ports = free_port(2), free_port()
     server = stack.enter_context(OurServer(env={"METRICS_LISTEN": f"127.0.0.1:{ports[0]}"}))
     env = {"METRICS_LISTEN": f"127.0.0.1:{ports[1]}"}
@@ -212,10 +207,9 @@ def test_the_example_publishes_one_port_for_the_tunnel_and_writes_nothing() -> N
     assert "ports" not in services["target"]
 
 
+@pytest.mark.programs("docker compose")
 def test_the_example_is_what_docker_compose_takes() -> None:
     command = ["docker", "compose", "--file", str(COMPOSE), "config", "--quiet"]
-    if shutil.which("docker") is None or subprocess.run(command[:2], capture_output=True, check=False).returncode:
-        pytest.skip("not installed: docker compose")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -113,6 +113,7 @@ def test_two_hundred_flows_at_once_keep_their_order(any_lanes: Tunnel, stack: co
                 assert [visitor.recv(100) for _ in range(each)] == [b"%d" % number for number in range(each)]
 
 
+@pytest.mark.programs
 def test_a_flow_ends_and_its_socket_is_released(
     lanes: Callable[[Environment], Tunnel], stack: contextlib.ExitStack
 ) -> None:
@@ -130,6 +131,7 @@ def test_a_flow_ends_and_its_socket_is_released(
     assert len(set(sources)) == FLOWS
 
 
+@pytest.mark.programs
 def test_traffic_in_either_direction_keeps_a_flow(lanes: Callable[[Environment], Tunnel]) -> None:
     tunnel = lanes({"UDP_SESSION_TIMEOUT": "2s"})
     with datagram_socket() as speaker, datagram_socket() as listener, datagram_socket() as clock:

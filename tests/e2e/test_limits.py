@@ -20,9 +20,6 @@ SMALL = 64 << 20
 HELD = 500
 BULK = 256 << 10
 
-WHY_NOT = cgroup.why_not()
-needs_cgroup = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-
 
 class Limited(OurServer):
     """A server whose resource limits are set before it begins."""
@@ -34,7 +31,7 @@ class Limited(OurServer):
         return self
 
 
-@needs_cgroup
+@pytest.mark.programs("memory cgroups")
 @pytest.mark.parametrize("tls", [0, 1])
 def test_in_64_mib_a_server_holds_500_sessions_that_have_carried_much_both_ways(
     stack: contextlib.ExitStack, tls: int

@@ -17,6 +17,8 @@ from tests.support.process import Nodepass
 from tests.support.sockets import PATIENCE, Address, connect, receive_exactly
 from tests.support.tunnel import OurClient, OurServer
 
+pytestmark = pytest.mark.programs
+
 AT_ONCE = 1000
 IN_ALL = [3_000, pytest.param(10_000, marks=pytest.mark.soak)]
 WORKERS = 32

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import v2_network
 from tests.support.process import Finished, Nodepass, run
 from tests.support.scrape import WATCHED, get, metrics_of, parse, reach, value, wait_for_value
 from tests.support.sockets import connect, format_address, has_ipv6, is_over, receive_all, until
@@ -143,7 +142,7 @@ class Hidden(OurServer):
     prefix = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$0" "$@"')
 
 
-@pytest.mark.skipif(bool(v2_network.why_not()), reason=v2_network.why_not())
+@pytest.mark.programs("mount namespaces")
 def test_the_process_is_measured_also_where_proc_shows_processes_only() -> None:
     with Hidden(env=WATCHED) as server:
         seen = {sample.name: sample.value for sample in parse(get(metrics_of(server)).body)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ DOCUMENT = ROOT / "docs" / "metrics.md"
 TARGET_LABELS = {"instance", "job"}
 """Labels that Prometheus adds to what it scrapes."""
 
-promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)")
+promtool = pytest.mark.programs("promtool")
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.test_programs import needs, program, running, tunnel_to
 from tests.support.certificates import Authority
 from tests.support.process import scrubbed
+from tests.support.programs import running, tunnel_to
 from tests.support.sockets import PATIENCE, Address, free_port, parse_address
 from tests.support.tunnel import BRISK, OurClient, OurServer
 
@@ -31,10 +31,8 @@ WINDOW = 64
 @pytest.fixture(scope="module")
 def name_server() -> Iterator[Address]:
     """A dnsmasq that knows one name and one long text, and asks nobody else."""
-    dnsmasq = program("dnsmasq")
-    assert dnsmasq is not None
     port = free_port()
-    command = [dnsmasq, "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file", "--no-resolv", "--no-hosts"]
+    command = ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file", "--no-resolv", "--no-hosts"]
     command += [f"--port={port}", "--listen-address=127.0.0.1", "--bind-interfaces", "--edns-packet-max=4096"]
     command += [f"--address=/{NAME}/{FOUND}", f"--txt-record=long.example.test{f',{LONG}' * STRINGS}"]
     with running(port, *command) as address:
@@ -43,16 +41,14 @@ def name_server() -> Iterator[Address]:
 
 def dig(visitors: str, *question: str) -> str:
     """What dig prints; it asks once and waits as long as anything does here."""
-    dig = program("dig")
-    assert dig is not None
     host, port = parse_address(visitors)
-    command = [dig, f"@{host}", "-p", str(port), "+short", "+tries=1", f"+time={PATIENCE:.0f}", *question]
+    command = ["dig", f"@{host}", "-p", str(port), "+short", "+tries=1", f"+time={PATIENCE:.0f}", *question]
     done = subprocess.run(command, env=scrubbed(), capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
-@needs("dig", "dnsmasq")
+@pytest.mark.programs("dig", "dnsmasq")
 @pytest.mark.parametrize("tls", [0, 1])
 def test_dig_asks_a_name_server_through_the_tunnel(name_server: Address, tls: int) -> None:
     with tunnel_to(name_server, tls) as visitors:
@@ -108,7 +104,7 @@ class Asker:
             self.answered += 1
 
 
-@needs("dnsmasq")
+@pytest.mark.programs("dnsmasq")
 def test_ten_thousand_questions_from_as_many_ports_are_all_answered(
     name_server: Address, stack: contextlib.ExitStack
 ) -> None:
@@ -124,16 +120,14 @@ def test_ten_thousand_questions_from_as_many_ports_are_all_answered(
     assert not server.find_text(datagrams) + client.find_text(datagrams)
 
 
-@needs("iperf3")
+@pytest.mark.programs("iperf3")
 @pytest.mark.parametrize("direction", [(), ("--reverse",)], ids=["to the target", "to the visitor"])
 def test_iperf3_sends_datagrams_through_the_tunnel(direction: tuple[str, ...]) -> None:
-    iperf3 = program("iperf3")
-    assert iperf3 is not None
     port = free_port()
-    server = running(port, iperf3, "--server", "--bind", "127.0.0.1", "--port", str(port))
+    server = running(port, "iperf3", "--server", "--bind", "127.0.0.1", "--port", str(port))
     with server as address, tunnel_to(address, 0) as visitors:
         host, number = parse_address(visitors)
-        command = [iperf3, "--client", host, "--port", str(number), "--udp", "--bitrate", "10M", "--bytes", "1M"]
+        command = ["iperf3", "--client", host, "--port", str(number), "--udp", "--bitrate", "10M", "--bytes", "1M"]
         command += ["--length", "1400", "--json", *direction]
         done = subprocess.run(command, env=scrubbed(), capture_output=True, check=False, timeout=60)
     report = json.loads(done.stdout)
@@ -142,7 +136,7 @@ def test_iperf3_sends_datagrams_through_the_tunnel(direction: tuple[str, ...]) -
     assert report["end"]["sum"]["lost_packets"] == 0
 
 
-@needs("openssl")
+@pytest.mark.programs("openssl")
 def test_a_dtls_conversation_passes_the_tunnel(authority: Authority, stack: contextlib.ExitStack) -> None:
     leaf, port = authority.local, free_port()
     service = spoken_to(
@@ -161,7 +155,7 @@ def test_a_dtls_conversation_passes_the_tunnel(authority: Authority, stack: cont
 
 def spoken_to(stack: contextlib.ExitStack, *arguments: str) -> subprocess.Popen[bytes]:
     """One end of OpenSSL's DTLS, whose standard input and output are the conversation."""
-    command = [program("openssl") or "openssl", arguments[0], "-dtls1_2", "-quiet", *arguments[1:]]
+    command = ["openssl", arguments[0], "-dtls1_2", "-quiet", *arguments[1:]]
     process = subprocess.Popen(command, env=scrubbed(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     stack.enter_context(process)
     stack.callback(process.kill)

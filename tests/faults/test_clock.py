@@ -11,13 +11,13 @@ import pytest
 
 import nodepass
 from nodepass.tunnel.control import MISSED_HEARTBEATS
+from tests.support.needs import FAKETIME
 from tests.support.process import Environment, Nodepass
 from tests.support.sockets import datagram_socket, until
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v2_tunnel import KEYED
 
-LIBRARY = glob("/usr/lib/*/faketime/libfaketime.so.1")
 WALL_CLOCK = {"time": {"time", "time_ns", "localtime", "gmtime"}, "datetime": {"now", "utcnow", "today"}}
 """Functions that ask for it, by module."""
 
@@ -29,7 +29,7 @@ class Clock:
         self._file = file
         self.shift("+0")
         self.env: Environment = {
-            "LD_PRELOAD": LIBRARY[0],
+            "LD_PRELOAD": glob(FAKETIME)[0],
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
@@ -41,7 +41,7 @@ class Clock:
         self._file.write_text(f"{by}\n")
 
 
-@pytest.mark.skipif(not LIBRARY, reason="not installed: faketime")
+@pytest.mark.programs("faketime")
 def test_a_clock_that_jumps_by_a_day_either_way_is_not_noticed(stack: contextlib.ExitStack, tmp_path: Path) -> None:
     clock = Clock(tmp_path / "clock")
     env = {**KEYED, **clock.env, "UDP_SESSION_TIMEOUT": "30s", "SHUTDOWN_TIMEOUT": "100ms"}

@@ -21,7 +21,7 @@ from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
 from tests.support.v1_stream import is_readable
 from tests.support.v2_control import dial
-from tests.support.v2_network import SERVER, Namespace, Network, why_not
+from tests.support.v2_network import SERVER, Namespace, Network
 from tests.support.v2_tunnel import SECRET
 
 INTERVAL = 0.3
@@ -43,8 +43,7 @@ QUICK: Environment = {"REPORT_INTERVAL": f"{INTERVAL * 1000:.0f}ms", "SERVICE_CO
 SLOW: Environment = {"REPORT_INTERVAL": "30s", "SERVICE_COOLDOWN": "500ms"}
 """With these it is never a heartbeat that finds somebody dead."""
 
-REASON = why_not()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+pytestmark = pytest.mark.programs("network namespaces")
 
 Client = OurClient | V1Client
 ClientFactory = Callable[[Address, Address], Client]

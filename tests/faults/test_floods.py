@@ -132,6 +132,7 @@ def assert_as_fast(during: list[float], before: list[float]) -> None:
     assert during[-1] < 20 * SERVED + 10 * before[-1]
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("name", [name for name in FLOODS if name not in LIKE_OTHERS])
 def test_who_behaves_is_served_during(stack: contextlib.ExitStack, name: str) -> None:
     flood = FLOODS[name]
@@ -174,6 +175,7 @@ def test_99_of_100_visitors_are_served_within_50_ms_during(stack: contextlib.Exi
     assert during[len(during) * 99 // 100] < SERVED
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("words", [HELLO + b"\n" * 65536, HELLO + LAUNCHES], ids=["heartbeats", "launches"])
 def test_a_client_that_floods_its_server_does_not_keep_up_the_other_tunnels(
     stack: contextlib.ExitStack, words: bytes

@@ -50,6 +50,7 @@ class Mute(V2Server):
             sock.recv(1)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_server_that_floods_its_client_does_not_keep_up_the_other_tunnels(
     stack: contextlib.ExitStack, name: str

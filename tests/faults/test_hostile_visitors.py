@@ -51,6 +51,7 @@ def marked(name: str) -> object:
     return pytest.param(name, marks=pytest.mark.soak) if FLOODS[name][2] == "reset" else name
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("name", [marked(name) for name in FLOODS])
 def test_hostile_visitors_are_noticed_by_no_other_tunnel(stack: contextlib.ExitStack, name: str) -> None:
     count, words, then = FLOODS[name]

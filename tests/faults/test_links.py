@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from tests.support.process import PROGRAM, Environment
 from tests.support.sockets import connect, receive_exactly
 from tests.support.target import Target
 from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
-from tests.support.v2_network import CABLE, CLIENT, SERVER, Network, why_not
+from tests.support.v2_network import CABLE, CLIENT, SERVER, Network
 
 __all__ = ["place"]
 
@@ -27,8 +25,7 @@ NOWHERE = "02:00:00:00:00:01"
 HEARTBEAT = 5.0
 """Seconds, as REPORT_INTERVAL's default has it."""
 
-REASON = why_not()
-in_a_network = pytest.mark.skipif(bool(REASON), reason=REASON)
+in_a_network = pytest.mark.programs("network namespaces")
 
 
 def start(place: Place, env: Environment) -> tuple[OurServer, OurClient, Target]:
@@ -106,7 +103,6 @@ def test_a_link_that_loses_one_direction_is_noticed_by_both_ends(
     place.assert_works(server, target)
 
 
-UNSHARE = shutil.which("unshare")
 OWN_HOSTS = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
 
 
@@ -115,16 +111,10 @@ class ClientWithHosts(OurClient):
 
     def __init__(self, hosts: Path, *arguments: object, **more: object) -> None:
         super().__init__(*arguments, **more)  # type: ignore[arg-type]
-        self.program = (str(UNSHARE), "--mount", "sh", "-c", OWN_HOSTS, "sh", str(hosts), str(PROGRAM))
+        self.program = ("unshare", "--mount", "sh", "-c", OWN_HOSTS, "sh", str(hosts), str(PROGRAM))
 
 
-def has_mounts() -> bool:
-    """Whether a process here may have mounts of its own."""
-    done = UNSHARE and subprocess.run([UNSHARE, "--mount", "true"], capture_output=True, check=False)
-    return bool(done) and done.returncode == 0
-
-
-@pytest.mark.skipif(not has_mounts(), reason="mount namespaces need root and unshare")
+@pytest.mark.programs("mount namespaces")
 def test_a_client_finds_a_server_whose_name_has_got_another_address(
     stack: contextlib.ExitStack, tmp_path: Path
 ) -> None:

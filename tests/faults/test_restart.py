@@ -54,6 +54,7 @@ def is_greeted(visitor: socket.socket) -> bool:
         return False
 
 
+@pytest.mark.programs
 def test_no_visitor_is_lost_that_connected_before_the_server_was_stopped(stack: contextlib.ExitStack) -> None:
     """A thousand come as fast as they can; the server is stopped in the middle, and another takes its place."""
     port = free_port(3)
@@ -136,6 +137,7 @@ class Pair:
         return ("127.0.0.1", self.ports + 2 * number + 1)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("killed", ["server", "client"])
 @pytest.mark.parametrize(
     ("rounds", "within"), [(4, 10 * BACK), pytest.param(50, BACK, marks=pytest.mark.soak)], ids=["some", "fifty"]

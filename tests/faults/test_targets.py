@@ -113,6 +113,7 @@ def pour(sink: socket.socket, data: bytes) -> int:
     return sent
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("tls", [0, 1])
 @pytest.mark.parametrize("writer", ["visitor", "target"])
 def test_a_reader_that_does_not_read_holds_up_its_writer_and_nobody_else(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import subprocess
 import threading
@@ -18,7 +17,6 @@ from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v2_tunnel import KEYED
 
-OPENSSL = shutil.which("openssl")
 MANY = 60
 """Commands given to it, one after another."""
 
@@ -36,8 +34,7 @@ class Openssl:
     """A data connection made with `openssl s_client`, told by letters what to do; a context manager."""
 
     def __init__(self, address: tuple[str, int], version: str) -> None:
-        assert OPENSSL
-        self._command = [OPENSSL, "s_client", "-connect", format_address(address), f"-{version}"]
+        self._command = ["openssl", "s_client", "-connect", format_address(address), f"-{version}"]
 
     def __enter__(self) -> Openssl:
         self._process = subprocess.Popen(
@@ -109,12 +106,13 @@ def works(tunnel: Tunnel) -> bool:
     return False
 
 
-@pytest.mark.skipif(OPENSSL is None, reason="not installed: openssl")
+@pytest.mark.programs("openssl")
 @pytest.mark.parametrize("letter", ["k", "K"], ids=["its own keys", "both ends' keys"])
 def test_key_updates_without_end_are_borne(tunnel: Tunnel, letter: str) -> None:
     assert_unharmed(tunnel, Openssl(tunnel.our_server.data_address, "tls1_3"), letter, b"KEYUPDATE")
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("keyed", [False, True], ids=["idle in the pool", "before its proof of the key"])
 def test_a_flood_of_key_updates_ends_its_connection_and_keeps_nobody_waiting(
     stack: contextlib.ExitStack, keyed: bool
@@ -143,6 +141,6 @@ def test_a_flood_of_key_updates_ends_its_connection_and_keeps_nobody_waiting(
     assert server.stop() == 0
 
 
-@pytest.mark.skipif(OPENSSL is None, reason="not installed: openssl")
+@pytest.mark.programs("openssl")
 def test_a_renegotiation_is_not_entered_into(tunnel: Tunnel) -> None:
     assert_unharmed(tunnel, Openssl(tunnel.our_server.data_address, "tls1_2"), "R", b"RENEGOTIATING", 1)

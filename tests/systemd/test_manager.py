@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.support.box import BootError, Box, why_not
+from tests.support.box import BootError, Box
 from tests.support.process import REPOSITORY
 from tests.support.sockets import connect
 from tests.support.target import Target
@@ -24,8 +24,7 @@ from tests.support.tunnel import OurClient, assert_connected
 from tests.support.wheels import build_wheel, pack_needed
 
 MANAGER = REPOSITORY / "contrib" / "systemd" / "nodepass-manager"
-REASON = why_not()
-needs_box = pytest.mark.skipif(bool(REASON), reason=REASON)
+needs_box = pytest.mark.programs("a box")
 
 SERVER = "server://127.0.0.1:10101/127.0.0.1:8080?tls=1"
 ENV = "/etc/nodepass/web.env"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,16 +12,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.box import UNITS, BootError, Box, Unit, why_not
+from tests.support.box import UNITS, BootError, Box, Unit
 from tests.support.certificates import Authority, Certificate
 from tests.support.sockets import PATIENCE, connect, datagram_socket, is_silent, receive_all, until
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, assert_connected
 from tests.support.v2_network import enter
 
-REASON = why_not()
-needs_box = pytest.mark.skipif(bool(REASON), reason=REASON)
-needs_analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="not installed: systemd-analyze")
+needs_box = pytest.mark.programs("a box")
 
 TUNNEL, VISITORS = ("127.0.0.1", 10101), ("127.0.0.1", 443)
 SERVER = "server://:10101/:443?tls=0"
@@ -70,7 +67,7 @@ def assert_works(stack: contextlib.ExitStack, box: Box, target: Target) -> None:
     assert_connected(visit(stack, box), stack.enter_context(target.accept()))
 
 
-@needs_analyze
+@pytest.mark.programs("systemd-analyze")
 def test_the_exposure_of_the_service_is_at_most_1_5() -> None:
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=15", str(UNITS / "nodepass@.service")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

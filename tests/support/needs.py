@@ -1,0 +1,64 @@
+"""What a test needs of the machine, by name: another package's program, or something only root may do.
+
+`@pytest.mark.programs("nginx", "curl")` puts a test into the suite of `make programs`, where it is skipped with the
+reason if one of these is missing. Called by tests/conftest.py; nothing is probed before a test needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Callable
+from glob import glob
+
+from tests.support import box, cgroup, v2_network
+
+FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
+DAEMONS = "/usr/sbin:/usr/local/sbin:/sbin"
+"""Directories that are often not on the PATH of a user."""
+
+
+def program(name: str) -> str | None:
+    """The path of a program, or None where it is not installed."""
+    return shutil.which(name) or shutil.which(name, path=DAEMONS)
+
+
+def _faketime() -> str:
+    return "" if glob(FAKETIME) else "not installed: faketime"
+
+
+def _mounts() -> str:
+    found = program("unshare")
+    done = found and subprocess.run([found, "--mount", "true"], capture_output=True, check=False)
+    return "" if done and done.returncode == 0 else "mount namespaces need root and unshare"
+
+
+def _compose() -> str:
+    found = program("docker")
+    done = found and subprocess.run([found, "compose", "version"], capture_output=True, check=False)
+    return "" if done and done.returncode == 0 else "not installed: docker compose"
+
+
+CAPABILITIES: dict[str, Callable[[], str]] = {
+    "a box": box.why_not,
+    "docker compose": _compose,
+    "faketime": _faketime,
+    "memory cgroups": cgroup.why_not,
+    "mount namespaces": _mounts,
+    "network namespaces": v2_network.why_not,
+}
+"""What is more than a program on the PATH: each returns the reason why it is not there, or an empty string."""
+
+
+@functools.cache
+def why_not(name: str) -> str:
+    """Why this machine does not have it; empty where it does."""
+    if name in CAPABILITIES:
+        return CAPABILITIES[name]()
+    return "" if program(name) else f"not installed: {name}"
+
+
+def missing(names: tuple[str, ...]) -> str:
+    """The reasons for all that is missing, in one line."""
+    return "; ".join(reason for name in names if (reason := why_not(name)))

@@ -1,0 +1,55 @@
+"""Other packages' programs as a service behind a tunnel: started in the foreground, ended by their own handle."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.needs import program
+from tests.support.process import scrubbed
+from tests.support.sockets import Address, format_address, until
+from tests.support.tunnel import OurClient, OurServer
+
+
+def installed(name: str) -> str:
+    """The path of a program that the test's `programs` mark names."""
+    path = program(name)
+    assert path, f"not installed: {name}"
+    return path
+
+
+@contextlib.contextmanager
+def running(port: int, name: str, *arguments: str) -> Iterator[Address]:
+    """A server program in the foreground, until it listens."""
+    command = [installed(name), *arguments]
+    with subprocess.Popen(command, env=scrubbed(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            until(lambda: _listens(port) or process.poll() is not None)
+            assert process.poll() is None, f"{command} did not start"
+            yield ("127.0.0.1", port)
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _listens(port: int) -> bool:
+    """Whether the port is listened on, without connecting to it."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in _table(name)]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+def _table(name: str) -> list[str]:
+    path = Path("/proc/net") / name
+    return path.read_text().splitlines()[1:] if path.exists() else []
+
+
+@contextlib.contextmanager
+def tunnel_to(target: Address, tls: int) -> Iterator[str]:
+    """A tunnel of ours to a running program; the visitors' address as text."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(OurServer(tls, log="info"))
+        client = stack.enter_context(OurClient(server.tunnel_address, target, log="info"))
+        client.wait_until_connected()
+        yield format_address(server.visitor_address)
