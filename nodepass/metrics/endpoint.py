@@ -1,6 +1,7 @@
-"""What an operator's programs ask of the process over HTTP: `/metrics`, `/healthz`, `/readyz`.
+"""The metrics endpoint: `/metrics`, `/healthz` and `/readyz` over HTTP, on the address of METRICS_LISTEN.
 
-Owns the address of METRICS_LISTEN. Reads what `daemon` shows it and changes nothing.
+Owns that address and the file of its Unix socket. It reads the tunnels' state through `watch` and changes nothing. The
+daemon starts it first and closes it last, so that it answers while tunnels drain.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from nodepass.tunnel.interface import Watched
 from nodepass.urls import Address
 
 WHAT = "METRICS_LISTEN"
-LOOPBACK = "localhost"  # where no host is named: what this tells is nobody else's business
+LOOPBACK = "localhost"  # where no host is given: the metrics are for this machine unless configured otherwise
 
 
 class MetricsEndpoint:
-    """The endpoint, from `start` to `close`; `watch` shows all tunnels as they are now."""
+    """The endpoint, from `start` to `close`; `watch` returns the present state of all tunnels."""
 
     def __init__(self, listen: Listen, watch: Callable[[], Sequence[Watched]], log: Log, stats: Stats) -> None:
         self._listen = listen
@@ -35,7 +36,7 @@ class MetricsEndpoint:
         self._server: HTTPServer | None = None
 
     def start(self) -> None:
-        """Listen, and answer from now on. Raises ListenError."""
+        """Listen, and answer requests from now on. Raises ListenError."""
         if self._listen.path:
             self._unix = UnixListener(self._listen.path, WHAT)
             listeners, where = [self._unix.sock], f"unix:{self._listen.path}"
@@ -47,35 +48,37 @@ class MetricsEndpoint:
         self._log.info("metrics.listening", "metrics: %(address)s", address=where)
 
     def close(self) -> None:
-        """End it, and remove its socket's file."""
+        """Close every connection, and remove the socket's file."""
         if self._unix:
             self._unix.close()
         if self._server:
             self._server.close()
 
     def _answer(self, path: str) -> Answer:
-        routes = {"/metrics": self._metrics, "/healthz": self._health, "/readyz": self._notifier}
+        routes = {"/metrics": self._metrics, "/healthz": self._health, "/readyz": self._readiness}
         if path not in routes:
-            return Answer.of(HTTPStatus.NOT_FOUND, f"here are: {', '.join(routes)}")
+            return Answer.of(HTTPStatus.NOT_FOUND, f"available: {', '.join(routes)}")
         try:
             return routes[path]()
-        except Exception as error:  # noqa: BLE001  # a bug; the answer is known only to have none
+        except Exception as error:  # noqa: BLE001  # a bug: answered with a 500, and the endpoint goes on
             self._log.error("metrics.bug", "no answer to %(path)s, which is a bug", crash=error, path=path)
-            return Answer.of(HTTPStatus.INTERNAL_SERVER_ERROR, "see the log")
+            return Answer.of(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error, see the log")
 
     def _metrics(self) -> Answer:
         return Answer(HTTPStatus.OK, self._exposition.text(), CONTENT_TYPE)
 
     def _health(self) -> Answer:
-        """The event loop runs, or there were no answer; so do all who start tunnels again."""
-        lines = [f"{each.name}: nobody would start it again" for each in self._watch() if not each.alive]
-        return _verdict(lines, lines)
+        """Alive: this answer shows that the event loop runs; the supervisor of each tunnel must run, too."""
+        lines = [f"{each.name}: its supervisor has ended" for each in self._watch() if not each.alive]
+        return _verdict(lines, healthy=not lines)
 
-    def _notifier(self) -> Answer:
+    def _readiness(self) -> Answer:
+        """Ready: every tunnel could serve a session now."""
         watched = self._watch()
         lines = [f"{each.name}: {each.view.unready or 'ready'}" for each in watched]
-        return _verdict(lines, [each.name for each in watched if each.view.unready])
+        return _verdict(lines, healthy=not any(each.view.unready for each in watched))
 
 
-def _verdict(lines: Sequence[str], bad: Sequence[str]) -> Answer:
-    return Answer.of(HTTPStatus.SERVICE_UNAVAILABLE if bad else HTTPStatus.OK, "\n".join(lines) or "ok")
+def _verdict(lines: Sequence[str], healthy: bool) -> Answer:
+    status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
+    return Answer.of(status, "\n".join(lines) or "ok")

@@ -1,6 +1,7 @@
-"""The text that Prometheus gets of the metrics, made when it asks for it, bit by bit while the tunnels go on.
+"""The metrics in Prometheus's text format, generated during a scrape, step by step while the tunnels run.
 
-Imported, and prometheus_client with it, only when METRICS_LISTEN is set.
+Owns the registry and the last text. `endpoint` calls it; the table of metrics is in `families`. Imported, and
+prometheus_client with it, only when METRICS_LISTEN is set.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from nodepass.metrics.families import FAMILIES
 from nodepass.tunnel.interface import Watched
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SHARE = 0.1  # of the time at most goes into making the text, however often it is asked for
-LONGEST_KEPT = 1.0  # seconds that a text is given again, at most
-SAMPLES_PER_TURN = 100  # written in a row, in half a millisecond; then the tunnels get to run
-TUNNELS_PER_TURN = 10  # read in a row, likewise
+SHARE = 0.1  # of the time at most is spent on generating the text, however often it is scraped
+LONGEST_KEPT = 1.0  # seconds: maximum age of a text that is served again
+SAMPLES_PER_TURN = 100  # written in half a millisecond; then other greenlets run
+TUNNELS_PER_TURN = 10  # read in half a millisecond, likewise
 
 
 def _one_by_one(watched: Sequence[Watched]) -> Iterator[Watched]:
+    """The tunnels; iterating yields to other greenlets."""
     for number, each in enumerate(watched):
         if number % TUNNELS_PER_TURN == 0:
             gevent.sleep(0)
         yield each
 
 
-class _Unhurried(list[Sample]):
-    """Samples of many tunnels: whoever walks them lets the tunnels run."""
+class _YieldingSamples(list[Sample]):
+    """Samples of many tunnels: iterating yields to other greenlets."""
 
     def __iter__(self) -> Iterator[Sample]:
         for number, sample in enumerate(super().__iter__()):
@@ -48,27 +50,27 @@ class _Unhurried(list[Sample]):
 
 
 class _TunnelCollector(Collector):
-    """Yields one metric after the other; reading and writing them, it lets the tunnels run."""
+    """The metrics of `families`; reading and writing them yields to other greenlets."""
 
     def __init__(self, watch: Callable[[], Sequence[Watched]]) -> None:
         self._watch = watch
 
     def collect(self) -> Iterator[Metric]:
-        build = GaugeMetricFamily("nodepass_build_info", "What is running.", labels=("version", "python", "gevent"))
+        build = GaugeMetricFamily("nodepass_build_info", "Versions in use.", labels=("version", "python", "gevent"))
         build.add_metric((__version__, platform.python_version(), gevent.__version__), 1)
         yield build
         watched = self._watch()
         for family in FAMILIES:
             metric = family.build(_one_by_one(watched))
-            metric.samples = _Unhurried(metric.samples)
+            metric.samples = _YieldingSamples(metric.samples)
             yield metric
 
 
 class _ProcessCollector(Collector):
-    """The metrics that Prometheus's conventions have for every process.
+    """Prometheus's standard process metrics.
 
-    prometheus_client's own has none where /proc shows processes only (ProcSubset=pid, as in the unit): it asks
-    /proc/stat when the machine was booted. The clock knows that too.
+    prometheus_client's own collector has none where /proc shows processes only (ProcSubset=pid, as in the unit): it
+    reads the time of boot from /proc/stat. Here it is read from the clock.
     """
 
     def __init__(self) -> None:
@@ -82,14 +84,14 @@ class _ProcessCollector(Collector):
         yield CounterMetricFamily("process_cpu_seconds_total", "CPU time spent, in seconds.", time.process_time())
         yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory, in bytes.", resident * page)
         yield GaugeMetricFamily("process_virtual_memory_bytes", "Address space, in bytes.", size * page)
-        yield GaugeMetricFamily("process_start_time_seconds", "When it was started, in Unix time.", self._started)
+        yield GaugeMetricFamily("process_start_time_seconds", "When the process started, in Unix time.", self._started)
         yield GaugeMetricFamily("process_open_fds", "Open file descriptors.", len(os.listdir("/proc/self/fd")))
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        yield GaugeMetricFamily("process_max_fds", "File descriptors that may be open.", limit)
+        yield GaugeMetricFamily("process_max_fds", "Maximum number of open file descriptors.", limit)
 
 
 class Exposition:
-    """The text of all metrics. Made by one greenlet at a time, and given again to who asks too often."""
+    """The text of all metrics. One greenlet at a time generates it; frequent scrapes receive the same text again."""
 
     def __init__(self, watch: Callable[[], Sequence[Watched]]) -> None:
         self._registry = CollectorRegistry()
@@ -101,7 +103,7 @@ class Exposition:
         self._good_until = 0.0
 
     def text(self) -> bytes:
-        """What a scrape gets."""
+        """The response to a scrape."""
         with self._making:
             began = time.monotonic()
             if began >= self._good_until:

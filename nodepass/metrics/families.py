@@ -1,13 +1,14 @@
-"""The metrics, as one table.
+"""The metrics of a tunnel, as one table.
 
-A row of `FAMILIES` is a metric: name, help, labels, and how its samples are read off a tunnel. Everything is read when
-somebody asks (`exposition`); nothing here is called while a tunnel works. docs/metrics.md explains every row.
+A row of `FAMILIES` is a metric: its name, help and labels, and how its samples are read from a tunnel. Samples are read
+during a scrape (`exposition`); nothing here runs while a tunnel works. docs/metrics.md explains every row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -22,53 +23,35 @@ _LE = (*map(repr, BUCKETS), "+Inf")
 
 
 @dataclass(frozen=True)
-class Family:
-    """What gauges and counters have in common; the label `tunnel` comes first by itself."""
+class Number:
+    """A gauge or a counter. The label `tunnel` is added to `labels` as the first."""
+
+    kind: type[GaugeMetricFamily | CounterMetricFamily]
+    name: str
+    help: str
+    labels: Labels
+    read: Callable[[Watched], Samples]
+
+    def build(self, watched: Iterable[Watched]) -> Metric:
+        """The metric of all tunnels."""
+        metric = self.kind(self.name, self.help, labels=("tunnel", *self.labels))
+        for each in watched:
+            for labels, value in self.read(each):
+                metric.add_metric((each.name, *labels), value)
+        return metric
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A histogram, in seconds. The label `tunnel` is added to `labels` as the first."""
 
     name: str
     help: str
     labels: Labels
-
-    def build(self, watched: Iterable[Watched]) -> Metric:
-        """The metric of all tunnels."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Gauge(Family):
-    """A number that goes up and down."""
-
-    read: Callable[[Watched], Samples]
-
-    def build(self, watched: Iterable[Watched]) -> Metric:
-        metric = GaugeMetricFamily(self.name, self.help, labels=("tunnel", *self.labels))
-        for each in watched:
-            for labels, value in self.read(each):
-                metric.add_metric((each.name, *labels), value)
-        return metric
-
-
-@dataclass(frozen=True)
-class Count(Family):
-    """A number that only goes up, until its tunnel starts anew."""
-
-    read: Callable[[Watched], Samples]
-
-    def build(self, watched: Iterable[Watched]) -> Metric:
-        metric = CounterMetricFamily(self.name, self.help, labels=("tunnel", *self.labels))
-        for each in watched:
-            for labels, value in self.read(each):
-                metric.add_metric((each.name, *labels), value)
-        return metric
-
-
-@dataclass(frozen=True)
-class Distribution(Family):
-    """A histogram, in seconds."""
-
     read: Callable[[Watched], Distributions]
 
     def build(self, watched: Iterable[Watched]) -> Metric:
+        """The metric of all tunnels."""
         metric = HistogramMetricFamily(self.name, self.help, labels=("tunnel", *self.labels))
         for each in watched:
             for labels, histogram in self.read(each):
@@ -78,6 +61,12 @@ class Distribution(Family):
                     buckets.append((bound, total))
                 metric.add_metric((each.name, *labels), buckets, histogram.total)
         return metric
+
+
+Gauge = partial(Number, GaugeMetricFamily)
+Counter = partial(
+    Number, CounterMetricFamily
+)  # never goes down while the process runs, also when its tunnel is restarted
 
 
 def _one(value: float) -> Samples:
@@ -126,91 +115,86 @@ def _dials(watched: Watched) -> Distributions:
         yield ("data",), watched.stats.data_dials
 
 
-FAMILIES: tuple[Family, ...] = (
-    Gauge("nodepass_tunnel_info", "Which end of a tunnel this is.", ("role",), lambda w: [((w.view.role,), 1)]),
-    Gauge("nodepass_ready", "Whether a session could be served now.", (), lambda w: _one(not w.view.unready)),
+FAMILIES: tuple[Number | Distribution, ...] = (
+    Gauge("nodepass_tunnel_info", "Role of this end of the tunnel.", ("role",), lambda w: [((w.view.role,), 1)]),
+    Gauge("nodepass_ready", "1 if a session could be served now.", (), lambda w: _one(not w.view.unready)),
     Gauge("nodepass_peer_info", "The other end, while it is connected.", ("peer", "wire"), _peer),
     Gauge(
         "nodepass_round_trip_seconds",
-        "Time of the last heartbeat there and back; servers with a wire v2 client.",
+        "Round trip of the last heartbeat; servers with a wire v2 client.",
         (),
         lambda w: _some(w.view.round_trip),
     ),
-    Count(
+    Counter(
         "nodepass_reconnects_total",
-        "Control connections after the first one.",
+        "Control connections after the first.",
         (),
         lambda w: _one(max(0, w.stats.connects - 1)),
     ),
-    Count(
+    Counter(
         "nodepass_crashes_total",
-        "Times that the tunnel crashed and was made anew.",
+        "Times the tunnel crashed (bug) and was restarted.",
         (),
         lambda w: _one(w.stats.trouble["crashes"]),
     ),
-    Count(
+    Counter(
         "nodepass_handshake_failures_total",
-        "Control and data connections that came to nothing.",
+        "Failed handshakes of control and data connections.",
         ("connection", "reason"),
         _failures,
     ),
     Gauge(
         "nodepass_sessions_open",
-        "Sessions that are being relayed.",
+        "Sessions being relayed.",
         ("protocol",),
         lambda w: [((protocol,), sessions.open) for protocol, sessions in _protocols(w.stats)],
     ),
-    Count("nodepass_sessions_total", "Sessions that have ended.", ("protocol", "outcome"), _sessions),
-    Gauge("nodepass_session_slots_used", "Places taken, of SEMAPHORE_LIMIT.", (), lambda w: _one(w.view.slots_used)),
-    Gauge("nodepass_session_slots", "Places there are: SEMAPHORE_LIMIT.", (), lambda w: _one(w.view.slots)),
-    Count("nodepass_bytes_total", "Payload moved, in bytes.", ("direction", "protocol"), _bytes),
-    Gauge("nodepass_pool_idle_connections", "Data connections ready.", (), lambda w: _one(w.view.pool_idle)),
+    Counter("nodepass_sessions_total", "Ended sessions.", ("protocol", "outcome"), _sessions),
+    Gauge("nodepass_session_slots_used", "Slots in use, of SEMAPHORE_LIMIT.", (), lambda w: _one(w.view.slots_used)),
+    Gauge("nodepass_session_slots", "Available slots: SEMAPHORE_LIMIT.", (), lambda w: _one(w.view.slots)),
+    Counter("nodepass_bytes_total", "Payload moved, in bytes.", ("direction", "protocol"), _bytes),
+    Gauge("nodepass_pool_idle_connections", "Idle data connections.", (), lambda w: _one(w.view.pool_idle)),
     Gauge(
         "nodepass_pool_capacity_connections",
-        "Data connections that the pool is to hold ready.",
+        "Target number of idle data connections.",
         (),
         lambda w: _one(w.view.pool_capacity),
     ),
-    Count(
+    Counter(
         "nodepass_data_connections_total",
-        "Data connections that became ready.",
+        "Data connections added to the pool.",
         (),
         lambda w: _one(w.stats.data_connections),
     ),
-    Count(
+    Counter(
         "nodepass_pool_found_empty_total",
-        "Times that a session found no data connection ready.",
+        "Sessions that found no idle data connection.",
         (),
         lambda w: _one(w.stats.found_empty),
     ),
     Distribution(
         "nodepass_pool_wait_seconds",
-        "How long sessions waited for a data connection, also in vain; servers.",
+        "Time sessions waited for a data connection, including those that received none; servers.",
         (),
         _pool_waits,
     ),
-    Distribution("nodepass_dial_seconds", "How long connections took to make; clients.", ("to",), _dials),
+    Distribution("nodepass_dial_seconds", "Time to set up a connection; clients.", ("to",), _dials),
     Distribution(
         "nodepass_first_byte_seconds",
         "From a visitor's arrival (server) or its launch (client) to the first byte of the answer; TCP.",
         (),
         lambda w: [((), w.stats.first_bytes)],
     ),
-    Count(
-        "nodepass_udp_drops_total",
-        "Datagrams dropped.",
-        ("reason",),
-        lambda w: _by_key(w.stats.udp_drops),
-    ),
-    Count(
+    Counter("nodepass_udp_drops_total", "Dropped datagrams.", ("reason",), lambda w: _by_key(w.stats.udp_drops)),
+    Counter(
         "nodepass_trouble_total",
-        "What else was dropped, refused or failed.",
+        "Other drops, rejections and failures.",
         ("kind",),
         lambda w: _by_key(w.stats.trouble),
     ),
     Gauge(
         "nodepass_certificate_expiry_timestamp_seconds",
-        "When the server's certificate ceases to be valid, in Unix time; servers with TLS.",
+        "When the server's certificate expires, in Unix time; servers with TLS.",
         (),
         lambda w: _some(w.view.certificate_expiry),
     ),

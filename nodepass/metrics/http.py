@@ -1,7 +1,7 @@
-"""The smallest HTTP server that an operator's questions need: one connection, one GET, one answer.
+"""A minimal HTTP server for monitoring: one request per connection, GET or HEAD.
 
-Owns a connection from accept to close and bounds what it may take: bytes, seconds, and how many there are at once. What
-the answer is, `monitor` says; what a tunnel is, nothing here knows.
+Owns each connection from accept to close and limits its bytes, its seconds, and the number of connections at once.
+`endpoint` decides the answers. Nothing here knows about tunnels.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from nodepass.net.sockets import Socket, as_blocking
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 
-AT_ONCE = 32  # connections; one more, and the oldest is dropped: who is slow keeps nobody out
-WITHIN = 5.0  # seconds for the whole of a connection
-LINGER = 1.0  # seconds for who has been answered to close; to close first on unread bytes would cut the answer
-AFTER_A_BUG = 1.0  # seconds without accepting, so that one at every connection is no busy loop
+AT_ONCE = 32  # connections; one more drops the oldest, so that slow clients cannot block others
+WITHIN = 5.0  # seconds for a whole connection
+LINGER = 1.0  # seconds for the peer to close after the answer: closing first on unread bytes would reset it
+AFTER_A_BUG = 1.0  # seconds without accepting, so that a bug in every connection does not loop busily
 LARGEST_REQUEST = 8192  # bytes up to the blank line
 PLAIN = "text/plain; charset=utf-8"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is said to a request."""
+    """A response: its status, body and content type."""
 
     status: HTTPStatus
     body: bytes
@@ -39,11 +39,11 @@ class Answer:
 
     @classmethod
     def of(cls, status: HTTPStatus, text: str) -> Answer:
-        """A line or more for people."""
+        """A plain text answer."""
         return cls(status, f"{text}\n".encode())
 
     def encode(self, with_body: bool) -> bytes:
-        """The bytes on the wire; a HEAD has no body."""
+        """The bytes to send; the answer to a HEAD has no body."""
         head = (
             f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\n"
             f"Content-Type: {self.kind}\r\n"
@@ -55,7 +55,7 @@ class Answer:
 
 
 class BadRequest(NodepassError):
-    """Bytes that are no request, or one that is not served here."""
+    """The request cannot be parsed or is not supported; `answer` says why."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -63,7 +63,7 @@ class BadRequest(NodepassError):
 
 
 class HTTPServer:
-    """Answers GET and HEAD on these listeners, which it closes; `answer` is given the path."""
+    """Answers requests on these listeners, and closes them; `answer` maps a path to its answer."""
 
     def __init__(
         self, listeners: Sequence[socket.socket], answer: Callable[[str], Answer], log: Log, stats: Stats
@@ -76,22 +76,22 @@ class HTTPServer:
         self._open: dict[socket.socket, None] = {}  # the oldest first
 
     def start(self) -> None:
-        """Begin to accept."""
+        """Start accepting."""
         for listener in self._listeners:
-            self._loops.spawn("keep accepting questions", self._keep_accepting, listener)
+            self._loops.spawn("keep accepting requests", self._keep_accepting, listener)
 
     def close(self) -> None:
-        """End everything at once."""
+        """Close every listener and connection."""
         close_all(list(self._listeners))
         self._loops.kill()
         self._tasks.kill()
         for sock in self._open:
-            sock.close()  # of those that had not begun
+            sock.close()  # those whose greenlet had not started
 
     def _keep_accepting(self, listener: socket.socket) -> None:
-        """A bug must not make the endpoint deaf: who asks would wait in the kernel's queue for ever."""
+        """Restart the accept loop after a bug: without it, connections would wait in the kernel's queue."""
         while listener.fileno() >= 0:
-            self._loops.spawn("accept questions", self._accept, listener).join()
+            self._loops.spawn("accept requests", self._accept, listener).join()
             gevent.sleep(AFTER_A_BUG)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -104,15 +104,15 @@ class HTTPServer:
             self._log.warning("metrics.overloaded", words, Limit(), maximum=AT_ONCE)
             oldest = next(iter(self._open))
             del self._open[oldest]
-            with contextlib.suppress(OSError):  # it is gone already
-                oldest.shutdown(socket.SHUT_RDWR)  # whoever waits for its bytes hears of it, and closes it
+            with contextlib.suppress(OSError):  # already disconnected
+                oldest.shutdown(socket.SHUT_RDWR)  # wakes its greenlet, which closes it
         sock = as_blocking(accepted)
         self._open[sock] = None
         self._tasks.spawn("answer", self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            with gevent.Timeout(WITHIN, TimeoutError(f"not over within {WITHIN:g}s")):
+            with gevent.Timeout(WITHIN, TimeoutError(f"not completed within {WITHIN:g}s")):
                 self._converse(sock)
         except OSError as error:
             self._log.debug("metrics.request_failed", "a question came to nothing: %(error)s", error=reason(error))
@@ -126,8 +126,8 @@ class HTTPServer:
             method, path = _read_request(sock)
             with_body = method != "HEAD"
             answer = self._answer(path)
-        except BadRequest as refusal:
-            answer = refusal.answer
+        except BadRequest as error:
+            answer = error.answer
         sock.sendall(answer.encode(with_body))
         sock.shutdown(socket.SHUT_WR)
         with contextlib.suppress(TimeoutError), gevent.Timeout(LINGER, TimeoutError()):
@@ -136,18 +136,21 @@ class HTTPServer:
 
 
 def _read_request(sock: socket.socket) -> tuple[str, str]:
-    """The method, GET or HEAD, and the path without its query. Raises BadRequest and OSError."""
+    """Read up to the blank line; the method, GET or HEAD, and the path without its query.
+
+    Raises BadRequest, OSError.
+    """
     received = b""
     while b"\r\n\r\n" not in received:
         if len(received) > LARGEST_REQUEST:
-            raise BadRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"at most {LARGEST_REQUEST} bytes")
+            raise BadRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"allowed: at most {LARGEST_REQUEST} bytes")
         data = sock.recv(LARGEST_REQUEST)
         if not data:
-            raise ConnectionError("closed before the end of its request")
+            raise ConnectionError("closed before the end of the request")
         received += data
     words = received.partition(b"\r\n")[0].split(b" ")
     if len(words) != 3 or not words[1].startswith(b"/") or not words[2].startswith(b"HTTP/1."):
-        raise BadRequest(HTTPStatus.BAD_REQUEST, "this is no HTTP/1.1 request")
+        raise BadRequest(HTTPStatus.BAD_REQUEST, "not an HTTP/1.1 request")
     if words[0] not in (b"GET", b"HEAD"):
         raise BadRequest(HTTPStatus.METHOD_NOT_ALLOWED, "allowed: GET, HEAD")
     return words[0].decode(), words[1].partition(b"?")[0].decode("ascii", "replace")
