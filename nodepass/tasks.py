@@ -1,7 +1,14 @@
-"""Crews: named greenlets that belong together, with a limit on their number, and whose crash reaches their owner.
+"""Greenlets and timers by what they are for: task groups, worker pools and idle timers.
 
-No greenlet of the program is made elsewhere (but a lane's writer, whose crash its lane raises), so none dies in
-silence.
+Every greenlet of the program is made here (but a lane's writer, whose crash its lane raises), so that none can fail
+silently: a crash is a bug, it is logged with its traceback and counted, and the exit status shows it (see `daemon`).
+
+A `TaskGroup` is for the few long-lived loops of one owner. Its children have names; a crash propagates to the owner by
+`on_crash`, which decides how much ends with it. A `WorkerPool` is for the many short pieces of work that a tunnel has:
+each takes one of a limited number of slots, and finished greenlets are used again. An `IdleTimer` is for upkeep that is
+only needed while there is something to look at: it stops itself, so that an idle process never wakes up.
+
+Nothing here knows what the work is. Owners end their groups and pools by `join` and `kill`.
 """
 
 from __future__ import annotations
@@ -18,23 +25,23 @@ from gevent.pool import Pool
 from nodepass.log import Limit, Log
 from nodepass.stats import Stats
 
-RESTING_AT_MOST = 64  # workers without work; each holds about 10 KiB
-REST = 0.25  # seconds: as many workers as nobody needed for so long are dismissed
+IDLE_AT_MOST = 64  # workers without work; each holds about 10 KiB
+IDLE_TIME = 0.25  # seconds; workers that were idle throughout are released
 
 
-def report_bug(what: str, error: BaseException, log: Log, stats: Stats) -> None:
-    """Log with its traceback what nobody expected, and count it: the exit status tells of it, too (see `daemon`)."""
+def report_bug(where: str, error: BaseException, log: Log, stats: Stats) -> None:
+    """Log an unexpected exception with its traceback, and count it."""
     stats.trouble["bugs"] += 1
-    log.error("bug.caught", "%(where)s crashed, this is a bug", Limit(what), error, where=what)
+    log.error("bug.caught", "%(where)s crashed, this is a bug", Limit(where), error, where=where)
 
 
 def find_ended(loops: Iterable[Greenlet[..., None]]) -> str:
-    """Which of the greenlets that never end has ended all the same, for an operator; empty while all run."""
+    """For an operator: which of these loops has ended although they never should; empty while all run."""
     return next((f"the loop «{each.name}» has ended" for each in loops if each.dead), "")
 
 
 class TaskGroup:
-    """The greenlets of one purpose. A crash is logged with its traceback, counted, and handed to `on_crash`."""
+    """The greenlets of one purpose. A crash is logged, counted, and passed to `on_crash`; the others go on."""
 
     def __init__(self, log: Log, stats: Stats, on_crash: Callable[[Exception], object] | None = None) -> None:
         self._log = log
@@ -47,35 +54,35 @@ class TaskGroup:
 
     def spawn(self, name: str, work: Callable[..., object], *args: object) -> Greenlet[..., None]:
         """Run `work(*args)` in a greenlet of this name."""
-        greenlet: Greenlet[..., None] = Greenlet(self._guarded, name, work, *args)
+        greenlet: Greenlet[..., None] = Greenlet(self._run, name, work, *args)
         greenlet.name = name
         self._pool.start(greenlet)  # type: ignore[arg-type]  # the stubs want no parameters
         return greenlet
 
-    def _guarded(self, name: str, work: Callable[..., object], *args: object) -> None:
+    def _run(self, name: str, work: Callable[..., object], *args: object) -> None:
         try:
             work(*args)
-        except Exception as error:  # noqa: BLE001  # whatever it is, its owner must hear of it
+        except Exception as error:  # noqa: BLE001  # a bug, which the owner must learn of
             report_bug(name, error, self._log, self._stats)
             if self._on_crash:
                 self._on_crash(error)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for all to end by themselves, at most `timeout` seconds; whether they did."""
+        """Wait at most `timeout` seconds until all have ended; whether they have."""
         return bool(self._pool.join(timeout))
 
     def kill(self) -> int:
-        """End all that still run, wait until they have, and say how many they were."""
+        """End those that still run, and wait until they have; how many they were."""
         running = len(self._pool)
         self._pool.kill()
         return running
 
 
 class IdleTimer:
-    """A timer of the event loop that runs only while there is something to look at: idle, it costs no wake-up.
+    """Calls `look` every `period` seconds from `start` on, until it returns False.
 
-    `look` is called every `period` seconds from `start` on, until it returns False. The loop calls it, so it must not
-    wait.
+    The event loop calls it, so it must not wait. If it raises, the hub reports the bug (see `daemon`) and the timer
+    goes on: one failed look must not end the upkeep of everything else.
     """
 
     __slots__ = ("_look", "_timer", "period")
@@ -108,110 +115,104 @@ class IdleTimer:
 
 
 class WorkerPool:
-    """Greenlets for many short pieces of work, used again: a new one costs 12 microseconds, an old one 1.
+    """Greenlets for many short pieces of work, used again: a new one costs 12 microseconds, an idle one 1.
 
-    (Python maps and unmaps a stack of frames for each.) A place is taken by `spawn` and given back when its work has
-    ended, however it ended, even killed before it first ran. A crash is logged with its traceback, and counted.
+    (Python maps and unmaps a stack of frames for each.) `spawn` takes a slot. It is released when the work has ended in
+    whatever way, even if it was killed before it first ran. A crash is logged and counted.
     """
 
     def __init__(self, log: Log, stats: Stats, limit: int) -> None:
         self._log = log
         self._stats = stats
-        self._places = Semaphore(limit)
+        self._slots = Semaphore(limit)
         self._busy: set[_Worker] = set()
-        self._resting: list[_Worker] = []
-        self._surplus = 0  # fewest that rested at any time since the last look
-        self._timer = IdleTimer(REST, self._dismiss_surplus)
+        self._idle: list[_Worker] = []
+        self._surplus = 0  # the fewest that were idle at any time since the last look
+        self._timer = IdleTimer(IDLE_TIME, self._release_surplus)
         self._all_done = Event()
         self._all_done.set()
 
     def __len__(self) -> int:
         return len(self._busy)
 
-    def wait_for_place(self) -> None:
-        """Return when `spawn` would not have to wait."""
-        if self._places.locked():
-            self._places.wait()
+    def wait_for_slot(self) -> None:
+        """Return when `spawn` would not wait."""
+        if self._slots.locked():
+            self._slots.wait()
 
     def full(self) -> bool:
-        """Whether `spawn` would have to wait now."""
-        return self._places.locked()
+        """Whether `spawn` would wait."""
+        return self._slots.locked()
 
     def spawn(self, name: str, work: Callable[..., object], *args: object) -> None:
-        """Run `work(*args)` in a greenlet of this name; waits while so many as the limit are at work."""
-        self._places.acquire()
+        """Run `work(*args)` in a greenlet of this name; waits while every slot is taken."""
+        self._slots.acquire()
         if not self._busy:
             self._all_done.clear()
-        if self._resting:
-            worker = self._resting.pop()
-            self._surplus = min(self._surplus, len(self._resting))
+        if self._idle:
+            worker = self._idle.pop()
+            self._surplus = min(self._surplus, len(self._idle))
         else:
-            worker = _Worker(self._report, self._finish, self._forget)
+            worker = _Worker(self)
         self._busy.add(worker)
         worker.begin(name, work, args)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for all to end by themselves, at most `timeout` seconds; whether they did."""
+        """Wait at most `timeout` seconds until all work has ended; whether it has."""
         return self._all_done.wait(timeout)
 
     def kill(self) -> int:
-        """End all that still run, wait until they have, and say how many they were."""
+        """End all work that still runs, and wait until it has; how many pieces it was."""
         running = len(self._busy)
-        killall([*self._busy, *self._resting])
+        killall([*self._busy, *self._idle])
         return running
 
-    def _report(self, name: str, error: Exception) -> None:
-        report_bug(name, error, self._log, self._stats)
+    def _crashed(self, worker: _Worker, error: Exception) -> None:
+        report_bug(str(worker.name), error, self._log, self._stats)
 
-    def _finish(self, worker: _Worker) -> bool:
-        """A worker's work has ended; whether it is to stay for more."""
-        self._leave(worker)
-        if len(self._resting) >= RESTING_AT_MOST:
+    def _finished(self, worker: _Worker) -> bool:
+        """A worker's work has ended; whether to wait for more."""
+        self._free_slot(worker)
+        if len(self._idle) >= IDLE_AT_MOST:
             return False
-        self._resting.append(worker)
+        self._idle.append(worker)
         self._timer.start()
         return True
 
-    def _dismiss_surplus(self) -> bool:
-        """Whether workers still rest."""
-        dismissed, self._resting = self._resting[: self._surplus], self._resting[self._surplus :]
-        for worker in dismissed:
-            worker.dismiss()
-        self._surplus = len(self._resting)
-        return bool(self._resting)
+    def _ended(self, worker: _Worker) -> None:
+        """A worker has ended, perhaps before it first ran."""
+        self._free_slot(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
 
-    def _forget(self, worker: _Worker) -> None:
-        """A worker has ended, perhaps before it could begin."""
-        self._leave(worker)
-        if worker in self._resting:
-            self._resting.remove(worker)
-
-    def _leave(self, worker: _Worker) -> None:
+    def _free_slot(self, worker: _Worker) -> None:
         if worker in self._busy:
             self._busy.remove(worker)
-            self._places.release()
+            self._slots.release()
             if not self._busy:
                 self._all_done.set()
 
+    def _release_surplus(self) -> bool:
+        """End as many workers as were idle since the last look; whether others are idle."""
+        released, self._idle = self._idle[: self._surplus], self._idle[self._surplus :]
+        for worker in released:
+            worker.release()
+        self._surplus = len(self._idle)
+        return bool(self._idle)
+
 
 class _Worker(Greenlet):  # type: ignore[type-arg]  # it takes none at run time
-    """One greenlet: works, rests until it is called again, works."""
+    """One greenlet of a pool: works, idles until `begin` is called again, works."""
 
-    def __init__(
-        self,
-        report: Callable[[str, Exception], None],
-        finish: Callable[[_Worker], bool],
-        forget: Callable[[_Worker], None],
-    ) -> None:
+    def __init__(self, pool: WorkerPool) -> None:
         super().__init__()
-        self._report = report
-        self._finish = finish
+        self._pool = pool
         self._work: tuple[Callable[..., object], tuple[object, ...]] | None = None
-        self._stay = True
-        self.rawlink(forget)
+        self._staying = True
+        self.rawlink(pool._ended)
 
     def begin(self, name: str, work: Callable[..., object], args: tuple[object, ...]) -> None:
-        """Have it work soon."""
+        """Start this work in the next turn of the event loop."""
         self.name = name
         self._work = work, args
         if self.started:
@@ -219,26 +220,27 @@ class _Worker(Greenlet):  # type: ignore[type-arg]  # it takes none at run time
         else:
             self.start()
 
-    def dismiss(self) -> None:
-        """End it; it is at rest."""
-        self._stay = False
+    def release(self) -> None:
+        """End it; it is idle."""
+        self._staying = False
         self.loop.run_callback(self.switch)
 
     def _run(self) -> None:
-        # Killed: kept as this greenlet's result, its traceback would keep all of this until a garbage collection.
+        # A GreenletExit kept as this greenlet's result would keep its traceback, and so all of this, until a
+        # garbage collection.
         with contextlib.suppress(GreenletExit):
-            self._work_until_dismissed()
+            self._work_until_released()
 
-    def _work_until_dismissed(self) -> None:
+    def _work_until_released(self) -> None:
         hub = get_hub()
-        while self._stay:
+        while self._staying:
             if not self._work:
                 hub.switch()
                 continue
             (work, args), self._work = self._work, None
             try:
                 work(*args)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the log must have it
-                self._report(str(self.name), error)
-            del work, args  # a resting worker keeps nothing alive
-            self._stay = self._finish(self)
+            except Exception as error:  # noqa: BLE001  # a bug, which ends this piece of work only
+                self._pool._crashed(self, error)
+            del work, args  # an idle worker keeps nothing alive
+            self._staying = self._pool._finished(self)

@@ -55,7 +55,7 @@ class VisitorListener:
         if self._sessions.full():
             self._stats.trouble["limit_reached"] += 1
             self._log.warning("visitor.limit_reached", "SEMAPHORE_LIMIT reached: new visitors wait", Limit(burst=1))
-            self._sessions.wait_for_place()
+            self._sessions.wait_for_slot()
 
     def _serve(self, sock: Socket, peer: Endpoint, began: float) -> None:
         try:

@@ -85,7 +85,7 @@ IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
     "hearing the target's datagrams": ("client", "nodepass.client.udp_flows:TargetFlows._pass_on", ask),
     "looking at the certificate when asked": ("server", "nodepass.server.server:Server.reload", hang_up),
     "describing the tunnel": ("client", "nodepass.client.client:Client.describe", dump),
-    "a timer of the event loop": ("server", "nodepass.tasks:WorkerPool._dismiss_surplus", stay_for_a_moment),
+    "a timer of the event loop": ("server", "nodepass.tasks:WorkerPool._release_surplus", stay_for_a_moment),
 }
 
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
