@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nodepass.config import Notice, Settings
-from nodepass.server.pending import PENDING, pending_limit
+from nodepass.server.pending import PER_PORT, pending_limit
 
 PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data connection
 OWN = 32  # descriptors: listeners, control connections, gevent's own
@@ -56,7 +56,7 @@ def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
     """Raise the limit on open files; see what so many tunnels can have. `tls`: whether one of them may need it."""
     warnings = []
     files = raise_descriptor_limit()
-    kept = min(pending_limit(), 2 * PENDING * tunnels)
+    kept = min(pending_limit(), 2 * PER_PORT * tunnels)
     fitting = fit_descriptors(settings, tunnels, files - kept)
     if fitting != settings:
         needed = _descriptors(settings, tunnels) + kept

@@ -1,7 +1,7 @@
-"""The server's UDP door: receives visitors' datagrams and sends each the way that the connected client's wire has.
+"""Receives visitors' datagrams on one UDP socket, and sends each on as the wire of the connected client has it.
 
-With a v2 client they go on lanes, with a v1 client each is a session of its own; while no client is there they wait
-for one.
+With a v2 client they go on lanes (`udp_flows`); with a v1 client each is a session of its own, within SEMAPHORE_LIMIT;
+without a client they wait for one, as sessions do. No datagram waits here for the session of another.
 """
 
 from __future__ import annotations
@@ -10,61 +10,64 @@ import socket
 
 import gevent
 
-from nodepass.config import Settings, format_duration
+from nodepass.config import format_duration
 from nodepass.errors import NoDataConnection, reason
-from nodepass.log import Limit, Log
+from nodepass.log import Limit
 from nodepass.net.sockets import wait_readable
+from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, receive_datagram, send_datagram
 from nodepass.server.client_slot import ClientSlot
-from nodepass.stats import Stats
+from nodepass.server.part import Common, Part
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
 from nodepass.wire.signals import UDP
 
-DATAGRAMS_PER_TURN = 32  # received in a row, then what they set going gets to run
+DATAGRAMS_PER_TURN = 32  # received in a row; then the greenlets that they have started run
+RECEIVE_PAUSE = 0.01  # seconds after the kernel has refused to give a datagram
 
 
-class DatagramListener:
-    """Receives on one socket. No datagram waits here for another's session."""
+class DatagramListener(Part):
+    """Receives from `start` to `stop`; the socket stays open for answers until the server closes it."""
 
-    def __init__(
-        self, sock: socket.socket, slot: ClientSlot, sessions: WorkerPool, settings: Settings, log: Log, stats: Stats
-    ) -> None:
+    def __init__(self, common: Common, sock: socket.socket, slot: ClientSlot, sessions: WorkerPool) -> None:
+        super().__init__(common)
         self._sock = sock
         self._slot = slot
         self._sessions = sessions
-        self._settings = settings
-        self._log = log
-        self._stats = stats
 
-    def run(self) -> None:
+    def start(self) -> None:
+        self._start_loop("receive datagrams", self._receive)
+
+    def stop(self, timeout: float) -> None:  # noqa: ARG002
+        self._end_loops()
+
+    def _receive(self) -> None:
         """Receive until killed."""
         received = 0
         while True:
             try:
                 payload, visitor = receive_datagram(self._sock)
             except OSError as error:
-                self._log.warning(
-                    "datagram.receive_failed", "cannot receive datagrams: %(error)s", Limit(), error=reason(error)
-                )
-                gevent.sleep(0.01)
+                words = "cannot receive datagrams: %(error)s"
+                self._log.warning("datagram.receive_failed", words, Limit(), error=reason(error))
+                gevent.sleep(RECEIVE_PAUSE)
                 continue
-            self._let_in(payload, visitor)
+            self._begin(payload, visitor)
             received += 1
             if received % DATAGRAMS_PER_TURN == 0:
                 wait_readable(self._sock)
 
-    def _let_in(self, payload: bytes, visitor: ReplyAddress) -> None:
+    def _begin(self, payload: bytes, visitor: ReplyAddress) -> None:
         if self._slot.version == 2:
             self._slot.flows.carry(self._sock, payload, visitor)
         elif self._sessions.full():
-            # To wait would stall the datagrams of others.
+            # Waiting would stall the datagrams of other visitors.
             self._drop(payload, visitor, "limit", "SEMAPHORE_LIMIT is reached")
         else:
             self._sessions.spawn("serve datagram", self._serve, payload, visitor)
 
     def _serve(self, payload: bytes, visitor: ReplyAddress) -> None:
-        """Carry a datagram that cannot go on a lane right now."""
+        """A datagram that came while no v2 client was connected."""
         timeout = self._settings.pool_get_timeout
         largest = self._settings.udp_data_buf_size
         if not self._slot.wait_for_client(timeout):
@@ -77,42 +80,40 @@ class DatagramListener:
         elif len(payload) > largest:
             self._drop(payload, visitor, "too_large", f"it is larger than UDP_DATA_BUF_SIZE ({largest})")
         else:
-            self._ask(payload, visitor)
+            self._serve_by_v1(payload, visitor)
 
-    def _ask(self, question: bytes, visitor: ReplyAddress) -> None:
-        """Wire v1: one data connection carries the datagram and its one answer."""
-        settings = self._settings
+    def _serve_by_v1(self, question: bytes, visitor: ReplyAddress) -> None:
+        """One data connection carries the datagram and its one answer."""
+        timeout = self._settings.pool_get_timeout
         try:
-            id, data = self._slot.launch(UDP, settings.pool_get_timeout)
+            id, data = self._slot.launch(UDP, timeout)
         except NoDataConnection:
-            because = f"no data connection within {format_duration(settings.pool_get_timeout)}"
             self._stats.udp.ended["unserved"] += 1
-            self._drop(question, visitor, "unserved", because)
+            self._drop(question, visitor, "unserved", f"no data connection within {format_duration(timeout)}")
             return
-        log = self._log.session(id)
+        log, udp, outcome = self._log.session(id), self._stats.udp, "unanswered"
         log.debug("datagram.received", "visitor %(visitor)s sent %(size)d bytes", visitor=visitor, size=len(question))
-        udp, outcome = self._stats.udp, "unanswered"
         udp.begin()
         try:
-            data.write(question)
-            udp.up.bytes += len(question)
-            answer = read_datagram(data, settings.udp_data_buf_size, settings.udp_read_timeout + ANSWER_GRACE)
+            answer = self._ask(data, question)
             if answer:
                 send_datagram(self._sock, answer, visitor)
                 udp.down.bytes += len(answer)
                 outcome = "completed"
-            log.debug(
-                "datagram.answered",
-                "answered visitor %(visitor)s with %(size)d bytes",
-                visitor=visitor,
-                size=len(answer),
-            )
+            words = "answered visitor %(visitor)s with %(size)d bytes"
+            log.debug("datagram.answered", words, visitor=visitor, size=len(answer))
         except OSError as error:
             words = "the answer to visitor %(visitor)s: %(error)s"
             drop_datagram(self._log, self._stats, "answer", words, visitor=visitor, error=reason(error))
         finally:
             data.close()
             udp.end(outcome)
+
+    def _ask(self, data: Stream, question: bytes) -> bytes:
+        """What the client answers; empty where it closes without an answer. Raises OSError."""
+        data.write(question)
+        self._stats.udp.up.bytes += len(question)
+        return read_datagram(data, self._settings.udp_data_buf_size, self._settings.udp_read_timeout + ANSWER_GRACE)
 
     def _drop(self, payload: bytes, visitor: ReplyAddress, why: str, because: str) -> None:
         words = "a datagram of %(size)d bytes from %(visitor)s: %(error)s"

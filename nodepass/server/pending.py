@@ -1,9 +1,12 @@
-"""The lobby: connections that have not yet shown who they are, limited per address and in all.
+"""Pending connections: accepted, but not yet authenticated; limited per address, per port and in the whole process.
 
-Each port has its own, and all of a process share a part of its descriptors. One more than allowed, and the oldest is
-dropped: who proves itself does so in milliseconds, who only takes up a place has had its time. So silence, by whomever
-and however often, keeps nobody out. Who has to speak first costs no greenlet before he does, so that a crowd of silent
-ones is let in and dropped as fast as they come, and holds up nobody behind them in the kernel's queue.
+Each of a server's own ports has a `PendingConnections`. For each connection it runs its listener's work, which finds
+out what the peer is and calls `release` once the peer has authenticated; what that means is not known here.
+
+Where one more would exceed a limit, the oldest is dropped: legitimate peers authenticate in milliseconds, so the oldest
+is the least likely to be one. Silent connections, however many, cannot block others. A peer that has to speak first
+costs no greenlet before it does: a generator waits for its first bytes, driven by the event loop. So a crowd of silent
+peers is accepted and dropped as fast as it comes, and holds up nothing behind it in the kernel's queue.
 """
 
 from __future__ import annotations
@@ -11,165 +14,176 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from gevent import Greenlet, get_hub
 
 from nodepass.log import Limit, Log
 from nodepass.net.sockets import Socket, plain_host
 from nodepass.stats import Stats
-from nodepass.tasks import TaskGroup
+from nodepass.tasks import IdleTimer, TaskGroup, report_bug
 
-PENDING = 1024  # descriptors at most on each of a server's two ports: who has not yet shown who it is (`lobby`)
-PENDING_SHARE = 8  # a part in so many of the descriptors, at most, on all ports together; where that is fewer than
-PENDING_LEAST = 64  # which a client may dial at once, it is these, but no more than a quarter
+PER_PORT = 1024
 PER_ADDRESS = 256
-IN_ALL = PENDING
-QUIET = 0.25  # seconds for which silence costs nothing; then what finds out who it is begins, and has its own patience
+SHARE = 8  # all ports together: one in so many of the process's descriptors; where that is fewer than
+AT_LEAST = 64  # which a client may dial at once, it is these, but no more than a quarter of the descriptors
+QUIET = 0.25  # seconds for which silence costs nothing; then the work begins, which has a timeout of its own
+READABLE = 1  # the event loop's flag
+
+Work = Callable[..., object]
+Steps = Generator[None, None, None]
 
 
 @dataclass(eq=False, slots=True)
 class _Pending:
-    """Where it came from and since when it is here, what finds out who it is, and the greenlet that does it."""
+    """One pending connection, and what it holds beside its socket."""
 
+    sock: Socket
     host: str
     since: float  # time.monotonic()
-    work: Callable[..., object]
-    args: tuple[object, ...]
-    watcher: Any = None  # gevent's io watcher, which has no type; until its first bytes
-    greenlet: Greenlet[..., None] | None = None
-    begun: bool = False
+    port: PendingConnections
+    steps: Steps = field(init=False)  # until its work begins
+    greenlet: Greenlet[..., None] | None = None  # does its work
+    owned: bool = False  # the work has begun, and closes the socket
 
 
 class PendingConnections:
-    """Newcomers, each with a greenlet that finds out who it is."""
+    """The pending connections of one port."""
 
-    _everywhere: ClassVar[dict[Socket, PendingConnections]] = {}  # in the whole process, the oldest first
+    _all: ClassVar[dict[Socket, _Pending]] = {}  # in the whole process, the oldest first
 
-    def __init__(self, name: str, log: Log, stats: Stats) -> None:
-        self._name = name
+    def __init__(self, port: str, log: Log, stats: Stats) -> None:
+        """`port`: its name in the log."""
+        self._port = port
         self._log = log
         self._stats = stats
-        self._share = pending_limit()
-        self._in_all = min(IN_ALL, self._share)
-        self._per_address = min(PER_ADDRESS, max(PENDING_LEAST, self._share // 4))
+        self._in_all = pending_limit()
+        self._per_port = min(PER_PORT, self._in_all)
+        self._per_address = min(PER_ADDRESS, max(AT_LEAST, self._in_all // 4))
         self._tasks = TaskGroup(log, stats)
-        self._inside: dict[Socket, _Pending] = {}  # the oldest first
-        self._silent: dict[Socket, _Pending] = {}  # those of them that have a watcher
-        self._timer: Any = None  # gevent's; it runs while somebody is silent
+        self._here: dict[Socket, _Pending] = {}  # the oldest first
+        self._silent: dict[Socket, _Pending] = {}  # those of them that wait for their first bytes
+        self._timer = IdleTimer(QUIET / 4, self._end_silence)
         self._addresses: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._inside)
+        return len(self._here)
 
-    def receive(self, sock: Socket, work: Callable[..., object], *args: object, speaks_first: bool = False) -> None:
-        """Run `work(sock, *args)`, which has to close the connection or hand it on, also where it is killed.
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self._port}: {len(self)}, {len(self._silent)} of them silent>"
 
-        With `speaks_first` it begins with the newcomer's first bytes, or after QUIET.
+    def accept(self, sock: Socket, work: Work, *args: object, speaks_first: bool = False) -> None:
+        """Run `work(sock, *args)` in a greenlet; it must close the connection or hand it on, also where it is killed.
+
+        With `speaks_first` it begins at the peer's first bytes, or after QUIET.
         """
         try:
             host = plain_host(sock.getpeername())
         except OSError:
-            sock.close()  # it has gone already
+            sock.close()  # it has left already
             return
         self._make_room(host)
-        newcomer = self._inside[sock] = _Pending(host, time.monotonic(), work, args)
-        self._everywhere[sock] = self
+        pending = self._all[sock] = self._here[sock] = _Pending(sock, host, time.monotonic(), self)
         self._addresses[host] += 1
-        if speaks_first:
-            self._listen(sock, newcomer)
-        else:
-            self._begin(sock, newcomer)
+        pending.steps = self._steps(pending, work, args, speaks_first)
+        next(pending.steps)
 
-    def left(self, sock: Socket, timeout: float) -> float:
-        """Seconds that are left of a timeout which began when this one came in."""
-        newcomer = self._inside.get(sock)
-        return max(0.001, newcomer.since + timeout - time.monotonic()) if newcomer else timeout
+    def time_left(self, sock: Socket, timeout: float) -> float:
+        """Seconds that are left of a timeout which began when this connection was accepted."""
+        pending = self._here.get(sock)
+        return max(0.001, pending.since + timeout - time.monotonic()) if pending else timeout
 
-    def leave(self, sock: Socket) -> None:
-        """This one has shown who it is, or is gone; its greenlet may go on."""
-        if newcomer := self._inside.pop(sock, None):
-            del self._everywhere[sock]
-            self._unwatch(sock, newcomer)
-            self._addresses[newcomer.host] -= 1
-            if not self._addresses[newcomer.host]:
-                del self._addresses[newcomer.host]
+    def release(self, sock: Socket) -> None:
+        """This connection has authenticated, or is over, and is not pending any more; its work may go on."""
+        if pending := self._here.pop(sock, None):
+            del self._all[sock]
+            self._addresses[pending.host] -= 1
+            if not self._addresses[pending.host]:
+                del self._addresses[pending.host]
 
-    def kill(self) -> None:
-        """End all, also those that have left the lobby and go on."""
-        for sock in list(self._inside):
-            self._end(sock)
+    def close(self) -> None:
+        """End all, also those whose work has gone on after `release`."""
+        for pending in list(self._here.values()):
+            self._end(pending)
         self._tasks.kill()
-        self._begin_overdue()  # nobody is: the timer ends
+        self._timer.stop()
 
-    def _listen(self, sock: Socket, newcomer: _Pending) -> None:
-        loop = get_hub().loop
-        newcomer.watcher = loop.io(sock.fileno(), 1)
-        newcomer.watcher.start(self._begin, sock, newcomer)
-        self._silent[sock] = newcomer
-        if self._timer is None:
-            self._timer = loop.timer(QUIET, QUIET / 4)
-            self._timer.start(self._begin_overdue)
-
-    def _unwatch(self, sock: Socket, newcomer: _Pending) -> None:
-        if newcomer.watcher is not None:
-            newcomer.watcher.stop()
-            newcomer.watcher.close()
-            newcomer.watcher = None
-            del self._silent[sock]
-
-    def _begin_overdue(self) -> None:
-        limit = time.monotonic() - QUIET
-        for sock, newcomer in list(self._silent.items()):
-            if newcomer.since > limit:
-                break
-            self._begin(sock, newcomer)
-        if not self._silent and self._timer is not None:
-            self._timer.close()
-            self._timer = None
-
-    def _begin(self, sock: Socket, newcomer: _Pending) -> None:
-        self._unwatch(sock, newcomer)
-        newcomer.greenlet = self._tasks.spawn(self._name, self._run, newcomer, sock)
-
-    def _run(self, newcomer: _Pending, sock: Socket) -> None:
-        newcomer.begun = True
+    def _steps(self, pending: _Pending, work: Work, args: tuple[object, ...], speaks_first: bool) -> Steps:
+        """Wait for the first bytes if there must be some, then begin the work. The event loop calls each step."""
         try:
-            newcomer.work(sock, *newcomer.args)
+            if speaks_first:
+                with self._watching(pending):
+                    yield
+            pending.greenlet = self._tasks.spawn(self._port, self._run, pending, work, args)
+        except Exception as error:  # noqa: BLE001  # a bug; an exception would be lost in the event loop
+            report_bug(f"a pending connection to {self._port}", error, self._log, self._stats)
+            self.release(pending.sock)
+            pending.sock.close()
+        yield
+
+    @contextmanager
+    def _watching(self, pending: _Pending) -> Iterator[None]:
+        """Have its next step called at its first bytes, or by `_end_silence`."""
+        watcher = get_hub().loop.io(pending.sock.fileno(), READABLE)
+        watcher.start(pending.steps.__next__)
+        self._silent[pending.sock] = pending
+        self._timer.start()
+        try:
+            yield
         finally:
-            self.leave(sock)
+            del self._silent[pending.sock]
+            watcher.stop()
+            watcher.close()
+
+    def _end_silence(self) -> bool:
+        """Begin the work of those that have been silent for QUIET; whether others are silent still."""
+        limit = time.monotonic() - QUIET
+        for pending in list(self._silent.values()):
+            if pending.since > limit:
+                break
+            next(pending.steps)
+        return bool(self._silent)
+
+    def _run(self, pending: _Pending, work: Work, args: tuple[object, ...]) -> None:
+        pending.owned = True
+        try:
+            work(pending.sock, *args)
+        finally:
+            self.release(pending.sock)
 
     def _make_room(self, host: str) -> None:
+        """Drop the oldest where a limit is reached: of this address, of this port, or of the process."""
         if self._addresses[host] >= self._per_address:
-            self._drop(next(each for each, inside in self._inside.items() if inside.host == host))
-        elif len(self._inside) >= self._in_all:
-            self._drop(next(iter(self._inside)))
-        elif len(self._everywhere) >= self._share:
-            oldest = next(iter(self._everywhere))
-            self._everywhere[oldest]._drop(oldest)
+            self._drop(next(pending for pending in self._here.values() if pending.host == host))
+        elif len(self._here) >= self._per_port:
+            self._drop(next(iter(self._here.values())))
+        elif len(self._all) >= self._in_all:
+            oldest = next(iter(self._all.values()))
+            oldest.port._drop(oldest)
 
-    def _drop(self, sock: Socket) -> None:
-        """Make room. Whatever it waits for, be it its own bytes or its turn, it is to hold nothing any more."""
+    def _drop(self, pending: _Pending) -> None:
         self._stats.trouble["pending_dropped"] += 1
         words = "too many newcomers to %(port)s that say nothing: dropped the oldest, of %(peer)s"
-        self._log.warning("pending.dropped", words, Limit(burst=1), port=self._name, peer=self._inside[sock].host)
-        self._end(sock)
+        self._log.warning("pending.dropped", words, Limit(burst=1), port=self._port, peer=pending.host)
+        self._end(pending)
 
-    def _end(self, sock: Socket) -> None:
-        newcomer = self._inside[sock]
-        self.leave(sock)
-        if newcomer.greenlet:
-            newcomer.greenlet.kill(block=False)
-        if not newcomer.begun:
-            sock.close()
+    def _end(self, pending: _Pending) -> None:
+        """Release everything that it holds, whether it waits for bytes or to be scheduled."""
+        self.release(pending.sock)
+        pending.steps.close()
+        if pending.greenlet:
+            pending.greenlet.kill(block=False)
+        if not pending.owned:
+            pending.sock.close()
 
 
 def pending_limit() -> int:
-    """How many connections of all servers of the process may not yet have shown who they are.
+    """How many pending connections all servers of the process may have.
 
-    Without a share of their own, strangers could take the descriptors that visitors need.
+    Without a share of their own, unauthenticated peers could take the descriptors that visitors need.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(PENDING_LEAST, files // 4), files // PENDING_SHARE)
+    return max(1, min(AT_LEAST, files // 4), files // SHARE)

@@ -1,14 +1,18 @@
-"""The server's story: it listens for its client and for visitors, and brings each visitor to a data connection."""
+"""The server: opens the listeners of one tunnel, makes the parts that serve them, and starts, stops and closes those.
+
+Clients come to `control_listener`, their data connections to `data_listener`, visitors to `visitor_listener` and
+`datagram_listener`; what they meet in is `client_slot`. The process calls a server as `tunnel.interface` says.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import gevent
-from gevent import Greenlet
 from gevent.event import AsyncResult, Event
 
 from nodepass.config import Settings
@@ -18,20 +22,49 @@ from nodepass.net.listen import close_all, listen_in_range, listen_target, liste
 from nodepass.net.sockets import format_sockaddr
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.control_listener import ControlListener
+from nodepass.server.data_listener import DataListener
 from nodepass.server.datagram_listener import DatagramListener
+from nodepass.server.part import Common, Loop, Part
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
-from nodepass.tasks import TaskGroup, WorkerPool, find_ended
-from nodepass.tunnel.control import STOPPING, ServerControl
+from nodepass.tasks import TaskGroup, WorkerPool
+from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.interface import View, report_fields
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import Offer
 
 if TYPE_CHECKING:
-    from OpenSSL import SSL
-
     from nodepass.tls.certificates import ServerCertificate
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """The sockets that a server listens on."""
+
+    tunnel: list[socket.socket]
+    data: list[socket.socket]  # none where data connections come to the tunnel port
+    visitors: list[socket.socket]
+    datagrams: list[socket.socket]  # from visitors
+
+    @classmethod
+    def open(cls, url: ServerURL, settings: Settings, share: Share) -> Listeners:
+        """Open all, or none. Raises ListenError."""
+        with contextlib.ExitStack() as opened:
+            tunnel = listen_tcp(url.tunnel, TUNNEL, share)
+            opened.callback(close_all, tunnel)
+            data: list[socket.socket] = []
+            if not settings.data_port.tunnel:
+                data = listen_in_range(url.tunnel.host, settings.data_port, DATA, share)
+                opened.callback(close_all, data)
+            visitors, datagrams = listen_target(url.target, share)
+            opened.pop_all()
+        return cls(tunnel, data, visitors, datagrams)
+
+    def close(self) -> None:
+        """Close all."""
+        for sockets in (self.tunnel, self.data, self.visitors, self.datagrams):
+            close_all(sockets)
 
 
 class Server:
@@ -44,17 +77,15 @@ class Server:
         self.log = log
         self.stats = stats
         self.ready = Event()  # every listener is open
+        self.sessions = WorkerPool(log, stats, settings.semaphore_limit)
         self._settings = settings
         self._share = share
-        self._watched: list[Greenlet[..., None]] = []  # loops that end only with this tunnel
         self._failed: AsyncResult[None] = AsyncResult()
-        self.sessions = WorkerPool(log, stats, settings.semaphore_limit)
-        self._loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
-        self._doors = TaskGroup(log, stats, on_crash=self._failed.set_exception)  # the loops that let visitors in
-        self._slot = ClientSlot(key, settings, self._context, log, stats)
-        self._control_listener = ControlListener(self._slot, key, settings, self._loops, self._tunnel, log, stats)
-        self._visitor_listener = VisitorListener(self._slot, self.sessions, settings, log, stats)
-        self._listeners: dict[str, list[socket.socket]] = {}
+        loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
+        self._common = Common(settings, log, stats, loops)
+        self._slot = ClientSlot(self._common, key)
+        self._listeners: Listeners | None = None
+        self._parts: list[Part] = []  # from `start` on
         self._certificate: ServerCertificate | None = None
         if url.tls:
             from nodepass.tls.certificates import ServerCertificate
@@ -68,76 +99,77 @@ class Server:
 
     def start(self) -> None:
         """Open every listener. Raises ListenError."""
-        try:
-            self._listeners["tunnel"] = listen_tcp(self.url.tunnel, TUNNEL, self._share)
-            if not self.url.tunnel.port:
-                self.log.rename(f"server:{port_of(self._listeners['tunnel'])}")
-            if not self._settings.data_port.tunnel:
-                host, ports = self.url.tunnel.host, self._settings.data_port
-                self._listeners["data"] = listen_in_range(host, ports, DATA, self._share)
-            self._listeners["tcp"], self._listeners["udp"] = listen_target(self.url.target, self._share)
-            self.ready.set()
-        except BaseException:
-            self.close()
-            raise
+        listeners = self._listeners = Listeners.open(self.url, self._settings, self._share)
+        if not self.url.tunnel.port:
+            self.log.rename(f"server:{port_of(listeners.tunnel)}")
+        self._parts = self._make_parts(listeners)
+        self.ready.set()
 
     def run(self) -> None:
         """Serve until `close`; raises what crashed one of the loops."""
-        tunnel, data, target = (self._addresses(each) for each in ("tunnel", self._data_listeners, "tcp"))
+        assert self._listeners, "it has been started"
+        self._log_listening(self._listeners)
+        for part in self._parts:
+            part.start()
+        self._failed.get()
+
+    def stop(self, timeout: float) -> int:
+        """As `Tunnel.stop`: from here on clients are refused and visitors do not reach it, and sessions drain.
+
+        The connected client and the UDP sockets stay for as long as sessions need them.
+        """
+        deadline = time.monotonic() + timeout
+        for part in self._parts:
+            part.stop(max(0.0, deadline - time.monotonic()))
+        self.sessions.join(max(0.0, deadline - time.monotonic()))
+        return self.sessions.kill()
+
+    def close(self) -> None:
+        """End everything at once."""
+        for part in self._parts:
+            part.close()
+        self.sessions.kill()
+        if self._listeners:
+            self._listeners.close()
+        self._failed.set(None)
+
+    def _make_parts(self, listeners: Listeners) -> list[Part]:
+        """All parts, in the order in which they stop: first what lets in clients, then what lets in visitors."""
+        common, slot, certificate = self._common, self._slot, self._certificate
+        data_listener = DataListener(common, listeners.data, slot, certificate)
+        parts: list[Part] = [
+            ControlListener(common, listeners.tunnel, slot, data_listener, self._offer(listeners)),
+            data_listener,
+            *(DatagramListener(common, sock, slot, self.sessions) for sock in listeners.datagrams),
+            VisitorListener(common, listeners.visitors, slot, self.sessions),
+            slot,
+            Loop(common, "report", self._report),
+        ]
+        if certificate:
+            interval = self._settings.reload_interval
+            parts.append(Loop(common, "watch certificate", lambda: certificate.watch(interval)))
+        return parts
+
+    def _offer(self, listeners: Listeners) -> Offer:
+        """What an admitted client is told; a certificate made in memory stays the same."""
+        return Offer(
+            port_of(listeners.data or listeners.tunnel),
+            self.url.tls,
+            heartbeat=max(1, round(1000 * self._settings.report_interval)),
+            mux=not listeners.data,
+            fingerprint=self._certificate.identity.fingerprint if self._certificate and self.url.tls == 1 else "",
+        )
+
+    def _log_listening(self, listeners: Listeners) -> None:
         self.log.info(
             "server.listening",
             "listening: tunnel %(tunnel_address)s, data %(data_address)s, target %(target_address)s (tcp, udp),"
             " tls %(tls)d",
-            tunnel_address=tunnel,
-            data_address=data,
-            target_address=target,
+            tunnel_address=_addresses(listeners.tunnel),
+            data_address=_addresses(listeners.data or listeners.tunnel),
+            target_address=_addresses(listeners.visitors),
             tls=self.url.tls,
         )
-        self._watched = list(self._spawn_loops())
-        self._failed.get()
-
-    def _spawn_loops(self) -> Iterator[Greenlet[..., None]]:
-        for listener in self._listeners["tunnel"]:
-            yield self._loops.spawn("accept clients", self._control_listener.run, listener)
-        for listener in self._listeners.get("data", []):
-            yield self._loops.spawn("accept data connections", self._slot.filler.run, listener)
-        for listener in self._listeners["tcp"]:
-            yield self._doors.spawn("accept visitors", self._visitor_listener.run, listener)
-        for sock in self._listeners["udp"]:
-            door = DatagramListener(sock, self._slot, self.sessions, self._settings, self.log, self.stats)
-            yield self._doors.spawn("receive datagrams", door.run)
-        yield self._loops.spawn("report", self._report)
-        yield self._loops.spawn("end silent flows", self._slot.flows.sweep_forever)
-        if self._certificate:
-            yield self._loops.spawn("watch certificate", self._certificate.watch, self._settings.reload_interval)
-
-    def stop(self, timeout: float) -> int:
-        """As `Tunnel.stop`."""
-        deadline = time.monotonic() + timeout
-        self._stop_accepting()
-        self.sessions.join(max(0.0, deadline - time.monotonic()))
-        return self.sessions.kill()
-
-    def _stop_accepting(self) -> None:
-        """Take no new visitors but those that have connected already; sessions, and the client they need, go on."""
-        self._control_listener.shut()
-        self._doors.kill()
-        self._visitor_listener.let_in_waiting(self._listeners.get("tcp", []))
-        close_all(self._listeners.get("tcp", []))  # not the UDP sockets: sessions answer from them
-
-    def close(self) -> None:
-        """End everything at once."""
-        self._doors.kill()
-        self._loops.kill()
-        self._control_listener.close()
-        if self._slot.control:
-            self._slot.lose(self._slot.control, STOPPING)
-        self._slot.filler.handshakes.kill()
-        self._slot.flows.end_all()
-        self.sessions.kill()
-        for listeners in self._listeners.values():
-            close_all(listeners)
-        self._failed.set(None)
 
     def reload(self) -> None:
         """Look at the certificate files now."""
@@ -155,8 +187,9 @@ class Server:
         return f"client {client}, {slot.pool}, {len(self.sessions)} sessions, {len(slot.flows)} flows"
 
     def unhealthy_reason(self) -> str:
-        """What is wrong with this end, so that only a restart helps; empty while it is well."""
-        return find_ended(self._watched) or (self._slot.control.unhealthy_reason() if self._slot.control else "")
+        """Why a restart is needed, or ""."""
+        ended = next(filter(None, (part.find_ended() for part in self._parts)), "")
+        return ended or (self.control.unhealthy_reason() if self.control else "")
 
     def view(self) -> View:
         """What the metrics show of it at this moment."""
@@ -175,29 +208,13 @@ class Server:
             certificate_expiry=self._certificate.identity.expiry if self._certificate else None,
         )
 
-    def _context(self) -> SSL.Context | None:
-        return self._certificate.context if self._certificate else None
-
-    def _addresses(self, what: str) -> str:
-        return " and ".join(format_sockaddr(each.getsockname()) for each in self._listeners[what])
-
-    @property
-    def _data_listeners(self) -> str:
-        return "data" if "data" in self._listeners else "tunnel"
-
-    def _tunnel(self) -> Offer:
-        """What a client that has been let in is told."""
-        return Offer(
-            port_of(self._listeners[self._data_listeners]),
-            self.url.tls,
-            heartbeat=max(1, round(1000 * self._settings.report_interval)),
-            mux=self._data_listeners == "tunnel",
-            fingerprint=self._certificate.identity.fingerprint if self._certificate and self.url.tls == 1 else "",
-        )
-
     def _report(self) -> None:
         while True:
             gevent.sleep(self._settings.report_interval)
             self._slot.pool.end_interval()
             self.log.report_suppressed()
             self.log.debug("tunnel.report", literal(self.describe()), **report_fields(self.view(), self.stats))
+
+
+def _addresses(listeners: list[socket.socket]) -> str:
+    return " and ".join(format_sockaddr(each.getsockname()) for each in listeners)

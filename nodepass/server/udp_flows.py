@@ -1,4 +1,8 @@
-"""The server's end of UDP lanes: one flow per visitor, carried by a lane of the connected client."""
+"""The server's end of UDP lanes: one flow per visitor's address, carried by a lane of the connected client.
+
+`datagram_listener` brings datagrams; `client_slot` launches the data connections that become lanes, and says when a
+client has gone. What both ends share is in `tunnel.udp`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from nodepass.config import Settings
 from nodepass.errors import NoDataConnection, reason
-from nodepass.log import Limit, Log
+from nodepass.log import Limit
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, send_datagram
-from nodepass.stats import Stats
+from nodepass.server.part import Common, Part
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.udp import FlowTable, Lane, drop_datagram
 from nodepass.wire.signals import LANE
@@ -20,7 +23,7 @@ from nodepass.wire.signals import LANE
 
 @dataclass(eq=False, slots=True)
 class VisitorFlow:
-    """What one visitor's address sends and gets."""
+    """The datagrams of one visitor's address, both ways."""
 
     number: int
     lane: Lane
@@ -29,24 +32,27 @@ class VisitorFlow:
     last: float = 0.0
 
 
-class VisitorFlows:
-    """Carries visitors' datagrams to the client, and its answers back. Never blocks whoever brings a datagram."""
+class VisitorFlows(Part):
+    """Carries visitors' datagrams to the client, and its answers back. `carry` never blocks."""
 
-    def __init__(
-        self, launch: Callable[[int, float], tuple[str, Stream]], settings: Settings, log: Log, stats: Stats
-    ) -> None:
-        self.crew = TaskGroup(log, stats)
+    def __init__(self, common: Common, launch: Callable[[int, float], tuple[str, Stream]]) -> None:
+        super().__init__(common)
+        settings = common.settings
         self._launch = launch
-        self._settings = settings
-        self._log = log
-        self._stats = stats
+        self._tasks = TaskGroup(self._log, self._stats)
         self._table: FlowTable[VisitorFlow] = FlowTable(
             settings.semaphore_limit, settings.udp_session_timeout, self._end
         )
         self._by_number: dict[int, VisitorFlow] = {}
         self._numbers = count(1)
         self._lanes: list[Lane] = []
-        self.sweep_forever = self._table.sweep_forever
+
+    def start(self) -> None:
+        self._start_loop("end silent flows", self._table.sweep_forever)
+
+    def close(self) -> None:
+        super().close()
+        self.end_all()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -63,17 +69,17 @@ class VisitorFlows:
             self._stats.udp.up.bytes += len(payload)
         else:
             words = "a datagram of %(size)d bytes from %(visitor)s: its lane is full"
-            self._drop("lane_full", words, size=len(payload), visitor=visitor)
+            drop_datagram(self._log, self._stats, "lane_full", words, size=len(payload), visitor=visitor)
 
     def abandon(self) -> None:
-        """New flows go to new lanes: this client is replaced. Its flows stay with it while it takes their datagrams."""
+        """Put new flows on new lanes: the client is replaced. Its flows stay with it while it takes their datagrams."""
         for lane in self._lanes:
             lane.orphaned = True
         self._lanes.clear()
 
     def end_all(self) -> None:
-        """End every lane and flow."""
-        self.crew.kill()
+        """End every lane, and with it its flows."""
+        self._tasks.kill()
 
     def _begin(self, sock: socket.socket, visitor: ReplyAddress) -> VisitorFlow:
         number = next(self._numbers) & 0xFFFFFFFF
@@ -92,7 +98,7 @@ class VisitorFlows:
         if len(alive) < self._settings.udp_lanes:
             lane = Lane(lambda number, payload: self._deliver(lane, number, payload))
             self._lanes.append(lane)
-            self.crew.spawn("lane", self._run, lane)
+            self._tasks.spawn("lane", self._run, lane)
             return lane
         return min(alive, key=lambda lane: lane.flows)
 
@@ -106,7 +112,8 @@ class VisitorFlows:
             because = lane.run(stream)
             log.debug("lane.closed", "lane ends: %(error)s", error=because)
         except NoDataConnection as error:
-            self._drop("lane_missing", "the datagrams of %(flows)d flows: %(error)s", flows=lane.flows, error=error)
+            words = "the datagrams of %(flows)d flows: %(error)s"
+            drop_datagram(self._log, self._stats, "lane_missing", words, flows=lane.flows, error=error)
         finally:
             lane.ended = True
             if lane in self._lanes:
@@ -116,7 +123,8 @@ class VisitorFlows:
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         flow = self._by_number.get(number)
         if not flow or flow.lane is not lane:
-            self._drop("flow_over", "an answer of %(size)d bytes: its flow is over", size=len(payload))
+            words = "an answer of %(size)d bytes: its flow is over"
+            drop_datagram(self._log, self._stats, "flow_over", words, size=len(payload))
             return
         self._table.get(flow.visitor)
         try:
@@ -124,7 +132,7 @@ class VisitorFlows:
             self._stats.udp.down.bytes += len(payload)
         except OSError as error:
             words = "an answer of %(size)d bytes: %(error)s"
-            self._drop("visitor_unreachable", words, size=len(payload), error=reason(error))
+            drop_datagram(self._log, self._stats, "visitor_unreachable", words, size=len(payload), error=reason(error))
 
     def _end(self, flow: VisitorFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)
@@ -137,6 +145,3 @@ class VisitorFlows:
             self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number, visitor=flow.visitor)
         if not flow.lane.flows:
             flow.lane.close()
-
-    def _drop(self, why: str, words: str, **fields: object) -> None:
-        drop_datagram(self._log, self._stats, why, words, **fields)

@@ -1,92 +1,94 @@
-"""The server's TCP entrance: accepts visitors and brings each to a data connection, within SEMAPHORE_LIMIT."""
+"""Accepts visitors' TCP connections, and relays each over a data connection, within SEMAPHORE_LIMIT.
+
+At the limit the next visitor waits in the kernel's queue. Where a data connection comes from is decided by
+`client_slot`; bytes are moved by `net.relay`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import time
-from collections.abc import Iterable
 
 import gevent
 
-from nodepass.config import Settings, format_duration
+from nodepass.config import format_duration
 from nodepass.errors import NoDataConnection
-from nodepass.log import Limit, Log
-from nodepass.net.listen import accept_forever, accept_waiting
+from nodepass.log import Limit
+from nodepass.net.listen import accept_forever, accept_waiting, close_all
 from nodepass.net.relay import exchange
 from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import TCPStream
 from nodepass.server.client_slot import ClientSlot
-from nodepass.stats import Stats
+from nodepass.server.part import Common, Part
 from nodepass.tasks import WorkerPool
 from nodepass.wire.signals import TCP
 
-# Seconds for a launch to be read before the end of a visitor's stream that came with it: a v1 client takes an idle data
+# Seconds by which a launch precedes the end of a visitor's stream that came with it: a v1 client takes an idle data
 # connection at its end for dead.
 HEAD_START = 0.1
 
 
-class VisitorListener:
-    """Lets visitors in; at the limit the next waits in the kernel's queue."""
+class VisitorListener(Part):
+    """Serves visitors; `stop` still accepts those that have connected already, and then closes the listeners."""
 
-    def __init__(self, slot: ClientSlot, sessions: WorkerPool, settings: Settings, log: Log, stats: Stats) -> None:
+    def __init__(self, common: Common, listeners: list[socket.socket], slot: ClientSlot, sessions: WorkerPool) -> None:
+        super().__init__(common)
+        self._listeners = listeners
         self._slot = slot
         self._sessions = sessions
-        self._settings = settings
-        self._log = log
-        self._stats = stats
 
-    def run(self, listener: socket.socket) -> None:
+    def start(self) -> None:
+        for listener in self._listeners:
+            self._start_loop("accept visitors", self._accept, listener)
+
+    def stop(self, timeout: float) -> None:
+        """Closing a listener resets what waits in the kernel's queue, so all of that is accepted before."""
+        self._end_loops()
+        with contextlib.suppress(TimeoutError), gevent.Timeout(timeout, TimeoutError()):
+            for listener in self._listeners:
+                for sock, peer in accept_waiting(listener, self._wait_at_limit):
+                    self._begin(sock, peer)
+        close_all(self._listeners)
+
+    def _accept(self, listener: socket.socket) -> None:
         """Accept until the listener is closed."""
-        for sock, peer in accept_forever(listener, self._log, self._wait_for_place):
-            self._let_in(sock, peer)
+        for sock, peer in accept_forever(listener, self._log, self._wait_at_limit):
+            self._begin(sock, peer)
 
-    def let_in_waiting(self, listeners: Iterable[socket.socket]) -> None:
-        """Before the listeners are closed: let in who has connected already, within SHUTDOWN_TIMEOUT."""
-        with contextlib.suppress(TimeoutError), gevent.Timeout(self._settings.shutdown_timeout, TimeoutError()):
-            for listener in listeners:
-                for sock, peer in accept_waiting(listener, self._wait_for_place):
-                    self._let_in(sock, peer)
-
-    def _let_in(self, sock: Socket, peer: Endpoint) -> None:
-        self._sessions.spawn("serve visitor", self._serve, sock, peer, time.monotonic())
-
-    def _wait_for_place(self) -> None:
+    def _wait_at_limit(self) -> None:
         if self._sessions.full():
             self._stats.trouble["limit_reached"] += 1
             self._log.warning("visitor.limit_reached", "SEMAPHORE_LIMIT reached: new visitors wait", Limit(burst=1))
             self._sessions.wait_for_slot()
 
-    def _serve(self, sock: Socket, peer: Endpoint, began: float) -> None:
-        try:
-            self._bring(sock, peer, began)
-        finally:
-            sock.close()
+    def _begin(self, sock: Socket, peer: Endpoint) -> None:
+        self._sessions.spawn("serve visitor", self._serve, sock, peer, time.monotonic())
 
-    def _bring(self, sock: Socket, peer: Endpoint, began: float) -> None:
-        """Bring a visitor to a data connection, and stay until both have ended."""
-        timeout = self._settings.pool_get_timeout
-        try:
-            id, data = self._slot.launch(TCP, timeout)
-        except NoDataConnection:
-            self._stats.tcp.ended["unserved"] += 1
-            words = "visitor %(visitor)s closed, no data connection within %(timeout)s"
-            why = "pool_empty"
-            if not self._slot.control:
-                why, words = "no_client", f"{words}: no client is connected"
-            self._log.warning(
-                "visitor.unserved",
-                words,
-                Limit(),
-                visitor=peer,
-                timeout=format_duration(timeout),
-                reason=why,
-            )
-            return
-        log = self._log.session(id)
-        log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
+    def _serve(self, sock: Socket, peer: Endpoint, began: float) -> None:
+        """One visitor: launch a data connection, relay until both have ended, close both."""
         visitor = TCPStream(sock, resets=True)  # see listen_target
-        if self._slot.version == 1 and visitor.peek() is False:
-            gevent.sleep(HEAD_START)
-        traffic = exchange(visitor, data, self._stats, began)
-        log.debug("session.closed", "visitor %(visitor)s: " + traffic.SENTENCE, visitor=peer, **traffic.fields())
+        try:
+            id, data = self._slot.launch(TCP, self._settings.pool_get_timeout)
+            try:
+                log = self._log.session(id)
+                log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
+                if self._slot.version == 1 and visitor.peek() is False:
+                    gevent.sleep(HEAD_START)
+                traffic = exchange(visitor, data, self._stats, began)
+                words = "visitor %(visitor)s: " + traffic.SENTENCE
+                log.debug("session.closed", words, visitor=peer, **traffic.fields())
+            finally:
+                data.close()
+        except NoDataConnection:
+            self._report_unserved(peer)
+        finally:
+            visitor.close()
+
+    def _report_unserved(self, peer: Endpoint) -> None:
+        self._stats.tcp.ended["unserved"] += 1
+        words, why = "visitor %(visitor)s closed, no data connection within %(timeout)s", "pool_empty"
+        if not self._slot.control:
+            words, why = f"{words}: no client is connected", "no_client"
+        timeout = format_duration(self._settings.pool_get_timeout)
+        self._log.warning("visitor.unserved", words, Limit(), visitor=peer, timeout=timeout, reason=why)

@@ -193,7 +193,7 @@ class Control:
             self.vanished = True
             self._note(SILENT)
         except OSError as error:
-            self.vanished = self.ending is NOT_ENDED
+            self.vanished = self.vanished or self.ending is NOT_ENDED
             self._note(Ending("failed", reason(error)))
         return None
 

@@ -75,9 +75,9 @@ def wait(_run: Nodepass, _target: Target, _server: OurServer) -> None:
 
 
 IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
-    "serving a visitor": ("server", "nodepass.server.visitor_listener:VisitorListener._bring", visit),
+    "serving a visitor": ("server", "nodepass.server.visitor_listener:VisitorListener._serve", visit),
     "relaying, when there is something to read": ("server", "nodepass.net.pump:Direction._copy", visit),
-    "greeting a client": ("server", "nodepass.server.control_listener:ControlListener._greet", wait),
+    "greeting a client": ("server", "nodepass.server.control_listener:ControlListener._shake_hands", wait),
     "watching an idle connection on the client": ("client", "nodepass.client.pool:ClientPool._readable", visit),
     "opening a lane": ("server", "nodepass.server.udp_flows:VisitorFlows._run", ask),
     "serving a launch": ("client", "nodepass.client.connection:Connection._launch_tcp", visit),
@@ -89,10 +89,10 @@ IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
 }
 
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
-    "accepting visitors": ("server", "nodepass.server.visitor_listener:VisitorListener._wait_for_place", visit),
-    "accepting clients": ("server", "nodepass.server.pending:PendingConnections.receive", wait),
+    "accepting visitors": ("server", "nodepass.server.visitor_listener:VisitorListener._wait_at_limit", visit),
+    "accepting clients": ("server", "nodepass.server.pending:PendingConnections.accept", wait),
     "accepting data connections": ("server", "nodepass.server.data_listener:DataListener.admit", wait),
-    "receiving datagrams": ("server", "nodepass.server.datagram_listener:DatagramListener._let_in", ask),
+    "receiving datagrams": ("server", "nodepass.server.datagram_listener:DatagramListener._begin", ask),
     "heartbeats": ("server", "nodepass.tunnel.control:ServerControl._beat_once", wait),
     "the server's report": ("server", "nodepass.server.pool:ServerPool.end_interval", wait),
     "the client's report": ("client", "nodepass.client.pool:ClientPool.end_interval", wait),
@@ -180,7 +180,7 @@ def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: 
     env = {**BRISK, "SERVICE_COOLDOWN": "100ms"}
     server = Nodepass(*urls, env=env)
     server.program = broken(
-        "nodepass.server.visitor_listener:VisitorListener._wait_for_place", after=3
+        "nodepass.server.visitor_listener:VisitorListener._wait_at_limit", after=3
     )  # a look before each accept
     stack.enter_context(server)
     server.wait_for("server.listening", tunnel=f"server:{first + 2}")
@@ -203,7 +203,7 @@ def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: 
 
 def test_a_bug_while_the_process_stops_does_not_keep_it_from_stopping() -> None:
     server = OurServer()
-    where = "nodepass.server.server:Server._stop_accepting"
+    where = "nodepass.server.visitor_listener:VisitorListener.stop"
     server.program = broken(where)
     with server:
         assert server.stop() == BUG

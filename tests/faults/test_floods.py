@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from nodepass.server.pending import IN_ALL, PER_ADDRESS
+from nodepass.server.pending import PER_ADDRESS, PER_PORT
 from tests.support.attack import Attack, Then
 from tests.support.proc import resident_bytes
 from tests.support.process import Environment, Nodepass
@@ -147,7 +147,7 @@ def test_who_behaves_is_served_during(stack: contextlib.ExitStack, name: str) ->
         during: list[float] = []
         while attack.report().opened < count or not during:
             during += time_visitors(tunnel.visitor_address, tunnel.target)
-            assert server.count_descriptors() < descriptors + IN_ALL + PER_ADDRESS
+            assert server.count_descriptors() < descriptors + PER_PORT + PER_ADDRESS
         assert resident_bytes(server.pid) < memory + MEMORY
     assert_as_fast(sorted(during), before)
     server.wait_for_descriptors(descriptors + POOL)
@@ -216,7 +216,7 @@ def test_of_too_many_silent_ones_the_oldest_is_dropped(stack: contextlib.ExitSta
     held = [*others, *last]
     for source in (3, 4, 5):
         held += open_silent(stack, address, f"127.0.0.{source}", PER_ADDRESS)
-    assert len(held) == IN_ALL
+    assert len(held) == PER_PORT
     assert is_silent(held[0], 0.1)
     open_silent(stack, address, "127.0.0.6", 1)
     assert held[0].recv(1) == b""

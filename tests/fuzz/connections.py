@@ -10,7 +10,7 @@ from nodepass.errors import ClosedError, ProtocolError
 from nodepass.net.stream import TCPStream, recv_exactly
 from nodepass.net.udp import receive_datagram
 from nodepass.server import control_listener as sorting
-from nodepass.server.data_listener import _check
+from nodepass.server.data_listener import verify_proof
 from nodepass.tunnel.udp import SPLIT_FROM, read_datagram
 from nodepass.wire.auth import PROOF_LENGTH, SessionKey
 from nodepass.wire.frames import HEADER, FrameBuffer, encode_frame
@@ -99,7 +99,7 @@ def check_proof(data: bytes) -> None:
     parts = pieces(said, sizes)
     sock = ScriptedSocket(lambda: next(parts, b""))
     try:
-        _check(recv_exactly(TCPStream(cast(Any, sock)), PROOF_LENGTH), right)
+        verify_proof(recv_exactly(TCPStream(cast(Any, sock)), PROOF_LENGTH), right)
     except ClosedError:
         assert len(said) < PROOF_LENGTH
     except ProtocolError:

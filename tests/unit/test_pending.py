@@ -1,4 +1,4 @@
-"""Newcomers: when what finds out who they are begins, and what they cost before."""
+"""Pending connections: when their work begins, what they cost before, and which of too many is dropped."""
 
 from __future__ import annotations
 
@@ -12,73 +12,243 @@ from gevent.event import Event
 
 from nodepass.log import Log
 from nodepass.net.sockets import Socket, as_plain
+from nodepass.server import pending as module
 from nodepass.server.pending import QUIET, PendingConnections
 from nodepass.stats import Stats
-from tests.unit.streams import tcp_pair
+from nodepass.tasks import TaskGroup
+from tests.unit.controls import until
+from tests.unit.streams import reset, tcp_pair
+
+FOREVER = 60  # seconds
 
 
-class Visit:
-    """A newcomer, and when its work has begun."""
+class Peer:
+    """A peer of a pending connection; `begun` and `ended` say what has become of its work."""
 
     def __init__(self, stack: ExitStack) -> None:
-        stream, self.peer = stack.enter_context(tcp_pair())
+        stream, self.sock = stack.enter_context(tcp_pair())
         assert isinstance(stream.sock, socket.socket)
-        self.sock = as_plain(stream.sock)
-        stack.callback(self.sock.close)
-        self.begun = Event()
+        self.accepted = as_plain(stream.sock)
+        self.begun, self.ended = Event(), Event()
+
+    def come_to(self, pending: PendingConnections, speaks_first: bool = True) -> Peer:
+        """Be accepted, which takes no turn of the event loop."""
+        pending.accept(self.accepted, self.work, speaks_first=speaks_first)
+        return self
 
     def work(self, sock: Socket) -> None:
-        assert sock is self.sock
+        assert sock is self.accepted
         self.begun.set()
-        gevent.sleep(60)
+        try:
+            gevent.sleep(FOREVER)
+        finally:
+            sock.close()
+            self.ended.set()
+
+    def is_dropped(self) -> bool:
+        """Whether the program has closed it."""
+        return self.accepted.fileno() < 0
 
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
+    with ExitStack() as stack, gevent.Timeout(20):
         yield stack
 
 
+def make_pending(stack: ExitStack, stats: Stats | None = None) -> PendingConnections:
+    pending = PendingConnections("a port", Log("test"), stats or Stats())
+    stack.callback(pending.close)
+    return pending
+
+
 @pytest.fixture
-def lobby(stack: ExitStack) -> PendingConnections:
-    lobby = PendingConnections("a port", Log("test"), Stats())
-    stack.callback(lobby.kill)
-    return lobby
+def pending(stack: ExitStack) -> PendingConnections:
+    return make_pending(stack)
 
 
-def test_who_has_to_speak_first_costs_no_greenlet_before(stack: ExitStack, lobby: PendingConnections) -> None:
-    visits = [Visit(stack) for _ in range(10)]
-    for visit in visits:
-        lobby.receive(visit.sock, visit.work, speaks_first=True)
+# When the work begins
+
+
+def test_a_peer_that_has_to_speak_first_costs_no_greenlet_before_it_does(
+    stack: ExitStack, pending: PendingConnections
+) -> None:
+    peers = [Peer(stack).come_to(pending) for _ in range(10)]
     gevent.sleep(0)
-    assert len(lobby) == 10
-    assert len(lobby._tasks) == 0
-    visits[3].peer.sendall(b"x")
-    assert visits[3].begun.wait(10)
-    assert len(lobby._tasks) == 1
-    assert [visit.begun.is_set() for visit in visits].count(True) == 1
+    assert len(pending) == 10
+    assert len(pending._tasks) == 0
+    peers[3].sock.sendall(b"x")
+    assert peers[3].begun.wait(10)
+    assert len(pending._tasks) == 1
+    assert [peer.begun.is_set() for peer in peers].count(True) == 1
 
 
-def test_silence_has_an_end(stack: ExitStack, lobby: PendingConnections) -> None:
-    """The rest of its time is what is left since it came in."""
-    visit = Visit(stack)
-    lobby.receive(visit.sock, visit.work, speaks_first=True)
-    assert visit.begun.wait(10)
-    assert lobby.left(visit.sock, 60) <= 60 - QUIET
-    assert lobby.left(visit.sock, QUIET / 2) == pytest.approx(0, abs=0.01)
+def test_the_work_begins_when_a_peer_has_been_silent_for_long_enough(
+    stack: ExitStack, pending: PendingConnections
+) -> None:
+    """Its timeout runs since it was accepted."""
+    peer = Peer(stack).come_to(pending)
+    assert peer.begun.wait(10)
+    assert pending.time_left(peer.accepted, 60) <= 60 - QUIET
+    assert pending.time_left(peer.accepted, QUIET / 2) == pytest.approx(0, abs=0.01)
 
 
-def test_who_need_not_speak_first_is_spoken_to_at_once(stack: ExitStack, lobby: PendingConnections) -> None:
-    visit = Visit(stack)
-    lobby.receive(visit.sock, visit.work)
+def test_the_timer_runs_only_while_a_peer_is_silent(stack: ExitStack, pending: PendingConnections) -> None:
+    assert not pending._timer.active
+    Peer(stack).come_to(pending, speaks_first=False)
+    assert not pending._timer.active
+    peer = Peer(stack).come_to(pending)
+    assert pending._timer.active
+    peer.sock.sendall(b"x")
+    until(lambda: not pending._timer.active)
+
+
+def test_a_peer_that_need_not_speak_first_is_served_at_once(stack: ExitStack, pending: PendingConnections) -> None:
+    peer = Peer(stack).come_to(pending, speaks_first=False)
     gevent.sleep(0)
-    assert visit.begun.is_set()
+    assert peer.begun.is_set()
 
 
-def test_the_silent_are_closed_when_all_end(stack: ExitStack, lobby: PendingConnections) -> None:
-    visit = Visit(stack)
-    lobby.receive(visit.sock, visit.work, speaks_first=True)
-    lobby.kill()
-    assert len(lobby) == 0
-    assert visit.sock.fileno() < 0
-    assert visit.peer.recv(1) == b""
+def test_the_end_of_a_silent_peers_stream_begins_the_work(stack: ExitStack, pending: PendingConnections) -> None:
+    peer = Peer(stack).come_to(pending)
+    peer.sock.close()
+    assert peer.begun.wait(10)
+
+
+def test_a_peer_that_has_left_already_is_closed(stack: ExitStack, pending: PendingConnections) -> None:
+    stream, peer = stack.enter_context(tcp_pair())
+    assert isinstance(stream.sock, socket.socket)
+    sock = as_plain(stream.sock)
+    reset(peer)
+    until(lambda: is_disconnected(sock))
+    pending.accept(sock, lambda _: pytest.fail("there is nothing to serve"))
+    assert sock.fileno() < 0
+    assert len(pending) == 0
+
+
+def is_disconnected(sock: Socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return True
+    return False
+
+
+# Its end
+
+
+def test_the_silent_are_closed_when_all_end(stack: ExitStack, pending: PendingConnections) -> None:
+    peer = Peer(stack).come_to(pending)
+    pending.close()
+    assert len(pending) == 0
+    assert peer.is_dropped()
+    assert peer.sock.recv(1) == b""
+    assert not pending._timer.active
+
+
+def test_the_work_is_killed_when_all_end_also_after_it_was_released(
+    stack: ExitStack, pending: PendingConnections
+) -> None:
+    peers = [Peer(stack).come_to(pending, speaks_first=False) for _ in range(2)]
+    gevent.sleep(0)
+    pending.release(peers[0].accepted)
+    assert len(pending) == 1
+    assert not peers[0].ended.is_set()
+    pending.close()
+    assert all(peer.ended.is_set() for peer in peers)
+
+
+def test_what_was_released_has_all_of_its_timeout(stack: ExitStack, pending: PendingConnections) -> None:
+    """What goes on after it has authenticated is not limited by when it was accepted."""
+    peer = Peer(stack).come_to(pending)
+    pending.release(peer.accepted)
+    assert pending.time_left(peer.accepted, 60) == 60
+
+
+def test_work_that_returns_is_not_pending_any_more(stack: ExitStack, pending: PendingConnections) -> None:
+    stream, _ = stack.enter_context(tcp_pair())
+    assert isinstance(stream.sock, socket.socket)
+    pending.accept(as_plain(stream.sock), lambda sock: sock.close())
+    assert len(pending) == 1
+    until(lambda: not pending._tasks)
+    assert (len(pending), len(pending._addresses)) == (0, 0)
+
+
+# Limits
+
+
+def assert_first_is_dropped_for_last(peers: list[Peer], stats: Stats) -> None:
+    assert [peer.is_dropped() for peer in peers] == [True] + [False] * (len(peers) - 1)
+    assert peers[0].sock.recv(1) == b""
+    assert stats.trouble["pending_dropped"] == 1
+
+
+def test_of_too_many_from_an_address_the_oldest_is_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PER_ADDRESS", 3)
+    stats = Stats()
+    pending = make_pending(stack, stats)
+    assert_first_is_dropped_for_last([Peer(stack).come_to(pending) for _ in range(4)], stats)
+    assert len(pending) == 3
+
+
+def test_of_too_many_on_a_port_the_oldest_is_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PER_PORT", 3)
+    stats = Stats()
+    pending = make_pending(stack, stats)
+    assert_first_is_dropped_for_last([Peer(stack).come_to(pending) for _ in range(4)], stats)
+
+
+def test_of_too_many_in_the_process_the_oldest_is_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever port it came to."""
+    monkeypatch.setattr(module, "pending_limit", lambda: 3)
+    stats = Stats()
+    first, second = make_pending(stack, stats), make_pending(stack)
+    peers = [Peer(stack).come_to(port) for port in (first, second, second, second)]
+    assert_first_is_dropped_for_last(peers, stats)
+    assert (len(first), len(second)) == (0, 3)
+
+
+def test_a_peer_that_has_authenticated_is_not_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PER_ADDRESS", 2)
+    pending = make_pending(stack)
+    client = Peer(stack).come_to(pending, speaks_first=False)
+    pending.release(client.accepted)
+    others = [Peer(stack).come_to(pending) for _ in range(3)]
+    assert [peer.is_dropped() for peer in (client, *others)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("state", ["silent", "scheduled", "working"])
+def test_a_dropped_connection_releases_everything_at_once(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Whether it waits for bytes, for its greenlet to be scheduled, or works."""
+    monkeypatch.setattr(module, "PER_PORT", 1)
+    pending = make_pending(stack)
+    dropped, another = Peer(stack), Peer(stack)
+    dropped.come_to(pending, speaks_first=state == "silent")
+    if state == "working":
+        assert dropped.begun.wait(10)
+    another.come_to(pending)
+    until(lambda: dropped.is_dropped() and not pending._tasks)
+    assert dropped.begun.is_set() == dropped.ended.is_set() == (state == "working")
+    assert (len(pending), len(pending._silent)) == (1, 1)
+
+
+# Bugs
+
+
+def test_a_bug_before_the_work_begins_closes_that_connection_only(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop calls what could raise."""
+    stats = Stats()
+    pending = make_pending(stack, stats)
+    broken, other = Peer(stack).come_to(pending), Peer(stack).come_to(pending)
+    with monkeypatch.context() as patched:
+        patched.setattr(TaskGroup, "spawn", lambda *_: 1 / 0)
+        broken.sock.sendall(b"x")
+        until(broken.is_dropped)
+    assert stats.trouble["bugs"] == 1
+    assert len(pending) == 1
+    other.sock.sendall(b"x")
+    assert other.begun.wait(10)

@@ -1,0 +1,71 @@
+"""What a server is made of: parts that start, stop and close in one order, so that a shutdown is a loop over parts.
+
+A part owns its loops, the greenlets that end only with it: a crash in one fails the whole server, and one that has
+ended is why the server is unhealthy. `server` makes the parts; what each does is in its own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gevent import Greenlet, killall
+
+from nodepass.config import Settings
+from nodepass.log import Log
+from nodepass.stats import Stats
+from nodepass.tasks import TaskGroup, find_ended
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the parts of one server share."""
+
+    settings: Settings
+    log: Log
+    stats: Stats
+    loops: TaskGroup  # a crash in it fails the server
+
+
+class Part:
+    """One part of a server: `start` is called at most once, then perhaps `stop`, then `close` in any case."""
+
+    def __init__(self, common: Common) -> None:
+        self._settings = common.settings
+        self._log = common.log
+        self._stats = common.stats
+        self._group = common.loops
+        self._loops: list[Greenlet[..., None]] = []
+
+    def start(self) -> None:
+        """Begin to work."""
+
+    def stop(self, timeout: float) -> None:
+        """Begin nothing new, within `timeout` seconds; what runs goes on until `close`."""
+
+    def close(self) -> None:
+        """End everything at once."""
+        self._end_loops()
+
+    def find_ended(self) -> str:
+        """Which loop has ended although the part has not; empty while all run."""
+        return find_ended(self._loops)
+
+    def _start_loop(self, name: str, work: Callable[..., object], *args: object) -> None:
+        self._loops.append(self._group.spawn(name, work, *args))
+
+    def _end_loops(self) -> None:
+        loops, self._loops = self._loops, []
+        killall(loops)
+
+
+class Loop(Part):
+    """A part that is one loop and nothing else."""
+
+    def __init__(self, common: Common, name: str, work: Callable[[], object]) -> None:
+        super().__init__(common)
+        self._name = name
+        self._work = work
+
+    def start(self) -> None:
+        self._start_loop(self._name, self._work)
