@@ -1,46 +1,19 @@
-"""`nodepass --check` of settings, keys, certificates and a server's addresses: what it says, and its exit status."""
+"""`nodepass --check`, started: a server's addresses, and which process has one that is taken."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import re
 import socket
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from nodepass.config import Settings
-from nodepass.tools import check, check_ports
-from nodepass.tools.report import Report
-from tests.support.certificates import DAY, Authority, Certificate
-from tests.support.process import Finished, run
+from tests.support.checks import check_of, found, trouble
 from tests.support.sockets import format_address, free_port, has_ipv6
 from tests.support.tunnel import OurServer
 
-LINE = re.compile(r"(ok  |warn|fail) [\w:#]+: .+")
-
-
-def check_of(*arguments: str, **env: str) -> Finished:
-    """Run the check; every line it prints has the documented form, and nothing else is printed."""
-    done = run("--check", *arguments, env=env)
-    assert done.errors == ""
-    for line in done.output.splitlines():
-        assert LINE.fullmatch(line), line
-    return done
-
-
-def found(done: Finished, level: str, pattern: str) -> bool:
-    """Whether a line of this level matches."""
-    return any(re.match(rf"{level} .*{pattern}", line) for line in done.output.splitlines())
-
-
-def trouble(done: Finished) -> list[str]:
-    """The lines that are not ok."""
-    return [line for line in done.output.splitlines() if not line.startswith("ok ")]
+URL = "server://127.0.0.1:0/127.0.0.1:0?tls=1"
 
 
 def test_a_server_that_could_start_passes_without_a_warning() -> None:
@@ -49,44 +22,6 @@ def test_a_server_that_could_start_passes_without_a_warning() -> None:
     for what in ("tunnel address", "data port", r"target address \(tcp\)", r"target address \(udp\)"):
         assert found(done, "ok", f"{what} 127.0.0.1:0: can be listened on")
     assert found(done, "ok", r"limits: [\d,]+ open files allow")
-
-
-def test_the_urls_of_the_environment_are_checked_as_well() -> None:
-    done = check_of(NODEPASS_URL="server://127.0.0.1:0/127.0.0.1:0 server://127.0.0.1:0/127.0.0.1:0?tls=0")
-    assert done.code == 0
-    assert len(re.findall("can be listened on", done.output)) == 8
-    assert found(done, "warn", "tls is not given")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "env", "said"),
-    [
-        (("clien://a:1/b:2",), {}, "the scheme must be"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=3",), {}, "tls='3' is not usable"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"SEMAPHORE_LIMIT": "many"}, "SEMAPHORE_LIMIT: 'many'"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEY": ""}, "TUNNEL_KEY: the key is empty"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEY_FILE": "/none"}, "TUNNEL_KEY_FILE=/none: cannot"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=2&crt=/none&key=/none",), {}, "crt=/none: cannot be read"),
-    ],
-)
-def test_bad_input_is_one_failure_and_status_2(arguments: tuple[str, ...], env: dict[str, str], said: str) -> None:
-    done = check_of(*arguments, **env)
-    assert done.code == 2
-    assert found(done, "fail", re.escape(said))
-    assert len(trouble(done)) == 1
-
-
-def test_every_bad_url_is_told_at_once_and_a_newline_forges_no_line() -> None:
-    done = check_of("first://", "second\nok   server:1: all is well")
-    assert done.code == 2
-    assert [line[:4] for line in trouble(done)] == ["fail", "fail"]
-    assert not found(done, "ok", "all is well")
-
-
-def test_no_url_at_all_is_bad_input() -> None:
-    done = run("--check")
-    assert (done.code, done.output) == (2, "")
-    assert "no URL given" in done.errors
 
 
 def test_a_port_that_a_stranger_holds_fails_and_names_it() -> None:
@@ -118,13 +53,6 @@ def test_ports_that_a_running_nodepass_holds_are_a_warning(stack: contextlib.Exi
         assert re.match(rf"warn .*: in use by a running nodepass \(\S+, process {server.pid}\): expected", line)
 
 
-def test_two_urls_that_want_the_same_port_fail() -> None:
-    port = free_port()
-    done = check_of(*[f"server://127.0.0.1:{port}/127.0.0.1:0?tls=1"] * 2)
-    assert done.code == 1
-    assert found(done, "fail", f"tunnel address 127.0.0.1:{port}: in use by another address of this command")
-
-
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 def test_an_ipv6_port_in_use_is_found() -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as holder:
@@ -132,112 +60,6 @@ def test_an_ipv6_port_in_use_is_found() -> None:
         done = check_of(f"server://[::1]:{port}/127.0.0.1:0?tls=1")
     assert done.code == 1
     assert found(done, "fail", rf"tunnel address \[::1\]:{port}: in use by \S+, process")
-
-
-@pytest.fixture
-def _log_as_before() -> Iterator[None]:
-    logger = logging.getLogger("nodepass")
-    before = logger.handlers, logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
-
-
-@pytest.mark.usefixtures("_log_as_before")
-@pytest.mark.parametrize("holders", [[], [check_ports.Holder(1, ["/lib/systemd/systemd"])]])
-def test_a_port_held_by_systemd_or_by_nobody_who_can_be_seen_is_a_warning(
-    monkeypatch: pytest.MonkeyPatch, holders: list[check_ports.Holder]
-) -> None:
-    monkeypatch.setattr(check_ports, "_with_sockets", lambda _: holders)
-    output = io.StringIO()
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        url = f"server://{format_address(holder.getsockname())}/127.0.0.1:0?tls=1"
-        assert check.run([url], Settings, None, {}, output) == 0
-    who = "by systemd" if holders else "by whom cannot be seen"
-    assert re.search(rf"^warn .*tunnel address .*: in use,? {who}", output.getvalue(), re.M)
-
-
-def test_an_address_of_another_machine_fails() -> None:
-    done = check_of("server://192.0.2.1:0/127.0.0.1:0?tls=1")
-    assert done.code == 1
-    assert found(done, "fail", "cannot listen on tunnel address 192.0.2.1:0: .*assign")
-
-
-@pytest.mark.parametrize(
-    ("days", "code", "level", "said"),
-    [
-        (90, 0, "ok", r"matches its key, made out to example.com, 192.0.2.7, (89\.9|90\.0) days left"),
-        (13, 0, "warn", r"matches its key, .*(12\.9|13\.0) days left"),
-        (-3, 1, "fail", r"expired 3\.0 days ago, clients refuse it"),
-    ],
-)
-def test_a_certificate_is_judged_by_its_days(tmp_path: Path, days: int, code: int, level: str, said: str) -> None:
-    leaf = Authority(tmp_path).issue("example.com", "192.0.2.7", end=timedelta(days=days))
-    leaf.key.chmod(0o600)
-    done = check_of(server_with(leaf))
-    assert done.code == code
-    assert found(done, level, f"crt={leaf.crt}: {said}")
-    assert len(trouble(done)) == (level != "ok")
-
-
-def test_a_certificate_that_is_not_valid_yet_fails(tmp_path: Path) -> None:
-    done = check_of(server_with(Authority(tmp_path).issue("example.com", start=DAY)))
-    assert done.code == 1
-    assert found(done, "fail", "not valid yet")
-
-
-def test_a_certificate_and_a_key_that_do_not_match_are_bad_input(tmp_path: Path) -> None:
-    authority = Authority(tmp_path)
-    done = check_of(server_with(Certificate(authority.issue().crt, authority.issue().key)))
-    assert done.code == 2
-    assert found(done, "fail", "do not match")
-
-
-def test_keys_that_others_can_read_are_warned_of(tmp_path: Path) -> None:
-    leaf = Authority(tmp_path).issue()
-    leaf.key.chmod(0o644)
-    secret = tmp_path / "secret"
-    secret.write_text("x" * 64)
-    secret.chmod(0o644)
-    done = check_of(server_with(leaf), TUNNEL_KEY_FILE=str(secret))
-    assert done.code == 0
-    assert found(done, "warn", f"key={leaf.key}: mode 0644, others can read it")
-    assert found(done, "warn", f"key: TUNNEL_KEY_FILE={secret}: others can read it")
-    assert found(done, "ok", f"key: TUNNEL_KEY_FILE={secret}, mode 0644: 64 characters")
-    assert "xxxx" not in done.output
-
-
-def server_with(leaf: Certificate) -> str:
-    """The URL of a server with this certificate."""
-    return f"server://127.0.0.1:0/127.0.0.1:0?tls=2&crt={leaf.crt}&key={leaf.key}"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(("environ", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_colours_are_for_terminals(environ: dict[str, str], coloured: bool) -> None:
-    terminal, pipe = Terminal(), io.StringIO()
-    for stream in (terminal, pipe):
-        Report(stream, environ).fail("server:1", "no")
-    assert ("\x1b[" in terminal.getvalue()) is coloured
-    assert pipe.getvalue() == "fail server:1: no\n"
-
-
-URL = "server://127.0.0.1:0/127.0.0.1:0?tls=1"
-
-
-def test_the_address_for_metrics_is_listened_on_too() -> None:
-    done = check_of(URL, METRICS_LISTEN="127.0.0.1:0")
-    assert (done.code, trouble(done)) == (0, [])
-    assert found(done, "ok", "metrics: METRICS_LISTEN 127.0.0.1:0: can be listened on")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = check_of(URL, METRICS_LISTEN=f":{port}")
-    assert done.code == 1
-    assert found(done, "fail", rf"metrics: METRICS_LISTEN localhost:{port}: in use by ")
 
 
 def test_a_unix_socket_for_metrics_is_tried_and_leaves_no_file(tmp_path: Path) -> None:

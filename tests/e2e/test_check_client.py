@@ -6,8 +6,8 @@ import contextlib
 
 import pytest
 
-from tests.e2e.test_check import check_of, found, trouble
 from tests.support.certificates import Authority
+from tests.support.checks import check_of, found, trouble
 from tests.support.process import Environment, run
 from tests.support.sockets import connect, format_address, free_port
 from tests.support.target import Target

@@ -57,13 +57,6 @@ def test_help_names_every_setting_its_flag_and_its_default() -> None:
         assert default in done.output
 
 
-def test_no_argument_shows_the_usage() -> None:
-    done = run()
-    assert done.code == 2
-    assert "usage" in done.errors.lower()
-    assert "Traceback" not in done.errors
-
-
 def test_urls_may_come_from_the_environment() -> None:
     urls = "server://127.0.0.1:0/127.0.0.1:0?tls=0 server://127.0.0.1:0/127.0.0.1:0?tls=1"
     with Nodepass(env={"NODEPASS_URL": urls}) as both:

@@ -122,24 +122,6 @@ def test_a_reader_that_leaves_ends_it_quietly(endpoint: str) -> None:
         assert looking.wait(20) == 0
 
 
-@pytest.mark.parametrize("text", ["nonsense", ":0", ":65536", "https://localhost:1", "[::1:1", ""])
-def test_what_is_no_endpoint_is_refused_in_one_line(text: str) -> None:
-    done = run("top", text)
-    assert done.code == 2
-    assert len(done.lines) == 1
-    assert repr(text) in done.errors
-    assert "allowed: HOST:PORT" in done.errors
-
-
-@pytest.mark.parametrize("text", ["soon", "-1s", "10ms", "2h", "1"])
-def test_an_interval_that_is_no_good_is_refused_in_one_line(text: str) -> None:
-    done = run("top", f"--interval={text}", ":1")
-    assert done.code == 2
-    assert len(done.lines) == 1
-    assert "allowed: a duration from 100ms to 1h" in done.errors
-    assert run("top", "--interval", "0", ":1").code == 2
-
-
 def test_nobody_there_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

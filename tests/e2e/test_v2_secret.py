@@ -17,7 +17,6 @@ from tests.support.v2_crypto import stretch
 from tests.support.v2_tunnel import KEYED, SECRET
 
 SHORTEST = 16
-URL = "server://127.0.0.1:0/127.0.0.1:0?tls=0"
 
 
 @pytest.fixture
@@ -64,29 +63,6 @@ def test_a_key_file_that_others_can_read_is_warned_of(key_file: Path) -> None:
     assert SECRET not in " ".join(about)
 
 
-@pytest.mark.parametrize("content", [None, "", "\n"], ids=["absent", "empty", "only a line end"])
-def test_a_key_file_without_a_key_is_an_error_and_never_a_tunnel_without_one(
-    tmp_path: Path, content: str | None
-) -> None:
-    path = tmp_path / "key"
-    if content is not None:
-        path.write_text(content)
-        path.chmod(0o600)
-    done = run(URL, env={"TUNNEL_KEY_FILE": str(path)})
-    assert done.code == 2
-    assert len(done.lines) == 1
-    assert str(path) in done.lines[0]
-
-
-def test_a_key_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.write_bytes(b"\xff\xfe" * 20)
-    path.chmod(0o600)
-    done = run(URL, env={"TUNNEL_KEY_FILE": str(path)})
-    assert done.code == 2
-    assert len(done.lines) == 1
-
-
 def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> None:
     keys = [run("--generate-key") for _ in range(2)]
     assert [done.code for done in keys] == [0, 0]
@@ -110,15 +86,6 @@ def test_a_key_under_sixteen_characters_is_warned_of(length: int) -> None:
         about = server.find_text("WARN.*key")
         assert bool(about) == (length < SHORTEST)
         assert not any(secret[:length] in line for line in server.lines)
-
-
-@pytest.mark.parametrize(("scheme", "user"), [("server", "hunter2hunter2"), ("client", "me:hunter2hunter2")])
-def test_a_key_in_the_url_is_refused_with_advice_and_not_repeated(scheme: str, user: str) -> None:
-    done = run(f"{scheme}://{user}@127.0.0.1:10101/127.0.0.1:8080")
-    assert done.code == 2
-    assert len(done.lines) == 1
-    assert "TUNNEL_KEY_FILE" in done.errors
-    assert "hunter2" not in done.errors + done.output
 
 
 def test_the_key_is_no_flag() -> None:

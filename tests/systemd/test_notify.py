@@ -198,25 +198,6 @@ def test_the_deadline_counts_without_systemd_and_for_a_refusal_too(stack: contex
     assert "requires a key" in done.lines[-1]
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("NOTIFY_SOCKET", "relative"),
-        ("NOTIFY_SOCKET", "@"),
-        ("NOTIFY_SOCKET", "vsock:2:1234"),
-        ("WATCHDOG_USEC", "0"),
-        ("WATCHDOG_USEC", "soon"),
-        ("WATCHDOG_PID", "-1"),
-    ],
-)
-def test_what_systemd_would_never_say_is_refused_by_name(variable: str, value: str) -> None:
-    env = {"WATCHDOG_USEC": "1000000", variable: value}
-    done = run("server://127.0.0.1:0/127.0.0.1:0?tls=0", env=env)
-    assert done.code == 2
-    assert done.lines == [line for line in done.lines if f"{variable}: {value!r} is not usable; allowed: " in line]
-    assert len(done.lines) == 1
-
-
 def test_nobody_who_listens_does_not_keep_the_program_from_its_work(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env={**BRISK, "NOTIFY_SOCKET": "/nonexistent/notify"}))
     server.wait_for("systemd.notify_failed", level="warn", error=os.strerror(errno.ENOENT))
