@@ -16,6 +16,11 @@ from tests.support.tunnel import Pair, Side, Tunnel, open_tunnel
 SIDES: tuple[tuple[Side, Side], ...] = (("ours", "ours"), ("v1", "ours"), ("ours", "v1"))
 TLS_MODES = (0, 1, 2)
 PAIRS = [Pair(server, client, tls) for server, client in SIDES for tls in TLS_MODES]
+DIAGONAL = [Pair("ours", "ours", 0), Pair("v1", "ours", 1), Pair("ours", "v1", 2)]
+"""Every side and every TLS mode once."""
+
+every_pair = pytest.mark.parametrize("any_tunnel", PAIRS, indirect=True, ids=str, scope="session")
+"""For the few tests that matter most; the others have the diagonal."""
 
 TunnelFactory = Callable[..., Tunnel]
 
@@ -60,9 +65,9 @@ def tunnel(stack: contextlib.ExitStack, authority: Authority) -> TunnelFactory:
     return start
 
 
-@pytest.fixture(scope="session", params=PAIRS, ids=str)
+@pytest.fixture(scope="session", params=DIAGONAL, ids=str)
 def any_tunnel(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Tunnel]:
-    """A tunnel of every kind in turn, shared by the tests that leave it as they found it."""
+    """A tunnel of each kind of the diagonal, or of every kind; shared by tests that leave it as they found it."""
     with open_tunnel(request.param, authority) as shared:
         yield shared
 

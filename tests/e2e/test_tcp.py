@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from tests.e2e.conftest import TunnelFactory
+from tests.e2e.conftest import TunnelFactory, every_pair
 from tests.support.sockets import (
     connect,
     free_port,
@@ -97,6 +97,7 @@ def test_many_sessions_are_open_at_once(any_tunnel: Tunnel) -> None:
             assert receive_exactly(visitor, 4) == b"%04d" % number
 
 
+@every_pair
 def test_a_half_close_passes_in_both_directions(any_tunnel: Tunnel) -> None:
     with any_tunnel.session() as (visitor, service):
         visitor.sendall(b"question")
@@ -158,6 +159,7 @@ def test_a_reset_is_never_taken_for_an_end_of_stream(our_tunnel: Tunnel) -> None
                 ends[1 - end].recv(1)
 
 
+@every_pair
 def test_megabytes_pass_both_ways_at_once_with_any_peer(any_tunnel: Tunnel) -> None:
     transfer_both_ways(any_tunnel, 5)
 
