@@ -121,10 +121,18 @@ class Daemon:
             files=self._limits.files,
             sessions=self._limits.sessions,
             memory=self._limits.memory.size if self._limits.memory else None,
+            memory_of=self._limits.memory.what if self._limits.memory else None,
             memory_sessions=self._limits.memory_sessions,
         )
         for warning in self._limits.warnings:
-            self._log.warning("process.limits_exceeded", "%(warning)s", reason=warning.reason, warning=warning.words)
+            self._log.warning(
+                "process.limits_exceeded",
+                literal(warning.words),
+                reason=warning.reason,
+                needed=warning.needed,
+                available=warning.available,
+                semaphore_limit=warning.semaphore_limit,
+            )
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
         started: list[Tunnel] = []

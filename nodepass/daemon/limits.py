@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nodepass.config import Notice, Settings
+from nodepass.config import Settings
 from nodepass.server.pending import PER_PORT, pending_limit
 
 PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data connection
@@ -30,13 +30,25 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Memory:
-    """A limit on memory: whose it is, and how many bytes."""
+    """A limit on memory: whose it is (cgroup, address space, machine), and how many bytes."""
 
     what: str
     size: int
 
     def __str__(self) -> str:
-        return f"{self.size / _MIB:,.0f} MiB of memory ({self.what})"
+        whose = "the machine's" if self.what == "machine" else self.what
+        return f"{self.size / _MIB:,.0f} MiB of memory ({whose})"
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What does not fit: of open files or memory, what the settings can need, what there is, and what would fit."""
+
+    reason: str  # open_files or memory
+    needed: int  # files or bytes
+    available: int
+    semaphore_limit: int  # lowered to this, or to be lowered
+    words: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Survey:
 
     settings: Settings
     line: str
-    warnings: list[Notice]
+    warnings: list[Shortage]
     files: int  # that may be open
     sessions: int  # that these files allow
     memory: Memory | None
@@ -65,7 +77,7 @@ def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
             f" can need {needed:,}, {needed - files:,} more than the limit of {files:,} allows: lowered to"
             f" {fitting.semaphore_limit} and {fitting.max_pool_capacity}; raise it (ulimit -Hn, LimitNOFILE=)"
         )
-        warnings.append(Notice("open_files", words))
+        warnings.append(Shortage("open_files", needed, files, fitting.semaphore_limit, words))
     by_files = max(0, (files - kept - OWN - tunnels * fitting.max_pool_capacity) // PER_SESSION)
     line = f"limits: {files:,} open files allow {by_files:,} sessions"
     by_memory = None
@@ -74,12 +86,13 @@ def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
         line += f"; {memory} allow about {by_memory:,}"
         wanted = tunnels * fitting.semaphore_limit
         if wanted > by_memory:
-            lacking = MEMORY_OWN[tls] + wanted * MEMORY_PER_SESSION[tls] - memory.size
+            needed, least = MEMORY_OWN[tls] + wanted * MEMORY_PER_SESSION[tls], max(1, by_memory // tunnels)
+            lacking = (needed - memory.size) / _MIB
             words = (
-                f"memory: SEMAPHORE_LIMIT {fitting.semaphore_limit} can need about {lacking / _MIB:,.0f} MiB more than"
-                f" {memory}: lower it to {max(1, by_memory // tunnels)}, or allow more (MemoryMax=)"
+                f"memory: SEMAPHORE_LIMIT {fitting.semaphore_limit} can need about {lacking:,.0f} MiB more than"
+                f" {memory}: lower it to {least}, or allow more (MemoryMax=)"
             )
-            warnings.append(Notice("memory", words))
+            warnings.append(Shortage("memory", needed, memory.size, least, words))
     return Survey(fitting, line, warnings, files, by_files, memory, by_memory)
 
 
@@ -125,7 +138,7 @@ def memory_limits() -> list[Memory]:
         unused = (pages - resident) * resource.getpagesize()
         found.append(Memory("address space", max(0, space - unused)))
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [*found, Memory("the machine's", machine)] if machine > 0 else found
+    return [*found, Memory("machine", machine)] if machine > 0 else found
 
 
 def _cgroup_limits(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def test_in_64_mib_a_server_holds_500_sessions_that_have_carried_much_both_ways(
     server = OurServer(tls, env={"POOL_GET_TIMEOUT": "60s"}, log="info")
     server.prefix = group.prefix
     stack.enter_context(server)
-    assert server.find_text(r"limits: [\d,]+ open files allow [\d,]+ sessions; 64 MiB of memory \(cgroup\) allow about")
+    assert server.find("process.limits", memory=SMALL, memory_of="cgroup")
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env={}, log="info"))
     client.wait_until_connected()
     tunnel = Tunnel(server, client, target)
@@ -65,13 +67,9 @@ def test_in_64_mib_a_server_holds_500_sessions_that_have_carried_much_both_ways(
 
 def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(n=100))
-    said = server.wait_for_text(
-        r"open files: SEMAPHORE_LIMIT 1024 and MAX_POOL_CAPACITY 1024 can need ([\d,]+), ([\d,]+) more"
-    )
     needed = 2 * 1024 + 1024 + limits.OWN + 100 // 4  # the last is for who has not shown who it is
-    assert said[1] == f"{needed:,}"
-    assert said[2] == f"{needed - 100:,}"
-    assert server.find_text(r"limits: 100 open files allow 14 sessions")
+    server.wait_for("process.limits_exceeded", level="warn", reason="open_files", needed=needed, available=100)
+    server.wait_for("process.limits", files=100, sessions=14)
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     client.wait_until_connected()
@@ -79,12 +77,12 @@ def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(s
     opened = [stack.enter_context(tunnel.session()) for _ in range(14)]
     for visitor, service in opened:
         assert_connected(visitor, service)
-    assert not server.find_text("too many open files")
+    assert not server.find(error=re.compile(re.escape(os.strerror(errno.EMFILE))))
 
 
 def test_a_limit_on_address_space_is_told(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(v=512 << 10))
-    assert server.find_text(r"limits: .* MiB of memory \(address space\) allow about [\d,]+")
+    assert server.find("process.limits", memory_of="address space", memory_sessions=lambda sessions: sessions > 0)
 
 
 @pytest.mark.parametrize(("tls", "fitting"), [(False, 2816), (True, 512)])
@@ -95,8 +93,9 @@ def test_more_sessions_than_fit_into_memory_are_warned_of(
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
     assert not limits.survey(Settings(semaphore_limit=fitting), 1, tls).warnings
     survey = limits.survey(Settings(semaphore_limit=fitting + 1024), 1, tls)
-    more = 1024 * limits.MEMORY_PER_SESSION[tls] >> 20
-    assert f"{more} MiB more than 64 MiB of memory (cgroup): lower it to {fitting}" in survey.warnings[0]
+    (warning,) = survey.warnings
+    assert (warning.reason, warning.available, warning.semaphore_limit) == ("memory", SMALL, fitting)
+    assert warning.needed == SMALL + 1024 * limits.MEMORY_PER_SESSION[tls]
     assert survey.settings.semaphore_limit == fitting + 1024
 
 

@@ -227,7 +227,7 @@ def test_a_target_that_refuses_and_a_visitor_that_nobody_serves_are_outcomes() -
             wait_for_value(place, 1, "nodepass_udp_drops_total", reason="unserved")
         with OurClient(server.tunnel_address, free_address(), env=WATCHED) as client:
             client.wait_until_connected()
-            server.wait_for_text("pool: .* added")
+            server.wait_for("pool.added")
             with connect(server.visitor_address) as visitor:
                 assert is_over(visitor)
             wait_for_value(metrics_of(client), 1, ENDED, protocol="tcp", outcome="unreachable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,7 +18,7 @@ from tests.support.process import Finished, Nodepass, run
 from tests.support.scrape import WATCHED, get, metrics_of, parse, reach, value, wait_for_value
 from tests.support.sockets import connect, format_address, has_ipv6, is_over, receive_all, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
 
 URL = "server://127.0.0.1:0/127.0.0.1:0?tls=0"
 AT_ONCE = 32
@@ -38,7 +39,7 @@ def server() -> Iterator[OurServer]:
 
 def refused(listen: str, status: int, **env: str) -> str:
     """The one line with which a start on this address ends."""
-    done: Finished = run(URL, env={**BRISK, **env, "METRICS_LISTEN": listen})
+    done: Finished = run(URL, env={**CALM, **env, "METRICS_LISTEN": listen})
     assert done.code == status
     assert len(done.lines) == 1, done.errors
     return done.lines[0]
@@ -46,24 +47,24 @@ def refused(listen: str, status: int, **env: str) -> str:
 
 @contextlib.contextmanager
 def watched_at(listen: str) -> Iterator[Nodepass]:
-    with Nodepass(URL, env={**BRISK, "METRICS_LISTEN": listen}) as running:
+    with Nodepass(URL, env={**CALM, "METRICS_LISTEN": listen}) as running:
         running.wait_for("server.listening")
         yield running
 
 
 def test_by_default_there_is_no_endpoint() -> None:
     with OurServer() as server:
-        assert not server.find_text("metrics")
+        assert not server.find("metrics.listening")
         own = {server.tunnel_address[1], server.data_address[1], server.visitor_address[1]}
         assert len(own) == 3
 
 
 def test_a_port_alone_is_for_this_machine_only() -> None:
     with watched_at(":0") as running:
-        line = running.wait_for_text("metrics: .*")[0]
-        places = [each for each in line.split() if each.startswith("http")]
+        address = running.wait_for("metrics.listening")["address"]
+        places = re.findall(r"http://(\S+):\d+/metrics", address)
         assert places
-        assert all(each.startswith(("http://127.", "http://[::1]")) for each in places)
+        assert all(place == "[::1]" or place.startswith("127.") for place in places)
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
@@ -131,7 +132,7 @@ def test_a_directory_that_is_not_there_ends_the_start_with_one_line(path: Path) 
 
 
 def test_a_start_that_fails_for_another_reason_leaves_no_socket(path: Path, server: OurServer) -> None:
-    env = {**BRISK, "METRICS_LISTEN": f"unix:{path}"}
+    env = {**CALM, "METRICS_LISTEN": f"unix:{path}"}
     assert run(f"server://{format_address(server.tunnel_address)}/127.0.0.1:0?tls=0", env=env).code == 1
     assert not path.exists()
 
@@ -217,14 +218,14 @@ def test_a_flood_of_scrapes_does_not_keep_a_tunnel_from_working() -> None:
 
 
 def test_a_second_signal_removes_the_socket_too(path: Path) -> None:
-    env = {**BRISK, "METRICS_LISTEN": f"unix:{path}", "SHUTDOWN_TIMEOUT": "60s"}
+    env = {**CALM, "METRICS_LISTEN": f"unix:{path}", "SHUTDOWN_TIMEOUT": "60s"}
     with contextlib.ExitStack() as stack:
         target, server = stack.enter_context(Target()), stack.enter_context(OurServer(env=env))
         client = stack.enter_context(OurClient(server.tunnel_address, target.address))
         client.wait_until_connected()
         visitor, _ = stack.enter_context(Tunnel(server, client, target).session())
         server.send(signal.SIGTERM)
-        server.wait_for_text("stopping: 1 sessions? running")
+        server.wait_for("process.stopping", sessions=1)
         server.send(signal.SIGTERM)
         assert is_over(visitor)
         assert server.wait() == 0

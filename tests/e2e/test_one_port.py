@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,16 +12,16 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.proc import count_connections
 from tests.support.process import Environment
-from tests.support.sockets import connect, is_over, is_silent, reset
+from tests.support.sockets import connect, is_over, reset
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Pair, Tunnel, assert_connected, open_tunnel
+from tests.support.tunnel import CALM, OurClient, OurServer, Pair, Tunnel, assert_connected, open_tunnel
 from tests.support.v1_client import V1Client
 from tests.support.v2_client import V2Client
 from tests.support.v2_middle import Forwarder
 from tests.support.v2_tunnel import KEYED, SECRET, V2Pair, open_v2_tunnel
 
 ONE_PORT: Environment = {"DATA_PORT": "tunnel"}
-ENV: Environment = {**BRISK, **ONE_PORT}
+ENV: Environment = {**CALM, **ONE_PORT}
 PAIRS = [V2Pair("ours", "ours", 1, True), V2Pair("ours", "v2", 2), V2Pair("v2", "ours", 0)]
 
 STRANGERS = {
@@ -79,7 +80,7 @@ def test_our_client_connects_nowhere_else(stack: contextlib.ExitStack) -> None:
 
 @pytest.mark.parametrize(("tls", "keyed"), [(0, False), (1, True)], ids=["without a key", "with a key"])
 def test_a_mapped_port_works(stack: contextlib.ExitStack, tls: int, keyed: bool) -> None:
-    env = {**(KEYED if keyed else BRISK), **ONE_PORT}
+    env = {**(KEYED if keyed else CALM), **ONE_PORT}
     server = stack.enter_context(OurServer(tls, env=env))
     target = stack.enter_context(Target())
     mapped = stack.enter_context(Forwarder(server.tunnel_address))
@@ -99,7 +100,7 @@ def test_a_v1_client_on_one_port_comes_back(authority: Authority) -> None:
         before = tunnel.v1_client.connects
         mark = tunnel.our_server.mark()
         tunnel.v1_client.disconnect()
-        tunnel.our_server.wait_for_text("client disconnected", after=mark)
+        tunnel.our_server.wait_for("client.disconnected", after=mark)
         tunnel.our_server.wait_for_client(after=mark)
         assert_all_works(tunnel)
         assert tunnel.v1_client.connects > before
@@ -113,7 +114,7 @@ def test_a_client_of_the_other_version_may_follow(stack: contextlib.ExitStack) -
         with kind(server.tunnel_address, target.address) as client:
             client.wait_until_full()
             assert_all_works(Tunnel(server, client, target))
-        server.wait_for_text("client disconnected", after=mark)
+        server.wait_for("client.disconnected", after=mark)
 
 
 @pytest.mark.parametrize("env", [ENV, {**KEYED, **ONE_PORT}], ids=["without a key", "with a key"])
@@ -131,7 +132,7 @@ def test_strangers_on_the_tunnel_port_harm_nobody(stack: contextlib.ExitStack, e
     for stranger in staying:
         assert_is_closed(stranger)
     tunnel.assert_works()
-    assert not server.find_text(r"traceback|\bbug\b|client disconnected")
+    assert not server.find("client.disconnected") + server.find_crashes()
 
 
 def test_silent_strangers_by_the_hundred_do_not_keep_data_connections_out(stack: contextlib.ExitStack) -> None:
@@ -171,6 +172,7 @@ def test_strangers_before_any_client_harm_nobody(stack: contextlib.ExitStack) ->
 
 def test_silence_is_a_v1_client_after_a_quarter_of_a_second(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env=ENV))
+    began = time.monotonic()
     with connect(server.tunnel_address) as silent:
-        assert is_silent(silent, 0.2)
         assert silent.recv(100) == b"//%d#0\n" % server.tunnel_address[1]
+    assert time.monotonic() - began >= 0.2

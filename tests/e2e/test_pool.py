@@ -11,11 +11,11 @@ from tests.e2e.conftest import TunnelFactory
 from tests.support.proc import count_connections
 from tests.support.sockets import connect, is_over, receive_exactly, reset, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.tunnel import BRISK, CALM, OurClient, OurServer, Tunnel
 from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
 
-FEW: dict[str, str] = {**BRISK, "MIN_POOL_CAPACITY": "4", "MAX_POOL_CAPACITY": "8"}
+FEW: dict[str, str] = {**CALM, "MIN_POOL_CAPACITY": "4", "MAX_POOL_CAPACITY": "8"}
 
 
 @pytest.mark.parametrize("tls", [0, 1])
@@ -71,7 +71,7 @@ def test_a_connection_that_talks_out_of_turn_is_never_handed_to_a_visitor(
 
 @pytest.mark.parametrize("silent", [20, 200])
 def test_silent_peers_on_the_data_port_do_not_stall_the_pool(stack: contextlib.ExitStack, silent: int) -> None:
-    server = stack.enter_context(OurServer(1, env={**BRISK, "HANDSHAKE_TIMEOUT": "20s"}))
+    server = stack.enter_context(OurServer(1, env={**CALM, "HANDSHAKE_TIMEOUT": "20s"}))
     target = stack.enter_context(Target())
     for _ in range(silent // 2):
         stack.enter_context(connect(server.data_address))
@@ -87,7 +87,7 @@ def test_silent_peers_on_the_data_port_do_not_stall_the_pool(stack: contextlib.E
 def test_a_silent_peer_on_the_data_port_is_closed_after_the_handshake_timeout(
     stack: contextlib.ExitStack,
 ) -> None:
-    server = stack.enter_context(OurServer(1, env={**BRISK, "HANDSHAKE_TIMEOUT": "300ms"}))
+    server = stack.enter_context(OurServer(1, env={**CALM, "HANDSHAKE_TIMEOUT": "300ms"}))
     client = stack.enter_context(V1Client(server.tunnel_address, automatic=False))
     client.connect()
     with connect(server.data_address) as silent:
@@ -128,7 +128,7 @@ def test_a_data_port_that_says_nothing_does_not_stop_our_client(
 def test_the_pool_grows_under_load_and_shrinks_to_its_minimum_afterwards(
     tunnel: TunnelFactory,
 ) -> None:
-    started = tunnel()
+    started = tunnel(server_env=BRISK, client_env=BRISK)
     client, port = started.our_client, started.our_server.data_address[1]
     until(lambda: count_connections(client.pid, port) == 16)
     with contextlib.ExitStack() as stack:

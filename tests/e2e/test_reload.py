@@ -13,11 +13,11 @@ from tests.support.certificates import Authority, Certificate
 from tests.support.process import Environment
 from tests.support.sockets import connect
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
 
 Damage = Callable[[Certificate, Authority], None]
-WATCHING: Environment = {**BRISK, "RELOAD_INTERVAL": "100ms"}
+WATCHING: Environment = {**CALM, "RELOAD_INTERVAL": "100ms"}
 
 
 @pytest.fixture
@@ -40,9 +40,8 @@ def test_sighup_reloads_the_certificate(stack: contextlib.ExitStack, authority: 
     renewed = authority.issue()
     files.overwrite(renewed)
     server.send(signal.SIGHUP)
-    server.wait_for_text("certificate reloaded")
+    server.wait_for("certificate.reloaded", sha256=renewed.fingerprint)
     assert client.fingerprint() == renewed.fingerprint
-    server.wait_for_text(f"certificate .*{renewed.fingerprint}")
 
 
 def test_a_changed_certificate_is_found_without_being_told(
@@ -52,18 +51,18 @@ def test_a_changed_certificate_is_found_without_being_told(
     client = led_by_hand(stack, server, authority)
     renewed = authority.issue()
     files.overwrite(renewed)
-    server.wait_for_text("certificate reloaded")
+    server.wait_for("certificate.reloaded")
     assert client.fingerprint() == renewed.fingerprint
 
 
 def test_files_that_stay_the_same_are_not_reloaded(
     stack: contextlib.ExitStack, authority: Authority, files: Certificate
 ) -> None:
-    server = stack.enter_context(OurServer(2, files, env={**BRISK, "RELOAD_INTERVAL": "50ms"}))
+    server = stack.enter_context(OurServer(2, files, env={**CALM, "RELOAD_INTERVAL": "50ms"}))
     led_by_hand(stack, server, authority).fingerprint()
     files.overwrite(authority.issue())
-    server.wait_for_text("certificate reloaded")
-    assert len(server.find_text("certificate reloaded")) == 1
+    server.wait_for("certificate.reloaded")
+    assert len(server.find("certificate.reloaded")) == 1
 
 
 def break_key(files: Certificate, authority: Authority) -> None:
@@ -88,17 +87,17 @@ def test_a_bad_new_pair_keeps_the_old_one(
     watching: bool,
 ) -> None:
     before = files.fingerprint
-    server = stack.enter_context(OurServer(2, files, env=WATCHING if watching else BRISK))
+    server = stack.enter_context(OurServer(2, files, env=WATCHING if watching else CALM))
     client = led_by_hand(stack, server, authority)
     damage(files, authority)
     if not watching:
         server.send(signal.SIGHUP)
-    server.wait_for_text("ERROR.*keeping the old certificate: .")
+    assert server.wait_for("certificate.kept", level="error", sha256=before)["error"]
     assert client.fingerprint() == before
     files.overwrite(authority.local)
     if not watching:
         server.send(signal.SIGHUP)
-    server.wait_for_text("certificate reloaded")
+    server.wait_for("certificate.reloaded")
     assert client.fingerprint() == authority.local.fingerprint
 
 
@@ -107,27 +106,27 @@ def test_a_reload_leaves_sessions_and_the_client_alone(
 ) -> None:
     server = stack.enter_context(OurServer(2, files))
     target = stack.enter_context(Target())
-    trusting = {**BRISK, "SSL_CERT_FILE": str(authority.crt)}
+    trusting = {**CALM, "SSL_CERT_FILE": str(authority.crt)}
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=trusting))
     tunnel = Tunnel(server, client, target)
     with tunnel.session() as (visitor, service):
         assert_connected(visitor, service)
         files.overwrite(authority.issue())
         server.send(signal.SIGHUP)
-        server.wait_for_text("certificate reloaded")
+        server.wait_for("certificate.reloaded")
         assert_connected(visitor, service)
         tunnel.assert_works()
-    assert not client.find_text(r"disconnected")
+    assert not client.find("server.disconnected")
 
 
 def test_a_renewal_that_expires_soon_is_warned_about(
     stack: contextlib.ExitStack, authority: Authority, files: Certificate
 ) -> None:
     server = stack.enter_context(OurServer(2, files))
-    assert not server.find_text("expires in")
+    assert not server.find("certificate.expiring")
     files.overwrite(authority.issue(end=datetime.timedelta(days=10)))
     server.send(signal.SIGHUP)
-    server.wait_for_text("WARN.*expires in")
+    server.wait_for("certificate.expiring", level="warn", days=lambda days: 9 < days <= 10)
 
 
 @pytest.mark.parametrize("tls", [0, 1])
@@ -135,5 +134,5 @@ def test_sighup_without_certificate_files_is_survived(stack: contextlib.ExitStac
     server = stack.enter_context(OurServer(tls))
     server.send(signal.SIGHUP)
     with connect(server.tunnel_address):
-        server.wait_for_text("client connected")
+        server.wait_for_client()
     assert server.is_running

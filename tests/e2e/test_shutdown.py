@@ -10,10 +10,10 @@ import pytest
 from tests.e2e.conftest import TunnelFactory
 from tests.support.process import Nodepass
 from tests.support.sockets import connect, is_over, receive_exactly, until
-from tests.support.tunnel import BRISK, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurServer, Tunnel, assert_connected
 
-PATIENT = {**BRISK, "SHUTDOWN_TIMEOUT": "60s"}
-HASTY = {**BRISK, "SHUTDOWN_TIMEOUT": "200ms"}
+PATIENT = {**CALM, "SHUTDOWN_TIMEOUT": "60s"}
+HASTY = {**CALM, "SHUTDOWN_TIMEOUT": "200ms"}
 SIDES = ["server", "client"]
 
 
@@ -26,8 +26,8 @@ def side(tunnel: Tunnel, name: str) -> Nodepass:
 def test_a_signal_ends_an_idle_process_with_success(tunnel: TunnelFactory, name: str, number: signal.Signals) -> None:
     run = side(tunnel(server_env=PATIENT, client_env=PATIENT), name)
     assert run.stop(number) == 0
-    assert run.find_text("stopping: 0 sessions running")
-    assert run.lines[-1].endswith("stopped")
+    assert run.find("process.stopping", sessions=0)
+    assert run.entries[-1].event == "process.stopped"
 
 
 @pytest.mark.parametrize("name", SIDES)
@@ -38,7 +38,7 @@ def test_a_running_session_may_finish(tunnel: TunnelFactory, name: str, tls: int
     with started.session() as (visitor, service):
         assert_connected(visitor, service)
         run.send(signal.SIGTERM)
-        run.wait_for_text("stopping: 1 sessions? running")
+        run.wait_for("process.stopping", sessions=1)
         for _ in range(3):
             assert_connected(visitor, service)
         assert run.is_running
@@ -47,7 +47,7 @@ def test_a_running_session_may_finish(tunnel: TunnelFactory, name: str, tls: int
         assert receive_exactly(service, 7) == b"the end"
         assert service.recv(1) == b""
     assert run.wait() == 0
-    assert not run.find_text(r"cut \d+")
+    assert not run.find("process.cut")
 
 
 @pytest.mark.parametrize("name", SIDES)
@@ -58,8 +58,8 @@ def test_what_still_runs_after_the_grace_is_cut_and_counted(tunnel: TunnelFactor
         for pair in (first, second):
             assert_connected(*pair)
         run.send(signal.SIGTERM)
-        run.wait_for_text("stopping: 2 sessions running")
-        run.wait_for_text("cut 2 sessions")
+        run.wait_for("process.stopping", sessions=2)
+        run.wait_for("process.cut", sessions=2)
         assert all(is_over(end) for pair in (first, second) for end in pair)
     assert run.wait() == 0
 
@@ -71,7 +71,7 @@ def test_a_second_signal_ends_it_at_once(tunnel: TunnelFactory, name: str) -> No
     with started.session() as (visitor, service):
         assert_connected(visitor, service)
         run.send(signal.SIGTERM)
-        run.wait_for_text("stopping: 1 sessions? running")
+        run.wait_for("process.stopping", sessions=1)
         began = time.monotonic()
         run.stop(signal.SIGINT)
         assert time.monotonic() - began < 20
@@ -84,7 +84,7 @@ def test_a_stopping_server_takes_no_new_visitors(tunnel: TunnelFactory) -> None:
     with started.session() as (visitor, service):
         assert_connected(visitor, service)
         server.send(signal.SIGTERM)
-        server.wait_for_text("stopping")
+        server.wait_for("process.stopping")
         until(lambda: refuses(server), what="still takes visitors")
         started.target.drain()  # of those that came before the port was closed
         assert_connected(visitor, service)
@@ -104,7 +104,7 @@ def refuses(server: OurServer) -> bool:
 
 def test_a_client_is_stopped_while_it_waits_for_its_server() -> None:
     with Nodepass("client://127.0.0.1:9/127.0.0.1:9", env={"SERVICE_COOLDOWN": "1h"}) as client:
-        client.wait_for_text("cannot reach")
+        client.wait_for("server.unreachable")
         assert client.stop() == 0
 
 
@@ -118,10 +118,10 @@ def test_a_server_is_stopped_while_a_visitor_waits() -> None:
 def test_the_client_notices_that_its_server_has_stopped(tunnel: TunnelFactory) -> None:
     started = tunnel()
     assert started.our_server.stop() == 0
-    started.our_client.wait_for_text("disconnected")
+    started.our_client.wait_for("server.disconnected", reason="closed")
 
 
 def test_the_server_notices_that_its_client_has_stopped(tunnel: TunnelFactory) -> None:
     started = tunnel()
     assert started.our_client.stop() == 0
-    started.our_server.wait_for_text("client disconnected")
+    started.our_server.wait_for("client.disconnected", reason="closed")

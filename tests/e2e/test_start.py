@@ -20,7 +20,7 @@ from tests.support.sockets import (
     has_ipv6,
 )
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, assert_connected
 from tests.support.v1_client import V1Client
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
@@ -60,8 +60,8 @@ def test_help_names_every_setting_its_flag_and_its_default() -> None:
 def test_urls_may_come_from_the_environment() -> None:
     urls = "server://127.0.0.1:0/127.0.0.1:0?tls=0 server://127.0.0.1:0/127.0.0.1:0?tls=1"
     with Nodepass(env={"NODEPASS_URL": urls}) as both:
-        both.wait_for_text("listening: .* tls 0")
-        both.wait_for_text("listening: .* tls 1")
+        both.wait_for("server.listening", tls=0)
+        both.wait_for("server.listening", tls=1)
 
 
 def test_a_url_on_the_command_line_wins_over_the_environment() -> None:
@@ -143,7 +143,7 @@ def test_an_address_without_a_host_is_every_address_of_both_families(
     for host in ("127.0.0.1", "::1"):
         mark = server.mark()
         assert_tunnel_works(stack, server, host)
-        server.wait_for_text("client disconnected", after=mark)
+        server.wait_for("client.disconnected", after=mark)
 
 
 def test_the_target_may_be_a_name(stack: contextlib.ExitStack) -> None:
@@ -193,10 +193,10 @@ def test_a_whole_tunnel_runs_in_one_process(stack: contextlib.ExitStack) -> None
         Nodepass(
             f"server://{format_address(tunnel)}/{format_address(visitors)}?tls=1",
             f"client://{format_address(tunnel)}/{format_address(target.address)}",
-            env=BRISK,
+            env=CALM,
         )
     )
-    both.wait_for_text("connected to")
+    both.wait_for("server.connected")
     visit(target, visitors)
     assert both.stop() == 0
 
@@ -206,9 +206,9 @@ def test_a_url_whose_server_is_absent_does_not_harm_the_other(stack: contextlib.
     server = stack.enter_context(OurServer(1))
     absent = f"client://127.0.0.1:{free_port()}/127.0.0.1:9"
     present = "client://{}/{}".format(*map(format_address, (server.tunnel_address, target.address)))
-    both = stack.enter_context(Nodepass(absent, present, env=BRISK))
-    both.wait_for_text("cannot reach")
-    both.wait_for_text("connected to")
+    both = stack.enter_context(Nodepass(absent, present, env=CALM))
+    both.wait_for("server.unreachable")
+    both.wait_for("server.connected")
     for _ in range(3):
         visit(target, server.visitor_address)
     assert both.stop() == 0

@@ -20,7 +20,7 @@ from tests.support.proc import cpu_seconds, resident_bytes
 from tests.support.process import Nodepass
 from tests.support.sockets import connect, receive_all, receive_exactly, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
 
@@ -43,7 +43,7 @@ def by_public_api(run: Run) -> Run:
 
 def both_ends(stack: contextlib.ExitStack, authority: Authority, target: Target) -> Tunnel:
     server = stack.enter_context(by_public_api(OurServer(2, authority.local)))
-    env = {**BRISK, "SSL_CERT_FILE": str(authority.crt)}
+    env = {**CALM, "SSL_CERT_FILE": str(authority.crt)}
     client = stack.enter_context(by_public_api(OurClient(server.tunnel_address, target.address, env=env)))
     client.wait_until_connected()
     return Tunnel(server, client, target)
@@ -59,7 +59,7 @@ def the_server_of_a_v1_client(stack: contextlib.ExitStack, authority: Authority,
 
 def the_client_of_a_v1_server(stack: contextlib.ExitStack, authority: Authority, target: Target) -> Tunnel:
     server = stack.enter_context(V1Server(2, authority.local))
-    env = {**BRISK, "SSL_CERT_FILE": str(authority.crt)}
+    env = {**CALM, "SSL_CERT_FILE": str(authority.crt)}
     client = stack.enter_context(by_public_api(OurClient(server.tunnel_address, target.address, env=env)))
     client.wait_until_connected()
     return Tunnel(server, client, target)

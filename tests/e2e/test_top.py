@@ -21,7 +21,7 @@ from tests.support.scrape import WATCHED, metrics_of
 from tests.support.sockets import format_address, is_over, receive_exactly
 from tests.support.target import Target
 from tests.support.terminal import LEAVES, Terminal
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
 
 FAST = ("--interval", "100ms")
 ADDRESSLESS = "server://127.0.0.1:0/127.0.0.1:0?tls=0"
@@ -90,7 +90,7 @@ def test_with_interval_0_one_look_has_no_rates(tunnel: Tunnel) -> None:
 @pytest.mark.parametrize("prefix", ["unix:", ""])
 def test_a_unix_socket_is_looked_at_by_its_path(tmp_path_factory: pytest.TempPathFactory, prefix: str) -> None:
     path = tmp_path_factory.mktemp("t") / "m.sock"
-    with Nodepass(ADDRESSLESS, env={**BRISK, "METRICS_LISTEN": f"unix:{path}"}) as process:
+    with Nodepass(ADDRESSLESS, env={**CALM, "METRICS_LISTEN": f"unix:{path}"}) as process:
         process.wait_for("server.listening")
         (row,) = cells(run("top", "--once", *FAST, f"{prefix}{path}").output)
         assert (row["STATE"], row["PEER"]) == ("down", "-")
@@ -201,7 +201,7 @@ def test_every_way_to_end_it_leaves_the_terminal_in_order(endpoint: str, ending:
 
 def test_an_endpoint_that_goes_away_is_waited_for(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("t") / "m.sock"
-    env = {**BRISK, "METRICS_LISTEN": f"unix:{path}"}
+    env = {**CALM, "METRICS_LISTEN": f"unix:{path}"}
     with Nodepass(ADDRESSLESS, env=env) as first:
         first.wait_for("server.listening")
         with Terminal("top", *FAST, str(path)) as terminal:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.process import Environment
+from tests.support.log import Entry
+from tests.support.process import Nodepass
 from tests.support.sockets import datagram_socket, until
 from tests.support.target import Target
-from tests.support.tunnel import OurClient, OurServer
+from tests.support.tunnel import CALM, OurClient, OurServer
 from tests.support.v1_stream import Stream
 from tests.support.v2_client import V2Client
 from tests.support.v2_lane import LARGEST, Lane, make_frame
 from tests.support.v2_server import V2Server
 from tests.support.v2_tunnel import SECRET
-from tests.support.v2_words import DROPPED
 
 VISITORS = 12
-CALM: Environment = {"REPORT_INTERVAL": "1s"}
-"""Heartbeats that a client which is led by hand has time to answer."""
-
 BURST = 40
 """Large datagrams sent in a row before it is looked whether one was dropped."""
 
@@ -100,7 +98,7 @@ def test_frames_for_flows_that_nobody_has_are_dropped_and_harm_nobody(server: Ou
             lane.send(stranger, b"for nobody")
         lane.send(flow, b"for you")
         assert visitor.recv(100) == b"for you"
-    assert not server.find_text(r"traceback|\bbug\b|disconnected")
+    assert not server.find("client.disconnected") + server.find_crashes()
 
 
 def test_frames_may_come_in_any_pieces(server: OurServer, client: V2Client) -> None:
@@ -190,12 +188,11 @@ def test_what_a_stuck_lane_cannot_take_is_dropped_counted_and_logged_by_our_serv
         lane = ready.next()
         lane.receive()
         sent = 0
-        while not server.find_text(DROPPED):
+        while not server.find("datagram.dropped", level="warn", reason="lane_full"):
             for sent in range(sent, sent + BURST):  # noqa: B020
                 visitor.sendto(numbered(sent), server.visitor_address)
             assert sent < 5000, "no datagram was dropped: they are queued without bound"
-        server.wait_for_text(r"DEBUG.*dropped[^,]* \d+")
-        client.talk.say("")
+        assert_counted(server)
         with datagram_socket() as other:  # another lane is not stuck
             other.sendto(b"other", server.visitor_address)
             assert ready.next().receive()[1] == b"other"
@@ -223,15 +220,27 @@ def test_what_a_stuck_lane_cannot_take_is_dropped_counted_and_logged_by_our_clie
     lane.send(7, b"hello")
     _, source = target.udp.recvfrom(100)
     sent = 0
-    while not client.find_text(DROPPED):
+    while not client.find("datagram.dropped", level="warn", reason="lane_full"):
         for sent in range(sent, sent + BURST):  # noqa: B020
             target.udp.sendto(numbered(sent), source)
         assert sent < 5000, "no datagram was dropped: they are queued without bound"
-    client.wait_for_text(r"DEBUG.*dropped[^,]* \d+")
+    assert_counted(client)
     other, _ = server.open_lane()
     other.send(8, b"other")
     assert target.udp.recvfrom(100)[0] == b"other"
-    client.wait_for_text(r"DEBUG.*2 flows")
+    assert ask_for_report(client)["flows"] == 2
+
+
+def assert_counted(run: Nodepass) -> None:
+    """Check that the statistics count what a full lane did not take."""
+    assert ask_for_report(run)["counters"]["udp_drops"]["lane_full"] > 0
+
+
+def ask_for_report(run: Nodepass) -> Entry:
+    """The statistics of now."""
+    mark = run.mark()
+    run.send(signal.SIGUSR1)
+    return run.wait_for("tunnel.report", after=mark)
 
 
 def test_our_client_keeps_one_socket_for_each_flow(stack: contextlib.ExitStack) -> None:

@@ -11,22 +11,24 @@ import pytest
 from tests.support.process import Environment
 from tests.support.sockets import connect, is_silent, until
 from tests.support.target import Target
-from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import BRISK, CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
 from tests.support.v1_stream import PlainStream
 from tests.support.v2_client import V2Client
 from tests.support.v2_control import HELLO_WAIT, Refused, dial
 from tests.support.v2_server import V2Server
 from tests.support.v2_tunnel import KEYED, SECRET
-from tests.support.v2_words import BUSY
 
 INTERVAL = 0.2
-"""Seconds of REPORT_INTERVAL in BRISK."""
+"""Seconds of REPORT_INTERVAL in BRISK: with these a silent peer is given up soon."""
+
+LIVELY: Environment = {**CALM, "REPORT_INTERVAL": "500ms"}
+"""With these heartbeats matter as well, and a peer that answers is in time on a busy machine, too."""
 
 PROBE = 1.0
 """Seconds that an incumbent has to show life."""
 
-MARGIN = 1.0
+MARGIN = 5.0
 """Seconds that a loaded machine may add."""
 
 SLOW: Environment = {"REPORT_INTERVAL": "30s", "SERVICE_COOLDOWN": "500ms"}
@@ -49,40 +51,39 @@ def test_our_client_answers_at_once_and_with_an_empty_line(stack: contextlib.Exi
 
 
 def test_the_round_trip_is_in_the_statistics_line(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer())
+    server = stack.enter_context(OurServer(env=LIVELY))
     stack.enter_context(V2Client(server.tunnel_address))
-    found = server.wait_for_text(r"DEBUG.*round trip (\d+(\.\d+)?) ms")
-    assert float(found[1]) < 1000 * MARGIN
+    server.wait_for("tunnel.report", level="debug", round_trip=lambda seconds: seconds and 0 < seconds < MARGIN)
 
 
 def test_a_client_that_answers_is_never_given_up(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer())
+    server = stack.enter_context(OurServer(env=LIVELY))
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     with Tunnel(server, client, target).session() as (visitor, service):
-        assert is_silent(visitor, 4.5 * INTERVAL)
+        assert is_silent(visitor, 4.5 * 0.5)
         assert_connected(visitor, service)
-    assert not server.find_text("disconnected") + client.find_text("disconnected")
+    assert not server.find("client.disconnected") + client.find("server.disconnected")
 
 
 def test_a_v1_client_is_never_asked_for_answers(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer())
+    server = stack.enter_context(OurServer(env=BRISK))
     target = stack.enter_context(Target())
     client = stack.enter_context(V1Client(server.tunnel_address, target.address))
     with Tunnel(server, client, target).session() as (visitor, service):
         assert is_silent(visitor, 4.5 * INTERVAL)
         assert_connected(visitor, service)
-    assert not server.find_text("disconnected")
+    assert not server.find("client.disconnected")
 
 
 def test_our_server_gives_a_silent_client_up_after_three_intervals(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer())
+    server = stack.enter_context(OurServer(env=BRISK))
     client = stack.enter_context(V2Client(server.tunnel_address, automatic=False))
     client.connect()
     began = time.monotonic()
     assert client.talk.is_ended_by_peer()
     assert 2 * INTERVAL <= time.monotonic() - began < 4 * INTERVAL + MARGIN
-    server.wait_for_text(r"client disconnected: .*(answer|silent|heartbeat)")
+    server.wait_for("client.disconnected", reason="silent")
 
 
 def test_our_client_gives_a_silent_server_up_after_three_of_its_intervals(stack: contextlib.ExitStack) -> None:
@@ -90,17 +91,17 @@ def test_our_client_gives_a_silent_server_up_after_three_of_its_intervals(stack:
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=SLOW))
     client.wait_until_connected()
     began = time.monotonic()
-    client.wait_for_text(r"disconnected: .*(heartbeat|silent|nothing|heard|line)")
+    client.wait_for("server.disconnected", reason="silent")
     assert 2 * INTERVAL <= time.monotonic() - began < 4 * INTERVAL + MARGIN
     until(lambda: server.connects >= 2)
 
 
 def test_the_interval_that_counts_is_the_server_s(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(V2Server(heartbeat=5 * INTERVAL, announced=5 * INTERVAL))
-    client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))
+    client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=BRISK))
     until(lambda: server.answers)
     assert server.connects == 1
-    assert not client.find_text("disconnected")
+    assert not client.find("server.disconnected")
 
 
 def test_with_a_key_a_newcomer_takes_over_at_once_and_running_sessions_go_on(stack: contextlib.ExitStack) -> None:
@@ -114,9 +115,8 @@ def test_with_a_key_a_newcomer_takes_over_at_once_and_running_sessions_go_on(sta
     assert_connected(visitor, stream.sock)
     target = stack.enter_context(Target())
     second = stack.enter_context(V2Client(server.tunnel_address, target.address, secret=SECRET))
-    began = time.monotonic()
     until(lambda: second.connects)
-    assert time.monotonic() - began < PROBE
+    server.wait_for("client.disconnected", reason="replaced")  # and was not asked for a sign of life before
     assert first.talk.is_ended_by_peer()
     second.wait_until_full()
     for _ in range(5):
@@ -143,7 +143,7 @@ def test_without_a_key_a_newcomer_is_turned_away_while_the_client_answers(stack:
         assert time.monotonic() - began < PROBE + MARGIN
     with dial(server.tunnel_address) as silent:
         assert silent.refusal() == "busy"
-    server.wait_for_text(BUSY)
+    server.wait_for("client.rejected", level="warn", reason="busy")
     Tunnel(server, first, target).assert_works()
     assert first.connects == 1
 
@@ -154,9 +154,9 @@ def test_our_second_client_says_that_another_one_is_connected(stack: contextlib.
     first = stack.enter_context(OurClient(server.tunnel_address, target.address, env=SLOW))
     first.wait_until_connected()
     second = stack.enter_context(OurClient(server.tunnel_address, target.address, env=SLOW))
-    second.wait_for_text(BUSY)
-    server.wait_for_text(BUSY)
-    assert not first.find_text("disconnected")
+    second.wait_for("server.rejected", level="error", reason="busy")
+    server.wait_for("client.rejected", level="warn", reason="busy")
+    assert not first.find("server.disconnected")
     mark = second.mark()
     first.stop()
     second.wait_until_connected(after=mark)

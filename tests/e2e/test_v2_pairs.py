@@ -32,7 +32,7 @@ def v2_tunnel(request: pytest.FixtureRequest, authority: Authority) -> Iterator[
         ours = [run for run in (tunnel.server, tunnel.client) if isinstance(run, Nodepass)]
         assert ours
         for run in ours:
-            assert not run.find_text("disconnected|given up|ERROR")
+            assert not run.find("client.disconnected") + run.find("server.disconnected") + run.find(level="error")
 
 
 def test_tcp_sessions_more_than_the_pool_holds_all_work(v2_tunnel: Tunnel) -> None:

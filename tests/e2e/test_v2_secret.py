@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.log import Entry
 from tests.support.process import Nodepass, run
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
 from tests.support.v2_client import V2Client
 from tests.support.v2_crypto import stretch
 from tests.support.v2_tunnel import KEYED, SECRET
@@ -28,11 +29,11 @@ def key_file(tmp_path: Path) -> Path:
     return path
 
 
-def assert_takes_the_key(env: dict[str, str]) -> list[str]:
-    """Check that a server with this environment has the key; its warnings."""
-    with OurServer(env={**BRISK, **env}) as server, V2Client(server.tunnel_address, secret=SECRET) as client:
+def assert_takes_the_key(env: dict[str, str]) -> list[Entry]:
+    """Check that a server with this environment has the key; what it warns of in its settings."""
+    with OurServer(env={**CALM, **env}) as server, V2Client(server.tunnel_address, secret=SECRET) as client:
         client.wait_until_full()
-        return server.find_text("WARN|ERROR")
+        return server.find("config.warning", level="warn")
 
 
 def test_the_key_comes_from_the_environment() -> None:
@@ -40,27 +41,25 @@ def test_the_key_comes_from_the_environment() -> None:
 
 
 def test_the_key_comes_from_a_file(key_file: Path) -> None:
-    warnings = assert_takes_the_key({"TUNNEL_KEY_FILE": str(key_file)})
-    assert not [line for line in warnings if "key" in line.lower()]
+    assert not assert_takes_the_key({"TUNNEL_KEY_FILE": str(key_file)})
 
 
 def test_the_key_comes_from_systemd(key_file: Path) -> None:
-    warnings = assert_takes_the_key({"CREDENTIALS_DIRECTORY": str(key_file.parent)})
-    assert not [line for line in warnings if "key" in line.lower()]
+    assert not assert_takes_the_key({"CREDENTIALS_DIRECTORY": str(key_file.parent)})
 
 
 def test_a_credentials_directory_without_our_credential_means_no_key(tmp_path: Path) -> None:
-    env = {**BRISK, "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    env = {**CALM, "CREDENTIALS_DIRECTORY": str(tmp_path)}
     with OurServer(env=env) as server, V2Client(server.tunnel_address) as client:
         client.wait_until_full()
 
 
 def test_a_key_file_that_others_can_read_is_warned_of(key_file: Path) -> None:
     key_file.chmod(0o644)
-    warnings = assert_takes_the_key({"TUNNEL_KEY_FILE": str(key_file)})
-    about = [line for line in warnings if str(key_file) in line]
-    assert about
-    assert SECRET not in " ".join(about)
+    (warning,) = assert_takes_the_key({"TUNNEL_KEY_FILE": str(key_file)})
+    assert warning["reason"] == "key_readable"
+    assert str(key_file) in warning["warning"]
+    assert SECRET not in warning.line
 
 
 def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> None:
@@ -73,18 +72,17 @@ def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> Non
     path = tmp_path / "key"
     path.write_text(keys[0].output)
     path.chmod(0o600)
-    with OurServer(env={**BRISK, "TUNNEL_KEY_FILE": str(path)}) as server:
+    with OurServer(env={**CALM, "TUNNEL_KEY_FILE": str(path)}) as server:
         with V2Client(server.tunnel_address, secret=keys[0].output.strip()) as client:
             client.wait_until_full()
-        assert not server.find_text("(WARN|ERROR).*key")
+        assert not server.find("config.warning")
 
 
 @pytest.mark.parametrize("length", [SHORTEST - 1, SHORTEST])
 def test_a_key_under_sixteen_characters_is_warned_of(length: int) -> None:
     secret = "qvz" * 6
-    with OurServer(env={**BRISK, "TUNNEL_KEY": secret[:length]}) as server:
-        about = server.find_text("WARN.*key")
-        assert bool(about) == (length < SHORTEST)
+    with OurServer(env={**CALM, "TUNNEL_KEY": secret[:length]}) as server:
+        assert bool(server.find("config.warning", level="warn", reason="key_short")) == (length < SHORTEST)
         assert not any(secret[:length] in line for line in server.lines)
 
 
@@ -108,8 +106,8 @@ def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer(1, env=KEYED))
     with OurClient(server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": "wrong" * 4}) as wrong:
-        wrong.wait_for_text("(WARN|ERROR).*key")
-        assert not wrong.find_text("wrong" * 4)
+        wrong.wait_for("server.rejected", reason="key_mismatch")
+        assert not any("wrong" * 4 in line for line in wrong.lines)
     with V2Client(server.tunnel_address, secret=SECRET, automatic=False) as peer:
         peer.connect()
         hidden = secrets_of(peer)
@@ -120,7 +118,7 @@ def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.
     for process in (server, ours):
         mark = process.mark()
         process.send(signal.SIGUSR1)
-        process.wait_for_text(r"\+--- <", after=mark)
+        process.wait_for("process.greenlets", after=mark, line=re.compile(r"\+--- <"))
         process.settled_descriptors(0.2)
         shown = "\n".join(process.lines) + command_line(process).decode()
         assert not [secret for secret in hidden if secret in shown]

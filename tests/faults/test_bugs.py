@@ -19,14 +19,16 @@ import pytest
 
 from tests.support import with_bug
 from tests.support.log import Entry
-from tests.support.process import Nodepass
+from tests.support.process import Environment, Nodepass
 from tests.support.scrape import WATCHED, get, metrics_of, reach
 from tests.support.sockets import connect, datagram_socket, free_port, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, assert_connected
 
 COOLDOWN = 0.5
-"""Seconds, as the settings of BRISK have it."""
+"""Seconds."""
+
+SETTINGS: Environment = {"SERVICE_COOLDOWN": f"{COOLDOWN:g}s", "REPORT_INTERVAL": "500ms"}
 
 BUG = 3
 """Exit status."""
@@ -107,12 +109,13 @@ IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
 def start(stack: contextlib.ExitStack, side: str, where: str) -> tuple[Nodepass, Target, OurServer]:
     """A tunnel with the bug on one side; that side comes first."""
     port = free_port(2)
-    target, server = Target(), OurServer(log="info", tunnel=f"127.0.0.1:{port}", target=f"127.0.0.1:{port + 1}")
+    target = Target()
+    server = OurServer(log="info", tunnel=f"127.0.0.1:{port}", target=f"127.0.0.1:{port + 1}", env=SETTINGS)
     stack.enter_context(target)
     if side == "server":
         server.program = broken(where)
     stack.enter_context(server)
-    client = OurClient(server.tunnel_address, target.address, log="info")
+    client = OurClient(server.tunnel_address, target.address, log="info", env=SETTINGS)
     if side == "client":
         client.program = broken(where)
     stack.enter_context(client)
@@ -177,7 +180,7 @@ def test_a_bug_in_a_loop_has_its_tunnel_start_again_after_the_cooldown(stack: co
 def test_a_bug_in_one_tunnel_is_not_noticed_by_the_others_of_its_process(stack: contextlib.ExitStack) -> None:
     first = free_port(4)
     urls = [f"server://127.0.0.1:{port}/127.0.0.1:{port + 1}?tls=0&log=info" for port in (first, first + 2)]
-    env = {**BRISK, "SERVICE_COOLDOWN": "100ms"}
+    env = {**CALM, "SERVICE_COOLDOWN": "100ms"}
     server = Nodepass(*urls, env=env)
     server.program = broken(
         "nodepass.server.visitor_listener:VisitorListener._wait_at_limit", after=3

@@ -15,7 +15,7 @@ from tests.support.needs import FAKETIME
 from tests.support.process import Environment, Nodepass
 from tests.support.sockets import datagram_socket, until
 from tests.support.target import Target
-from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import STEADY, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v2_tunnel import KEYED
 
 WALL_CLOCK = {"time": {"time", "time_ns", "localtime", "gmtime"}, "datetime": {"now", "utcnow", "today"}}
@@ -44,7 +44,7 @@ class Clock:
 @pytest.mark.programs("faketime")
 def test_a_clock_that_jumps_by_a_day_either_way_is_not_noticed(stack: contextlib.ExitStack, tmp_path: Path) -> None:
     clock = Clock(tmp_path / "clock")
-    env = {**KEYED, **clock.env, "UDP_SESSION_TIMEOUT": "30s", "SHUTDOWN_TIMEOUT": "100ms"}
+    env = {**KEYED, **STEADY, **clock.env, "UDP_SESSION_TIMEOUT": "30s", "SHUTDOWN_TIMEOUT": "100ms"}
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer(tls=1, env=env))
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))

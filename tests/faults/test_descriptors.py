@@ -18,7 +18,7 @@ from tests.support.proc import cpu_seconds
 from tests.support.process import Environment, Nodepass
 from tests.support.sockets import Address, connect, format_address, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v2_tunnel import SECRET
 
 WATCHED = 1.5
@@ -30,7 +30,7 @@ EXHAUSTED = re.compile(re.escape(os.strerror(errno.EMFILE)))
 FEW = 300
 """Descriptors of a process."""
 
-KEYED: Environment = {**BRISK, "TUNNEL_KEY": SECRET, "POOL_GET_TIMEOUT": "500ms"}
+KEYED: Environment = {**CALM, "TUNNEL_KEY": SECRET, "POOL_GET_TIMEOUT": "500ms"}
 
 
 @contextlib.contextmanager

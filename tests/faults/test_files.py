@@ -14,7 +14,7 @@ from tests.support.certificates import Authority, Certificate
 from tests.support.process import PROGRAM, scrubbed
 from tests.support.sockets import connect, free_port, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 
 Damage = Callable[[OurServer, Certificate, Authority], None]
 
@@ -50,7 +50,7 @@ def test_a_reload_that_fails_keeps_the_old_certificate_and_serves_on(
     files = authority.issue()
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer(2, files, log="info"))
-    env = {**BRISK, "SSL_CERT_FILE": str(authority.crt)}
+    env = {**CALM, "SSL_CERT_FILE": str(authority.crt)}
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env, log="info"))
     client.wait_until_connected()
     tunnel = Tunnel(server, client, target)
@@ -71,7 +71,7 @@ def test_a_log_on_a_full_disk_is_given_up_and_nothing_else(stack: contextlib.Exi
     port = free_port(2)
     url = f"server://127.0.0.1:{port}/127.0.0.1:{port + 1}?tls=0&log=debug"
     with open("/dev/full", "w") as full:
-        server = subprocess.Popen([str(PROGRAM), url], env=scrubbed(BRISK), stderr=full)
+        server = subprocess.Popen([str(PROGRAM), url], env=scrubbed(CALM), stderr=full)
     stack.callback(server.wait)
     stack.callback(server.kill)
     client = stack.enter_context(OurClient(("127.0.0.1", port), target.address))

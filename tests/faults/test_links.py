@@ -14,7 +14,7 @@ from tests.faults.test_dead_link import INTERVAL, NOTICED, Place, left, place
 from tests.support.process import PROGRAM, Environment
 from tests.support.sockets import connect, receive_exactly
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v2_network import CABLE, CLIENT, SERVER, Network
 
 __all__ = ["place"]
@@ -123,7 +123,7 @@ def test_a_client_finds_a_server_whose_name_has_got_another_address(
     target = stack.enter_context(Target())
     with OurServer(tunnel="127.0.0.11:0") as server:
         port = server.tunnel_address[1]
-        client = ClientWithHosts(hosts, ("moving.example", port), target.address, env=BRISK)
+        client = ClientWithHosts(hosts, ("moving.example", port), target.address, env=CALM)
         stack.enter_context(client)
         client.wait_until_connected()
         Tunnel(server, client, target).assert_works()

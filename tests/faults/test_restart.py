@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.process import Nodepass
 from tests.support.sockets import Address, connect, free_port, until
-from tests.support.tunnel import BRISK, OurClient, OurServer
+from tests.support.tunnel import CALM, OurClient, OurServer
 from tests.support.workers import WorkerPool
 
 VISITORS = 1000
@@ -58,7 +58,7 @@ def is_greeted(visitor: socket.socket) -> bool:
 def test_no_visitor_is_lost_that_connected_before_the_server_was_stopped(stack: contextlib.ExitStack) -> None:
     """A thousand come as fast as they can; the server is stopped in the middle, and another takes its place."""
     port = free_port(3)
-    env = {**BRISK, "DATA_PORT": str(port + 1), "SHUTDOWN_TIMEOUT": "20s"}
+    env = {**CALM, "DATA_PORT": str(port + 1), "SHUTDOWN_TIMEOUT": "20s"}
     places = {"tunnel": f"127.0.0.1:{port}", "target": f"127.0.0.1:{port + 2}"}
     target = stack.enter_context(Greeter())
     server = stack.enter_context(OurServer(**places, env=env, log="info"))
@@ -149,8 +149,8 @@ def test_kill_9_under_load_is_over_as_soon_as_the_process_is_back(
     staying = "client" if killed == "server" else "server"
     target = stack.enter_context(Greeter())
     pair = Pair(target.address)
-    survivor = Nodepass(pair.url(staying, 0), pair.url(staying, 1), env=BRISK)
-    victim, other = Nodepass(pair.url(killed, 0), env=BRISK), Nodepass(pair.url(killed, 1), env=BRISK)
+    survivor = Nodepass(pair.url(staying, 0), pair.url(staying, 1), env=CALM)
+    victim, other = Nodepass(pair.url(killed, 0), env=CALM), Nodepass(pair.url(killed, 1), env=CALM)
     for run in (survivor, victim, other):
         stack.enter_context(run)
     for number in (0, 1):
@@ -164,7 +164,7 @@ def test_kill_9_under_load_is_over_as_soon_as_the_process_is_back(
         served = load.served
         until(lambda served=served: load.served > served + 5)  # type: ignore[misc]
         victim.kill()
-        victim = stack.enter_context(Nodepass(pair.url(killed, 0), env=BRISK))
+        victim = stack.enter_context(Nodepass(pair.url(killed, 0), env=CALM))
         if killed == "server":
             victim.wait_for("server.listening")  # a client is back when it has been started
         times.append(load.wait_for_service(time.monotonic()))

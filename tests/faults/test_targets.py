@@ -16,7 +16,7 @@ from tests.support.certificates import Authority
 from tests.support.proc import cpu_seconds, resident_bytes
 from tests.support.sockets import Address, connect, format_address, free_port, is_over
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Pair, Tunnel, open_tunnel
+from tests.support.tunnel import CALM, OurClient, OurServer, Pair, Tunnel, open_tunnel
 
 QUIET = 0.5
 """Seconds without progress after which a stream is taken to stand still."""
@@ -46,7 +46,7 @@ def hanging() -> Iterator[Address]:
 
 def test_visitors_of_a_target_that_hangs_are_closed_in_time_and_hold_up_nobody(stack: contextlib.ExitStack) -> None:
     """The second tunnel of the same client has a target that works."""
-    env = {**BRISK, "HANDSHAKE_TIMEOUT": "1s"}
+    env = {**CALM, "HANDSHAKE_TIMEOUT": "1s"}
     address, target = stack.enter_context(hanging()), stack.enter_context(Target())
     servers = [stack.enter_context(OurServer(env=env)) for _ in range(2)]
     dead, alive = (

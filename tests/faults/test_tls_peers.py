@@ -14,7 +14,7 @@ from tests.support.proc import cpu_seconds, resident_bytes
 from tests.support.process import Nodepass
 from tests.support.sockets import format_address, until
 from tests.support.target import Target
-from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v2_tunnel import KEYED
 
 MANY = 60
@@ -22,9 +22,6 @@ MANY = 60
 
 FLOOD = 20_000
 """Key updates in a row, half a megabyte, which would take OpenSSL half a second."""
-
-STEADY = {"REPORT_INTERVAL": "5s"}
-"""Heartbeats that a busy machine does not miss: these tests count a disconnection as harm."""
 
 LITTLE = 0.2
 """Seconds of CPU time for what costs milliseconds."""
@@ -76,8 +73,8 @@ class Openssl:
 def tunnel(stack: contextlib.ExitStack) -> Tunnel:
     """Without a key: from the client's address anybody may make a data connection."""
     target = stack.enter_context(Target())
-    server = stack.enter_context(OurServer(1, env=STEADY, log="info"))
-    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=STEADY, log="info"))
+    server = stack.enter_context(OurServer(1, env=CALM, log="info"))
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=CALM, log="info"))
     client.wait_until_connected()
     return Tunnel(server, client, target)
 
@@ -118,7 +115,7 @@ def test_a_flood_of_key_updates_ends_its_connection_and_keeps_nobody_waiting(
     stack: contextlib.ExitStack, keyed: bool
 ) -> None:
     """With a key it is a stranger that comes so far; without one it has to come from the client's address."""
-    env = {**KEYED, **STEADY} if keyed else STEADY
+    env = KEYED if keyed else CALM
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer(1, env=env, log="info"))
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env, log="info"))

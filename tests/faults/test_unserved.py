@@ -14,14 +14,14 @@ import pytest
 from tests.support.process import Nodepass
 from tests.support.sockets import connect, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer
+from tests.support.tunnel import CALM, OurClient, OurServer
 from tests.support.v1_server import V1Server
 
 
 @pytest.fixture
 def server(stack: contextlib.ExitStack) -> OurServer:
     """A server without a client."""
-    return stack.enter_context(OurServer(env={**BRISK, "POOL_GET_TIMEOUT": "2s", "SHUTDOWN_TIMEOUT": "100ms"}))
+    return stack.enter_context(OurServer(env={**CALM, "POOL_GET_TIMEOUT": "2s", "SHUTDOWN_TIMEOUT": "100ms"}))
 
 
 def test_a_visitor_without_a_data_connection_is_reset(server: OurServer) -> None:

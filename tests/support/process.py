@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import pty
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -198,32 +197,18 @@ class Nodepass:
 
     def wait_for(self, event: str = "", *, after: int = 0, timeout: float = PATIENCE, **fields: Any) -> Entry:
         """The first such event behind the mark; AssertionError at the timeout or the end of the log."""
-        return self._wait(lambda entry: entry.matches(event, fields), f"{event} {fields}", after, timeout)
-
-    def find_text(self, pattern: str, after: int = 0) -> list[str]:
-        """The lines so far that match, upper and lower case alike: for a run whose log is text."""
-        return [text for entry in self.entries[after:] if re.search(pattern, text := entry.text(), re.I)]
-
-    def wait_for_text(self, pattern: str, timeout: float = PATIENCE, after: int = 0) -> re.Match[str]:
-        """The first match in a line behind the mark, likewise."""
-        entry = self._wait(lambda entry: bool(re.search(pattern, entry.text(), re.I)), pattern, after, timeout)
-        match = re.search(pattern, entry.text(), re.I)
-        assert match
-        return match
-
-    def _wait(self, wanted: Callable[[Entry], bool], what: str, after: int, timeout: float) -> Entry:
         deadline = time.monotonic() + timeout
         seen = after
         with self._changed:
             while True:
                 for entry in self._entries[seen:]:
-                    if wanted(entry):
+                    if entry.matches(event, fields):
                         return entry
                 seen = max(seen, len(self._entries))
                 left = deadline - time.monotonic()
                 if self._drained or left <= 0:
                     why = "before the log ended" if self._drained else f"in {timeout:g} s"
-                    raise AssertionError(f"not in the log {why}: {what}: {self!r}")
+                    raise AssertionError(f"not in the log {why}: {event} {fields}: {self!r}")
                 self._changed.wait(left)
 
     def send(self, number: signal.Signals) -> None:

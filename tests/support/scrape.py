@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.process import Environment, Nodepass
 from tests.support.sockets import PATIENCE, Address, connect, parse_address, receive_all, until
-from tests.support.tunnel import BRISK
+from tests.support.tunnel import STEADY
 
-WATCHED: Environment = {**BRISK, "METRICS_LISTEN": "127.0.0.1:0"}
+WATCHED: Environment = {**STEADY, "METRICS_LISTEN": "127.0.0.1:0"}
 
 Place = Address | Path
 
@@ -38,7 +38,9 @@ class Sample:
 
 def metrics_of(run: Nodepass) -> Address:
     """Where a run serves its metrics, once it does."""
-    return parse_address(run.wait_for_text(r"metrics: http://([^/\s]+)/metrics")[1])
+    address = re.match(r"http://([^/]+)/metrics", run.wait_for("metrics.listening")["address"])
+    assert address
+    return parse_address(address[1])
 
 
 def reach(place: Place) -> socket.socket:

@@ -32,8 +32,15 @@ from tests.support.v1_server import V1Server
 
 Side = Literal["ours", "v1"]
 
-BRISK: Environment = {"REPORT_INTERVAL": "200ms", "SERVICE_COOLDOWN": "500ms"}
-"""Settings with which things that happen every few seconds happen several times a second."""
+CALM: Environment = {"SERVICE_COOLDOWN": "500ms"}
+"""What runs have by default: heartbeats every 5 s, so that a busy machine ends no control connection in a test that is
+about something else."""
+
+STEADY: Environment = {**CALM, "REPORT_INTERVAL": "1s"}
+"""For what comes with each interval: reports, round trips, a pool that shrinks. A peer is given up after 3 s."""
+
+BRISK: Environment = {**CALM, "REPORT_INTERVAL": "200ms"}
+"""For tests that bear it, or wait for it, that a peer which is late by 0.6 s is given up."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class OurServer(Nodepass):
         if tls == 2:
             assert certificate is not None, "tls=2 needs a certificate"
             url += f"&crt={certificate.crt}&key={certificate.key}"
-        super().__init__(*flags, url, env=BRISK if env is None else env, output=output)
+        super().__init__(*flags, url, env=CALM if env is None else env, output=output)
 
     def __enter__(self) -> OurServer:
         super().__enter__()
@@ -103,7 +110,7 @@ class OurClient(Nodepass):
         flags: tuple[str, ...] = (),
     ) -> None:
         url = f"client://{format_address(tunnel)}/{format_address(target)}?log={log}"
-        super().__init__(*flags, url, env=BRISK if env is None else env)
+        super().__init__(*flags, url, env=CALM if env is None else env)
 
     def __enter__(self) -> OurClient:
         super().__enter__()
@@ -184,8 +191,8 @@ def open_tunnel(
     pair: Pair,
     authority: Authority,
     *,
-    server_env: Environment = BRISK,
-    client_env: Environment = BRISK,
+    server_env: Environment = CALM,
+    client_env: Environment = CALM,
 ) -> Iterator[Tunnel]:
     """Start both sides around a target and wait until they are connected."""
     with contextlib.ExitStack() as stack:

@@ -35,7 +35,7 @@ class V2Server(V1Server):
         *,
         secret: str = "",
         heartbeat: float | None = 0.2,
-        announced: float = 0.2,
+        announced: float = 5.0,
         mux: bool = False,
         lanes: int = 4,
     ) -> None:
@@ -139,7 +139,7 @@ class V2Server(V1Server):
 
     def _attend(self, talk: Conversation) -> None:
         """Count the answers to heartbeats until the client is gone or has been silent for too long."""
-        patience = 3 * self._heartbeat if self._heartbeat else None
+        patience = 3 * self._announced if self._heartbeat else None
         with contextlib.suppress(OSError):
             while talk.hear_line(patience) == b"":
                 self.answers += 1

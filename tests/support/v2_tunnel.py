@@ -12,7 +12,7 @@ from tests.support.certificates import Authority
 from tests.support.process import Environment
 from tests.support.sockets import Address
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
 from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
 from tests.support.v2_client import V2Client
@@ -21,7 +21,7 @@ from tests.support.v2_server import V2Server
 V2Side = Literal["ours", "v2"]
 
 SECRET = "correct horse battery staple"
-KEYED: Environment = {**BRISK, "TUNNEL_KEY": SECRET}
+KEYED: Environment = {**CALM, "TUNNEL_KEY": SECRET}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class V2Pair:
 
     def env(self, extra: Environment) -> dict[str, str]:
         """The environment of our program."""
-        return {**(KEYED if self.is_keyed else BRISK), **extra}
+        return {**(KEYED if self.is_keyed else CALM), **extra}
 
 
 def v2_server(pair: V2Pair, authority: Authority, extra: Environment) -> AbstractContextManager[OurServer | V1Server]:
@@ -71,9 +71,9 @@ def open_v2_tunnel(pair: V2Pair, authority: Authority, extra: Environment | None
         server = stack.enter_context(v2_server(pair, authority, more))
         client = stack.enter_context(v2_client(pair, authority, server.tunnel_address, target.address, more))
         if isinstance(client, OurClient):
-            client.wait_for_text(rf"connected to \S+: data port \d+, tls {pair.tls}.*wire v2")
+            client.wait_until_connected(tls=pair.tls, wire=2)
         else:
             client.wait_until_full()
         if isinstance(server, OurServer):
-            server.wait_for_text(r"client connected from .*wire v2")
+            server.wait_for_client(wire=2)
         yield Tunnel(server, client, target)

@@ -17,7 +17,7 @@ from tests.support.process import Environment, Nodepass, run
 from tests.support.sockets import free_port
 from tests.support.systemd import NotifySocket
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, OurClient, OurServer, Tunnel
+from tests.support.tunnel import BRISK, CALM, STEADY, OurClient, OurServer, Tunnel
 from tests.support.v2_server import V2Server
 
 
@@ -70,7 +70,7 @@ def test_a_process_is_ready_once_all_its_tunnels_are(stack: contextlib.ExitStack
 def test_the_status_names_peer_round_trip_pool_and_sessions(
     stack: contextlib.ExitStack, notified: NotifySocket
 ) -> None:
-    server = stack.enter_context(OurServer(env=told(notified)))
+    server = stack.enter_context(OurServer(env=told(notified, **STEADY)))
     assert notified.wait_for("STATUS=") == "STATUS=client none, pool 0 idle of 16, 0 sessions, 0 flows"
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
@@ -191,15 +191,15 @@ def test_a_client_that_reaches_no_server_in_time_ends_and_says_what_fails(notifi
 
 
 def test_the_deadline_counts_without_systemd_and_for_a_refusal_too(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer(env={**BRISK, "TUNNEL_KEY": "a key that the client has not got"}))
+    server = stack.enter_context(OurServer(env={**CALM, "TUNNEL_KEY": "a key that the client has not got"}))
     host, port = server.tunnel_address
-    done = run(f"client://{host}:{port}/127.0.0.1:9", env={**BRISK, "START_TIMEOUT": "500ms"})
+    done = run(f"client://{host}:{port}/127.0.0.1:9", env={**CALM, "START_TIMEOUT": "500ms"})
     assert done.code == 1
     assert "requires a key" in done.lines[-1]
 
 
 def test_nobody_who_listens_does_not_keep_the_program_from_its_work(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer(env={**BRISK, "NOTIFY_SOCKET": "/nonexistent/notify"}))
+    server = stack.enter_context(OurServer(env={**CALM, "NOTIFY_SOCKET": "/nonexistent/notify"}))
     server.wait_for("systemd.notify_failed", level="warn", error=os.strerror(errno.ENOENT))
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))
     client.wait_until_connected()

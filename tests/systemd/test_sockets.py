@@ -14,7 +14,7 @@ from tests.support.process import run
 from tests.support.sockets import connect, datagram_socket, format_address, free_port, has_ipv6
 from tests.support.systemd import Activated, NamedSocket, NotifySocket
 from tests.support.target import Target, bind_pair
-from tests.support.tunnel import BRISK, OurClient, assert_connected, listening
+from tests.support.tunnel import BRISK, CALM, OurClient, assert_connected, listening
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 
@@ -56,12 +56,12 @@ class Ports:
 
 
 def start(stack: contextlib.ExitStack, sockets: Sequence[NamedSocket], *urls: str, **env: str) -> Activated:
-    return stack.enter_context(Activated(sockets, *urls, env={**BRISK, **env}))
+    return stack.enter_context(Activated(sockets, *urls, env={**CALM, **env}))
 
 
 def complain(sockets: Sequence[NamedSocket], *urls: str, **env: str) -> tuple[int, str]:
     """How a run ends that is refused: its status and its one line."""
-    with Activated(sockets, *urls, env={**BRISK, **env}) as server:
+    with Activated(sockets, *urls, env={**CALM, **env}) as server:
         code = server.wait()
         return code, server.lines[-1]
 
@@ -223,7 +223,7 @@ def test_a_queue_that_systemd_made_longer_than_the_program_may_stays_so(stack: c
 def test_a_loop_that_ended_keeps_the_watchdog_waiting_and_is_named(stack: contextlib.ExitStack) -> None:
     """Whoever shares a socket can end it for all: then nobody is let in any more, and only a restart helps."""
     ports, notified = Ports(stack), stack.enter_context(NotifySocket())
-    server = start(stack, ports.named(), ports.url, NOTIFY_SOCKET=notified.address)
+    server = start(stack, ports.named(), ports.url, **BRISK, NOTIFY_SOCKET=notified.address)
     notified.wait_for("READY=1")
     ports.target.shutdown(socket.SHUT_RDWR)
     server.wait_for("tunnel.unhealthy", level="error", error=re.compile("accept visitors"))

@@ -23,7 +23,7 @@ needs_box = pytest.mark.programs("a box")
 
 TUNNEL, VISITORS = ("127.0.0.1", 10101), ("127.0.0.1", 443)
 SERVER = "server://:10101/:443?tls=0"
-BRISK = {"REPORT_INTERVAL": "500ms", "SERVICE_COOLDOWN": "500ms", "DATA_PORT": "tunnel"}
+SETTINGS = {"REPORT_INTERVAL": "1s", "SERVICE_COOLDOWN": "500ms", "DATA_PORT": "tunnel"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def box() -> Iterator[Box]:
 
 
 def unit(stack: contextlib.ExitStack, box: Box, name: str, urls: str = SERVER, **settings: str) -> Unit:
-    return stack.enter_context(Unit(box, name, urls, {**BRISK, **settings}))
+    return stack.enter_context(Unit(box, name, urls, {**SETTINGS, **settings}))
 
 
 def activated(stack: contextlib.ExitStack, box: Box, name: str, urls: str = SERVER, **settings: str) -> Unit:
@@ -53,7 +53,7 @@ def service(stack: contextlib.ExitStack, box: Box) -> Target:
 
 def client(stack: contextlib.ExitStack, box: Box, target: Target, env: dict[str, str] | None = None) -> OurClient:
     """Our client in the box, connected to the unit's server."""
-    made = OurClient(TUNNEL, target.address, env={**BRISK, **(env or {})})
+    made = OurClient(TUNNEL, target.address, env={**SETTINGS, **(env or {})})
     box.inside(lambda: stack.enter_context(made))
     made.wait_until_connected()
     return made
@@ -263,7 +263,7 @@ def test_a_key_is_a_credential(stack: contextlib.ExitStack, box: Box) -> None:
     store(box, "keyed.tunnel-key", key)
     activated(stack, box, "keyed")
     target = service(stack, box)
-    stranger = OurClient(TUNNEL, target.address, env=BRISK)
+    stranger = OurClient(TUNNEL, target.address, env=SETTINGS)
     box.inside(lambda: stack.enter_context(stranger))
     stranger.wait_for("server.rejected", reason="key_required")
     client(stack, box, target, {"TUNNEL_KEY": key})
