@@ -43,14 +43,10 @@ class ClientSlot(Part):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.control or 'free'}>"
 
-    def start(self) -> None:
-        self.flows.start()
-
     def close(self) -> None:
+        super().close()
         if self.control:
             self.release(self.control, STOPPING)
-        self.flows.close()
-        super().close()
 
     @property
     def version(self) -> int:
@@ -73,8 +69,8 @@ class ClientSlot(Part):
     def admission(self, control: ServerControl, proven: bool) -> Iterator[None]:
         """Hold the slot for a client while it is sent the offer; then it is the connected client.
 
-        A client that has proven the key takes over at once, one without a key only from a client that gives no sign of
-        life. Raises OSError, RefusedError among them.
+        A client that has proven the key takes over at once, one without a key only from a client that does not respond.
+        Raises OSError, RefusedError among them.
         """
         with self._admitting:
             if acknowledged(control.sock) is None:

@@ -143,6 +143,7 @@ class Server:
             *(DatagramListener(common, sock, slot, self.sessions) for sock in listeners.datagrams),
             VisitorListener(common, listeners.visitors, slot, self.sessions),
             slot,
+            slot.flows,
             Loop(common, "report", self._report),
         ]
         if certificate:
@@ -172,16 +173,16 @@ class Server:
         )
 
     def reload(self) -> None:
-        """Look at the certificate files now."""
+        """Read the certificate files again."""
         if self._certificate:
             self._certificate.reload(asked=True)
 
     def describe(self) -> str:
-        """One line for an operator: who is connected, and what has been done."""
+        """One line for an operator: its status and its counters."""
         return f"{self.status()}, {self.stats}"
 
     def status(self) -> str:
-        """How it is now, for an operator: who is connected, what is ready, what runs."""
+        """How it is now, for an operator: its client, its pool, its sessions and flows."""
         slot = self._slot
         client = slot.control.describe() if slot.control else "none"
         return f"client {client}, {slot.pool}, {len(self.sessions)} sessions, {len(slot.flows)} flows"
@@ -192,7 +193,7 @@ class Server:
         return ended or (self.control.unhealthy_reason() if self.control else "")
 
     def view(self) -> View:
-        """What the metrics show of it at this moment."""
+        """As `Tunnel.view`."""
         control, pool = self._slot.control, self._slot.pool
         return View(
             role="server",

@@ -1,4 +1,8 @@
-"""What the process asks of a tunnel, and what it shows of itself: server and client are the two that answer."""
+"""What the process asks of a tunnel, and what a tunnel shows of itself.
+
+`server.Server` and `client.Client` are tunnels. `daemon` starts, runs, stops and closes them; `notifier` and `metrics`
+read how they are.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,12 @@ from nodepass.tunnel.control import Control
 
 @dataclass(frozen=True)
 class View:
-    """What a tunnel is like at this moment."""
+    """A tunnel at this moment, for metrics and the log."""
 
     role: str  # server or client
-    unready: str  # why it could not serve a session now; nothing where it could
-    peer: str  # the other end's address; nothing while it is not connected
-    wire: int  # the version that the two speak, 0 likewise
+    unready: str  # why it could not serve a session now, or ""
+    peer: str  # the other end's address, or "" while it is not connected
+    wire: int  # the version that both ends speak, or 0 while it is not connected
     round_trip: float | None  # seconds
     pool_idle: int  # data connections
     pool_capacity: int
@@ -51,20 +55,20 @@ class Watched:
     name: str
     stats: Stats
     view: View
-    alive: bool  # whether somebody would start it again
+    alive: bool  # whether its supervisor is running
 
 
 class Observed(Protocol):
-    """What is asked of a tunnel."""
+    """How a tunnel is."""
 
     log: Log
     ready: Event
 
     def status(self) -> str:
-        """How it is, for an operator."""
+        """How it is, for an operator: one line."""
 
     def unhealthy_reason(self) -> str:
-        """What is wrong with it, so that only a restart helps; empty while it is well."""
+        """Why a restart is needed, or ""."""
 
 
 class Tunnel(Observed, Protocol):
@@ -78,22 +82,22 @@ class Tunnel(Observed, Protocol):
         """The control connection to its peer, while there is one."""
 
     def start(self) -> None:
-        """Open what must be there at start. Raises ListenError."""
+        """Open what must be open from the beginning. Raises ListenError."""
 
     def run(self) -> None:
-        """Serve until closed; raises what crashed it."""
+        """Serve until `close`; raises what crashed it."""
 
     def stop(self, timeout: float) -> int:
-        """Take no new sessions, let running ones end within `timeout` seconds, cut the rest; how many those were."""
+        """Begin no sessions, let running ones end within `timeout` seconds, cut the rest; how many those were."""
 
     def close(self) -> None:
         """End everything at once."""
 
     def reload(self) -> None:
-        """Look at files again."""
+        """Read files again."""
 
     def describe(self) -> str:
         """One line for an operator."""
 
     def view(self) -> View:
-        """What the metrics show of it at this moment."""
+        """How it is at this moment."""

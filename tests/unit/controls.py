@@ -70,3 +70,11 @@ def read_line(sock: socket.socket) -> bytes:
     while not line.endswith(b"\n") and (byte := sock.recv(1)):
         line += byte
     return line
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Whether the peer has closed a connection, with a reset or without; waits for that."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True

@@ -14,6 +14,8 @@ from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.net import listen, sockets
 from nodepass.net.listen import close_all, listen_tcp
+from nodepass.net.sockets import as_plain
+from nodepass.net.stream import TCPStream
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.part import Common, Part
 from nodepass.stats import Stats
@@ -50,9 +52,11 @@ def make_common(stack: ExitStack, **settings: Any) -> Common:
 
 
 def make_slot(stack: ExitStack, key: Key | None = None, **settings: Any) -> tuple[Common, ClientSlot]:
-    """A slot without a client."""
+    """A slot without a client, and its flows."""
     common = make_common(stack, **settings)
-    return common, start(stack, ClientSlot(common, key))
+    slot = ClientSlot(common, key)
+    start(stack, slot.flows)
+    return common, start(stack, slot)
 
 
 AnyPart = Any
@@ -88,10 +92,11 @@ def occupy(stack: ExitStack, slot: ClientSlot, agreement: Agreement = V2) -> tup
 
 
 def fill(stack: ExitStack, slot: ClientSlot, *ids: str) -> list[socket.socket]:
-    """Put data connections into the slot's pool; the client's ends."""
+    """Put data connections into the slot's pool, on sockets as they are accepted; the client's ends."""
     peers = []
     for id in ids:
         stream, peer = stack.enter_context(tcp_pair())
-        slot.pool.add(id, stream)
+        assert isinstance(stream.sock, socket.socket)
+        slot.pool.add(id, TCPStream(as_plain(stream.sock)))
         peers.append(peer)
     return peers

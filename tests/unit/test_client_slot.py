@@ -17,7 +17,7 @@ from nodepass.tunnel.control import CLOSED, STOPPING, Agreement, Ending, ServerC
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import LANE, TCP
 from tests.unit.controls import V1, V2, Ends, connect_ends, read_line, run, until
-from tests.unit.servers import a_server_room, fill, make_slot, occupy
+from tests.unit.servers import PATIENT, a_server_room, fill, make_slot, occupy
 
 SOON = 0.05  # seconds for what never happens
 
@@ -48,6 +48,14 @@ def serve(stack: ExitStack, ends: Ends, control: ServerControl, agreement: Agree
     """Let both ends of a client's control connection do what they do."""
     run(stack, control.wait_until_ended)
     run(stack, list, ends.client_control(agreement).launches())
+
+
+def launch(stack: ExitStack, slot: ClientSlot, kind: int = TCP) -> str:
+    """The id of the data connection of a launch that succeeds."""
+    id, stream = slot.launch(kind, PATIENT)
+    stack.callback(stream.close)
+    assert stream.peek() is None
+    return id
 
 
 # Admission
@@ -193,18 +201,17 @@ def test_with_a_key_data_connections_may_come_from_anywhere(stack: ExitStack) ->
 def test_a_launch_names_the_data_connection_that_it_returns(stack: ExitStack, slot: ClientSlot) -> None:
     ends, _ = occupy(stack, slot)
     fill(stack, slot, "00000001")
-    id, stream = slot.launch(TCP, 10.0)
-    assert (id, read_line(ends.client)) == ("00000001", b"//00000001#1\n")
-    assert stream.peek() is None
+    assert launch(stack, slot) == "00000001"
+    assert read_line(ends.client) == b"//00000001#1\n"
 
 
 def test_a_launch_waits_for_a_data_connection(stack: ExitStack, slot: ClientSlot) -> None:
     occupy(stack, slot)
-    launching = run(stack, slot.launch, TCP, 10.0)
+    launching = run(stack, launch, stack, slot)
     gevent.sleep(0)
     assert not launching.ready()
     fill(stack, slot, "00000001")
-    assert launching.get()[0] == "00000001"  # type: ignore[index]
+    assert launching.get() == "00000001"
 
 
 def test_a_launch_gives_up_after_its_timeout(slot: ClientSlot) -> None:
@@ -216,7 +223,7 @@ def test_a_lane_is_not_launched_at_a_v1_client(stack: ExitStack, slot: ClientSlo
     occupy(stack, slot, V1)
     [peer] = fill(stack, slot, "00000001")
     with pytest.raises(NoDataConnection, match="no lanes"):
-        slot.launch(LANE, 10.0)
+        slot.launch(LANE, PATIENT)
     assert peer.recv(1) == b""
 
 
@@ -224,25 +231,25 @@ def test_a_launch_that_cannot_be_sent_waits_for_the_next_client(stack: ExitStack
     _, control = occupy(stack, slot)
     control.close(Ending("failed", "it is broken"))
     [lost] = fill(stack, slot, "00000001")
-    launching = run(stack, slot.launch, TCP, 10.0)
+    launching = run(stack, launch, stack, slot)
     assert lost.recv(1) == b"", "its client would wait for it in vain"
     slot.release(control, CLOSED)
     ends, _ = occupy(stack, slot)
     fill(stack, slot, "00000002")
-    assert launching.get()[0] == "00000002"  # type: ignore[index]
+    assert launching.get() == "00000002"
     assert read_line(ends.client) == b"//00000002#1\n"
 
 
 def test_no_client_is_told_of_a_connection_of_the_client_before_it(stack: ExitStack, slot: ClientSlot) -> None:
     """The connection arrives for a waiting visitor, and before that one runs again the client is replaced."""
     before, old = occupy(stack, slot)
-    launching = run(stack, slot.launch, TCP, 10.0)
+    launching = run(stack, launch, stack, slot)
     gevent.sleep(0)
     [lost] = fill(stack, slot, "00000001")
     slot.release(old, STOPPING)
     after, _ = occupy(stack, slot)
     assert lost.recv(1) == b"", "the client before would wait for it in vain"
     fill(stack, slot, "00000002")
-    assert launching.get()[0] == "00000002"  # type: ignore[index]
+    assert launching.get() == "00000002"
     assert before.client.recv(1) == b""
     assert read_line(after.client) == b"//00000002#1\n"

@@ -1,0 +1,218 @@
+"""Visitors' datagrams on the server: a session each with a v1 client, flows with a v2 client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import cast
+
+import pytest
+from gevent import Greenlet, socket
+
+from nodepass.net.listen import close_all, listen_udp
+from nodepass.server import datagram_listener as module
+from nodepass.server.client_slot import ClientSlot
+from nodepass.server.datagram_listener import DatagramListener
+from nodepass.server.part import Common
+from nodepass.tasks import WorkerPool
+from nodepass.urls import Address
+from nodepass.wire.frames import FrameBuffer, encode_frame
+from tests.unit.controls import V1, V2, read_line, until
+from tests.unit.servers import a_server_room, fill, make_slot, occupy, start
+
+SOON = 0.05  # seconds
+LARGEST = 100
+"""UDP_DATA_BUF_SIZE."""
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    with a_server_room(monkeypatch) as stack:
+        yield stack
+
+
+class Port:
+    """A target port's UDP socket that is received on, with a limit of sessions."""
+
+    def __init__(self, stack: ExitStack, limit: int = 10, **settings: object) -> None:
+        self._stack = stack
+        self.common: Common
+        self.slot: ClientSlot
+        settings = {"udp_data_buf_size": LARGEST, "udp_read_timeout": SOON, **settings}
+        self.common, self.slot = make_slot(stack, **settings)
+        self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
+        sockets = listen_udp(Address("127.0.0.1", 0), "target")
+        stack.callback(close_all, sockets)
+        stack.callback(self.sessions.kill)
+        self.sock = sockets[0]
+        self.listener: DatagramListener = start(
+            stack, DatagramListener(self.common, self.sock, self.slot, self.sessions)
+        )
+
+    def visitor(self) -> socket.socket:
+        """A visitor that speaks UDP."""
+        sock = self._stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.settimeout(10)
+        sock.connect(self.sock.getsockname())
+        return cast(socket.socket, sock)
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """What has been dropped, by reason."""
+        return {why: number for why, number in self.common.stats.udp_drops.items() if number}
+
+
+# With a v1 client
+
+
+def test_with_a_v1_client_a_data_connection_carries_a_datagram_and_its_answer(stack: ExitStack) -> None:
+    port = Port(stack)
+    client, _ = occupy(stack, port.slot, V1)
+    [data] = fill(stack, port.slot, "00000001")
+    visitor = port.visitor()
+    visitor.send(b"question")
+    assert read_line(client.client) == b"//00000001#2\n"
+    assert data.recv(100) == b"question"
+    data.sendall(b"answer")
+    assert visitor.recv(100) == b"answer"
+    assert data.recv(1) == b"", "it is used once"
+    until(lambda: len(port.sessions) == 0)
+    udp = port.common.stats.udp
+    assert (udp.up.bytes, udp.down.bytes, udp.ended["completed"]) == (8, 6, 1)
+
+
+def test_a_v1_client_that_closes_without_an_answer_leaves_the_visitor_without_one(stack: ExitStack) -> None:
+    port = Port(stack)
+    occupy(stack, port.slot, V1)
+    [data] = fill(stack, port.slot, "00000001")
+    port.visitor().send(b"question")
+    assert data.recv(100) == b"question"
+    data.close()
+    until(lambda: port.common.stats.udp.ended["unanswered"])
+    assert not port.drops
+
+
+@pytest.mark.parametrize(
+    ("answer", "ended"), [(b"x" * (LARGEST + 1), False), (b"", True)], ids=["too large", "a reset"]
+)
+def test_an_answer_that_cannot_be_read_is_counted(stack: ExitStack, answer: bytes, ended: bool) -> None:
+    port = Port(stack)
+    occupy(stack, port.slot, V1)
+    [data] = fill(stack, port.slot, "00000001")
+    port.visitor().send(b"question")
+    assert data.recv(100) == b"question"
+    if ended:
+        data.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        data.close()
+    else:
+        data.sendall(answer)
+    until(lambda: port.drops == {"answer": 1})
+    assert port.common.stats.udp.ended["unanswered"] == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"), [(b"", "empty"), (b"x" * (LARGEST + 1), "too_large")], ids=["empty", "too large"]
+)
+def test_a_datagram_that_wire_v1_cannot_carry_is_dropped(stack: ExitStack, payload: bytes, reason: str) -> None:
+    port = Port(stack)
+    occupy(stack, port.slot, V1)
+    port.visitor().send(payload)
+    until(lambda: port.drops == {reason: 1})
+
+
+def test_at_the_limit_a_datagram_is_dropped_and_not_waited_with(stack: ExitStack) -> None:
+    port = Port(stack, limit=1)
+    occupy(stack, port.slot, V1)
+    visitor = port.visitor()
+    visitor.send(b"waits for a data connection")
+    until(port.sessions.full)
+    visitor.send(b"finds no place")
+    until(lambda: port.drops == {"limit": 1})
+
+
+def test_without_a_data_connection_a_datagram_is_dropped(stack: ExitStack) -> None:
+    port = Port(stack, pool_get_timeout=SOON)
+    occupy(stack, port.slot, V1)
+    port.visitor().send(b"question")
+    until(lambda: port.drops == {"unserved": 1})
+    assert port.common.stats.udp.ended["unserved"] == 1
+
+
+# Without a client
+
+
+def test_without_a_client_a_datagram_is_dropped_after_the_timeout(stack: ExitStack) -> None:
+    port = Port(stack, pool_get_timeout=SOON)
+    port.visitor().send(b"question")
+    until(lambda: port.drops == {"unserved": 1})
+
+
+@pytest.mark.parametrize("agreement", [V1, V2], ids=["v1", "v2"])
+def test_a_datagram_waits_for_a_client_of_either_version(stack: ExitStack, agreement: object) -> None:
+    port = Port(stack)
+    port.visitor().send(b"question")
+    until(lambda: len(port.sessions) == 1)
+    occupy(stack, port.slot, agreement)  # type: ignore[arg-type]
+    [data] = fill(stack, port.slot, "00000001")
+    received = data.recv(100)
+    assert received == (b"question" if agreement is V1 else encode_frame(1, b"question"))
+
+
+# With a v2 client
+
+
+def test_with_a_v2_client_datagrams_go_on_a_lane_and_take_no_session(stack: ExitStack) -> None:
+    port = Port(stack, udp_lanes=1)
+    client, _ = occupy(stack, port.slot)
+    [data] = fill(stack, port.slot, "00000001")
+    visitors = [port.visitor() for _ in range(3)]
+    for visitor in visitors:
+        visitor.send(b"question")
+    assert read_line(client.client) == b"//00000001#3\n"
+    frames, got = FrameBuffer(), []
+    while len(got) < 3:
+        got += frames.feed(data.recv(1000))
+    assert [payload for _, payload in got] == [b"question"] * 3
+    assert len(port.sessions) == 0
+    for flow, _ in got:
+        data.sendall(encode_frame(flow, b"answer %d" % flow))
+    assert {visitor.recv(100) for visitor in visitors} == {b"answer %d" % flow for flow, _ in got}
+
+
+# Stop
+
+
+def test_a_listener_that_stops_receives_nothing_more_and_answers_what_it_has_received(stack: ExitStack) -> None:
+    port = Port(stack)
+    occupy(stack, port.slot, V1)
+    [data] = fill(stack, port.slot, "00000001")
+    visitor = port.visitor()
+    visitor.send(b"question")
+    assert data.recv(100) == b"question"
+    port.listener.stop(0)
+    assert not port.listener.find_ended()
+    visitor.send(b"too late")
+    data.sendall(b"answer")
+    assert visitor.recv(100) == b"answer"
+    until(lambda: len(port.sessions) == 0)
+    assert not port.drops
+
+
+def test_a_receive_error_does_not_end_the_loop(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([OSError(12, "no memory")])
+    receive = module.receive_datagram
+
+    def fail_first(sock: socket.socket) -> object:
+        for error in errors:
+            raise error
+        return receive(sock)
+
+    monkeypatch.setattr(module, "receive_datagram", fail_first)
+    port = Port(stack)
+    occupy(stack, port.slot, V1)
+    [data] = fill(stack, port.slot, "00000001")
+    port.visitor().send(b"question")
+    assert data.recv(100) == b"question"
+    [loop] = port.listener._loops
+    assert isinstance(loop, Greenlet)
+    assert not loop.dead

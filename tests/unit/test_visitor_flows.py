@@ -1,0 +1,227 @@
+"""The server's flows of UDP: which lane carries which visitor, and what becomes of them when lanes and clients end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from gevent import socket
+
+from nodepass.net.udp import ReplyAddress
+from nodepass.server.client_slot import ClientSlot
+from nodepass.server.part import Common
+from nodepass.tunnel import udp as lanes
+from nodepass.tunnel.control import STOPPING
+from nodepass.wire.frames import HEADER, encode_frame
+from tests.unit.controls import V1, until
+from tests.unit.servers import a_server_room, fill, make_slot, occupy
+
+SOON = 0.05  # seconds
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    with a_server_room(monkeypatch) as stack:
+        yield stack
+
+
+class Flows:
+    """A slot's flows, and visitors that bring datagrams."""
+
+    def __init__(self, stack: ExitStack, **settings: object) -> None:
+        self._stack = stack
+        self.common: Common
+        self.slot: ClientSlot
+        self.common, self.slot = make_slot(stack, **settings)
+        self.flows = self.slot.flows
+        self._sock = self._udp_socket()
+
+    def _udp_socket(self) -> socket.socket:
+        sock: socket.socket = self._stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(10)
+        return sock
+
+    def visitor(self) -> Visitor:
+        return Visitor(self, self._udp_socket())
+
+    def carry(self, payload: bytes, visitor: socket.socket) -> None:
+        self.flows.carry(self._sock, payload, ReplyAddress(visitor.getsockname(), ()))
+
+    @property
+    def drops(self) -> dict[str, int]:
+        return {why: number for why, number in self.common.stats.udp_drops.items() if number}
+
+
+class Visitor:
+    """An address that sends datagrams and hears answers."""
+
+    def __init__(self, flows: Flows, sock: socket.socket) -> None:
+        self._flows = flows
+        self.sock = sock
+
+    def send(self, payload: bytes) -> None:
+        self._flows.carry(payload, self.sock)
+
+
+def read_frame(data: socket.socket) -> tuple[int, bytes]:
+    """The flow and the payload of the next frame on a lane."""
+    header = b""
+    while len(header) < HEADER.size:
+        header += data.recv(HEADER.size - len(header))
+    flow, length = HEADER.unpack(header)
+    payload = b""
+    while len(payload) < length:
+        payload += data.recv(length - len(payload))
+    return flow, payload
+
+
+def test_a_visitors_datagrams_are_one_flow_and_its_answers_come_back(stack: ExitStack) -> None:
+    flows = Flows(stack)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    visitor = flows.visitor()
+    visitor.send(b"one")
+    visitor.send(b"two")
+    assert [read_frame(data) for _ in range(2)] == [(1, b"one"), (1, b"two")]
+    assert len(flows.flows) == 1
+    data.sendall(encode_frame(1, b"answer"))
+    assert visitor.sock.recv(100) == b"answer"
+    udp = flows.common.stats.udp
+    assert (udp.begun, udp.up.bytes, udp.down.bytes) == (1, 6, 6)
+
+
+def test_visitors_share_lanes_the_least_busy_first(stack: ExitStack) -> None:
+    flows = Flows(stack, udp_lanes=2)
+    occupy(stack, flows.slot)
+    lanes = fill(stack, flows.slot, "00000001", "00000002")
+    visitors = [flows.visitor() for _ in range(4)]
+    for visitor in visitors:
+        visitor.send(b"hello")
+    carried = [{read_frame(data)[0] for _ in range(2)} for data in lanes]
+    assert sorted(carried, key=min) == [{1, 3}, {2, 4}]
+
+
+def test_a_flow_ends_when_it_has_been_silent_and_its_lane_with_it(stack: ExitStack) -> None:
+    flows = Flows(stack, udp_session_timeout=SOON)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    flows.visitor().send(b"hello")
+    assert read_frame(data) == (1, b"hello")
+    assert data.recv(1) == b""
+    assert len(flows.flows) == 0
+    assert flows.common.stats.udp.ended["completed"] == 1
+
+
+def test_of_too_many_flows_the_longest_idle_one_makes_room(stack: ExitStack) -> None:
+    flows = Flows(stack, semaphore_limit=2, udp_lanes=1)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    first, second, third = (flows.visitor() for _ in range(3))
+    for visitor in (first, second, first, third):
+        visitor.send(b"hello")
+    assert [read_frame(data)[0] for _ in range(4)] == [1, 2, 1, 3]
+    assert len(flows.flows) == 2
+    assert flows.common.stats.udp.ended["evicted"] == 1
+    data.sendall(encode_frame(2, b"for nothing") + encode_frame(1, b"answer"))
+    assert first.sock.recv(100) == b"answer"
+    assert flows.drops == {"flow_over": 1}
+
+
+def test_an_answer_on_another_lane_than_its_flows_is_dropped(stack: ExitStack) -> None:
+    """A flow's number says nothing about a visitor of another lane."""
+    flows = Flows(stack, udp_lanes=2)
+    occupy(stack, flows.slot)
+    lanes = fill(stack, flows.slot, "00000001", "00000002")
+    visitors = [flows.visitor() for _ in range(2)]
+    for visitor in visitors:
+        visitor.send(b"hello")
+    numbers = [read_frame(data)[0] for data in lanes]
+    for data, other in zip(lanes, reversed(numbers), strict=True):
+        data.sendall(encode_frame(other, b"wrong"))
+    until(lambda: flows.drops == {"flow_over": 2})
+
+
+def test_datagrams_of_a_lane_without_a_data_connection_are_lost_and_counted(stack: ExitStack) -> None:
+    flows = Flows(stack, pool_get_timeout=SOON)
+    occupy(stack, flows.slot)
+    flows.visitor().send(b"hello")
+    until(lambda: flows.drops == {"lane_missing": 1})
+    assert len(flows.flows) == 0
+    assert flows.common.stats.udp.ended["lost"] == 1
+
+
+def test_lanes_are_not_launched_at_a_v1_client(stack: ExitStack) -> None:
+    flows = Flows(stack)
+    occupy(stack, flows.slot, V1)
+    fill(stack, flows.slot, "00000001")
+    flows.visitor().send(b"hello")
+    until(lambda: flows.drops == {"lane_missing": 1})
+
+
+def test_a_lane_that_is_full_drops_datagrams(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "QUEUE", 1000)
+    flows = Flows(stack)
+    occupy(stack, flows.slot)
+    visitor = flows.visitor()
+    visitor.send(bytes(900))
+    visitor.send(bytes(900))
+    assert flows.drops == {"lane_full": 1}
+    assert flows.common.stats.udp.up.bytes == 900
+
+
+def test_the_end_of_a_lane_ends_its_flows_and_the_next_datagram_begins_another(stack: ExitStack) -> None:
+    flows = Flows(stack)
+    occupy(stack, flows.slot)
+    [first] = fill(stack, flows.slot, "00000001")
+    visitor = flows.visitor()
+    visitor.send(b"hello")
+    assert read_frame(first) == (1, b"hello")
+    first.close()
+    until(lambda: len(flows.flows) == 0)
+    [second] = fill(stack, flows.slot, "00000002")
+    visitor.send(b"again")
+    assert read_frame(second) == (2, b"again")
+
+
+def test_lanes_of_a_client_that_was_replaced_go_on_and_new_flows_go_to_the_next(stack: ExitStack) -> None:
+    flows = Flows(stack, udp_lanes=1)
+    _, control = occupy(stack, flows.slot)
+    [old] = fill(stack, flows.slot, "00000001")
+    staying, coming = flows.visitor(), flows.visitor()
+    staying.send(b"hello")
+    assert read_frame(old) == (1, b"hello")
+    flows.slot.release(control, STOPPING)
+    occupy(stack, flows.slot)
+    [new] = fill(stack, flows.slot, "00000002")
+    staying.send(b"still here")
+    assert read_frame(old) == (1, b"still here")
+    coming.send(b"hello")
+    assert read_frame(new) == (2, b"hello")
+    old.sendall(encode_frame(1, b"answer"))
+    assert staying.sock.recv(100) == b"answer"
+
+
+def test_lanes_of_a_client_that_has_vanished_end(stack: ExitStack) -> None:
+    flows = Flows(stack)
+    _, control = occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    flows.visitor().send(b"hello")
+    assert read_frame(data) == (1, b"hello")
+    control.vanished = True
+    flows.slot.release(control, STOPPING)
+    assert data.recv(1) == b""
+    assert len(flows.flows) == 0
+
+
+def test_flows_end_when_they_are_closed(stack: ExitStack) -> None:
+    flows = Flows(stack)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    flows.visitor().send(b"hello")
+    assert read_frame(data) == (1, b"hello")
+    flows.flows.close()
+    assert data.recv(1) == b""
+    assert len(flows.flows) == 0
+    assert not flows.flows.find_ended()

@@ -1,0 +1,175 @@
+"""Visitors of TCP on the server: relayed within the limit, closed where no client serves them, drained at a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import gevent
+import pytest
+from gevent import socket
+
+from nodepass.net.sockets import reset_on_close
+from nodepass.server import visitor_listener as module
+from nodepass.server.client_slot import ClientSlot
+from nodepass.server.part import Common
+from nodepass.server.visitor_listener import VisitorListener
+from nodepass.tasks import WorkerPool
+from tests.unit.controls import V1, Ends, read_line, until
+from tests.unit.servers import a_server_room, connect, fill, listen_on, make_slot, occupy, start
+from tests.unit.streams import receive_all
+
+SOON = 0.05  # seconds
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    with a_server_room(monkeypatch) as stack:
+        yield stack
+
+
+class Port:
+    """A target port that is served, with a limit of sessions."""
+
+    def __init__(self, stack: ExitStack, limit: int = 10, **settings: object) -> None:
+        self._stack = stack
+        self.common: Common
+        self.slot: ClientSlot
+        self.common, self.slot = make_slot(stack, **settings)
+        self.sock = listen_on(stack)
+        reset_on_close(self.sock, True)  # as `listen_target` has it
+        self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
+        stack.callback(self.sessions.kill)
+        self.listener: VisitorListener = start(
+            stack, VisitorListener(self.common, [self.sock], self.slot, self.sessions)
+        )
+
+    def connect(self) -> socket.socket:
+        """A visitor."""
+        return connect(self._stack, self.sock)
+
+
+def assert_relayed(client: Ends, data: socket.socket, visitor: socket.socket, id: str = "00000001") -> None:
+    """That a visitor reaches the client's end of a data connection, and is reached."""
+    assert read_line(client.client) == f"//{id}#1\n".encode()
+    visitor.sendall(b"question")
+    assert data.recv(100) == b"question"
+    data.sendall(b"answer")
+    assert visitor.recv(100) == b"answer"
+
+
+def test_a_visitor_is_relayed_over_a_data_connection_and_both_are_closed(stack: ExitStack) -> None:
+    port = Port(stack)
+    client, _ = occupy(stack, port.slot)
+    [data] = fill(stack, port.slot, "00000001")
+    visitor = port.connect()
+    assert_relayed(client, data, visitor)
+    assert len(port.sessions) == 1
+    data.close()
+    assert receive_all(visitor) == b""
+    visitor.close()
+    until(lambda: len(port.sessions) == 0)
+    assert port.common.stats.tcp.ended["completed"] == 1
+
+
+def test_a_visitor_waits_for_a_data_connection(stack: ExitStack) -> None:
+    port = Port(stack)
+    client, _ = occupy(stack, port.slot)
+    visitor = port.connect()
+    until(lambda: len(port.sessions) == 1)
+    [data] = fill(stack, port.slot, "00000001")
+    assert_relayed(client, data, visitor)
+
+
+def test_a_visitor_without_a_data_connection_is_reset_and_counted(stack: ExitStack) -> None:
+    """An empty stream would look like an answer."""
+    port = Port(stack, pool_get_timeout=SOON)
+    visitor = port.connect()
+    with pytest.raises(ConnectionResetError):
+        visitor.recv(1)
+    until(lambda: len(port.sessions) == 0)
+    assert port.common.stats.tcp.ended["unserved"] == 1
+
+
+def test_the_end_of_a_visitor_that_left_at_once_does_not_overtake_its_launch_at_a_v1_client(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client would take the data connection for a dead one."""
+    waits: list[float] = []
+    monkeypatch.setattr(module, "HEAD_START", SOON)
+    port = Port(stack)
+    client, _ = occupy(stack, port.slot, V1)
+    [data] = fill(stack, port.slot, "00000001")
+    sleep = gevent.sleep
+
+    def note(seconds: float = 0) -> None:
+        waits.append(seconds)
+        sleep(seconds)
+
+    visitor = port.connect()
+    visitor.shutdown(socket.SHUT_WR)
+    monkeypatch.setattr(module.gevent, "sleep", note)
+    assert read_line(client.client) == b"//00000001#1\n"
+    assert data.recv(1) == b""
+    assert SOON in waits
+
+
+def test_at_the_limit_the_next_visitor_waits_until_a_session_has_ended(stack: ExitStack) -> None:
+    port = Port(stack, limit=1)
+    client, _ = occupy(stack, port.slot)
+    first_data, second_data = fill(stack, port.slot, "00000001", "00000002")
+    first = port.connect()
+    assert_relayed(client, second_data, first, "00000002")
+    second = port.connect()
+    until(lambda: port.common.stats.trouble["limit_reached"])
+    assert len(port.slot.pool) == 1
+    first.close()
+    second_data.close()
+    assert_relayed(client, first_data, second)
+
+
+# Stop and close
+
+
+def test_a_listener_that_stops_serves_visitors_that_have_connected_and_no_others(stack: ExitStack) -> None:
+    port = Port(stack)
+    client, _ = occupy(stack, port.slot)
+    [data] = fill(stack, port.slot, "00000001")
+    address = port.sock.getsockname()
+    port.listener._end_loops()  # so that it waits in the kernel's queue
+    waiting = port.connect()
+    port.listener.stop(10)
+    assert_relayed(client, data, waiting)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, 10)
+
+
+def test_a_stop_lets_sessions_go_on(stack: ExitStack) -> None:
+    port = Port(stack)
+    client, _ = occupy(stack, port.slot)
+    [data] = fill(stack, port.slot, "00000001")
+    visitor = port.connect()
+    assert_relayed(client, data, visitor)
+    port.listener.stop(10)
+    visitor.sendall(b"the end")
+    assert data.recv(100) == b"the end"
+
+
+def test_a_stop_takes_no_longer_than_its_timeout(stack: ExitStack) -> None:
+    """A visitor that waits at the limit is reset then."""
+    port = Port(stack, limit=1)
+    port.connect()
+    until(port.sessions.full)
+    late = port.connect()
+    port.listener.stop(SOON)
+    with pytest.raises(ConnectionResetError):
+        late.recv(1)
+
+
+def test_a_listener_that_closes_accepts_nothing_more(stack: ExitStack) -> None:
+    port = Port(stack)
+    port.listener.close()
+    port.connect()
+    gevent.sleep(0)
+    assert len(port.sessions) == 0
+    assert not port.listener.find_ended()
