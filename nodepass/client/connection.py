@@ -23,7 +23,7 @@ from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
 from nodepass.errors import NoDataConnection, ProtocolError, reason
 from nodepass.log import Limit, Log
-from nodepass.net.relay import exchange
+from nodepass.net.relay import relay
 from nodepass.net.stream import Stream, TCPStream
 from nodepass.stats import Stats, failure
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
@@ -155,7 +155,7 @@ class Connection:
             return  # closing the data connection resets it, so the visitor is refused, too
         log.debug("target.connected", "target %(target)s connected", target=self._lasting.target)
         self._stats.target_dials.observe(time.monotonic() - dialled)
-        traffic = exchange(data, TCPStream(sock), self._stats, began)
+        traffic = relay(data, TCPStream(sock), self._stats, began)
         log.debug(
             "session.closed", "target %(target)s: " + traffic.SENTENCE, target=self._lasting.target, **traffic.fields()
         )

@@ -1,253 +1,216 @@
-"""One direction of a relay: what it does when there are bytes to read, and when there is room to write again.
+"""The pump of one direction of a relay: read, send, wait, until the end of the stream.
 
-It is no greenlet but these two callbacks of the event loop, so an idle connection costs no greenlet and no buffer, and
-a message costs three system calls and one Python call: with two pumping greenlets in a session there were 25,300
-requests per second where there are 54,500 now. Every read goes into one buffer that the whole process shares: `read`
-and `send` (see `stream.Stream`) never switch, and what the sink does not take is copied. A plain stream that is busy is
-spliced: the kernel moves the bytes. The ends that a direction can come to are in `relay`, which alone uses this.
+It is a generator that the event loop resumes. The callback of a watcher is the generator's `__next__`, and a bare
+`yield` waits for what is being watched: the source or, while the sink is full, the sink. So a direction costs no
+greenlet and no buffer, and a message costs one read, one send and one call by the loop. With two pumping greenlets in a
+session there were 25,300 requests per second where callbacks of the loop gave 54,500. Every read goes into one buffer
+of the process: `read` and `send` (see `stream.Stream`) never switch to another greenlet, and what the sink does not
+take is copied. A plain stream that is busy is spliced: the kernel moves the bytes.
+
+A pump moves bytes and passes the end of a stream on. What the end or the failure of a direction means for the other one
+is decided in `relay`, the only caller. Errors of the source are OSErrors, errors of the sink `SinkError`s.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
-import time
-from typing import Any, Literal
-
-import gevent
+from collections.abc import Callable, Generator, Iterator
 
 from nodepass.net.pipes import Pipe, pipes
-from nodepass.net.session import Session
-from nodepass.net.sockets import end_reading, set_low_water_mark
-from nodepass.net.stream import Stream, TCPStream
+from nodepass.net.sockets import Socket, end_reading, set_low_water_mark
+from nodepass.net.stream import Data, Stream, TCPStream
+from nodepass.stats import Way
+from nodepass.tasks import IdleTimer
 
-BUSY_READ = 64 * 1024  # bytes: a read of at least so many is one of a busy stream
+BUSY_READ = 64 * 1024  # bytes: a read of at least this size belongs to a busy stream
 SPLICE_AFTER = 4  # busy reads in a row
-GATHER_AFTER = 32  # busy reads in a row; from then on the source wakes us for much at once only
+GATHER_AFTER = 32  # busy reads in a row; from then on a wake-up brings GATHER bytes
 GATHER = 1024 * 1024  # bytes: a wake-up costs as much as moving 20 KiB; this saves a sixth of the CPU time per byte
-GATHER_LOOK = 0.002  # seconds after which a source that has stalled with less than that is read all the same
+GATHER_LOOK = 0.002  # seconds after which a source that has stalled with fewer bytes is read anyway
+
+Steps = Generator[None, None, None]
+Resume = Callable[[], object]
 
 _shared = memoryview(mmap.mmap(-1, TCPStream.batch))  # unlike a bytearray it takes no memory before it is used
 
 
-class Direction:
-    """One way: either its source is watched, or, while its sink is full, its sink."""
+class SinkError(Exception):
+    """A write failed. What the sink's peer sent before can still be read."""
 
-    __slots__ = (
-        "_buffer",
-        "_busy_reads",
-        "_gathering",
-        "_looked_at",
-        "_moved",
-        "_over",
-        "_pipe",
-        "_read",
-        "_rest",
-        "_send",
-        "_session",
-        "_sink",
-        "_source",
-        "_spliceable",
-        "_up",
-        "_way",
-    )
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
-    def __init__(self, session: Session, name: Literal["up", "down"], source: Stream, sink: Stream) -> None:
-        self._session = session
-        self._up = name == "up"
-        self._source = source
-        self._sink = sink
-        self._read = source.read if self._up or session.began is None else self._read_first
-        self._send = sink.send
-        self._buffer = _shared[: sink.batch]
-        self._moved = 0  # bytes
-        self._way = session.stats.tcp.up if self._up else session.stats.tcp.down
-        self._over = False  # though the sink may still have to be told
-        self._rest: bytes | memoryview = b""  # read, and not yet taken by the sink
-        self._pipe: Pipe | None = None  # with bytes that are not yet taken by the sink
-        self._spliceable = source.plain and sink.plain
-        self._busy_reads = 0  # in a row
-        self._gathering: Any = None  # a timer, which has no type, while the source has a low-water mark
-        self._looked_at = 0  # busy reads when it last ran
 
-    def start(self) -> None:
-        """Begin with what is there already: often first bytes have come before the session, answers never."""
-        self._source.watch(self._on_readable)
-        if self._up:
-            self._on_readable()
+class Pump:
+    """Moves the bytes of one direction and counts them."""
 
-    def stop(self) -> None:
-        """End it where it is."""
-        if self._gathering:
-            self._stop_gathering()
-        self._source.unwatch()
-        self._sink.unwatch_writable()
-        if self._pipe:
-            self._give_back_pipe()
-        self._read = self._source.read
-        if self._up:
-            self._session.traffic.up = self._moved
-        else:
-            self._session.traffic.down = self._moved
+    __slots__ = ("_resume", "_way", "moved", "sink", "source")
 
-    def _on_readable(self) -> None:
-        try:
-            if self._busy_reads >= SPLICE_AFTER and self._spliceable:
-                self._splice()
+    def __init__(self, source: Stream, sink: Stream, way: Way) -> None:
+        self.source = source
+        self.sink = sink
+        self.moved = 0  # bytes
+        self._way = way
+        self._resume: Resume | None = None
+
+    def watch(self, resume: Resume) -> None:
+        """Have the loop call `resume` whenever there is something to do, until `unwatch`."""
+        self._resume = resume
+        self.source.watch(resume)
+
+    def unwatch(self) -> None:
+        """End `watch`, whatever the pump waits for."""
+        self.source.unwatch()
+        self.sink.unwatch_writable()
+
+    def run(self, on_first_byte: Callable[[], object] | None) -> Steps:
+        """Move bytes until the end of the stream. Raises OSError where the source fails, SinkError where the sink does.
+
+        `on_first_byte` is called once, when the first bytes have been read.
+        """
+        source, sink, way = self.source, self.sink, self._way
+        read, buffer = source.read, _shared_buffer(sink.batch)
+        busy_reads = 0  # in a row
+        while True:
+            try:
+                received = read(buffer)
+            except BlockingIOError:
+                yield
+                continue
+            if not received:
                 return
-            self._copy()
-            while self._source.pending and self._may_read():
-                self._copy()
-        except Exception as error:  # noqa: BLE001  # a bug, which would otherwise be called back for ever
-            self._session.crash(error)
-
-    def _may_read(self) -> bool:
-        return not (self._over or self._rest)
-
-    def _read_first(self, buffer: memoryview) -> int:
-        """The first read of the way back that brings something is the one whose time is taken."""
-        received = self._source.read(buffer)
-        self._read = self._source.read
-        if received and self._session.began is not None:
-            self._session.stats.first_bytes.observe(time.monotonic() - self._session.began)
-        return received
-
-    def _copy(self) -> None:
-        try:
-            received = self._read(self._buffer)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._fail_source(error)
-            return
-        if not received:
-            self._end()
-            return
-        try:
-            self._rest = self._send(self._buffer[:received])
-        except OSError as error:
-            self._fail_sink(error)
-            return
-        self._moved += received
-        self._way.bytes += received
-        if received >= BUSY_READ or self._rest:
-            self._go_on_busily(received)
-        else:
-            self._busy_reads = 0
-
-    def _splice(self) -> None:
-        pipe = pipes.borrow()
-        if pipe is None:
-            self._busy_reads = 0
-            return
-        self._pipe = pipe
-        try:
-            received = pipe.fill_from(self._source.sock.fileno())
-        except OSError as error:
-            self._give_back_pipe()
-            if not isinstance(error, BlockingIOError):
-                self._fail_source(error)
-            return
-        if not received:
-            self._give_back_pipe()
-            self._end()
-            return
-        self._moved += received
-        self._way.bytes += received
-        try:
-            drained = pipe.drain_to(self._sink.sock.fileno())
-        except OSError as error:
-            self._fail_sink(error)
-            return
-        if drained:
-            self._give_back_pipe()
-        self._go_on_busily(received)
-
-    def _go_on_busily(self, received: int) -> None:
-        """After a large read, or one that the sink has not taken whole."""
-        self._busy_reads = self._busy_reads + 1 if received >= BUSY_READ else 0
-        if self._spliceable and self._busy_reads >= GATHER_AFTER and not self._gathering:
-            self._start_gathering()
-        if self._rest or self._pipe:
-            self._source.unwatch()
-            self._sink.watch_writable(self._on_writable)
-
-    def _start_gathering(self) -> None:
-        set_low_water_mark(self._source.sock, GATHER)
-        self._gathering = gevent.get_hub().loop.timer(GATHER_LOOK, GATHER_LOOK)
-        self._gathering.start(self._look)
-
-    def _look(self) -> None:
-        try:
-            if self._looked_at == self._busy_reads:
-                self._stop_gathering()
-            self._looked_at = self._busy_reads
-        except Exception as error:  # noqa: BLE001  # as above
-            self._session.crash(error)
-
-    def _stop_gathering(self) -> None:
-        self._gathering.close()
-        self._gathering = None
-        self._busy_reads = 0
-        with contextlib.suppress(OSError):  # it is closed
-            set_low_water_mark(self._source.sock, 1)
-
-    def _on_writable(self) -> None:
-        try:
-            if self._pipe:
-                if not self._pipe.drain_to(self._sink.sock.fileno()):
+            if on_first_byte:
+                on_first_byte()
+                on_first_byte = None
+            try:
+                rest = sink.send(buffer[:received])
+            except OSError as error:
+                raise SinkError(error) from error
+            self.moved += received
+            way.bytes += received
+            if rest:
+                yield from self._send_rest(rest)
+                rest = b""  # no copy stays while the session is quiet
+            busy_reads = busy_reads + 1 if received >= BUSY_READ else 0
+            if busy_reads >= SPLICE_AFTER and source.plain and sink.plain:
+                yield
+                if (yield from self._splice_while_busy()):
                     return
-                self._give_back_pipe()
-            else:
-                self._rest = self._sink.try_rest(self._rest)
-                if self._rest:
-                    return
-            self._sink.unwatch_writable()
-            if self._over:
-                self._session.end_one()
-            else:
-                self._source.watch(self._on_readable)
-                if self._source.pending:
-                    self._on_readable()
-        except OSError as error:
-            self._fail_sink(error)
-        except Exception as error:  # noqa: BLE001  # a bug, which would otherwise be nobody's
-            self._session.crash(error)
+                busy_reads = 0
+            if not source.pending:
+                yield
 
-    def _end(self) -> None:
-        """End of stream, or only the echo of the other direction's failure."""
-        self._over = True
-        if self._session.traffic.failure:
-            self._source.unwatch()
-            self._session.end_one()  # this end of stream is only the echo of the other direction's failure
-            return
-        self._session.traffic.ended += 1
-        self._source.unwatch()
-        if self._session.is_last and self._sink.plain:
-            self._session.end_one()  # both are closed now, which says the same with one system call less
-            return
+    def end(self) -> Steps:
+        """Pass the end of the stream on, as a half-close. Raises SinkError."""
         try:
-            self._rest = self._sink.end()
+            rest = self.sink.end()
         except OSError:
-            end_reading(self._sink.sock)  # it is gone already; the other direction hears that from its reads
-        if self._rest:
-            self._sink.watch_writable(self._on_writable)
-        else:
-            self._session.end_one()
+            end_reading(self.sink.sock)  # it is gone already, which the reads of the other direction report
+            return
+        if rest:
+            yield from self._send_rest(rest)
 
-    def _fail_source(self, error: OSError) -> None:
-        self._over = True
-        self._session.note(error)
-        self._session.end_broken(self._source)
+    def _send_rest(self, rest: Data) -> Steps:
+        with self._watching_sink():
+            while rest:
+                yield
+                try:
+                    rest = self.sink.try_rest(rest)
+                except OSError as error:
+                    raise SinkError(error) from error
 
-    def _fail_sink(self, error: OSError) -> None:
-        self._over = True
-        self._session.note(error)
-        self.stop()
-        end_reading(self._sink.sock)
-        self._session.end_one()
+    def _splice_while_busy(self) -> Generator[None, None, bool]:
+        """Have the kernel move the bytes for as long as the source is busy; whether the stream has ended."""
+        assert self._resume
+        sock = self.source.sock
+        with contextlib.closing(_Gathering(sock, self._resume)) as gathering:
+            while gathering.busy and (pipe := pipes.borrow()):
+                try:
+                    received = pipe.fill_from(sock.fileno())
+                    if not received:
+                        return True
+                    self.moved += received
+                    self._way.bytes += received
+                    gathering.count(received)
+                    if not self._drain(pipe):
+                        yield from self._drain_rest(pipe)
+                except BlockingIOError:
+                    return False
+                finally:
+                    pipes.give_back(pipe)
+                if gathering.busy:
+                    yield
+        return False
 
-    def _give_back_pipe(self) -> None:
-        assert self._pipe
-        pipes.give_back(self._pipe)
-        self._pipe = None
+    def _drain(self, pipe: Pipe) -> bool:
+        try:
+            return pipe.drain_to(self.sink.sock.fileno())
+        except OSError as error:
+            raise SinkError(error) from error
+
+    def _drain_rest(self, pipe: Pipe) -> Steps:
+        with self._watching_sink():
+            yield
+            while not self._drain(pipe):
+                yield
+
+    @contextlib.contextmanager
+    def _watching_sink(self) -> Iterator[None]:
+        """Watch the sink instead of the source: nothing is read before the sink has taken what was."""
+        assert self._resume
+        self.source.unwatch()
+        self.sink.watch_writable(self._resume)
+        yield  # an error ends the direction, which watches neither any more
+        self.sink.unwatch_writable()
+        self.source.watch(self._resume)
+
+
+class _Gathering:
+    """How long a source stays busy. After GATHER_AFTER busy reads, the kernel tells of GATHER bytes at once.
+
+    Then the source may stall with fewer than that, which a timer finds: the source counts as busy no longer, and the
+    pump is resumed to read what there is.
+    """
+
+    __slots__ = ("_reads", "_reads_at_look", "_resume", "_sock", "_timer", "busy")
+
+    def __init__(self, sock: Socket, resume: Resume) -> None:
+        self.busy = True
+        self._sock = sock
+        self._resume = resume
+        self._reads = SPLICE_AFTER  # busy ones in a row
+        self._reads_at_look = 0
+        self._timer = IdleTimer(GATHER_LOOK, self._look)
+
+    def count(self, received: int) -> None:
+        """Count a read of so many bytes."""
+        if received < BUSY_READ:
+            self.busy = False
+            return
+        self._reads += 1
+        if self._reads == GATHER_AFTER:
+            set_low_water_mark(self._sock, GATHER)
+            self._timer.start()
+
+    def _look(self) -> bool:
+        if self._reads != self._reads_at_look:
+            self._reads_at_look = self._reads
+            return True
+        self.busy = False
+        self._resume()
+        return False
+
+    def close(self) -> None:
+        """Have the kernel tell of every byte again."""
+        self._timer.stop()
+        if self._reads >= GATHER_AFTER:
+            with contextlib.suppress(OSError):  # it is closed
+                set_low_water_mark(self._sock, 1)
+
+
+@functools.cache
+def _shared_buffer(size: int) -> memoryview:
+    return _shared[:size]

@@ -16,7 +16,7 @@ from nodepass.config import format_duration
 from nodepass.errors import NoDataConnection
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever, accept_waiting, close_all
-from nodepass.net.relay import exchange
+from nodepass.net.relay import relay
 from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import TCPStream
 from nodepass.server.client_slot import ClientSlot
@@ -75,7 +75,7 @@ class VisitorListener(Part):
                 log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
                 if self._slot.version == 1 and visitor.peek() is False:
                     gevent.sleep(HEAD_START)
-                traffic = exchange(visitor, data, self._stats, began)
+                traffic = relay(visitor, data, self._stats, began)
                 words = "visitor %(visitor)s: " + traffic.SENTENCE
                 log.debug("session.closed", words, visitor=peer, **traffic.fields())
             finally:

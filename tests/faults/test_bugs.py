@@ -78,7 +78,8 @@ def wait(_run: Nodepass, _target: Target, _server: OurServer) -> None:
 
 IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
     "serving a visitor": ("server", "nodepass.server.visitor_listener:VisitorListener._serve", visit),
-    "relaying, when there is something to read": ("server", "nodepass.net.pump:Direction._copy", visit),
+    "relaying, from the start": ("server", "nodepass.net.pump:Pump.run", visit),
+    "relaying, at the end of a stream": ("server", "nodepass.net.pump:Pump.end", visit),
     "greeting a client": ("server", "nodepass.server.control_listener:ControlListener._shake_hands", wait),
     "watching an idle connection on the client": ("client", "nodepass.client.pool:ClientPool._readable", visit),
     "opening a lane": ("server", "nodepass.server.udp_flows:VisitorFlows._run", ask),

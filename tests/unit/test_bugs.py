@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
@@ -10,8 +9,8 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.net.pump import Direction
-from nodepass.net.relay import exchange
+from nodepass.net.pump import _Gathering
+from nodepass.net.relay import relay
 from nodepass.net.stream import Data, TCPStream
 from nodepass.stats import Stats
 from nodepass.tunnel.udp import Lane
@@ -71,28 +70,29 @@ def test_a_bug_in_a_lanes_writer_ends_the_lane_and_is_raised_by_it(stack: ExitSt
 def test_a_bug_when_a_full_sink_takes_bytes_again_ends_the_session_and_is_raised_by_it(stack: ExitStack) -> None:
     near, visitor = stack.enter_context(tcp_pair())
     far, target = stack.enter_context(tcp_pair())
-    running = gevent.spawn(exchange, near, Broken(far.sock), Stats())
+    sink = Broken(far.sock)
+    running = gevent.spawn(relay, near, sink, Stats())
     pour(stack, visitor)
-    while not any(each._rest for each in gc.get_objects() if isinstance(each, Direction)):
+    while not (sink._writable and sink._writable.active):
         gevent.sleep(0.01)
     read_to_the_end(target)
     with pytest.raises(Bug):
         running.get()
 
 
-def test_a_bug_in_a_look_at_a_busy_stream_ends_the_session_and_is_raised_by_it(
+def test_a_bug_when_a_busy_stream_has_stalled_ends_the_session_and_is_raised_by_it(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Direction._stop_gathering
+    right = _Gathering.close
 
-    def wrong(_self: Direction) -> None:
-        monkeypatch.setattr(Direction, "_stop_gathering", right)
+    def wrong(_self: _Gathering) -> None:
+        monkeypatch.setattr(_Gathering, "close", right)
         raise Bug
 
-    monkeypatch.setattr(Direction, "_stop_gathering", wrong)
+    monkeypatch.setattr(_Gathering, "close", wrong)
     near, visitor = stack.enter_context(tcp_pair())
     far, target = stack.enter_context(tcp_pair())
-    running = gevent.spawn(exchange, near, far, Stats())
+    running = gevent.spawn(relay, near, far, Stats())
     reader = gevent.spawn(read_to_the_end, target)
     stack.callback(reader.kill)
     visitor.sendall(bytes(64 << 20))  # and then nothing: it stalls

@@ -9,8 +9,7 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.net.relay import exchange
-from nodepass.net.session import Traffic
+from nodepass.net.relay import Traffic, relay
 from nodepass.net.sockets import wait_delivered
 from nodepass.stats import Stats
 from tests.unit.streams import receive_all, reset, tcp_pair
@@ -23,7 +22,7 @@ def ends() -> Iterator[Ends]:
     """Visitor, target, the relay between them, and its counters."""
     stats = Stats()
     with tcp_pair() as (near, visitor), tcp_pair() as (far, target):
-        running: gevent.Greenlet[..., Traffic] = gevent.Greenlet.spawn(exchange, near, far, stats)
+        running: gevent.Greenlet[..., Traffic] = gevent.Greenlet.spawn(relay, near, far, stats)
         yield visitor, target, running, stats
         running.kill()
 

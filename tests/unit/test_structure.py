@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from greenlet import greenlet
 from nodepass.log import Log
 from nodepass.net import pipes
 from nodepass.net import stream as streams
-from nodepass.net.pump import Direction, _shared
-from nodepass.net.relay import exchange
+from nodepass.net.pump import Pump, _shared
+from nodepass.net.relay import relay
 from nodepass.net.sockets import Socket, reset_on_close
 from nodepass.net.stream import Data, TCPStream
 from nodepass.stats import Stats
@@ -50,7 +51,7 @@ class Held:
         for _ in range(count):
             near, visitor = stack.enter_context(tcp_pair())
             far, target = stack.enter_context(tcp_pair())
-            running: Greenlet[..., object] = Greenlet.spawn(exchange, near, far, Stats())
+            running: Greenlet[..., object] = Greenlet.spawn(relay, near, far, Stats())
             stack.callback(running.kill)
             visitor.sendall(b"?")
             assert target.recv(1) == b"?"
@@ -74,10 +75,12 @@ def test_a_quiet_session_costs_one_greenlet_and_no_buffer(stack: ExitStack) -> N
     before = greenlets()
     held = Held(stack, HELD)
     assert greenlets() - before == HELD
-    for direction in [each for each in gc.get_objects() if isinstance(each, Direction)]:
-        assert not direction._rest
-        assert direction._pipe is None
-        assert direction._buffer.obj is _shared.obj
+    pumps = [each for each in gc.get_objects() if inspect.isgenerator(each) and each.gi_code is Pump.run.__code__]
+    assert len(pumps) == 2 * HELD
+    for pump in pumps:
+        assert pump.gi_yieldfrom is None  # it waits for its source, with no pipe and nothing left to send
+        kept = [each for each in pump.gi_frame.f_locals.values() if isinstance(each, bytes | bytearray | memoryview)]
+        assert all(not each or getattr(each, "obj", None) is _shared.obj for each in kept)
     assert held.ends
 
 
@@ -102,7 +105,7 @@ def test_a_message_costs_one_read_and_one_write(stack: ExitStack) -> None:
     calls: list[str] = []
     near, visitor = stack.enter_context(tcp_pair())
     far, target = stack.enter_context(tcp_pair())
-    running: Greenlet[..., object] = Greenlet.spawn(exchange, Counted(near, calls), Counted(far, calls), Stats())
+    running: Greenlet[..., object] = Greenlet.spawn(relay, Counted(near, calls), Counted(far, calls), Stats())
     stack.callback(running.kill)
     gevent.idle()
     calls.clear()
@@ -129,7 +132,7 @@ def test_a_session_sets_an_option_only_where_it_changes(stack: ExitStack, monkey
     calls.clear()
     visitor.close()
     target.close()
-    exchange(near, far, Stats())
+    relay(near, far, Stats())
     assert calls == [True, False, False]
 
 
