@@ -49,7 +49,7 @@ class ControlListener(Part):
         self._slot = slot
         self._data_listener = data_listener
         self._offer = offer
-        self._pending = PendingConnections("the tunnel address", self._log, self._stats)
+        self._pending = PendingConnections("tunnel", self._log, self._stats)
         self._is_stopping = False
 
     def start(self) -> None:

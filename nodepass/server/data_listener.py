@@ -47,7 +47,7 @@ class DataListener(Part):
         self._slot = slot
         self._pool = slot.pool
         self._certificate = certificate
-        self._pending = PendingConnections("the data port", self._log, self._stats)
+        self._pending = PendingConnections("data", self._log, self._stats)
 
     def start(self) -> None:
         for listener in self._listeners:

@@ -73,7 +73,7 @@ class PendingConnections:
         return len(self._here)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} at {self._port}: {len(self)}, {len(self._silent)} of them silent>"
+        return f"<{type(self).__name__} at the {self._port} port: {len(self)}, {len(self._silent)} of them silent>"
 
     def accept(self, sock: Socket, work: Work, *args: object, speaks_first: bool = False) -> None:
         """Run `work(sock, *args)` in a greenlet; it must close the connection or hand it on, also where it is killed.
@@ -117,9 +117,9 @@ class PendingConnections:
             if speaks_first:
                 with self._watching(pending):
                     yield
-            pending.greenlet = self._tasks.spawn(self._port, self._run, pending, work, args)
+            pending.greenlet = self._tasks.spawn(f"the {self._port} port", self._run, pending, work, args)
         except Exception as error:  # noqa: BLE001  # a bug; an exception would be lost in the event loop
-            report_bug(f"a pending connection to {self._port}", error, self._log, self._stats)
+            report_bug(f"a pending connection to the {self._port} port", error, self._log, self._stats)
             self.release(pending.sock)
             pending.sock.close()
         yield
@@ -166,7 +166,7 @@ class PendingConnections:
 
     def _drop(self, pending: _Pending) -> None:
         self._stats.trouble["pending_dropped"] += 1
-        words = "too many newcomers to %(port)s that say nothing: dropped the oldest, of %(peer)s"
+        words = "too many newcomers to the %(port)s port that say nothing: dropped the oldest, of %(peer)s"
         self._log.warning("pending.dropped", words, Limit(burst=1), port=self._port, peer=pending.host)
         self._end(pending)
 

@@ -43,7 +43,7 @@ def take_sample(process: Nodepass) -> Sample:
     """The memory of a process now; without the pages of files, which every Python on the machine shares."""
     mark = process.mark()
     process.send(signal.SIGUSR2)
-    inside = process.wait_for("soak.memory", after=mark)
+    inside = process.wait_for(tunnel="soak", after=mark)
     resident = re.search(r"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
     assert resident, "no RssAnon in /proc/PID/status"
     return Sample(time.monotonic(), int(resident[1]), inside["heap"] // 1024, inside["blocks"])

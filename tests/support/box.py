@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tests.support.log import Entry, parse
+from tests.support.log import Entry, check_wanted, parse
 from tests.support.process import REPOSITORY
 from tests.support.sockets import PATIENCE, until
 from tests.support.v2_network import inside
@@ -201,6 +201,7 @@ class Unit:
 
     def wait_for(self, event: str, **fields: Any) -> Entry:
         """The first such event in the journal."""
+        check_wanted(event, fields)
 
         def found() -> list[Entry]:
             return [entry for entry in self.journal() if entry.matches(event, fields)]

@@ -6,10 +6,12 @@ the line about a bad setting or an interpreter's traceback, becomes an `Entry` t
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PRIORITY = re.compile(r"^<\d>")
@@ -17,6 +19,37 @@ PRIORITY = re.compile(r"^<\d>")
 
 OWN = ("time", "level", "tunnel", "session", "event", "message", "traceback")
 """Keys of a line that are no fields of its event."""
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "logging.md"
+"""Lists all events; a unit test compares it with the code."""
+
+
+@dataclass(frozen=True)
+class Documented:
+    """What the document says of an event."""
+
+    levels: frozenset[str]
+    fields: frozenset[str]
+
+
+@functools.cache
+def documented() -> dict[str, Documented]:
+    """Every event of the document by its name."""
+    rows = re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| ([a-z, ]+) \|([^|]*)\|", DOCUMENT.read_text(), re.MULTILINE)
+    return {
+        name: Documented(frozenset(levels.split(", ")), frozenset(re.findall(r"`(\w+)`", fields)))
+        for name, levels, fields in rows
+    }
+
+
+def check_wanted(event: str, wanted: Collection[str]) -> None:
+    """That there is such an event with such fields: one that is misspelt would never be found."""
+    known = documented()
+    assert not event or event in known, f"no event has this name: {event}"
+    fields = known[event].fields if event else frozenset().union(*(each.fields for each in known.values()))
+    unknown = set(wanted) - fields - (set(OWN) - {"message"})
+    assert not unknown, f"{event or 'no event'} has no field {', '.join(sorted(unknown))}"
 
 
 def one_of(*values: object) -> Callable[[object], bool]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from tests.support.log import Entry, parse
+from tests.support.log import Entry, check_wanted, parse
 from tests.support.proc import count_descriptors
 from tests.support.sockets import PATIENCE, until
 
@@ -189,6 +189,7 @@ class Nodepass:
 
     def find(self, event: str = "", *, after: int = 0, **fields: Any) -> list[Entry]:
         """The events so far of this name (of any, without one) whose fields are so; see `Entry.matches`."""
+        check_wanted(event, fields)
         return [entry for entry in self.entries[after:] if entry.matches(event, fields)]
 
     def find_crashes(self, after: int = 0) -> list[Entry]:
@@ -197,6 +198,7 @@ class Nodepass:
 
     def wait_for(self, event: str = "", *, after: int = 0, timeout: float = PATIENCE, **fields: Any) -> Entry:
         """The first such event behind the mark; AssertionError at the timeout or the end of the log."""
+        check_wanted(event, fields)
         deadline = time.monotonic() + timeout
         seen = after
         with self._changed:
