@@ -1,7 +1,8 @@
-"""Proofs that a peer has the tunnel's key: HMACs over what both ends have seen (docs/protocol.md). No I/O.
+"""Proofs that a peer has the tunnel's key: HMACs over what both ends have sent (docs/protocol.md). No I/O.
 
-The key itself never leaves the process, nor anything that it could be guessed from cheaply: scrypt makes each guess
-cost 16 MiB and tens of milliseconds.
+The key itself never leaves the process. What does leave it allows no cheap guesses: scrypt makes each of them cost
+16 MiB and tens of milliseconds. `tunnel.handshake` exchanges and checks the proofs of the control connection, the data
+dialer and the data listener those of data connections.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ class Key:
         return "<Key>"
 
     def client_proof(self, client_nonce: str, server_nonce: str) -> str:
-        """What the client writes on the control connection, 64 hex digits."""
+        """The client's proof on the control connection, 64 hex digits."""
         return _mac(self._key, b"client\n" + _nonces(client_nonce, server_nonce)).hex()
 
-    def server_proof(self, client_nonce: str, server_nonce: str, tunnel: Offer) -> str:
-        """What the server writes behind the parameters that it vouches for, 64 hex digits."""
-        return _mac(self._key, b"server\n" + _transcript(client_nonce, server_nonce, tunnel)).hex()
+    def server_proof(self, client_nonce: str, server_nonce: str, offer: Offer) -> str:
+        """The server's proof, which also covers the parameters of its offer, 64 hex digits."""
+        return _mac(self._key, b"server\n" + _transcript(client_nonce, server_nonce, offer)).hex()
 
-    def session(self, client_nonce: str, server_nonce: str, tunnel: Offer) -> SessionKey:
+    def session(self, client_nonce: str, server_nonce: str, offer: Offer) -> SessionKey:
         """The key of the data connections that belong to one control connection."""
-        return SessionKey(_mac(self._key, b"session\n" + _transcript(client_nonce, server_nonce, tunnel)))
+        return SessionKey(_mac(self._key, b"session\n" + _transcript(client_nonce, server_nonce, offer)))
 
 
 class SessionKey:
@@ -56,12 +57,12 @@ class SessionKey:
         return "<SessionKey>"
 
     def data_proof(self, id: str) -> bytes:
-        """What the client writes on the data connection of this id, 32 bytes."""
+        """The client's proof on the data connection of this id, 32 bytes."""
         return _mac(self._key, b"data\n" + id.encode())
 
 
 def same(one: str | bytes, other: str | bytes) -> bool:
-    """Whether two proofs are the same, in a time that does not tell where they differ."""
+    """Whether two proofs are the same, in a time that does not depend on where they differ."""
     return hmac.compare_digest(_bytes(one), _bytes(other))
 
 
@@ -77,5 +78,5 @@ def _nonces(client_nonce: str, server_nonce: str) -> bytes:
     return f"nodepass/2\n{client_nonce}\n{server_nonce}\n".encode()
 
 
-def _transcript(client_nonce: str, server_nonce: str, tunnel: Offer) -> bytes:
-    return _nonces(client_nonce, server_nonce) + f"{tunnel.data_port}\n{tunnel.tls}\n{tunnel.fingerprint}\n".encode()
+def _transcript(client_nonce: str, server_nonce: str, offer: Offer) -> bytes:
+    return _nonces(client_nonce, server_nonce) + f"{offer.data_port}\n{offer.tls}\n{offer.fingerprint}\n".encode()

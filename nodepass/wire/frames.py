@@ -1,4 +1,7 @@
-"""Frames of a UDP lane: `flow` (u32), `length` (u16), payload, big-endian. No I/O."""
+"""Frames of a UDP lane (wire v2): `flow` (u32), `length` (u16), payload, big-endian. No I/O.
+
+Either end sends one for each datagram; `tunnel.udp` carries them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def encode_frame(flow: int, payload: bytes) -> bytes:
 
 
 class FrameBuffer:
-    """Splits a byte stream into frames. What it holds is less than one frame, 64 KiB at most."""
+    """Splits a byte stream into frames. It holds less than one frame, 64 KiB at most."""
 
     def __init__(self) -> None:
         self._held = b""

@@ -1,7 +1,8 @@
-"""The wire's signals as frozen dataclasses, to and from bytes. No I/O. docs/protocol.md describes both versions.
+"""The wire's signals: frozen dataclasses, to and from bytes. No I/O. docs/protocol.md describes both versions.
 
-A signal is one line on the control connection, shaped like a URL without scheme: `//<host>[?<query>][#<fragment>]`.
-Parsers accept what a NodePass v1.0.4 accepts: white space around a line, an ignored query, unknown fragments.
+A signal is one line on the control connection, shaped like a URL without a scheme: `//<host>[?<query>][#<fragment>]`.
+Parsers accept what NodePass v1.0.4 accepts: white space around a line, an ignored query, unknown fragments. When a
+signal is sent is decided by `tunnel.handshake` and `tunnel.control`, which call this module.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from dataclasses import dataclass
 
 from nodepass.errors import ProtocolError
 
-MAX_LINE = 4096  # bytes of one signal; the longest that a peer has reason to send is under 200
-ID_LENGTH = 8  # bytes: hex digits that the server writes first on a data connection
+MAX_LINE = 4096  # bytes of one signal; the longest that either end has reason to send is under 200
 
+# What a data connection begins with.
+ID_LENGTH = 8  # bytes: hex digits that the server writes first
+DATA_PREFIX = b"//data\n"  # v2: what the client writes first where data connections share the tunnel port
+TLS_RECORD = b"\x16"  # the first byte of a TLS handshake
+
+# Kinds of sessions.
 TCP = 1
 UDP = 2
 LANE = 3  # v2
 KIND_NAMES = {TCP: "tcp", UDP: "udp", LANE: "lane"}
 _KINDS = {b"%d" % kind: kind for kind in KIND_NAMES}
 
-DATA_PREFIX = b"//data\n"  # v2: what a data connection begins with where it shares the tunnel port
-TLS_RECORD = b"\x16"  # what a TLS handshake begins with
-
-# v2: why a peer is turned away, in the words of the log.
+# v2: reasons for which a server refuses a client, and what they mean for the client's operator.
 KEY_REQUIRED = "key-required"
 KEY_MISMATCH = "key-mismatch"
 BUSY = "busy"
@@ -37,18 +40,27 @@ REASONS = {
     SHUTDOWN: "the server is shutting down",
 }
 
+# v2: the form of each parameter of a query.
+_NONCE = re.compile(r"[0-9a-f]{32}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FORMS = {
+    "nonce": _NONCE,
+    "mac": _SHA256,
+    "fp": _SHA256,
+    "reason": re.compile(r"[a-z-]{1,32}"),
+    "hb": re.compile(r"[1-9][0-9]{0,8}"),  # milliseconds
+}
+
 _LAUNCH = re.compile(rb"//([0-9a-f]{8})#([123])")
 _LINE = re.compile(rb"//([^/?#\s]*)(?:\?([^#\s]*))?(?:#(\S*))?")
 _ID = re.compile(rb"[0-9a-f]{8}")
-_NONCE = re.compile(r"[0-9a-f]{32}")
-_HASH = re.compile(r"[0-9a-f]{64}")
-_TOKEN = re.compile(r"[a-z-]{1,32}")
-_MILLISECONDS = re.compile(r"[1-9][0-9]{0,8}")
+_PORT = re.compile(rb"[0-9]{1,5}")
+_TLS_MODES = (b"0", b"1", b"2")
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Client to server, its first line in v2: I speak v2."""
+    """Client to server, its first line in v2: the client speaks this version."""
 
     nonce: str
     version: str = "2"
@@ -59,7 +71,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Challenge:
-    """Server to client, v2 with a key: prove that you have it."""
+    """Server to client, v2 with a key: the client must prove that it has the key."""
 
     nonce: str
 
@@ -69,7 +81,7 @@ class Challenge:
 
 @dataclass(frozen=True)
 class Auth:
-    """Client to server: the proof."""
+    """Client to server, its answer to a challenge: proves the key."""
 
     mac: str
 
@@ -79,7 +91,7 @@ class Auth:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Server to client: you are turned away; the connection is closed behind it."""
+    """Server to client, v2: the client is refused, for one of REASONS; the server then closes the connection."""
 
     reason: str
 
@@ -89,15 +101,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Offer:
-    """Server to client, first line of v1, last of the v2 handshake: where data connections go, and how.
+    """Server to client, the only line of v1's handshake and the last of v2's: says where data connections go, and how.
 
-    `heartbeat` is in milliseconds and absent in v1, as is all that follows it.
+    `heartbeat` is in milliseconds; it and everything after it is absent in v1.
     """
 
     data_port: int
     tls: int  # 0, 1 or 2
     heartbeat: int | None = None
-    mux: bool = False  # data connections come to the tunnel port, behind DATA_PREFIX
+    mux: bool = False  # data connections go to the tunnel port, and begin with DATA_PREFIX
     fingerprint: str = ""  # SHA-256 of the certificate in DER, with tls=1
     mac: str = ""  # the server's proof, where it has a key
 
@@ -128,7 +140,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Server to client: I am here. An empty line, which a v2 client answers with another."""
+    """Server to client, an empty line: the server is alive. A v2 client answers with the same."""
 
     def encode(self) -> bytes:
         return b"\n"
@@ -136,7 +148,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Unknown:
-    """A well-formed line whose meaning a later version may know; to be ignored."""
+    """A well-formed line that a later version may know; its reader ignores it."""
 
     line: bytes
 
@@ -146,30 +158,30 @@ HEARTBEAT = Heartbeat()
 
 def parse_hello(line: bytes) -> Hello:
     """The first line that a server reads from a v2 client. Raises ProtocolError."""
-    host, query, _ = _parts(line)
+    host, query, _ = _split(line)
     if host != b"hello":
         raise ProtocolError(f"not a hello: {printable(line)}")
     if (version := query.get("v", "")) != "2":
         return Hello("", version)
-    return Hello(_field(line, query, "nonce", _NONCE))
+    return Hello(_parameter(line, query, "nonce"))
 
 
 def parse_auth(line: bytes) -> Auth:
-    """What a server reads behind its challenge. Raises ProtocolError."""
-    host, query, _ = _parts(line)
+    """What a server reads after its challenge. Raises ProtocolError."""
+    host, query, _ = _split(line)
     if host != b"auth":
         raise ProtocolError(f"not an auth: {printable(line)}")
-    return Auth(_field(line, query, "mac", _HASH))
+    return Auth(_parameter(line, query, "mac"))
 
 
 def parse_opening(line: bytes) -> Challenge | Refusal | Offer:
     """What a client reads until the handshake is over. Raises ProtocolError."""
-    host, query, fragment = _parts(line)
+    host, query, fragment = _split(line)
     if host == b"challenge":
-        return Challenge(_field(line, query, "nonce", _NONCE))
+        return Challenge(_parameter(line, query, "nonce"))
     if host == b"error":
-        return Refusal(_field(line, query, "reason", _TOKEN))
-    if not re.fullmatch(rb"[0-9]{1,5}", host) or fragment not in (b"0", b"1", b"2"):
+        return Refusal(_parameter(line, query, "reason"))
+    if not _PORT.fullmatch(host) or fragment not in _TLS_MODES:
         raise ProtocolError(f"not a tunnel signal: {printable(line)}")
     port, tls = int(host), int(fragment)
     if not 1 <= port <= 65535:
@@ -179,15 +191,15 @@ def parse_opening(line: bytes) -> Challenge | Refusal | Offer:
     return Offer(
         port,
         tls,
-        int(_field(line, query, "hb", _MILLISECONDS)),
+        int(_parameter(line, query, "hb")),
         query.get("mux") == "1",
-        _field(line, query, "fp", _HASH) if "fp" in query else "",
-        _field(line, query, "mac", _HASH) if "mac" in query else "",
+        _parameter(line, query, "fp") if "fp" in query else "",
+        _parameter(line, query, "mac") if "mac" in query else "",
     )
 
 
-def _parts(line: bytes) -> tuple[bytes, dict[str, str], bytes]:
-    """Host, query and fragment; of a parameter given twice the first counts."""
+def _split(line: bytes) -> tuple[bytes, dict[str, str], bytes]:
+    """Host, query and fragment; of a parameter given twice the first counts. Raises ProtocolError."""
     match = _LINE.fullmatch(line.strip())
     if not match:
         raise ProtocolError(f"malformed signal: {printable(line)}")
@@ -198,21 +210,22 @@ def _parts(line: bytes) -> tuple[bytes, dict[str, str], bytes]:
     return match[1], query, match[3] or b""
 
 
-def _field(line: bytes, query: dict[str, str], name: str, form: re.Pattern[str]) -> str:
+def _parameter(line: bytes, query: dict[str, str], name: str) -> str:
+    """A parameter that must have its form. Raises ProtocolError."""
     value = query.get(name, "")
-    if not form.fullmatch(value):
+    if not _FORMS[name].fullmatch(value):
         raise ProtocolError(f"{name} is missing or malformed: {printable(line)}")
     return value
 
 
 def parse_signal(line: bytes) -> Launch | Heartbeat | Unknown:
-    """Any later line that a client reads. Raises ProtocolError."""
+    """What either end reads after the handshake. Raises ProtocolError."""
     if launch := _LAUNCH.fullmatch(line):  # as nearly all are
         return Launch(launch[1].decode(), int(launch[2]))
     line = line.strip()
     if not line:
         return HEARTBEAT
-    host, _, fragment = _parts(line)
+    host, _, fragment = _split(line)
     if kind := _KINDS.get(fragment):
         return Launch(parse_id(host), kind)
     return Unknown(line)
@@ -226,14 +239,14 @@ def parse_id(data: bytes) -> str:
 
 
 def printable(data: bytes, limit: int = 60) -> str:
-    """A peer's bytes for a log line: escaped, so that they can forge none, and cut."""
+    """A peer's bytes for a log line: cut, and escaped so that they cannot forge another line."""
     return repr(data[:limit])[1:] + ("…" if len(data) > limit else "")
 
 
 class LineBuffer:
     """Splits a byte stream into lines of at most MAX_LINE bytes.
 
-    A longer line is skipped up to its end and counted in `skipped`; what is held never exceeds MAX_LINE.
+    A longer line is skipped up to its end and counted in `skipped`; no more than MAX_LINE bytes are held.
     """
 
     def __init__(self) -> None:

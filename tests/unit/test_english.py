@@ -121,13 +121,8 @@ NOT_YET = {  # still to be rewritten
     "nodepass/net/unix.py",
     "nodepass/server/client_slot.py",
     "nodepass/server/control_listener.py",
-    "nodepass/server/data_listener.py",
-    "nodepass/server/datagram_listener.py",
     "nodepass/server/pending.py",
     "nodepass/server/pool.py",
-    "nodepass/server/server.py",
-    "nodepass/server/udp_flows.py",
-    "nodepass/server/visitor_listener.py",
     "nodepass/stats.py",
     "nodepass/tasks.py",
     "nodepass/tls/verify.py",
@@ -139,10 +134,8 @@ NOT_YET = {  # still to be rewritten
     "nodepass/tools/top_table.py",
     "nodepass/tunnel/control.py",
     "nodepass/tunnel/handshake.py",
-    "nodepass/tunnel/interface.py",
     "nodepass/tunnel/pool.py",
     "nodepass/tunnel/udp.py",
-    "nodepass/wire/signals.py",
 }
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import is_dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nodepass.errors import ProtocolError
+from nodepass.wire import signals as module
 from nodepass.wire.signals import (
     HEARTBEAT,
     LANE,
     MAX_LINE,
+    REASONS,
     TCP,
     UDP,
     Auth,
@@ -32,26 +36,45 @@ from nodepass.wire.signals import (
     printable,
 )
 
+NONCE, MAC, FINGERPRINT = "0" * 32, "a" * 64, "f" * 64
 
-@pytest.mark.parametrize(
-    ("signal", "line"),
-    [
-        (Launch("deadbeef", TCP), b"//deadbeef#1\n"),
-        (Launch("00000000", UDP), b"//00000000#2\n"),
-        (HEARTBEAT, b"\n"),
-        (Launch("12345678", LANE), b"//12345678#3\n"),
-        (Offer(10102, 1), b"//10102#1\n"),
-        (Offer(1, 0, 5000), b"//1?v=2&hb=5000#0\n"),
-        (
-            Offer(1, 1, 5000, True, "f" * 64, "a" * 64),
-            b"//1?v=2&hb=5000&mux=1&fp=" + b"f" * 64 + b"&mac=" + b"a" * 64 + b"#1\n",
-        ),
-    ],
-)
-def test_a_signal_is_one_line_in_both_directions(signal: Launch | Heartbeat | Offer, line: bytes) -> None:
+# Each signal, its bytes, and what reads it.
+WIRE = [
+    (Hello(NONCE), b"//hello?v=2&nonce=" + b"0" * 32 + b"\n", parse_hello),
+    (Challenge(NONCE), b"//challenge?nonce=" + b"0" * 32 + b"\n", parse_opening),
+    (Auth(MAC), b"//auth?mac=" + b"a" * 64 + b"\n", parse_auth),
+    *((Refusal(reason), b"//error?reason=%b\n" % reason.encode(), parse_opening) for reason in REASONS),
+    (Offer(10102, 1), b"//10102#1\n", parse_opening),
+    (Offer(1, 0, 5000), b"//1?v=2&hb=5000#0\n", parse_opening),
+    (Offer(65535, 2, 1, True), b"//65535?v=2&hb=1&mux=1#2\n", parse_opening),
+    (
+        Offer(1, 1, 5000, True, FINGERPRINT, MAC),
+        b"//1?v=2&hb=5000&mux=1&fp=" + b"f" * 64 + b"&mac=" + b"a" * 64 + b"#1\n",
+        parse_opening,
+    ),
+    (Launch("deadbeef", TCP), b"//deadbeef#1\n", parse_signal),
+    (Launch("00000000", UDP), b"//00000000#2\n", parse_signal),
+    (Launch("12345678", LANE), b"//12345678#3\n", parse_signal),
+    (HEARTBEAT, b"\n", parse_signal),
+]
+
+
+@pytest.mark.parametrize(("signal", "line", "parse"), WIRE, ids=[repr(line) for _, line, _ in WIRE])
+def test_a_signal_is_one_line_in_both_directions(
+    signal: Hello | Challenge | Auth | Refusal | Offer | Launch | Heartbeat,
+    line: bytes,
+    parse: Callable[[bytes], object],
+) -> None:
     assert signal.encode() == line
-    parse = parse_opening if isinstance(signal, Offer) else parse_signal
     assert parse(line) == signal
+    assert line.count(b"\n") == 1
+    assert len(line) < MAX_LINE
+
+
+def test_every_signal_is_in_the_table() -> None:
+    """But those that are only read."""
+    signals = {each for each in vars(module).values() if is_dataclass(each) and hasattr(each, "encode")}
+    assert {type(signal) for signal, _, _ in WIRE} == {each for each in signals if isinstance(each, type)}
 
 
 @pytest.mark.parametrize("line", [b"  //deadbeef#1\r", b"\t//deadbeef?v=2&x=1#1"])
@@ -76,17 +99,6 @@ def test_a_malformed_signal_is_refused(line: bytes) -> None:
 def test_a_bad_tunnel_signal_is_refused(line: bytes) -> None:
     with pytest.raises(ProtocolError):
         parse_opening(line)
-
-
-def test_the_handshakes_lines_are_read_as_they_are_written() -> None:
-    hello, challenge, auth = Hello("0" * 32), Challenge("1" * 32), Auth("2" * 64)
-    assert hello.encode() == b"//hello?v=2&nonce=" + b"0" * 32 + b"\n"
-    assert challenge.encode() == b"//challenge?nonce=" + b"1" * 32 + b"\n"
-    assert auth.encode() == b"//auth?mac=" + b"2" * 64 + b"\n"
-    assert parse_hello(hello.encode()) == hello
-    assert parse_opening(challenge.encode()) == challenge
-    assert parse_auth(auth.encode()) == auth
-    assert parse_opening(Refusal("busy").encode()) == Refusal("busy")
 
 
 @pytest.mark.parametrize(
