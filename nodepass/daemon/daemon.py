@@ -76,7 +76,10 @@ class Daemon:
         ]
         self._notifier = Notifier(manager, self._tunnels, settings, self._log, self._stats, self._fail)
         # In the order of starting. All stop at once; the endpoint answers until it is closed, while tunnels drain.
-        self._parts: list[Part] = [*self._make_endpoint(), *self._tunnels, self._notifier]
+        self._endpoint = self._make_endpoint()
+        self._parts: list[Part] = [*self._tunnels, self._notifier]
+        if self._endpoint:
+            self._parts.insert(0, self._endpoint)
 
     @property
     def bugs(self) -> int:
@@ -92,8 +95,8 @@ class Daemon:
         gevent.get_hub().print_exception = self._report_stray  # type: ignore[method-assign,assignment]
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
             gevent.signal_handler(number, self._signals.put, number)
-        self._log_limits()
         self._start()
+        self._log_limits()
         for tunnel in self._tunnels:
             self._tasks.spawn("supervise", tunnel.run)
         self._wait_for_stop()
@@ -105,19 +108,21 @@ class Daemon:
                 "a second signal: exiting at once, %(sessions)d sessions cut",
                 sessions=self._sessions(),
             )
+            if self._endpoint:
+                self._endpoint.close()  # removes the file of its socket; the kernel closes everything else
         if self._failure:
             raise self._failure
 
-    def _make_endpoint(self) -> list[MetricsEndpoint]:
+    def _make_endpoint(self) -> MetricsEndpoint | None:
         """What METRICS_LISTEN asks for. Raises ConfigError where what it needs is not installed."""
         listen = self._settings.metrics_listen
         if listen is None:
-            return []
+            return None
         try:
             from nodepass.metrics.endpoint import MetricsEndpoint
         except ImportError as error:
             raise ConfigError(f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client") from None
-        return [MetricsEndpoint(listen, self._watch, self._log, self._stats)]
+        return MetricsEndpoint(listen, self._watch, self._log, self._stats)
 
     def _watch(self) -> list[Watched]:
         return [tunnel.watched() for tunnel in self._tunnels]
