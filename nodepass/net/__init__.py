@@ -1,1 +1,1 @@
-"""Sockets, streams and the relay between two of them; nothing here knows what a tunnel is."""
+"""Sockets, listeners, streams and the relay between two of them; nothing here knows what a tunnel is."""

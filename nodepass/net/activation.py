@@ -1,8 +1,9 @@
-"""Sockets that systemd opened and passed: which of them is meant by which address of a URL.
+"""Sockets that systemd opened and passed to the process: which of them belongs to which address.
 
-They belong to systemd, which keeps them open while the process restarts, so that whoever connects meanwhile waits in
-the kernel's queue. What is given out here is a duplicate, for its taker to close; the original stays for a tunnel that
-starts anew. How sockets are used is the business of `listen`, which asks; `cli` makes the one collection.
+They belong to systemd, which keeps them open while the process restarts, so that connections made meanwhile wait in the
+kernel's queue. What is given out is a duplicate, which its taker closes; the original stays for the next start.
+`listen` asks for them and knows how a socket is used. `daemon` and `check` make the one collection of their process and
+name the roles, which are plain names here: a unit may name a socket after a role (FileDescriptorName=).
 """
 
 from __future__ import annotations
@@ -15,93 +16,108 @@ from nodepass.errors import ConfigError
 from nodepass.net.sockets import Endpoint, format_sockaddr, plain_host
 from nodepass.urls import Address
 
-TUNNEL, DATA, TARGET = ROLES = ("tunnel", "data", "target")
 KINDS: dict[int, str] = {socket.SOCK_STREAM: "tcp", socket.SOCK_DGRAM: "udp"}
 
 
 @dataclass(frozen=True)
 class PassedSocket:
-    """A socket that systemd opened, under the name that FileDescriptorName= gave it; else that is its unit's."""
+    """A socket that systemd opened, and its name: that of FileDescriptorName=, or else of its unit."""
 
     name: str
     sock: socket.socket
 
 
 class Inherited:
-    """The sockets that were passed to the process, none where there is no socket unit."""
+    """The sockets passed to the process, none where there is no socket unit."""
 
-    def __init__(self, sockets: Sequence[PassedSocket] = ()) -> None:
+    def __init__(self, sockets: Sequence[PassedSocket] = (), roles: Collection[str] = ()) -> None:
+        """`roles`: the names that reserve a socket for one role. Raises ConfigError where a socket is not usable."""
         self._sockets = sockets
+        self._roles = roles
         self._owners: dict[PassedSocket, Owner] = {}
         for each in sockets:
             _check(each)
 
     def share(self) -> Share:
-        """What one tunnel may take from; what it has taken once is for it alone, also when it starts anew."""
-        return Share(self._sockets, self._owners)
+        """A new share. A socket that one share has taken is not given to another one."""
+        return Share(self)
 
-    def refuse_unused(self) -> None:
-        """Raise ConfigError where a socket fits no URL: whoever connects to it would wait for ever."""
-        if unused := _unused(self._sockets, self._owners):
-            allowed = "the tunnel, data and target addresses of the server URLs"
-            raise ConfigError(f"systemd passed {unused}, which fits no URL; allowed: {allowed}")
+    def unused(self) -> str:
+        """The sockets that no share has taken, for the user; empty where there are none."""
+        return ", ".join(_describe(each) for each in self._sockets if each not in self._owners)
+
+    def candidates(self, owner: Owner, role: str, kind: int) -> list[PassedSocket]:
+        """Sockets of a kind that the owner may take: its own and free ones that are not named after another role."""
+        return [
+            each
+            for each in self._sockets
+            if each.sock.type == kind
+            and (each.name == role or each.name not in self._roles)
+            and self._owners.get(each, owner) == owner
+        ]
+
+    def assign(self, sockets: Sequence[PassedSocket], owner: Owner) -> None:
+        """Have these sockets belong to an owner from now on."""
+        self._owners.update(dict.fromkeys(sockets, owner))
 
 
 class Share:
-    """One tunnel's way to the sockets; by itself it has none to give."""
+    """The passed sockets of one tunnel, which stay its own when it starts again."""
 
-    def __init__(self, sockets: Sequence[PassedSocket] = (), owners: dict[PassedSocket, Owner] | None = None) -> None:
-        self._sockets = sockets
-        self._owners = {} if owners is None else owners
+    def __init__(self, inherited: Inherited, tunnel: object = None, role: str = "") -> None:
+        self._inherited = inherited
+        self._tunnel = tunnel or self
+        self._role = role
 
-    def ports(self, role: str, kind: int) -> set[int]:
-        """The ports on which something was passed for a role."""
-        return {_port(each) for each in self._sockets if _may_be(each, role, kind)}
+    def of(self, role: str) -> Share:
+        """The same tunnel's sockets for one role."""
+        return Share(self._inherited, self._tunnel, role)
 
-    def take(self, role: str, kind: int, address: Address, endpoints: Sequence[Endpoint]) -> list[socket.socket]:
-        """Duplicates of the sockets of a kind that are bound to an address, whose endpoints these are.
+    def ports(self, kind: int) -> set[int]:
+        """The ports of the sockets of a kind that could be taken."""
+        return {_port(each) for each in self._candidates(kind)}
 
-        An address without a host takes whatever listens on its port. Port 0 takes the port of the first socket that is
-        named after the role. A socket that is named after another role is left alone.
+    def take(self, kind: int, address: Address, endpoints: Sequence[Endpoint]) -> list[socket.socket]:
+        """Take the sockets of a kind that are bound to an address; `endpoints` are those of the address.
+
+        An address without a host takes every socket on its port. Port 0 takes the port of the first socket that is
+        named after the role. Returns duplicates.
         """
         fitting: list[PassedSocket] = []
-        port, me = address.port, (self, role)
-        for each in self._sockets:
-            if self._owners.get(each, me) != me or not _may_be(each, role, kind):
-                continue
-            if not port and each.name == role:
+        port = address.port
+        for each in self._candidates(kind):
+            if not port and each.name == self._role:
                 port = _port(each)
             at_host = not address.host or any(_is_at(each.sock, endpoint) for endpoint in endpoints)
             if port and _port(each) == port and at_host:
                 fitting.append(each)
-        self._owners.update(dict.fromkeys(fitting, me))
+        self._inherited.assign(fitting, self._owner)
         return [each.sock.dup() for each in fitting]
 
     def hint(self) -> str:
-        """For the end of a line about an address that nothing can listen on: what was passed in vain."""
-        unused = _unused(self._sockets, self._owners)
+        """For the end of an error about an address that nothing can listen on: the sockets that are left over."""
+        unused = self._inherited.unused()
         return f"; systemd passed {unused}, which is not that address" if unused else ""
 
+    @property
+    def _owner(self) -> Owner:
+        return self._tunnel, self._role
 
-Owner = tuple[Share, str]  # and for which role
-NOTHING = Share()  # for who cannot be passed anything
+    def _candidates(self, kind: int) -> list[PassedSocket]:
+        return self._inherited.candidates(self._owner, self._role, kind)
+
+
+Owner = tuple[object, str]  # a tunnel and a role
+NOTHING = Inherited().share()  # where no sockets are passed
 
 
 def missing_endpoints(
     address: Address, endpoints: Sequence[Endpoint], taken: Sequence[socket.socket]
 ) -> list[Endpoint]:
-    """The endpoints of an address that the sockets taken for it leave to be opened."""
+    """The endpoints of an address that the sockets taken for it leave to open."""
     if not address.host:
         return [] if taken else list(endpoints)
     return [each for each in endpoints if not any(_is_at(sock, each) for sock in taken)]
-
-
-def _may_be(passed: PassedSocket, role: str, kind: int) -> bool:
-    return passed.sock.type == kind and (passed.name == role or passed.name not in ROLES)
-
-
-def _unused(sockets: Sequence[PassedSocket], owners: Collection[PassedSocket]) -> str:
-    return ", ".join(_describe(each) for each in sockets if each not in owners)
 
 
 def _check(passed: PassedSocket) -> None:
@@ -124,5 +140,5 @@ def _port(passed: PassedSocket) -> int:
 
 
 def _is_at(sock: socket.socket, endpoint: Endpoint) -> bool:
-    """Whether it is bound to this very host: a socket of all addresses is not for a URL that names one."""
+    """Whether a socket is bound to this very host: one that is bound to all hosts is not for a URL that names one."""
     return sock.family == endpoint.family and plain_host(sock.getsockname()) == plain_host(endpoint.sockaddr)

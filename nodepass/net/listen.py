@@ -1,7 +1,8 @@
-"""Listening: TCP and UDP sockets on an address, the accept loop, datagrams answered from where they were sent to.
+"""Listening: TCP and UDP sockets on an address, and the loop that accepts connections.
 
-A socket that systemd passed for an address is taken instead of a new one. Whoever listens closes. Errors at opening are
-`ListenError`s, one line for the user.
+A socket that systemd passed for an address is taken instead of a new one (see `activation`). The caller closes what it
+gets. An error at opening is a `ListenError`, one line for the user, and closes what was opened before it. The listeners
+of the server and the metrics endpoint use this; connections are dialled in `sockets`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import gevent
 from nodepass.config import Ports
 from nodepass.errors import ListenError, reason
 from nodepass.log import Limit, Log
-from nodepass.net.activation import DATA, KINDS, NOTHING, TARGET, TUNNEL, Share, missing_endpoints
+from nodepass.net.activation import NOTHING, Share, missing_endpoints
 from nodepass.net.sockets import (
     Endpoint,
     Socket,
@@ -28,29 +29,30 @@ from nodepass.net.sockets import (
 from nodepass.net.udp import IP_PKTINFO
 from nodepass.urls import Address
 
-BACKLOG = 4096  # the kernel cuts it to net.core.somaxconn
+BACKLOG = 4096  # connections; the kernel cuts it to net.core.somaxconn
 UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max
-ACCEPTS_PER_TURN = 4  # then others get theirs: a handshake that follows may take half a millisecond
-ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, EMFILE above all
-_WHAT = {TUNNEL: "tunnel address", DATA: "data port", TARGET: "target address"}
-_CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept says once the listener is closed
+ACCEPTS_PER_TURN = 4  # then other greenlets run: the handshake that follows may take half a millisecond
+ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, which is mostly EMFILE
+CHOICES = 10  # attempts at a port that is free for TCP and for UDP, where the kernel chooses it
+_CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # errors of accept on a closed listener
 
 
-def listen_tcp(address: Address, role: str, share: Share = NOTHING) -> list[socket.socket]:
+def listen_tcp(address: Address, what: str, share: Share = NOTHING) -> list[socket.socket]:
     """Listeners on every endpoint of an address; an empty host is one dual-stack socket. Raises ListenError.
 
-    Options set here are inherited by what is accepted, which saves their system calls on each connection.
+    `what` names the address in the error. Accepted connections inherit the options set here, which saves their system
+    calls on each one.
     """
 
     def prepare(listener: socket.socket) -> None:
         set_stream_options(listener)
         listener.listen(BACKLOG)
 
-    return _listen_all(address, role, share, socket.SOCK_STREAM, prepare)
+    return _listen_all(address, what, share, socket.SOCK_STREAM, prepare)
 
 
-def listen_udp(address: Address, role: str, share: Share = NOTHING) -> list[socket.socket]:
-    """UDP sockets on every endpoint of an address, which tell where a datagram was sent to. Raises ListenError."""
+def listen_udp(address: Address, what: str, share: Share = NOTHING) -> list[socket.socket]:
+    """UDP sockets on every endpoint of an address, which report where a datagram was sent to. Raises ListenError."""
 
     def prepare(sock: socket.socket) -> None:
         _lengthen_queue(sock)
@@ -59,68 +61,70 @@ def listen_udp(address: Address, role: str, share: Share = NOTHING) -> list[sock
         else:
             sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
 
-    return _listen_all(address, role, share, socket.SOCK_DGRAM, prepare)
+    return _listen_all(address, what, share, socket.SOCK_DGRAM, prepare)
 
 
-def listen_in_range(host: str, ports: Ports, role: str, share: Share = NOTHING) -> list[socket.socket]:
-    """TCP listeners on the first free port of a range, those that systemd passed before others. Raises ListenError."""
-    passed = share.ports(role, socket.SOCK_STREAM)
+def listen_in_range(host: str, ports: Ports, what: str, share: Share = NOTHING) -> list[socket.socket]:
+    """TCP listeners on the first free port of a range, ports that systemd passed first. Raises ListenError."""
+    passed = share.ports(socket.SOCK_STREAM)
     candidates = sorted(range(ports.first, ports.last + 1), key=lambda port: port not in passed)
     for port in candidates:
         try:
-            return listen_tcp(Address(host, port), role, share)
+            return listen_tcp(Address(host, port), what, share)
         except ListenError:
             if port == candidates[-1]:
                 raise
     raise AssertionError("a range has at least one port")
 
 
-def listen_target(address: Address, share: Share) -> tuple[list[socket.socket], list[socket.socket]]:
-    """TCP and UDP sockets on one port, also where the kernel chooses it. Raises ListenError."""
-    for attempt in range(10):
-        listeners = listen_tcp(address, TARGET, share)
+def listen_both(address: Address, what: str, share: Share = NOTHING) -> tuple[list[socket.socket], list[socket.socket]]:
+    """TCP and UDP sockets on one port, also where the kernel chooses it. Raises ListenError.
+
+    What is accepted here and closed is reset, so that no peer takes that for an empty answer.
+    """
+    for attempt in range(CHOICES):
+        listeners = listen_tcp(address, f"{what} (tcp)", share)
         for listener in listeners:
-            reset_on_close(listener, True)  # inherited, too: who is not served must not take that for an empty answer
+            reset_on_close(listener, True)
         chosen = Address(address.host, port_of(listeners))
         try:
-            return listeners, listen_udp(chosen, TARGET, share)
+            return listeners, listen_udp(chosen, f"{what} (udp)", share)
         except ListenError:
             close_all(listeners)
-            if address.port or attempt == 9:
+            if address.port or attempt == CHOICES - 1:
                 raise
     raise AssertionError("the loop returns or raises")
 
 
 def port_of(listeners: list[socket.socket]) -> int:
-    """The port that these listeners share."""
+    """The port of these sockets, which is the same for all."""
     return int(listeners[0].getsockname()[1])
 
 
 def close_all(sockets: list[socket.socket]) -> None:
-    """Close what was listened on."""
+    """Close all of these sockets."""
     for each in sockets:
         each.close()
 
 
 def _listen_all(
-    address: Address, role: str, share: Share, kind: int, prepare: Callable[[socket.socket], None]
+    address: Address, what: str, share: Share, kind: int, prepare: Callable[[socket.socket], None]
 ) -> list[socket.socket]:
     opened: list[socket.socket] = []
     try:
         endpoints = _listening_endpoints(address)
-        opened += share.take(role, kind, address, endpoints)
+        opened += share.take(kind, address, endpoints)
         for sock in opened:
             prepare(sock)
         for endpoint in missing_endpoints(address, endpoints, opened):
             try:
                 opened.append(_bind(endpoint.with_port(port_of(opened)) if opened else endpoint, kind, prepare))
             except OSError as error:
-                # A name may have an address of a family that this machine does not have; one is enough.
+                # A name may have an address of a family that this machine lacks; one is enough.
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) or not opened:
                     raise
     except OSError as error:
         close_all(opened)
-        what = _WHAT.get(role, role) + (f" ({KINDS[kind]})" if role == TARGET else "")
         raise ListenError(f"cannot listen on {what} {address}: {reason(error)}{share.hint()}", error.errno) from None
     return opened
 
@@ -139,7 +143,7 @@ def _bind(endpoint: Endpoint, kind: int, prepare: Callable[[socket.socket], None
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if endpoint.family == socket.AF_INET6:
-            # Only the empty host is dual-stack: `[::1]` and `127.0.0.1` can then both be listened on.
+            # Only the empty host is dual-stack, so `[::1]` and `127.0.0.1` can both be listened on.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, endpoint.sockaddr[0] != "::")
         sock.bind(endpoint.sockaddr)
         prepare(sock)
@@ -150,7 +154,7 @@ def _bind(endpoint: Endpoint, kind: int, prepare: Callable[[socket.socket], None
 
 
 def _lengthen_queue(sock: socket.socket) -> None:
-    """Give a UDP socket the longest queue that the kernel grants, and never less than systemd has given it."""
+    """Give a UDP socket the longest queue that the kernel grants, and never a shorter one than systemd gave it."""
     with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_QUEUE)
         granted = probe.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
@@ -161,10 +165,7 @@ def _lengthen_queue(sock: socket.socket) -> None:
 def accept_forever(
     listener: socket.socket, log: Log, ready: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[Socket, Endpoint]]:
-    """Accepted connections and their peers, until the listener is closed.
-
-    `ready` is waited for before each is accepted.
-    """
+    """Accepted connections and their peers, until the listener is closed. `ready` may wait before each is accepted."""
     pause = ACCEPT_PAUSES[0]
     count = 0
     while True:
@@ -177,7 +178,7 @@ def accept_forever(
         except OSError as error:
             if listener.fileno() < 0 or error.errno in _CLOSED:
                 return
-            if error.errno != errno.ECONNABORTED:  # that visitor went away by itself
+            if error.errno != errno.ECONNABORTED:  # the peer closed it before it was accepted
                 words = "cannot accept connections: %(error)s"
                 log.warning("accept.failed", words, Limit(error.errno, burst=1), error=reason(error), errno=error.errno)
                 gevent.sleep(pause)
@@ -189,7 +190,7 @@ def accept_forever(
 
 
 def accept_waiting(listener: socket.socket, ready: Callable[[], object]) -> Iterator[tuple[Socket, Endpoint]]:
-    """What has connected until now, as far as it can be accepted: closing the listener would reset it."""
+    """Connections that wait in the kernel's queue, up to the first error: closing the listener would reset them."""
     for _ in range(BACKLOG):
         ready()
         try:
@@ -207,7 +208,7 @@ def _accept(listener: socket.socket) -> tuple[Socket, Endpoint]:
 
 
 def _accept_now(listener: Any) -> tuple[Socket, Endpoint]:
-    """Accept below gevent: its own `accept` makes a socket and two watchers, 10 of the 17 microseconds."""
+    """Accept below gevent: its own `accept` makes a socket and two watchers, 10 of its 17 microseconds."""
     fileno, sockaddr = listener._sock._accept()
     family = listener._sock.family
     sock = Socket(family, socket.SOCK_STREAM, 0, fileno)

@@ -1,7 +1,8 @@
-"""Pipes for `splice`: bytes from one socket to another that never enter this process.
+"""Pipes for `splice`: bytes go from one socket to another and never enter this process.
 
-A stream borrows a pipe for as long as bytes are in it, which is one call back of the loop unless its sink is full; so
-few pipes serve many streams, and an idle stream has none. Pipes that nobody has borrowed for a while are closed.
+A pump borrows a pipe for as long as bytes are in it, which is one call by the event loop unless its sink is full. So
+few pipes serve many streams, and an idle stream has none. Pipes that have not been borrowed for a while are closed.
+Without a pipe, at the limit or without file descriptors, a pump copies.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ from dataclasses import dataclass
 from nodepass.tasks import IdleTimer
 
 CAPACITY = 1 << 20  # bytes; the kernel may grant less, see `Pipes._open`
-AT_MOST = 64  # at once, idle or not: each may hold a capacity of kernel memory; who gets none copies
-IDLE_SECONDS = 2.0  # after so long without a borrower the pipes are closed
+AT_MOST = 64  # pipes open at once, idle or not: each may hold CAPACITY of kernel memory
+IDLE_SECONDS = 2.0  # without a borrower, after which the pipes are closed
 
-_FLAGS = 3  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK, which the standard library names from Python 3.12 on
+_FLAGS = 3  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK, in the standard library from Python 3.12 on
 
 
 @dataclass(eq=False)
 class Pipe:
-    """Its two file descriptors, and how many bytes are between them."""
+    """Two file descriptors, and the number of bytes between them."""
 
     outlet: int
     inlet: int
     held: int = 0
 
     def fill_from(self, fileno: int) -> int:
-        """Take in what a socket has now; 0 at its end. Raises OSError, BlockingIOError where it has nothing."""
+        """Take in the bytes that a socket has now; 0 at its end. Raises OSError, BlockingIOError where it has none."""
         self.held = os.splice(fileno, self.inlet, CAPACITY, flags=_FLAGS)
         return self.held
 
     def drain_to(self, fileno: int) -> bool:
-        """Pass on what is held; whether all of it went. Raises OSError."""
+        """Pass on what the socket takes of the bytes held; whether it took all. Raises OSError."""
         try:
             while self.held:
                 self.held -= os.splice(self.outlet, fileno, self.held, flags=_FLAGS)
@@ -43,7 +44,7 @@ class Pipe:
         return True
 
     def close(self) -> None:
-        """Close both ends; what is held is lost."""
+        """Close both ends; bytes held are lost."""
         os.close(self.outlet)
         os.close(self.inlet)
 
@@ -54,11 +55,11 @@ class Pipes:
     def __init__(self) -> None:
         self.open = 0
         self._idle: list[Pipe] = []
-        self._used = False  # since the timer ran last
+        self._used = False  # since the last look of the timer
         self._timer = IdleTimer(IDLE_SECONDS, self._close_unused)
 
     def borrow(self) -> Pipe | None:
-        """An empty pipe, to be given back; None where there are enough."""
+        """An empty pipe, which the caller gives back; None at the limit."""
         self._used = True
         if self._idle:
             return self._idle.pop()
@@ -75,9 +76,9 @@ class Pipes:
     def _open(self) -> Pipe | None:
         try:
             outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # no more file descriptors: copying needs none
+        except OSError:  # no file descriptors are left; copying needs none
             return None
-        # Past the user's share of pipe memory (fs.pipe-user-pages-soft) it stays at 64 KiB, and works.
+        # Past the user's share of pipe memory (fs.pipe-user-pages-soft) the pipe stays at 64 KiB, and works.
         with contextlib.suppress(OSError):
             fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, CAPACITY)
         self.open += 1
@@ -88,7 +89,7 @@ class Pipes:
         self.open -= 1
 
     def _close_unused(self) -> bool:
-        """Whether pipes have been used since the last look."""
+        """Close the idle pipes unless one was used since the last look; whether one was."""
         used, self._used = self._used, False
         while self._idle and not used:
             self._close(self._idle.pop())

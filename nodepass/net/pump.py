@@ -169,10 +169,10 @@ class Pump:
 
 
 class _Gathering:
-    """How long a source stays busy. After GATHER_AFTER busy reads, the kernel tells of GATHER bytes at once.
+    """Whether a source is still busy. After GATHER_AFTER busy reads the kernel reports GATHER bytes at once.
 
-    Then the source may stall with fewer than that, which a timer finds: the source counts as busy no longer, and the
-    pump is resumed to read what there is.
+    Such a source may stall with fewer bytes. A timer finds that: the source counts as busy no longer, and the pump is
+    resumed to read them.
     """
 
     __slots__ = ("_reads", "_reads_at_look", "_resume", "_sock", "_timer", "busy")
@@ -204,7 +204,7 @@ class _Gathering:
         return False
 
     def close(self) -> None:
-        """Have the kernel tell of every byte again."""
+        """Have the kernel report every byte again."""
         self._timer.stop()
         if self._reads >= GATHER_AFTER:
             with contextlib.suppress(OSError):  # it is closed

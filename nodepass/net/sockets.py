@@ -1,12 +1,15 @@
-"""Sockets: resolving, dialling, options, and the stream interface that the rest of the program moves bytes with.
+"""Sockets: addresses and their resolution, dialling, options, and what TCP_INFO says about a connection.
 
-Keepalive probes are set on accepted connections by their listener. A dialled one gets them once it has lasted a moment:
-most are over long before a probe is due, and the four system calls are a tenth of what a short session costs.
+This module knows the kernel and nothing about tunnels or streams. Two kinds of socket are in use:
 
-Knows the kernel and nothing of tunnels. What listens or carries signals or datagrams is the standard library's socket,
-which gevent has patched: a call that looks blocking suspends its greenlet only. What carries a session is a `Socket`,
-the non-blocking one below it, which `stream` waits for: it costs a third of the time and half of the memory. Errors are
-OSErrors.
+* Listeners, control connections and UDP use the standard library's socket, which gevent has patched: a call that looks
+  blocking suspends its greenlet only.
+* A connection that carries a session is a `Socket`, the non-blocking one below it, and `stream` does the waiting. It
+  costs a third of the time and half of the memory.
+
+Accepted connections inherit their keepalive probes from the listener. A dialled connection gets them after it has
+lasted a moment: most are closed long before a probe is due, and the four system calls are a tenth of what a short
+session costs. Errors are OSErrors and keep their errno, also where they get other words.
 """
 
 from __future__ import annotations
@@ -30,18 +33,19 @@ from nodepass.errors import reason, with_words
 from nodepass.tasks import IdleTimer
 from nodepass.urls import Address
 
-Socket = _socket.socket  # the one that gevent does not patch
+Socket = _socket.socket  # gevent does not patch it
 
-KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a vanished peer is found in a minute
-LASTS = 1.0  # seconds between looks at what has been dialled; far less than until the first probe
+KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a peer that is gone is found in a minute
+LASTS = 1.0  # seconds between looks at dialled connections; far less than the time to the first probe
 
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close sends RST
 _GRACEFUL = struct.pack("ii", 0, 0)
-_MOST_KEEPALIVE = 32767  # seconds: the kernel takes no more (MAX_TCP_KEEPIDLE)
+_MOST_KEEPALIVE = 32767  # seconds: the kernel's limit (MAX_TCP_KEEPIDLE)
 _TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
 _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
-_LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since an acknowledgement came
-_UNACKED = struct.Struct("@24xI")  # tcpi_unacked in struct tcp_info
+_UNACKED = struct.Struct("@24xI")  # tcpi_unacked: segments that the peer has not acknowledged
+_LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since the last acknowledgement
+_TCP_INFO_SIZE = 104  # bytes of struct tcp_info that all supported kernels have
 
 
 class Endpoint(NamedTuple):
@@ -55,7 +59,7 @@ class Endpoint(NamedTuple):
 
     @property
     def host(self) -> str:
-        """What all connections of one peer have in common."""
+        """The address without its port: the same for all connections of one peer."""
         return plain_host(self.sockaddr)
 
     def with_port(self, port: int) -> Endpoint:
@@ -65,7 +69,7 @@ class Endpoint(NamedTuple):
 
 
 def format_sockaddr(sockaddr: Sequence[object]) -> str:
-    """An address for people: IPv4 as IPv4 even when it came in on a dual-stack socket."""
+    """An address for the log: IPv4 as IPv4, also where it came in on a dual-stack socket."""
     host = plain_host(sockaddr)
     return f"[{host}]:{sockaddr[1]}" if ":" in host else f"{host}:{sockaddr[1]}"
 
@@ -76,7 +80,7 @@ def plain_host(sockaddr: Sequence[object]) -> str:
 
 
 def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
-    """The endpoints of an address, best first; an empty host is this machine. Raises OSError naming the host."""
+    """The endpoints of an address, best first; an empty host is this machine. Raises OSError, which names the host."""
     try:
         found = socket.getaddrinfo(address.host or "localhost", address.port, 0, kind)
     except (OSError, UnicodeError) as error:
@@ -85,11 +89,11 @@ def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
 
 
 def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
-    """A TCP connection to the first endpoint that answers, all within `timeout` seconds.
+    """Connect to the first endpoint that answers, trying all of them within `timeout` seconds.
 
-    Raises OSError naming the last tried.
+    Raises OSError, which names the last endpoint tried.
     """
-    failure = OSError("no address to connect to")
+    failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
     deadline = time.monotonic() + timeout
     for left, endpoint in zip(range(len(endpoints), 0, -1), endpoints, strict=True):
         share = max(0.001, deadline - time.monotonic()) / left
@@ -100,7 +104,7 @@ def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
             keep_alive_if_it_lasts(sock)
             return sock
         except TimeoutError:
-            failure = TimeoutError(f"{endpoint}: no answer within {share:.3g}s")
+            failure = TimeoutError(errno.ETIMEDOUT, f"{endpoint}: no answer within {share:.3g}s")
         except OSError as error:
             failure = with_words(error, f"{endpoint}: {reason(error)}")
         except BaseException:
@@ -113,7 +117,7 @@ def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
 def _connect(sock: Socket, endpoint: Endpoint, timeout: float) -> None:
     error = sock.connect_ex(endpoint.sockaddr)
     if error == errno.EINPROGRESS:
-        error = sock.connect_ex(endpoint.sockaddr)  # on loopback it is through by now, which saves the wait
+        error = sock.connect_ex(endpoint.sockaddr)  # on loopback it is connected by now, which saves the wait
     if error == errno.EALREADY:
         wait_write(sock.fileno(), timeout, TimeoutError())
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -122,75 +126,75 @@ def _connect(sock: Socket, endpoint: Endpoint, timeout: float) -> None:
 
 
 def as_blocking(sock: Socket) -> socket.socket:
-    """The same connection as a socket whose calls suspend the greenlet."""
+    """The same connection as one of gevent's sockets, whose calls suspend the greenlet."""
     return socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
 
 
 def as_plain(sock: socket.socket) -> Socket:
-    """The way back."""
+    """The reverse of `as_blocking`."""
     return Socket(sock.family, sock.type, sock.proto, sock.detach())
 
 
 def wait_readable(sock: Any) -> None:
-    """Wait until there is something to read, for one turn of the event loop at least. Raises OSError.
+    """Wait until there is something to read, at least for one iteration of the event loop. Raises OSError.
 
-    That is how a loop which could go on gives way: `gevent.sleep(0)` lets ready greenlets run, up to fifty times before
-    the loop looks at its sockets again.
+    A loop that could go on yields with this and not with `gevent.sleep(0)`, which lets ready greenlets run up to fifty
+    times before the event loop looks at its sockets again.
     """
     sock._wait(sock._read_event)
 
 
 def stalled(sock: Socket, seconds: float) -> bool:
-    """Whether something sent has gone without any acknowledgement for so long (TCP_INFO), or the connection is over."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    """Whether sent bytes wait and nothing was acknowledged for `seconds` (TCP_INFO), or the connection is over."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     unacknowledged, milliseconds = _UNACKED.unpack_from(info)[0], _LAST_ACK.unpack_from(info)[0]
     return info[0] != _TCP_ESTABLISHED or bool(unacknowledged and milliseconds > 1000 * seconds)
 
 
 def set_stream_options(sock: Socket) -> None:
-    """No Nagle delay, and keepalive probes; of a listener, what it accepts inherits both."""
+    """Set keepalive probes and no Nagle delay; connections accepted from a listener inherit both."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     set_keepalive(sock, *KEEPALIVE)
 
 
 def bound_failure_detection(sock: socket.socket, seconds: float) -> None:
-    """Let the kernel give up a peer that acknowledges nothing for about so many seconds, also while we are silent."""
+    """Let the kernel give up a peer that acknowledges nothing for about `seconds`, also while nothing is sent."""
     step = min(max(1, round(seconds / 3)), _MOST_KEEPALIVE)
     set_keepalive(sock, step, step, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
 
 
 def acknowledged(sock: socket.socket) -> bool | None:
-    """Whether the peer's kernel has acknowledged all that was sent (TCP_INFO); None where the connection is over."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    """Whether the peer's kernel has acknowledged everything sent (TCP_INFO); None where the connection is over."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     return not _UNACKED.unpack_from(info)[0] if info[0] == _TCP_ESTABLISHED else None
 
 
 def set_low_water_mark(sock: Socket, size: int) -> None:
-    """Tell of bytes to read once there are so many, or the end; the kernel tells earlier where its buffer is full."""
+    """Have the kernel report bytes to read when there are `size` of them, at the end, or when its buffer is full."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
 
 def reset_on_close(sock: Socket, on: bool) -> None:
-    """Whether closing is a reset, also when it is the kernel that closes because the process is gone."""
+    """Set whether closing is a reset, also where the kernel closes because the process is gone."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _GRACEFUL)
 
 
 def end_reading(sock: Socket) -> None:
-    """Let reads return what has arrived and then the end of the stream, so that nobody waits on a dead connection."""
-    with contextlib.suppress(OSError):  # not connected any more: reads end by themselves
+    """Let reads return what has arrived and then the end of the stream: no read waits on a dead connection."""
+    with contextlib.suppress(OSError):  # no longer connected: reads end by themselves
         sock.shutdown(socket.SHUT_RD)
 
 
 def wait_delivered(sock: Socket, seconds: float) -> None:
-    """Wait until the peer has acknowledged all that was written, or the connection is gone; at most `seconds`."""
+    """Wait until the peer has acknowledged everything written, or the connection is gone; at most `seconds`."""
     deadline = time.monotonic() + seconds
     while sock.fileno() >= 0 and _unsent(sock) and time.monotonic() < deadline:
         gevent.sleep(0.01)  # the kernel has no event for this
 
 
 def _unsent(sock: Socket) -> int:
-    """Bytes not yet acknowledged (SIOCOUTQ); none on a connection that is gone, for they will never be."""
+    """Bytes that are not acknowledged yet (SIOCOUTQ); 0 on a connection that is gone, where they never will be."""
     state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
     if state == _TCP_CLOSE:
         return 0
@@ -198,7 +202,7 @@ def _unsent(sock: Socket) -> int:
 
 
 def set_keepalive(sock: Socket, idle: int, interval: int, probes: int) -> None:
-    """Probe a silent peer after `idle` seconds, every `interval` seconds, and give it up after so many probes."""
+    """Probe a silent peer after `idle` seconds, then every `interval` seconds, and give it up after `probes` probes."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
@@ -206,14 +210,14 @@ def set_keepalive(sock: Socket, idle: int, interval: int, probes: int) -> None:
 
 
 def keep_alive_if_it_lasts(sock: Socket) -> None:
-    """Set KEEPALIVE on a connection once it has lasted, LASTS seconds from now at most."""
+    """Set KEEPALIVE on a connection within LASTS seconds, unless it is closed by then."""
     _dialled.append(sock)
     keepalive_timer.start()
 
 
 def _set_due_keepalives() -> bool:
     for sock in _dialled:
-        with contextlib.suppress(OSError):  # it is closed, or was reset
+        with contextlib.suppress(OSError):  # it was reset
             if sock.fileno() >= 0:
                 set_keepalive(sock, *KEEPALIVE)
     some = bool(_dialled)

@@ -1,8 +1,13 @@
-"""Streams: what a data connection, a visitor and a target connection have in common, and the plain one.
+"""Streams: the one interface of data connections, visitors' and target connections; and the plain one of them.
 
-A stream sits on the kernel's non-blocking socket and has a watcher of the event loop for each direction, made when it
-is first needed. Greenlets use it as if it blocked (`recv_into`, `write`); the relay and the pool, which have thousands
-of them and mostly idle ones, are called back instead (`watch`, `read`, `send`). Errors are OSErrors.
+A stream owns the kernel's non-blocking socket (see `sockets.Socket`) and up to two watchers of the event loop, each
+made when it is first needed. It has two sets of calls:
+
+* Greenlets use it as if it blocked: `recv_into`, `write`, `half_close`.
+* The relay and the pool, which have thousands of streams, most of them idle, never wait: the loop calls them back
+  (`watch`), and then they use `read` and `send`.
+
+The bytes are the payload's, whatever carries them: `tls.stream` has the stream under TLS. Errors are OSErrors.
 """
 
 from __future__ import annotations
@@ -25,82 +30,82 @@ def _closed() -> OSError:
 
 
 class Stream(Protocol):
-    """Plain here, under TLS in `tls`."""
+    """A connection that carries payload bytes both ways."""
 
     sock: Socket
 
     @property
     def batch(self) -> int:
-        """Bytes per read and write that move this kind of stream fastest, by measurement."""
+        """Bytes per read and write: measured to move this kind of stream at the least cost."""
 
     @property
     def plain(self) -> bool:
-        """Whether the bytes of the stream are those of the socket, so that the kernel may move them by itself."""
+        """Whether the bytes of the stream are those of the socket, so that the kernel can move them by itself."""
 
     # Blocking
 
     def recv_into(self, buffer: memoryview) -> int:
-        """Wait for bytes; 0 at the end of the stream. No switch to other greenlets between the read and the return."""
+        """Wait for bytes; 0 at the end of the stream. No other greenlet runs between the read and the return."""
 
     def write(self, data: Data) -> None:
-        """Send all of it. `data` is not looked at after the first switch, so it may be a buffer that others share."""
+        """Send all of it. `data` is not read after the first switch to another greenlet, so it may be shared."""
 
     def half_close(self) -> None:
-        """Say that no more bytes follow; the other direction goes on."""
+        """Send the end of the stream; the other direction goes on."""
 
     # Never blocking
 
     @property
     def pending(self) -> bool:
-        """Whether `read` would find something that the socket does not tell `watch` of."""
+        """Whether `read` may return bytes that make no socket readable, so that `watch` would not call."""
 
     def watch(self, callback: Callable[..., object], *args: object) -> None:
-        """Have the loop call back for as long as there is something to read. Nobody may be in `recv_into`."""
+        """Have the loop call back for as long as there is something to read. No greenlet may be in `recv_into`."""
 
     def watch_writable(self, callback: Callable[[], object]) -> None:
-        """Have the loop call back for as long as something can be written. Nobody may be in `write`."""
+        """Have the loop call back for as long as something can be written. No greenlet may be in `write`."""
 
     def unwatch(self) -> None:
-        """End `watch`; to be called before `close` and `abort`."""
+        """End `watch`; required before `close` and `abort`."""
 
     def unwatch_writable(self) -> None:
-        """End `watch_writable`; to be called before `close` and `abort`."""
+        """End `watch_writable`; required before `close` and `abort`."""
 
     def read(self, buffer: memoryview) -> int:
-        """Bytes that are there now, 0 at the end of the stream. Raises BlockingIOError where there are none."""
+        """Read the bytes that are there; 0 at the end of the stream. Raises BlockingIOError where there are none."""
 
     def send(self, data: Data) -> Data:
-        """Send what goes at once; returns a copy of what is left, which `send_rest` or `try_rest` must take first."""
+        """Send what the kernel takes now; returns a copy of the rest, which `try_rest` sends before anything else."""
 
     def try_rest(self, rest: Data) -> Data:
-        """Send what goes at once of what `send` or `end` has left; returns what is still left."""
+        """Send what the kernel takes now of the rest of `send` or `end`; returns what is still left."""
 
     def end(self) -> Data:
-        """`half_close` that does not wait; returns what is left, as `send` does."""
+        """Send the end of the stream without waiting; returns the rest, as `send` does."""
 
     def peek(self) -> bool | None:
         """None: open and nothing to read. True: bytes wait. False: closed or broken."""
 
     def reset_on_close(self, on: bool) -> None:
-        """Whether closing is a reset, also when it is the kernel that closes because the process is gone."""
+        """Set whether closing is a reset, also where the kernel closes because the process is gone."""
 
     def close(self) -> None:
         """Close; bytes already written are still delivered."""
 
     def abort(self) -> None:
-        """Close with a reset, so that the peer cannot take a cut stream for a whole one."""
+        """Close with a reset, so that the peer does not take a cut stream for a whole one."""
 
 
 class SocketStream:
-    """What both kinds share: waiting, and the blocking calls made of those that do not block."""
+    """What both kinds of stream share: waiting, and the blocking calls, made of those that do not block."""
 
     __slots__ = ("_raw", "_readable", "_resets", "_writable", "sock")
 
     def __init__(self, sock: Socket, resets: bool = False) -> None:
-        """`resets`: the socket is one that a reset closes, as its listener was."""
+        """`resets`: closing the socket is a reset already, as it inherits from its listener."""
         self.sock = sock
         self._resets = resets
-        # gevent's own sockets wait even when MSG_DONTWAIT says not to: take the one below.
+        # gevent's own sockets wait even with MSG_DONTWAIT, so the one below is used.
         self._raw: Any = getattr(sock, "_sock", sock)
         self._readable: Any = None  # watchers, which have no type
         self._writable: Any = None
@@ -146,7 +151,7 @@ class SocketStream:
             sent = self._raw.send(rest)
         except BlockingIOError:
             return rest
-        return memoryview(rest)[sent:] if sent < len(rest) else b""  # an empty view would keep all of it alive
+        return memoryview(rest)[sent:] if sent < len(rest) else b""  # an empty view would keep all bytes alive
 
     def reset_on_close(self, on: bool) -> None:
         if on != self._resets and self.sock.fileno() >= 0:
@@ -162,7 +167,7 @@ class SocketStream:
         self.close()
 
     def _close_watchers(self) -> None:
-        """Whoever waits on one hears of it."""
+        """A greenlet that waits on one gets an error."""
         for watcher in (self._readable, self._writable):
             if watcher is None:
                 continue
@@ -201,16 +206,15 @@ class SocketStream:
 class TCPStream(SocketStream):
     """A plain connection."""
 
-    __slots__ = ()
+    __slots__ = ("read",)
 
     batch = 256 * 1024
     plain = True
     pending = False
 
-    @property
-    def read(self) -> Any:
-        """The socket's own method: no Python call per read where it is kept, no memory in a stream that only waits."""
-        return self._raw.recv_into
+    def __init__(self, sock: Socket, resets: bool = False) -> None:
+        super().__init__(sock, resets)
+        self.read = self._raw.recv_into  # type: ignore[method-assign]  # itself: one Python call less per read
 
     def send(self, data: Data) -> Data:
         try:
@@ -233,7 +237,7 @@ class TCPStream(SocketStream):
 
 
 def recv_exactly(stream: Stream, size: int) -> bytes:
-    """Read so many bytes. Raises ClosedError when the stream ends before."""
+    """Read exactly `size` bytes. Raises ClosedError where the stream ends before."""
     data = bytearray(size)
     view = memoryview(data)
     done = 0

@@ -1,4 +1,9 @@
-"""UDP sockets: datagrams answered from the address they were sent to, and sockets connected to one endpoint."""
+"""UDP sockets: datagrams answered from the address they were sent to, and sockets connected to one endpoint.
+
+A host with several addresses must answer from the one that the peer has spoken to, so the kernel reports it beside each
+datagram (IP_PKTINFO, which `listen.listen_udp` switches on), and the answer states it. The sockets are the standard
+library's, which gevent has patched: `receive_datagram` suspends its greenlet only. Errors are OSErrors.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,16 @@ from typing import Any
 
 from nodepass.net.sockets import Endpoint, format_sockaddr
 
-IP_PKTINFO = 8  # <linux/in.h>; the standard library names it from Python 3.14 on
+IP_PKTINFO = 8  # <linux/in.h>; in the standard library from Python 3.14 on
+LARGEST = 65536  # bytes: more than any datagram has
 _IN_PKTINFO = struct.Struct("@i4s4s")  # interface index, local address, header destination
 _IN6_PKTINFO = struct.Struct("@16si")  # local address, interface index
+_CONTROL = 64  # bytes of control data that fit beside a datagram
 
 
 @dataclass(frozen=True)
 class ReplyAddress:
-    """Where a datagram came from and which local address it was sent to: what the answer must swap."""
+    """Where a datagram came from, and the local address it was sent to: an answer goes the other way."""
 
     sockaddr: tuple[Any, ...]
     control: tuple[tuple[int, int, bytes], ...]
@@ -26,8 +33,11 @@ class ReplyAddress:
 
 
 def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
-    """One datagram of any size. What is cut short of what is said beside it is left out: routing chooses then."""
-    payload, ancillary, _, sockaddr = sock.recvmsg(65536, 64)
+    """Wait for one datagram of any size. Raises OSError.
+
+    Control data that is cut short or of another kind is left out; then routing chooses the address of the answer.
+    """
+    payload, ancillary, _, sockaddr = sock.recvmsg(LARGEST, _CONTROL)
     control: list[tuple[int, int, bytes]] = []
     for level, kind, data in ancillary:
         if (level, kind, len(data)) == (socket.IPPROTO_IP, IP_PKTINFO, _IN_PKTINFO.size):
@@ -40,13 +50,13 @@ def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
     return payload, ReplyAddress(sockaddr, tuple(control))
 
 
-def send_datagram(sock: socket.socket, payload: bytes, visitor: ReplyAddress) -> None:
-    """Answer a visitor from the address it spoke to. Raises OSError."""
-    sock.sendmsg([payload], visitor.control, 0, visitor.sockaddr)
+def send_datagram(sock: socket.socket, payload: bytes, to: ReplyAddress) -> None:
+    """Answer a peer from the address that it has spoken to. Raises OSError."""
+    sock.sendmsg([payload], to.control, 0, to.sockaddr)
 
 
 def dial_udp(endpoint: Endpoint) -> socket.socket:
-    """A UDP socket connected to an endpoint, so that only its answers arrive and its refusals are heard."""
+    """A UDP socket connected to an endpoint: only its answers arrive, and its refusals are errors. Raises OSError."""
     sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
     try:
         sock.connect(endpoint.sockaddr)

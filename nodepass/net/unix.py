@@ -1,8 +1,13 @@
-"""Unix sockets to listen on: a stale file of a former run is replaced, a living one is respected, ours is removed."""
+"""Listening on a Unix socket: its path, its mode, and the files that earlier runs left behind.
+
+A stale socket is replaced; a socket with a listener, and any other file, is an error. `close` removes the file, unless
+another process has put its own there. The metrics endpoint uses this, and `check` tries it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -10,14 +15,15 @@ import stat
 from nodepass.errors import ListenError, reason
 
 MODE = 0o660  # the user and the group of the process may connect
-BACKLOG = 128
+BACKLOG = 128  # connections
+PROBE_TIMEOUT = 1.0  # seconds for the listener of an existing socket to answer
 
 
 class UnixListener:
-    """A listening socket at a path; `close` removes the file, unless somebody has put another there."""
+    """A listening socket at a path."""
 
     def __init__(self, path: str, what: str) -> None:
-        """Raises ListenError."""
+        """Listen at `path`; `what` names it in the error. Raises ListenError."""
         self._path = path
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -30,15 +36,15 @@ class UnixListener:
             raise ListenError(f"cannot listen on {what} unix:{path}: {reason(error)}", error.errno) from None
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and remove the file."""
         self.sock.close()
-        with contextlib.suppress(OSError):  # it is gone already
+        with contextlib.suppress(OSError):  # it is gone
             if _identity(self._path) == self._file:
                 os.unlink(self._path)
 
 
 def _bind(sock: socket.socket, path: str) -> None:
-    before = os.umask(0o777 & ~MODE)  # no moment with another mode; no other greenlet runs meanwhile
+    before = os.umask(0o777 & ~MODE)  # never another mode, not even for a moment; no other greenlet runs meanwhile
     try:
         sock.bind(path)
     finally:
@@ -46,20 +52,20 @@ def _bind(sock: socket.socket, path: str) -> None:
 
 
 def _remove_stale(path: str) -> None:
-    """Raises OSError where somebody listens there, or where the file is none of ours to remove."""
+    """Remove a socket without a listener. Raises OSError where it has one, or where the file is not a socket."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(status.st_mode):
-        raise OSError("there is a file that is no socket")
+        raise OSError(errno.ENOTSOCK, "there is a file that is no socket")
     if _answers(path):
-        raise OSError("another process listens there")
+        raise OSError(errno.EADDRINUSE, "another process listens there")
     os.unlink(path)
 
 
 def is_living(path: str) -> bool:
-    """Whether somebody listens there, as far as this process may know."""
+    """Whether a process listens there, as far as this one is permitted to connect."""
     try:
         return _answers(path)
     except OSError:
@@ -67,9 +73,9 @@ def is_living(path: str) -> bool:
 
 
 def _answers(path: str) -> bool:
-    """Raises OSError where there is nothing to connect to, or no permission."""
+    """Whether a process listens there. Raises OSError where there is no socket, or no permission."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
+        probe.settimeout(PROBE_TIMEOUT)
         try:
             probe.connect(path)
         except ConnectionRefusedError:

@@ -17,8 +17,8 @@ from gevent.event import AsyncResult, Event
 
 from nodepass.config import Settings
 from nodepass.log import Log, literal
-from nodepass.net.activation import DATA, TUNNEL, Share
-from nodepass.net.listen import close_all, listen_in_range, listen_target, listen_tcp, port_of
+from nodepass.net.activation import Share
+from nodepass.net.listen import close_all, listen_both, listen_in_range, listen_tcp, port_of
 from nodepass.net.sockets import format_sockaddr
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.control_listener import ControlListener
@@ -29,7 +29,7 @@ from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import ServerControl
-from nodepass.tunnel.interface import View, report_fields
+from nodepass.tunnel.interface import DATA, TARGET, TUNNEL, View, report_fields
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import Offer
@@ -51,13 +51,13 @@ class Listeners:
     def open(cls, url: ServerURL, settings: Settings, share: Share) -> Listeners:
         """Open all, or none. Raises ListenError."""
         with contextlib.ExitStack() as opened:
-            tunnel = listen_tcp(url.tunnel, TUNNEL, share)
+            tunnel = listen_tcp(url.tunnel, "tunnel address", share.of(TUNNEL))
             opened.callback(close_all, tunnel)
             data: list[socket.socket] = []
             if not settings.data_port.tunnel:
-                data = listen_in_range(url.tunnel.host, settings.data_port, DATA, share)
+                data = listen_in_range(url.tunnel.host, settings.data_port, "data port", share.of(DATA))
                 opened.callback(close_all, data)
-            visitors, datagrams = listen_target(url.target, share)
+            visitors, datagrams = listen_both(url.target, "target address", share.of(TARGET))
             opened.pop_all()
         return cls(tunnel, data, visitors, datagrams)
 
@@ -101,7 +101,7 @@ class Server:
         """Open every listener. Raises ListenError."""
         listeners = self._listeners = Listeners.open(self.url, self._settings, self._share)
         if not self.url.tunnel.port:
-            self.log.tunnel = f"server:{port_of(listeners.tunnel)}"
+            self.log.rename(f"server:{port_of(listeners.tunnel)}")
         self._parts = self._make_parts(listeners)
         self.ready.set()
 

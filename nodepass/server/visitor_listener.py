@@ -67,7 +67,7 @@ class VisitorListener(Part):
 
     def _serve(self, sock: Socket, peer: Endpoint, began: float) -> None:
         """One visitor: launch a data connection, relay until both have ended, close both."""
-        visitor = TCPStream(sock, resets=True)  # see listen_target
+        visitor = TCPStream(sock, resets=True)  # see listen_both
         try:
             id, data = self._slot.launch(TCP, self._settings.pool_get_timeout)
             try:

@@ -22,11 +22,12 @@ from nodepass.daemon.key_file import find_secret
 from nodepass.daemon.limits import survey
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError
-from nodepass.net.activation import DATA, TARGET, TUNNEL, Inherited, Share
+from nodepass.net.activation import Inherited, Share
 from nodepass.net.listen import listen_in_range, listen_tcp, listen_udp
 from nodepass.tools.check_client import check_client
 from nodepass.tools.check_ports import try_to_listen, try_unix
 from nodepass.tools.report import BAD_INPUT, Report
+from nodepass.tunnel.interface import DATA, LISTENER_ROLES, TARGET, TUNNEL
 from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _mode(path: str) -> str:
 def _inherit(environ: MutableMapping[str, str], report: Report) -> Inherited:
     """The sockets that systemd has passed, if it was asked to start a check with them."""
     try:
-        return Inherited(ServiceManager.take(environ).sockets)
+        return Inherited(ServiceManager.take(environ).sockets, LISTENER_ROLES)
     except ConfigError as error:
         report.bad("systemd", str(error))
         return Inherited()
@@ -159,14 +160,14 @@ class _Server:
         if url.tls == 2:
             self._check_certificate()
         share = self._share
-        self._listen("tunnel address", url.tunnel, lambda: listen_tcp(url.tunnel, TUNNEL, share))
+        self._listen("tunnel address", url.tunnel, lambda: listen_tcp(url.tunnel, "tunnel address", share.of(TUNNEL)))
         if not ports.tunnel:
             host = url.tunnel.host
             data = Address(host, ports.last)
-            self._listen("data port", data, lambda: listen_in_range(host, ports, DATA, share))
-        self._listen("target address (tcp)", url.target, lambda: listen_tcp(url.target, TARGET, share))
-        datagrams = "target address (udp)"
-        self._listen(datagrams, url.target, lambda: listen_udp(url.target, TARGET, share), socket.SOCK_DGRAM)
+            self._listen("data port", data, lambda: listen_in_range(host, ports, "data port", share.of(DATA)))
+        tcp, udp, share = "target address (tcp)", "target address (udp)", share.of(TARGET)
+        self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
+        self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share), socket.SOCK_DGRAM)
 
     def _check_certificate(self) -> None:
         from nodepass.tls.certificates import load_pair

@@ -16,6 +16,9 @@ from nodepass.stats import Stats
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.control import Control
 
+# What a server listens for. A socket unit of systemd may name its sockets so (FileDescriptorName=).
+TUNNEL, DATA, TARGET = LISTENER_ROLES = ("tunnel", "data", "target")
+
 
 @dataclass(frozen=True)
 class View:
@@ -61,13 +64,8 @@ class Watched:
 class Observed(Protocol):
     """How a tunnel is."""
 
-    @property
-    def log(self) -> Log:
-        """Its own, which names it."""
-
-    @property
-    def ready(self) -> Event:
-        """Set once it can serve."""
+    log: Log
+    ready: Event
 
     def status(self) -> str:
         """How it is, for an operator: one line."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import gevent
@@ -13,25 +13,17 @@ from gevent.event import Event
 from nodepass.config import Settings
 from nodepass.daemon.notifier import SECOND_LOOK, Notifier
 from nodepass.daemon.systemd import ServiceManager, status
-from nodepass.errors import StartError
 from nodepass.log import Log
 from nodepass.net.activation import Inherited, PassedSocket, Share
 from nodepass.net.listen import close_all, port_of
 from nodepass.server.server import Server
 from nodepass.stats import Stats
-from nodepass.tunnel.interface import Observed
+from nodepass.tunnel.interface import LISTENER_ROLES
 from nodepass.urls import Address, ServerURL
 from tests.support.sockets import connect
 from tests.support.target import bind_pair
 
 UNIT = "nodepass@web.socket"
-
-
-def make_notifier(manager: ServiceManager, tunnels: Sequence[Observed]) -> Notifier:
-    def fail(error: StartError) -> None:
-        raise error
-
-    return Notifier(manager, tunnels, Settings(report_interval=0.01), Log("test"), Stats(), fail)
 
 
 class Tunnel:
@@ -73,9 +65,9 @@ def stack() -> Iterator[ExitStack]:
 
 def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_well(stack: ExitStack) -> None:
     manager, tunnels = Heard.listening(), [Tunnel(), Tunnel()]
-    notifier = make_notifier(manager, tunnels)
-    stack.callback(notifier.close)
-    notifier.start()
+    readiness = Notifier(manager, tunnels, Settings(report_interval=0.01), Log("test"))
+    running = gevent.spawn(readiness.run)
+    stack.callback(running.kill)
 
     def hears_the_watchdog(within: float = 10) -> bool:
         manager.lines.clear()
@@ -91,17 +83,17 @@ def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_w
     tunnels[1].ill = ""
     assert hears_the_watchdog()
     tunnels[0].ill = "a cold"
-    notifier.stop(1)  # a drain is not cut short for that
+    readiness.begin_stop()  # a drain is not cut short for that
     assert hears_the_watchdog()
 
 
 def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stack: ExitStack) -> None:
     manager, tunnel = Heard.listening(), Tunnel()
-    notifier = make_notifier(manager, [tunnel])
+    readiness = Notifier(manager, [tunnel], Settings(report_interval=0.01), Log("test"))
+    running = gevent.spawn(readiness.run)
+    stack.callback(running.kill)
     looks = iter(["nothing heard"])
     tunnel.unhealthy_reason = lambda: next(looks, "")  # type: ignore[method-assign]
-    stack.callback(notifier.close)
-    notifier.start()
     with gevent.Timeout(10):
         while not manager.lines:
             gevent.sleep(0.01)
@@ -111,13 +103,13 @@ def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stac
 def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_them_open(stack: ExitStack) -> None:
     passed = [stack.enter_context(each) for _ in range(2) for each in bind_pair("127.0.0.1")]
     tunnel, _, target, datagrams = passed
-    inherited = Inherited([PassedSocket(UNIT, each) for each in (tunnel, target, datagrams)])
+    inherited = Inherited([PassedSocket(UNIT, each) for each in (tunnel, target, datagrams)], LISTENER_ROLES)
     url = ServerURL(*(Address("127.0.0.1", port_of([each])) for each in (tunnel, target)))
     share = inherited.share()
     for _ in range(3):
         server = Server(url, Settings(), None, Log("test"), Stats(), share)
         server.start()
-        inherited.refuse_unused()
+        assert not inherited.unused()
         server.close()
         with connect(target.getsockname()):
             pass
@@ -125,12 +117,12 @@ def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_
 
 def test_what_one_tunnel_has_taken_is_for_no_other_and_for_no_other_purpose(stack: ExitStack) -> None:
     sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    inherited = Inherited([PassedSocket(UNIT, sock)])
+    inherited = Inherited([PassedSocket(UNIT, sock)], LISTENER_ROLES)
     mine, other = inherited.share(), inherited.share()
     address = Address("", port_of([sock]))
 
     def takes(share: Share, role: str) -> bool:
-        taken = share.take(role, socket.SOCK_STREAM, address, [])
+        taken = share.of(role).take(socket.SOCK_STREAM, address, [])
         close_all(taken)
         return bool(taken)
 

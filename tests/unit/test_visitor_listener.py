@@ -37,7 +37,7 @@ class Port:
         self.slot: ClientSlot
         self.common, self.slot = make_slot(stack, **settings)
         self.sock = listen_on(stack)
-        reset_on_close(self.sock, True)  # as `listen_target` has it
+        reset_on_close(self.sock, True)  # as `listen_both` has it
         self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
         stack.callback(self.sessions.kill)
         self.listener: VisitorListener = start(
