@@ -1,7 +1,7 @@
 """A machine of its own, booted by a real systemd, with nodepass and its units installed as docs/operations.md says.
 
-It is a throw-away overlay of this machine with a loopback network of its own. Commands are run in it with `run`, files
-are written below `root`, and whatever is done `inside` has its network: visitors, a service, further programs.
+It is a throw-away overlay of this machine with a loopback network of its own, see `boot`. Commands are run in it with
+`run`, files are written below `root`, and what is done `inside` has its network: visitors, a service, further programs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -25,61 +26,54 @@ from tests.support.process import REPOSITORY
 from tests.support.sockets import PATIENCE, until
 from tests.support.v2_network import inside
 
-BOOTER = REPOSITORY.parent / "shared" / "tools" / "with-systemd"
 UNITS = REPOSITORY / "contrib" / "systemd"
-PROGRAMS = ("systemctl", "unshare", "nsenter", "setpriv")
-HIDDEN = ("/root/", "/home/", "/tmp/", "/run/")
-"""What a sandboxed unit, or the box itself, has not got from this machine."""
+PROGRAMS = ("systemctl", "nsenter", "setpriv")
+PYTHON = "/opt/python"
+LONGEST = 300.0
+"""Seconds that a command in the box may take: an installation by pip, on a busy machine."""
 
 DROP_IN = """\
 [Service]
 Environment=PYTHONPATH=/opt/nodepass
-# The kernel makes no user namespace below a chroot, which the box is.
-PrivateUsers=no
 """
 """The one thing in which a unit in the box differs from the one that is shipped."""
 
 T = TypeVar("T")
+Made = TypeVar("Made", bound="Machine")
 
 
 def why_not() -> str:
     """Why there can be no box here; empty where there can."""
-    booter = booter_path()
-    if not booter.is_file():
-        return f"not there: {booter}"
     if os.geteuid() != 0:
         return "a machine booted by systemd needs root"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
 
-def booter_path() -> Path:
-    """The program that boots the box."""
-    return Path(os.environ.get("WITH_SYSTEMD", BOOTER))
-
-
 class BootError(Exception):
     """No systemd can be booted here; the text is what was said."""
 
 
-class Box:
-    """One such machine; a context manager that boots it and throws it away."""
+class Machine:
+    """A machine in which nothing of ours is installed; a context manager that boots it and throws it away."""
 
-    def __enter__(self) -> Box:
-        # Credentials reach a unit through shared mounts, as a machine that was booted in earnest has them.
-        holding = "mount --make-rshared / && echo up && exec cat"
-        self._holder = subprocess.Popen(
-            [str(booter_path()), "sh", "-c", holding],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-        )
-        assert self._holder.stdout is not None
-        first = self._holder.stdout.readline()
-        if first != b"up\n":
-            raise BootError((first + self._holder.communicate(timeout=PATIENCE)[0]).decode(errors="replace"))
-        self._init = next(_children(_named_child(self._holder.pid, "unshare")))
+    def __enter__(self: Made) -> Made:
+        self._directory = tempfile.TemporaryDirectory(prefix="nodepass-box-", dir="/var/tmp")
+        command = [sys.executable, "-m", "tests.support.boot", self._directory.name]
+        if not self._python.startswith("/usr/"):
+            command += [self._python, PYTHON]
+        with tempfile.TemporaryFile() as said:
+            self._booter = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, cwd=REPOSITORY
+            )
+            try:
+                assert self._booter.stdout
+                self._init = int(self._booter.stdout.readline() or 0)
+                until(self._is_up, what="systemd is still starting")
+            except BaseException as error:
+                self._end()
+                said.seek(0)
+                raise BootError(said.read().decode(errors="replace").strip() or str(error)) from error
         self.root = Path(f"/proc/{self._init}/root")
         self.network = Path(f"/proc/{self._init}/ns/net")
         self._install()
@@ -91,12 +85,37 @@ class Box:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._holder.communicate(timeout=PATIENCE)  # the end of its input is what it waits for
+        self._end()
+
+    def _install(self) -> None:
+        """Nothing."""
+
+    def _is_up(self) -> bool:
+        if self._booter.poll() is not None or not Path(f"/proc/{self._init}/comm").exists():
+            raise BootError("it ended")
+        if Path(f"/proc/{self._init}/comm").read_text().strip() != "systemd":
+            return False
+        return self.systemctl("is-system-running", check=False).strip() in ("running", "degraded")
+
+    def _end(self) -> None:
+        self._booter.communicate(timeout=PATIENCE)  # the end of its input is what it waits for
+        self._directory.cleanup()
+
+    @property
+    def _python(self) -> str:
+        """Where the interpreter of the tests is installed."""
+        return os.path.realpath(sys.base_prefix)
+
+    @property
+    def python(self) -> str:
+        """That interpreter as a unit finds it, which has no home directories."""
+        prefix = self._python if self._python.startswith("/usr") else PYTHON
+        return f"{prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
 
     def run(self, *command: str, check: bool = True) -> str:
         """Run a command in the box; what it printed. AssertionError where it fails, unless that is not checked."""
-        entered = ["nsenter", "-t", str(self._init), "-m", "-p", "-n", "-u", "-i", "-C", "-r", "-w", *command]
-        done = subprocess.run(entered, capture_output=True, text=True, check=False, timeout=60)
+        entered = ["nsenter", "-t", str(self._init), "-m", "-p", "-n", "-u", "-i", "-C", *command]
+        done = subprocess.run(entered, capture_output=True, text=True, check=False, timeout=LONGEST)
         assert not check or done.returncode == 0, f"{command}: {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
@@ -115,29 +134,23 @@ class Box:
         file.write_text(text)
         file.chmod(mode)
 
+
+class Box(Machine):
+    """Such a machine, with nodepass installed."""
+
     def _install(self) -> None:
-        python = self._provide_python()
         library = self.root / "opt/nodepass"
         for name, source in _installed_files():
             target = library / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
         shutil.copytree(REPOSITORY / "nodepass", library / "nodepass")
-        self.write("/usr/local/bin/nodepass", f'#!/bin/sh\nexec {python} -m nodepass "$@"\n', 0o755)
+        self.write("/usr/local/bin/nodepass", f'#!/bin/sh\nexec {self.python} -m nodepass "$@"\n', 0o755)
         self.write("/etc/systemd/system/nodepass@.service.d/box.conf", DROP_IN)
         for unit in ("nodepass@.service", "nodepass@.socket"):
             shutil.copy(UNITS / unit, self.root / "etc/systemd/system")
         (self.root / "etc/credstore").mkdir(mode=0o700, exist_ok=True)
         self.systemctl("daemon-reload")
-
-    def _provide_python(self) -> str:
-        """An interpreter that a unit without home directories can run."""
-        prefix = os.path.realpath(sys.base_prefix)
-        if prefix.startswith(HIDDEN):
-            self.run("mkdir", "-p", "/opt/python")
-            self.run("mount", "--bind", prefix, "/opt/python")
-            prefix = "/opt/python"
-        return f"{prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 class Unit:
@@ -220,15 +233,6 @@ class Unit:
         for line in self.box.run("journalctl", "-o", "json", "-u", self.name).splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)
-
-
-def _named_child(pid: int, name: str) -> int:
-    found = (child for child in _children(pid) if Path(f"/proc/{child}/comm").read_text().strip() == name)
-    return next(found)
-
-
-def _children(pid: int) -> Iterator[int]:
-    yield from map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
 def _installed_files() -> Iterator[tuple[str, Path]]:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.support.box import BootError, Box
+from tests.support.box import BootError, Machine
 from tests.support.process import REPOSITORY
 from tests.support.sockets import connect
 from tests.support.target import Target
@@ -33,14 +33,9 @@ UNIT = "/etc/systemd/system/nodepass@.service"
 PORTS = "/etc/systemd/system/nodepass@edge.socket.d/manager.conf"
 COMMANDS = ("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart", "delete", "logs")
 CHECK_FIRST = "[Service]\nExecStartPre=/usr/local/bin/nodepass --check\n"
-DROP_IN = """\
-[Service]
-# The kernel makes no user namespace below a chroot, which the box is.
-PrivateUsers=no
-"""
 
 
-class ManagedBox(Box):
+class ManagedBox(Machine):
     """A box in which nothing is installed: that is the manager's business."""
 
     def prepare(self, wheels: Path) -> None:
@@ -51,10 +46,6 @@ class ManagedBox(Box):
             target.write_bytes(wheel.read_bytes())
         self.write("/srv/nodepass-manager", MANAGER.read_text(), 0o755)
         self.write("/srv/key", "0123456789abcdef" * 4, 0o600)
-        self.write("/etc/systemd/system/nodepass@.service.d/box.conf", DROP_IN)
-
-    def _install(self) -> None:
-        self.python = self._provide_python()
 
     def manage(self, *arguments: str) -> tuple[int, str]:
         """Run the manager; its exit status and what it printed."""
