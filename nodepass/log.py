@@ -1,73 +1,87 @@
-"""The log: one event a line on stderr, as text for people or as JSON for programs (`LOG_FORMAT`).
+"""The log: one event per line on stderr, as text for people or as JSON for programs (`LOG_FORMAT`).
 
 An event has a stable name (`client.connected`), fields, and a sentence made of them; docs/logging.md lists all. As text
 a line is `time LEVEL tunnel [session] sentence`, for journald `<priority>tunnel [session] sentence`, because journald
-keeps the time itself; as JSON it is an object with `time`, `level`, `tunnel`, `session`, `event`, `message` and the
-fields. Secrets never reach this module; what a peer sent reaches a line escaped.
+keeps the time itself; as JSON it is an object with the keys of RESERVED and the fields. A `Log` is what the rest of the
+program writes to; it leaves out lines of a frequent event and counts them. The levels, handlers and files are those of
+`logging`; only its call syntax is not used.
+
+Secrets never reach this module. What a peer sent is escaped in every form.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-LEVELS = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warn": logging.WARNING,
-    "error": logging.ERROR,
-    "fatal": logging.CRITICAL,
+
+class _Level(NamedTuple):
+    name: str
+    priority: int  # syslog's, which journald reads
+    colour: int  # SGR code
+
+
+_LEVELS = {
+    logging.DEBUG: _Level("debug", 7, 2),
+    logging.INFO: _Level("info", 6, 32),
+    logging.WARNING: _Level("warn", 4, 33),
+    logging.ERROR: _Level("error", 3, 31),
+    logging.CRITICAL: _Level("fatal", 2, 35),
 }
-FORMATS = ("text", "json")
-RESERVED = ("time", "level", "tunnel", "session", "event", "message", "traceback")  # JSON's keys beside the fields
-_NAMES = {level: name for name, level in LEVELS.items()}
-_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-_COLOURS = {logging.DEBUG: 2, logging.INFO: 32, logging.WARNING: 33, logging.ERROR: 31, logging.CRITICAL: 35}
-
-_NO_FIELDS = {"": ""}  # logging leaves a sentence as it is where the mapping is empty, and `%%` must become `%`
+LEVELS = {level.name: number for number, level in _LEVELS.items()}
+RESERVED = ("time", "level", "tunnel", "session", "event", "message", "traceback")  # keys of JSON that no field has
 
 _root = logging.getLogger("nodepass")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """At most `burst` lines in so many seconds of one event; those with another `key` are counted apart."""
+    """At most `burst` lines of an event within so many seconds; lines with another `key` are counted separately."""
 
     key: object = ""
     seconds: float = 1.0
     burst: int = 10
 
 
+class _Burst:
+    """The lines of one limited event and key, from its first one on."""
+
+    __slots__ = ("ends", "level", "lines", "suppressed")
+
+    def __init__(self, level: int, ends: float) -> None:
+        self.level = level
+        self.ends = ends  # time.monotonic()
+        self.lines = self.suppressed = 0
+
+
 def literal(text: str) -> str:
-    """A sentence that says just this, whatever its fields are."""
+    """A sentence that consists of this text, whatever its fields are."""
     return text.replace("%", "%%")
 
 
 class Log:
     """The log of one tunnel, or of one of its sessions.
 
-    Each method takes an event's name, its sentence with `%(field)s` in it, and the fields. A `limit` leaves lines out,
+    Each method takes an event's name, its sentence with `%(field)s` in it, and the fields. A `limit` suppresses lines,
     which `report_suppressed` counts; a `crash` is logged with its traceback.
     """
 
-    def __init__(self, tunnel: str, session: str = "") -> None:
+    def __init__(self, tunnel: str) -> None:
         self.tunnel = tunnel
-        self._session = session
-        self._bursts: dict[tuple[str, object], tuple[float, int, float]] = {}  # -> begin (monotonic), lines, seconds
-        self._suppressed: dict[tuple[str, object], tuple[int, int]] = {}  # -> level, lines
-
-    def rename(self, tunnel: str) -> None:
-        """Speak for a tunnel of another name from now on."""
-        self.tunnel = tunnel
+        self._session = ""
+        self._bursts: dict[tuple[str, object], _Burst] = {}
 
     def session(self, id: str) -> Log:
-        """The log of one session of this tunnel."""
-        return Log(self.tunnel, id)
+        """The log of one session of this tunnel; limits count the lines of all sessions together."""
+        log = Log(self.tunnel)
+        log._session, log._bursts = id, self._bursts
+        return log
 
     def debug(self, event: str, sentence: str, /, **fields: object) -> None:
         if _root.isEnabledFor(logging.DEBUG):  # a session calls this many times
@@ -92,7 +106,7 @@ class Log:
 
     def log(
         self,
-        number: int,
+        level: int,
         event: str,
         sentence: str,
         /,
@@ -100,61 +114,53 @@ class Log:
         crash: BaseException | None = None,
         **fields: object,
     ) -> None:
-        """Log at one of `logging`'s levels."""
-        if _root.isEnabledFor(number) and (limit is None or self._may_write(number, event, limit)):
-            self._write(number, event, sentence, fields, crash)
+        """Log at one of the levels of `logging`."""
+        if _root.isEnabledFor(level) and (limit is None or self._admits(level, event, limit)):
+            self._write(level, event, sentence, fields, crash)
 
     def always(self, event: str, sentence: str, /, **fields: object) -> None:
-        """A line that was asked for by name, whatever the level."""
+        """Log what an operator has requested, whatever the level."""
         self._write(logging.INFO, event, sentence, fields)
 
     def report_suppressed(self) -> None:
-        """Say how many lines limits left out, so that none is lost silently; called at every report."""
-        for (event, key), (number, lines) in self._suppressed.items():
-            about = f"{event}: {key}" if key else event
-            self.log(
-                number,
-                "log.suppressed",
-                "%(lines)d more lines like the last about: %(about)s",
-                lines=lines,
-                suppressed=event,
-                about=about,
-            )
-        self._suppressed.clear()
+        """Log how many lines were suppressed since the last report, so that none is lost silently."""
         now = time.monotonic()
-        self._bursts = {key: burst for key, burst in self._bursts.items() if now - burst[0] < burst[2]}
+        for (event, key), burst in list(self._bursts.items()):
+            self._report(event, key, burst)
+            if now >= burst.ends:
+                del self._bursts[event, key]
 
-    def _may_write(self, number: int, event: str, limit: Limit) -> bool:
+    def _report(self, event: str, key: object, burst: _Burst) -> None:
+        lines, burst.suppressed = burst.suppressed, 0
+        if lines:
+            about = f"{event}: {key}" if key else event
+            words = "%(lines)d more lines like the last about: %(about)s"
+            self.log(burst.level, "log.suppressed", words, lines=lines, suppressed=event, about=about)
+
+    def _admits(self, level: int, event: str, limit: Limit) -> bool:
+        """Whether the limit allows one more line; if not, it is counted."""
         now, key = time.monotonic(), (event, limit.key)
-        began, count, _ = self._bursts.get(key, (now, 0, limit.seconds))
-        if now - began >= limit.seconds:
-            self.report_suppressed()
-            began, count = now, 0
-        self._bursts[key] = (began, count + 1, limit.seconds)
-        if count < limit.burst:
-            return True
-        self._suppressed[key] = (number, self._suppressed.get(key, (number, 0))[1] + 1)
-        return False
+        burst = self._bursts.get(key)
+        if burst is None or now >= burst.ends:
+            if burst:
+                self._report(event, limit.key, burst)
+            burst = self._bursts[key] = _Burst(level, now + limit.seconds)
+        if burst.lines >= limit.burst:
+            burst.suppressed += 1
+            return False
+        burst.lines += 1
+        return True
 
     def _write(
-        self, number: int, event: str, sentence: str, fields: dict[str, object], crash: BaseException | None = None
+        self, level: int, event: str, sentence: str, fields: Mapping[str, object], crash: BaseException | None = None
     ) -> None:
-        trace = None if crash is None else (type(crash), crash, crash.__traceback__)
-        record = _root.makeRecord(
-            _root.name,
-            number,
-            "",
-            0,
-            sentence,
-            (fields or _NO_FIELDS,),
-            trace,
-            extra={"tunnel": self.tunnel, "session": self._session, "event": event, "fields": fields},
-        )
-        _root.handle(record)
+        trace = (type(crash), crash, crash.__traceback__) if crash else None
+        extra = {"tunnel": self.tunnel, "session": self._session, "event": event, "fields": fields}
+        _root.handle(_root.makeRecord(_root.name, level, "", 0, sentence % fields, (), trace, extra=extra))
 
 
-class LineFormatter(logging.Formatter):
-    """Lines for a person: time, level, tunnel, sentence; coloured on a terminal."""
+class TextFormatter(logging.Formatter):
+    """Lines for people: time, level, tunnel, session, sentence; the level is coloured on a terminal."""
 
     default_msec_format = "%s.%03d"
 
@@ -163,34 +169,37 @@ class LineFormatter(logging.Formatter):
         self._colours = colours
 
     def format(self, record: logging.LogRecord) -> str:
-        level = f"{_NAMES[record.levelno].upper():<5}"
+        name, _, colour = _LEVELS[record.levelno]
+        level = f"{name.upper():<5}"
         if self._colours:
-            level = f"\x1b[{_COLOURS[record.levelno]}m{level}\x1b[0m"
-        return f"{self.formatTime(record)} {level} {self.text(record)}"
+            level = f"\x1b[{colour}m{level}\x1b[0m"
+        return f"{self.formatTime(record)} {level} {self._text(record)}"
 
-    def text(self, record: Any) -> str:
-        """What follows the level: tunnel, session, sentence, traceback."""
+    def _text(self, record: Any) -> str:
+        """What follows the level; only a traceback has more than one line."""
         session = f" [{record.session}]" if record.session else ""
-        text = f"{record.tunnel}{session} {_printable(record.getMessage())}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        lines = [f"{record.tunnel}{session} {_printable(record.msg)}"]
+        if record.exc_info:
+            lines += map(_printable, self.formatException(record.exc_info).split("\n"))
+        return "\n".join(lines)
 
 
-class JournalFormatter(LineFormatter):
-    """Lines for journald: a priority before each, no time."""
+class JournalFormatter(TextFormatter):
+    """Lines for journald: a priority in front of each, no time and no level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _with_priority(record, self.text(record))
+        return _with_priority(record, self._text(record))
 
 
 class JSONFormatter(logging.Formatter):
-    """One object a line; values that JSON does not have, an address say, are their text."""
+    """One object per line; for journald with a priority in front, which it removes."""
 
-    def __init__(self, priorities: bool = False) -> None:
+    def __init__(self, for_journald: bool = False) -> None:
         super().__init__()
         import datetime
         import json
 
-        self._priorities = priorities
+        self._for_journald = for_journald
         self._encode = json.JSONEncoder().encode
         self._from_timestamp = datetime.datetime.fromtimestamp
         self._utc = datetime.timezone.utc
@@ -198,21 +207,21 @@ class JSONFormatter(logging.Formatter):
     def format(self, record: Any) -> str:
         shown = {
             "time": self._from_timestamp(record.created, self._utc).isoformat(timespec="milliseconds"),
-            "level": _NAMES[record.levelno],
+            "level": _LEVELS[record.levelno].name,
             "tunnel": record.tunnel,
             **({"session": record.session} if record.session else {}),
             "event": record.event,
-            "message": record.getMessage(),
+            "message": record.msg,
             **{name: _plain(value) for name, value in record.fields.items()},
             **({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}),
         }
         line = self._encode(shown)
-        return _with_priority(record, line) if self._priorities else line
+        return _with_priority(record, line) if self._for_journald else line
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has for a field. A named tuple is no list here: an endpoint's text is what an operator looks for."""
-    if value is None or isinstance(value, str | int | float):
+    """A field as JSON has it; what JSON has no type for is its text, such as an address, a named tuple."""
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
@@ -220,19 +229,19 @@ def _plain(value: Any) -> Any:
 
 
 def _with_priority(record: logging.LogRecord, text: str) -> str:
-    priority = f"<{_PRIORITIES[record.levelno]}>"
+    priority = f"<{_LEVELS[record.levelno].priority}>"
     return "\n".join(priority + line for line in text.split("\n"))
 
 
 def _printable(text: str) -> str:
-    """A sentence without control characters: what a peer sent can forge no line and move no cursor."""
+    """The text with its control characters escaped: bytes of a peer can neither forge a line nor move a cursor."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def journald_reads(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    """Whether JOURNAL_STREAM names this very stream (`device:inode`), as sd_notify(3)'s neighbours define it."""
+    """Whether JOURNAL_STREAM names this very stream by its device and inode, as systemd.exec(5) describes it."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -241,23 +250,23 @@ def journald_reads(stream: TextIO, environ: Mapping[str, str]) -> bool:
 
 
 def set_up(level: str, environ: Mapping[str, str], stream: TextIO | None = None, style: str = "text") -> None:
-    """Send the log to `stream` (stderr), in one of FORMATS, as it suits who reads it."""
+    """Send the log to `stream` (stderr) as "text" or "json", in the form for what reads it."""
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
-    journal = journald_reads(stream, environ)
+    for_journald = journald_reads(stream, environ)
     if style == "json":
-        handler.setFormatter(JSONFormatter(journal))
-    elif journal:
+        handler.setFormatter(JSONFormatter(for_journald))
+    elif for_journald:
         handler.setFormatter(JournalFormatter())
     else:
-        handler.setFormatter(LineFormatter(stream.isatty() and "NO_COLOR" not in environ))
+        handler.setFormatter(TextFormatter(stream.isatty() and "NO_COLOR" not in environ))
     _root.handlers = [handler]
     _root.propagate = False
     _root.setLevel(LEVELS[level])
 
 
 def finish() -> None:
-    """Write what waits; what a full disk does not take is given up, and does not change the exit status."""
+    """Flush; what a full disk does not take is given up, and does not change the exit status."""
     try:
         sys.stderr.flush()
     except OSError:

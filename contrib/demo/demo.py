@@ -1,8 +1,8 @@
 """`make demo`: a small service, a nodepass server and a nodepass client, all on this machine.
 
 The service is a web page (TCP) and an echo (UDP) on one port. The ends of the tunnel are real processes of bin/nodepass
-on ports that the kernel chooses; their readiness is read from their logs. The demo uses the tunnel as a visitor would,
-prints the result, and runs until Ctrl-C. It ends only processes that it started.
+on ports that the kernel chooses; their readiness is read from their logs, as JSON. The demo uses the tunnel as a
+visitor would, prints the result, and runs until Ctrl-C. It ends only processes that it started.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.server
-import re
+import json
+import os
 import shlex
 import signal
 import socket
@@ -23,6 +24,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 NODEPASS = Path(__file__).resolve().parents[2] / "bin" / "nodepass"
 LOOPBACK = "127.0.0.1"
@@ -34,9 +36,6 @@ ANSWER_TIMEOUT = 10.0
 STOP_TIMEOUT = 10.0
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-LISTENING = re.compile(r"listening: tunnel \S+:(\d+), data \S+, target \S+:(\d+) ")
-CLIENT_CONNECTED = re.compile(r"client connected from ")
 
 PAGE = b"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>nodepass demo</title>
@@ -79,16 +78,22 @@ class EchoHandler(socketserver.BaseRequestHandler):
 
 
 class Tunnel:
-    """One running bin/nodepass and the lines of its log so far."""
+    """One running bin/nodepass, the lines of its log so far, and the events in them."""
 
     def __init__(self, role: str, url: str) -> None:
         self.role = role
         self.lines: list[str] = []
+        self._events: list[dict[str, Any]] = []
         self._grown = threading.Condition()
         self._ended = False
         # A session of its own, so that Ctrl-C at the terminal reaches it once, through the demo.
         self.process = subprocess.Popen(
-            [NODEPASS, url], stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+            [NODEPASS, url],
+            env={**os.environ, "LOG_FORMAT": "json"},
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read_log, name=f"{role}-log", daemon=True)
         self._reader.start()
@@ -97,24 +102,33 @@ class Tunnel:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             with self._grown:
-                self.lines.append(line.rstrip("\n"))
+                self._read_line(line.rstrip("\n"))
                 self._grown.notify_all()
         with self._grown:
             self._ended = True
             self._grown.notify_all()
 
-    def wait_for(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """The first log line that matches. Raises DemoError if there is none within READY_TIMEOUT."""
+    def _read_line(self, line: str) -> None:
+        try:
+            event = json.loads(line)
+            self.lines.append(f"{event['time']} {event['level'].upper()} {event['message']}")
+        except ValueError:  # text that is not an event: why the process did not start
+            self.lines.append(line)
+        else:
+            self._events.append(event)
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """The first such event in the log. Raises DemoError if there is none within READY_TIMEOUT."""
         with self._grown:
-            self._grown.wait_for(lambda: self._search(pattern) or self._ended, READY_TIMEOUT)
-            found = self._search(pattern)
+            self._grown.wait_for(lambda: self._search(event) or self._ended, READY_TIMEOUT)
+            found = self._search(event)
         if found is None:
             outcome = "ended" if self._ended else f"was not ready after {READY_TIMEOUT:.0f} s"
-            raise DemoError(f"the {self.role} {outcome}; its log has no line with {pattern.pattern!r}")
+            raise DemoError(f"the {self.role} {outcome}; its log has no {event}")
         return found
 
-    def _search(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        return next((found for found in map(pattern.search, self.lines) if found), None)
+    def _search(self, event: str) -> dict[str, Any] | None:
+        return next((each for each in self._events if each["event"] == event), None)
 
     def stop(self) -> None:
         """Terminate the process, and kill it after STOP_TIMEOUT."""
@@ -221,11 +235,14 @@ def run_demo(once: bool) -> None:
         say(f"The service, a web page and a UDP echo, listens on {LOOPBACK}:{service_port}.\n")
         say("On the machine with the public address:")
         server = stack.enter_context(running("server", f"server://{LOOPBACK}:0/{LOOPBACK}:0?tls=1"))
-        tunnel_port, visitor_port = map(int, server.wait_for(LISTENING).groups())
+        listening = server.wait_for("server.listening")
+        tunnel_port, visitor_port = (
+            int(listening[name].rpartition(":")[2]) for name in ("tunnel_address", "target_address")
+        )
         say("On the machine behind the firewall:")
         client_url = f"client://{LOOPBACK}:{tunnel_port}/{LOOPBACK}:{service_port}"
         stack.enter_context(running("client", client_url))
-        server.wait_for(CLIENT_CONNECTED)
+        server.wait_for("client.connected")
         show_picture(visitor_port, tunnel_port, service_port)
         say(f"\nA visitor connects to the server, {LOOPBACK}:{visitor_port}:\n")
         say(f"  TCP: {fetch_page(visitor_port)}")

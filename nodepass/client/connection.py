@@ -86,7 +86,7 @@ class Connection:
             self._control.close(STOPPING)
             self._tasks.kill()
             self._filler.dials.kill()
-            self.pool.flush("the control connection ended")
+            self.pool.close("the control connection ended")
 
     def unhealthy_reason(self) -> str:
         """What is wrong with this end, while the control connection lasts; empty while it is well."""

@@ -67,7 +67,7 @@ class DataDialer:
         while True:
             pool.wanted.wait()
             pool.wanted.clear()
-            if pool.is_unwanted() or self._failures:
+            if pool.should_pause() or self._failures:
                 self._failures = 0
                 gevent.sleep(self._backoff.pause())
             while pool.missing > 0:

@@ -1,182 +1,301 @@
-"""The client's end of the pool: a launch names its connection.
+"""The client's pool: data connections made in advance, each for the launch that names it.
 
-An idle one that becomes readable is idle no longer: its launch is on its way, or the server has closed it, which a
-visitor that left at once looks like.
+The server gives a data connection its id, and when a visitor comes it names that id in a launch, on the control
+connection. The two connections are independent: a launch can be read before its data connection is ready, and the
+visitor's first bytes, or the end of its stream, can arrive before the launch. Each connection is in one state:
+
+    dialling   being made; it has no id yet, so dials are only counted
+    idle       ready for its launch, and watched
+    early      its first bytes or its end came before its launch; not watched any more
+    reserved   its launch has been read and waits for a slot (SEMAPHORE_LIMIT)
+    claimed    owned by its launch handler; the pool has forgotten it
+    closed     likewise, by the pool
+
+    event                       caller            transition
+    begin_dial                  data dialer       to dialling
+    add                         data dialer       dialling to idle, or to claimed where a claim waits for its id
+    end_dial                    data dialer       a dial is over, successful or not; after the last one no claim waits
+    first bytes, end            event loop        idle to early
+    reserve                     signal reader     early or idle to reserved
+    drop                        signal reader     reserved to closed
+    claim                       launch handler    reserved, early or idle to claimed; waits if there are only dials
+    end_interval                report            early, for longer than LAUNCH_WITHIN, to closed
+    close                       connection        idle, early and reserved to closed; no claim waits any more
+
+Where an id is given again, the older of two connections in one state is closed. What leaves `idle` is replaced, so that
+the pool stays at its capacity: `missing` says how many dials to begin.
+
+An end before the launch has two causes. A visitor left at once: its launch follows. Or the server closed a connection,
+most often because the client makes more than it needs: no launch follows. So an end lowers the capacity by one, and a
+launch that follows raises it again. Where connections end as soon as they are made, and without launches, more of them
+are of no use: after as many as the capacity the dialer pauses (`should_pause`).
+
+`ConnectionStates` makes the transitions, without I/O, and returns what must be closed. `ClientPool` calls it and then
+does what follows: watch, unwatch, close, log, hand over to a claim that waits, wake the dialer.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from gevent.event import Event
 
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
+from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
-from nodepass.tunnel.pool import Idle, Pool, Waiter
+from nodepass.tunnel.pool import Capacity, Pool, Waiter
 
 LAUNCH_WITHIN = 2.0  # seconds from a session's first bytes, or its end, to its launch, which was written before
 YOUNG = 1.0  # seconds: the age under which an idle connection's end counts as a failure to make it
 
+S = TypeVar("S")
+Closing = list[tuple[str, S]]  # connections, with their ids, that the caller must close
+
 
 @dataclass(eq=False, slots=True)
-class Spoken:
+class Early(Generic[S]):
     """A connection with its first bytes, or its end, before its launch."""
 
-    stream: Stream
+    stream: S
     since: float  # time.monotonic()
-    lowered: int = 0  # by how much its end has lowered the capacity
+    lowered: int  # by how much its end lowered the capacity
 
 
-class ClientPool(Pool):
-    """The client's end: gives out the connection that a launch names.
+class ConnectionStates(Generic[S]):
+    """Which connection is in which state. No I/O: a stream is any object, and the time is an argument."""
 
-    `wanted` is set whenever the filler may have work; `dialling` counts the connections being made.
-    """
-
-    def __init__(self, log: Log, stats: Stats, lowest: int, highest: int) -> None:
-        super().__init__(log, stats, lowest, highest)
-        self.wanted = Event()
-        self.wanted.set()
+    def __init__(self, lowest: int, highest: int, stats: Stats) -> None:
+        self.capacity = Capacity(lowest, highest, stats)
         self.dialling = 0
-        self._flushed = False
-        self._died_young: set[str] = set()  # ended as soon as they were made, and by no visitor who left, so far
-        self._expected: dict[str, Waiter] = {}
-        self._reserved: dict[str, Stream] = {}  # launched, waiting for a slot
-        self._spoken: dict[str, Spoken] = {}  # readable, waiting for their launch since then
+        self.idle: dict[str, S] = {}
+        self.early: dict[str, Early[S]] = {}
+        self.reserved: dict[str, S] = {}
+        self._closed_young: set[str] = (
+            set()
+        )  # ids of connections that ended soon after they were made, no launch so far
 
     @property
     def missing(self) -> int:
-        """How many connections to begin now."""
-        return self.capacity - len(self) - self.dialling
+        """How many dials to begin."""
+        return self.capacity.size - len(self.idle) - self.dialling
 
-    def is_unwanted(self) -> bool:
-        """Whether the server has closed so many new connections at once that to make more of them has to wait.
+    def add(self, id: str, stream: S) -> Closing[S]:
+        """Dialling to idle."""
+        self.capacity.count_created()
+        replaced = _pop(self.idle, id)
+        self.idle[id] = stream
+        return replaced
 
-        Counts anew from then on.
-        """
-        if len(self._died_young) < max(1, self.capacity):
+    def become_early(self, id: str, has_bytes: bool, young: bool, now: float) -> Closing[S]:
+        """Idle to early: by its first bytes, or by its end, soon after it was made if `young`."""
+        replaced = [(id, old.stream)] if (old := self._leave_early(id)) else []
+        lowered = 0 if has_bytes else min(1, self.capacity.size - self.capacity.lowest)
+        self.early[id] = Early(self.idle.pop(id), now, lowered)
+        self.capacity.size -= lowered
+        if has_bytes:
+            self._count_taken()
+        elif young:
+            self._closed_young.add(id)
+        return replaced
+
+    def reserve(self, id: str) -> tuple[S | None, Closing[S]]:
+        """Early or idle to reserved; the connection, if there is one of this id."""
+        stream = self._find(id)
+        if stream is None:
+            return None, []
+        replaced = _pop(self.reserved, id)
+        self.reserved[id] = stream
+        return stream, replaced
+
+    def drop(self, id: str) -> Closing[S]:
+        """Reserved to closed."""
+        return _pop(self.reserved, id)
+
+    def claim(self, id: str) -> S | None:
+        """Reserved, early or idle to claimed; the connection, if there is one of this id."""
+        return self.reserved.pop(id) if id in self.reserved else self._find(id)
+
+    def count_found_empty(self) -> None:
+        """A session found no idle connection."""
+        if self.capacity.count_found_empty():
+            self.capacity.end_interval()
+
+    def end_interval(self, now: float) -> Closing[S]:
+        """Early, without a launch for too long, to closed."""
+        self.capacity.end_interval()
+        overdue = [id for id, early in self.early.items() if early.since < now - LAUNCH_WITHIN]
+        return [(id, early.stream) for id in overdue if (early := self._leave_early(id))]
+
+    def should_pause(self) -> bool:
+        """Whether as many connections as the capacity were closed young; the count starts again then."""
+        if len(self._closed_young) < max(1, self.capacity.size):
             return False
-        self._died_young.clear()
+        self._closed_young.clear()
         return True
 
-    def add(self, id: str, stream: Stream) -> None:
-        if expected := self._expected.pop(id, None):
-            self._count_new()
-            expected.give(id, stream)
-            self.wanted.set()
-        else:
-            super().add(id, stream)
+    def forget(self, id: str, stream: S) -> None:
+        """Idle or early to closed, by the caller: a bug was met on it."""
+        if self.idle.get(id) is stream:
+            del self.idle[id]
+        elif (early := self.early.get(id)) and early.stream is stream:
+            self._leave_early(id)
+
+    def close(self) -> Closing[S]:
+        """All to closed. Nothing is dialled any more: a dial that was ended before it began has no `end_dial`."""
+        early = ((id, early.stream) for id, early in self.early.items())
+        closing = [*self.idle.items(), *early, *self.reserved.items()]
+        for states in (self.idle, self.early, self.reserved):
+            states.clear()
+        self.dialling = 0
+        return closing
+
+    def _find(self, id: str) -> S | None:
+        """Take a connection whose launch has come out of early or idle."""
+        if early := self._leave_early(id):
+            self.capacity.size = min(self.capacity.highest, self.capacity.size + early.lowered)
+            return early.stream
+        if id not in self.idle:
+            return None
+        stream = self.idle.pop(id)
+        self._count_taken()
+        return stream
+
+    def _leave_early(self, id: str) -> Early[S] | None:
+        self._closed_young.discard(id)
+        return self.early.pop(id, None)
+
+    def _count_taken(self) -> None:
+        """A session has taken an idle connection."""
+        if not self.idle:
+            self.count_found_empty()
+
+
+def _pop(states: dict[str, S], id: str) -> Closing[S]:
+    return [(id, states.pop(id))] if id in states else []
+
+
+class ClientPool(Pool):
+    """The pool as the rest of the client sees it; `wanted` is set while a connection is missing."""
+
+    def __init__(self, log: Log, stats: Stats, lowest: int, highest: int) -> None:
+        self._states: ConnectionStates[Stream] = ConnectionStates(lowest, highest, stats)
+        super().__init__(self._states.capacity, self._states.idle, log, stats)
+        self._waiting: dict[str, Waiter] = {}  # claims, by the id that they wait for
+        self.wanted = Event()
+        self.wanted.set()
+
+    @property
+    def missing(self) -> int:
+        """How many dials to begin now."""
+        return self._states.missing
+
+    def should_pause(self) -> bool:
+        """Whether the server closed so many new connections that the dialer must pause; counts from 0 again then."""
+        return self._states.should_pause()
 
     def begin_dial(self) -> None:
         """A connection is being made; `end_dial` follows, however that goes."""
-        self.dialling += 1
+        self._states.dialling += 1
+
+    def add(self, id: str, stream: Stream) -> None:
+        """Take over a connection that is ready for its launch."""
+        if waiter := self._waiting.pop(id, None):
+            self._states.capacity.count_created()
+            waiter.give(id, stream)
+        else:
+            replaced = self._states.add(id, stream)
+            self._start_watching(id, stream, self._watch(id, stream, time.monotonic()))
+            self._finish(replaced, "replaced", "its id was given again")
 
     def end_dial(self) -> None:
         """A connection has been added, or could not be made."""
-        self.dialling -= 1
-        self.wanted.set()
-        if not self.dialling:
+        self._states.dialling -= 1
+        if not self._states.dialling:
             self._fail_claims()
-
-    def _fail_claims(self) -> None:
-        while self._expected:
-            id, expected = self._expected.popitem()
-            expected.fail(NoDataConnection(f"no data connection has the id {id}"))
-
-    def end_interval(self) -> None:
-        super().end_interval()
-        limit = time.monotonic() - LAUNCH_WITHIN
-        for id in [id for id, spoken in self._spoken.items() if spoken.since < limit]:
-            self._spoken.pop(id).stream.close()
-            self._died_young.discard(id)
-        self.wanted.set()
-
-    def flush(self, because: str) -> None:
-        """Close all that is here, for good: no claim waits any more, also where a dial was ended before it began."""
-        super().flush(because)
-        self._flushed = True
-        self._fail_claims()
-        while self._spoken:
-            self._spoken.popitem()[1].stream.close()
-        while self._reserved:
-            self._reserved.popitem()[1].close()
+        self._finish()
 
     def reserve(self, id: str) -> None:
         """Keep the connection of a launch that has been read until it is claimed, however long that takes."""
-        if stream := self._find(id):
-            self.drop(id)
-            self._reserved[id] = stream
+        stream, replaced = self._states.reserve(id)
+        if stream is not None:
+            stream.unwatch()
+            self._finish(replaced, "replaced", "its id was given again")
 
     def drop(self, id: str) -> None:
         """Close the connection of a launch that cannot be served, so that the server's visitor is not left waiting."""
-        if stream := self._reserved.pop(id, None):
-            stream.close()
+        self._finish(self._states.drop(id), "dropped", "its launch was dropped")
 
     def claim(self, id: str, timeout: float) -> Stream:
         """The connection of this id; it is the caller's now. Raises NoDataConnection where it is not known.
 
-        A launch may overtake the id that the server wrote just before it on another connection: while one is being
-        made, wait for it, `timeout` seconds at most.
+        The launch can overtake the id, which the server wrote just before on another connection: while a connection is
+        being made, wait for it, `timeout` seconds at most.
         """
-        if stream := self._reserved.pop(id, None) or self._find(id):
+        if (stream := self._states.claim(id)) is not None:
+            stream.unwatch()
+            self._finish()
             return stream
-        if not self.dialling or self._flushed or id in self._expected:
+        if not self._states.dialling or id in self._waiting:
             raise NoDataConnection(f"no data connection has the id {id}")
         if not self._idle:
-            self._find_empty()
-        expected = self._expected[id] = Waiter()
+            self._states.count_found_empty()
+            self._finish()
+        waiter = self._waiting[id] = Waiter()
         try:
-            return expected.wait(timeout, f"no data connection had the id {id} within {timeout:g}s")[1]
+            return waiter.wait(timeout, f"no data connection had the id {id} within {timeout:g}s")[1]
         finally:
-            if self._expected.get(id) is expected:
-                del self._expected[id]
+            if self._waiting.get(id) is waiter:
+                del self._waiting[id]
 
-    def _find(self, id: str) -> Stream | None:
-        if spoken := self._spoken.pop(id, None):
-            # Its visitor had left at once, which says nothing of how many connections there should be.
-            self.capacity = min(self.bounds[1], self.capacity + spoken.lowered)
-            self.wanted.set()
-            self._died_young.discard(id)
-            return spoken.stream
-        if idle := self._idle.get(id):
-            return self._leave(idle)
-        return None
+    def end_interval(self) -> None:
+        """Re-evaluate the capacity, and close what has waited too long for its launch."""
+        overdue = self._states.end_interval(time.monotonic())
+        self._finish(overdue, "overdue", f"no launch for it within {LAUNCH_WITHIN:g}s")
 
-    def _leave(self, idle: Idle) -> Stream:
-        """Take a connection out of what is idle, and have it replaced."""
-        stream = self._release(idle)
-        if not self._idle:
-            self._find_empty()
-        self.wanted.set()
-        return stream
+    def close(self, because: str) -> None:
+        """Close everything; the dialer has been stopped."""
+        self._finish(self._states.close(), "flushed", because)
+        self._fail_claims()
 
-    def _look(self, idle: Idle) -> None:
-        super()._look(idle)
-        self.wanted.set()
+    def _watch(self, id: str, stream: Stream, added: float) -> Steps:
+        """Wait for the first bytes or the end of an idle connection. The event loop resumes this; `yield` waits."""
+        try:
+            while (has_bytes := stream.peek()) is None:  # under TLS, what arrived may be no data
+                yield
+            stream.unwatch()
+            self._become_early(id, has_bytes, added)
+        except Exception as error:  # noqa: BLE001  # the loop could not report it
+            self._abort_after_bug(id, stream, error)
+            self._finish()
+        yield  # not resumed: the stream is not watched any more
 
-    def _readable(self, idle: Idle) -> None:
-        state = idle.stream.peek()
-        if state is None:
-            return
-        if old := self._spoken.pop(idle.id, None):  # its id was given again
-            old.stream.close()
-            self._died_young.discard(idle.id)
-        spoken = self._spoken[idle.id] = Spoken(idle.stream, time.monotonic())
-        if state:
-            self._leave(idle)
-        else:
-            # The server has more than it needs: one less is made, until sessions come again.
-            spoken.lowered = min(1, self.capacity - self.bounds[0])
-            self.capacity -= spoken.lowered
-            if spoken.since - idle.since < YOUNG:
-                self._died_young.add(idle.id)
-            self._release(idle)
+    def _become_early(self, id: str, has_bytes: bool, added: float) -> None:
+        now = time.monotonic()
+        replaced = self._states.become_early(id, has_bytes, now - added < YOUNG, now)
         self._log.debug(
             "pool.early",
             "pool: %(id)s %(what)s",
-            id=idle.id,
-            what="has its first bytes" if state else "ended by the server",
+            id=id,
+            what="has its first bytes" if has_bytes else "ended by the server",
         )
+        self._finish(replaced, "replaced", "its id was given again")
+
+    def _forget(self, id: str, stream: Stream) -> None:
+        self._states.forget(id, stream)
+
+    def _fail_claims(self) -> None:
+        while self._waiting:
+            id, waiter = self._waiting.popitem()
+            waiter.fail(NoDataConnection(f"no data connection has the id {id}"))
+
+    def _finish(self, closing: Closing[Stream] | tuple[()] = (), reason: str = "", words: str = "") -> None:
+        """The I/O after a transition: close what it returned, log a new capacity, wake the dialer."""
+        for id, stream in closing:
+            self._close(id, stream, reason, words)
+        self._log_resize()
+        if self._states.missing > 0:
+            self.wanted.set()

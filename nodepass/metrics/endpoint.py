@@ -47,6 +47,9 @@ class MetricsEndpoint:
         self._server.start()
         self._log.info("metrics.listening", "metrics: %(address)s", address=where)
 
+    def stop(self, timeout: float) -> None:
+        """Go on until `close`: what restarts or watches the process may ask while it drains."""
+
     def close(self) -> None:
         """Close every connection, and remove the socket's file."""
         if self._unix:

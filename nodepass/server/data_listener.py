@@ -62,7 +62,7 @@ class DataListener(Part):
         agreement = self._slot.agreement_with(peer)
         if agreement is None:
             self._reject_other(sock, peer)
-        elif len(self._pool) >= self._pool.bounds[1]:
+        elif self._pool.full:
             self._reject(sock, peer, "pool_full", "the pool is full")
         elif self._certificate or agreement.session:
             self._pending.accept(sock, self._prepare, peer, agreement, speaks_first=self._certificate is not None)

@@ -101,7 +101,7 @@ class Server:
         """Open every listener. Raises ListenError."""
         listeners = self._listeners = Listeners.open(self.url, self._settings, self._share)
         if not self.url.tunnel.port:
-            self.log.rename(f"server:{port_of(listeners.tunnel)}")
+            self.log.tunnel = f"server:{port_of(listeners.tunnel)}"
         self._parts = self._make_parts(listeners)
         self.ready.set()
 

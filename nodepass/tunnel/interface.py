@@ -64,8 +64,13 @@ class Watched:
 class Observed(Protocol):
     """How a tunnel is."""
 
-    log: Log
-    ready: Event
+    @property
+    def log(self) -> Log:
+        """Its own, which names it."""
+
+    @property
+    def ready(self) -> Event:
+        """Set once it can serve."""
 
     def status(self) -> str:
         """How it is, for an operator: one line."""

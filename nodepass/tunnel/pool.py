@@ -1,13 +1,10 @@
-"""The pool: data connections made in advance, by id, each used once.
+"""What the pools of both ends share: idle data connections, each for one session, and the capacity they are kept at.
 
-What both ends share. `Pool` keeps idle connections and watches them; `server_pool` and `client_pool` say what it means
-that one becomes readable, and how a session comes by one. Who makes connections, and when, is `fillers`' business.
+`server.pool` and `client.pool` decide which connection a session gets, and what it means that an idle one becomes
+readable. A pool makes no connections: `server.data_listener` and `client.data_dialer` do, and add them.
 """
 
 from __future__ import annotations
-
-import time
-from dataclasses import dataclass
 
 import gevent
 from gevent import GreenletExit
@@ -15,6 +12,7 @@ from gevent.event import AsyncResult
 
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
+from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tasks import report_bug
@@ -53,26 +51,57 @@ class Waiter:
         return given
 
 
-@dataclass(eq=False, slots=True)
-class Idle:
-    """A connection that waits for its session."""
+class Capacity:
+    """How many connections are kept ready: `size`, which follows what sessions needed in the last interval."""
 
-    id: str
-    stream: Stream
-    since: float  # time.monotonic() when it was added
+    def __init__(self, lowest: int, highest: int, stats: Stats) -> None:
+        self.size = lowest
+        self.lowest = lowest
+        self.highest = highest
+        self.created = 0  # in this interval
+        self._found_empty = False  # in this interval
+        self._stats = stats
+        self.skip_first_fill()
+
+    def count_created(self) -> None:
+        self.created += 1
+        self._stats.data_connections += 1
+
+    def count_found_empty(self) -> bool:
+        """A session found no connection; whether to end the interval now, since the pool was refilled once in it."""
+        self._stats.found_empty += 1
+        self._found_empty = True
+        return self.created >= self.size
+
+    def end_interval(self) -> None:
+        """Re-evaluate the size, and start to count again."""
+        self.size = next_capacity(self.size, self.created, self._found_empty, self.lowest, self.highest)
+        self.created, self._found_empty = 0, False
+
+    def skip_first_fill(self) -> None:
+        """Begin to count where a pool is filled for the first time, which does not show a need."""
+        self.created = -self.lowest
 
 
 class Pool:
-    """Idle data connections, and the capacity that the filler keeps them at."""
+    """The idle connections of one end: their watching, their closing, and how the log and the status show them."""
 
-    def __init__(self, log: Log, stats: Stats, lowest: int, highest: int) -> None:
-        self.capacity = lowest
-        self.bounds = (lowest, highest)
-        self.created = -lowest  # in this interval; the first fill says nothing about what is needed
-        self.found_empty = False  # in this interval
+    def __init__(self, capacity: Capacity, idle: dict[str, Stream], log: Log, stats: Stats) -> None:
+        self._capacity = capacity
+        self._idle = idle  # by id, the oldest first
         self._log = log
         self._stats = stats
-        self._idle: dict[str, Idle] = {}
+        self._logged = capacity.size
+
+    @property
+    def capacity(self) -> int:
+        """How many connections are kept ready."""
+        return self._capacity.size
+
+    @property
+    def full(self) -> bool:
+        """Whether as many connections are idle as MAX_POOL_CAPACITY allows."""
+        return len(self._idle) >= self._capacity.highest
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -86,13 +115,9 @@ class Pool:
     def __str__(self) -> str:
         return f"pool {len(self)} idle of {self.capacity}"
 
-    def add(self, id: str, stream: Stream) -> None:
-        """Take over a connection that is ready for its session."""
-        self._count_new()
-        if old := self._idle.get(id):
-            self._discard(old, "its id was given again")
-        idle = self._idle[id] = Idle(id, stream, time.monotonic())
-        stream.watch(self._look, idle)
+    def _start_watching(self, id: str, stream: Stream, watch: Steps) -> None:
+        """Have the event loop resume `watch` whenever an idle connection is readable, until `stream.unwatch`."""
+        stream.watch(watch.__next__)
         self._log.debug(
             "pool.added",
             "pool: %(id)s added, %(idle)d of %(capacity)d idle",
@@ -101,59 +126,37 @@ class Pool:
             capacity=self.capacity,
         )
 
-    def flush(self, because: str) -> None:
-        """Close all that is idle."""
-        for idle in list(self._idle.values()):
-            self._discard(idle, because)
-
-    def end_interval(self) -> None:
-        """Think the capacity over, and start to count anew."""
-        capacity = next_capacity(self.capacity, self.created, self.found_empty, *self.bounds)
-        if capacity != self.capacity:
-            self._log.debug(
-                "pool.resized", "pool: capacity %(before)d -> %(capacity)d", before=self.capacity, capacity=capacity
-            )
-        self.capacity, self.created, self.found_empty = capacity, 0, False
-
-    def _count_new(self) -> None:
-        self.created += 1
-        self._stats.data_connections += 1
-
-    def _find_empty(self) -> None:
-        """A session had to wait. A pool that has been filled once over in this interval grows at once."""
-        self._stats.found_empty += 1
-        self.found_empty = True
-        if self.created >= self.capacity:
-            self.end_interval()
-
-    def _release(self, idle: Idle) -> Stream:
-        del self._idle[idle.id]
-        idle.stream.unwatch()
-        return idle.stream
-
-    def _discard(self, idle: Idle, because: str) -> None:
-        self._release(idle).close()
+    def _close(self, id: str, stream: Stream, reason: str, words: str) -> None:
+        """Close a connection that no session will use."""
+        stream.unwatch()
+        stream.close()
         self._log.debug(
             "pool.closed",
-            "pool: %(id)s closed, %(reason)s; %(idle)d of %(capacity)d idle",
-            id=idle.id,
-            reason=because,
+            "pool: %(id)s closed, %(error)s; %(idle)d of %(capacity)d idle",
+            id=id,
+            reason=reason,
+            error=words,
             idle=len(self),
             capacity=self.capacity,
         )
 
-    def _look(self, idle: Idle) -> None:
-        """An idle connection has become readable. The loop calls this, and would have nobody to tell of a bug."""
-        try:
-            self._readable(idle)
-        except Exception as error:  # noqa: BLE001  # its connection is lost, the others go on
-            report_bug("pool", error, self._log, self._stats)
-            self._idle.pop(idle.id, None)
-            idle.stream.unwatch()
-            idle.stream.abort()
+    def _log_resize(self) -> None:
+        """Log a capacity that has changed."""
+        before, self._logged = self._logged, self.capacity
+        if before != self._logged:
+            words = "pool: capacity %(before)d -> %(capacity)d"
+            self._log.debug("pool.resized", words, before=before, capacity=self._logged)
 
-    def _readable(self, idle: Idle) -> None:
-        raise NotImplementedError
+    def _abort_after_bug(self, id: str, stream: Stream, error: Exception) -> None:
+        """A bug in the code that watches a connection ends that connection; the others go on."""
+        report_bug("pool", error, self._log, self._stats)
+        self._forget(id, stream)
+        stream.unwatch()
+        stream.abort()
+
+    def _forget(self, id: str, stream: Stream) -> None:
+        if self._idle.get(id) is stream:
+            del self._idle[id]
 
 
 def next_capacity(capacity: int, created: int, found_empty: bool, lowest: int, highest: int) -> int:

@@ -81,7 +81,7 @@ IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
     "relaying, from the start": ("server", "nodepass.net.pump:Pump.run", visit),
     "relaying, at the end of a stream": ("server", "nodepass.net.pump:Pump.end", visit),
     "greeting a client": ("server", "nodepass.server.control_listener:ControlListener._shake_hands", wait),
-    "watching an idle connection on the client": ("client", "nodepass.client.pool:ClientPool._readable", visit),
+    "watching an idle connection on the client": ("client", "nodepass.client.pool:ClientPool._become_early", visit),
     "opening a lane": ("server", "nodepass.server.udp_flows:VisitorFlows._run", ask),
     "serving a launch": ("client", "nodepass.client.connection:Connection._launch_tcp", visit),
     "making a data connection": ("client", "nodepass.client.data_dialer:Route.make", wait),
@@ -101,7 +101,7 @@ IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
     "the client's report": ("client", "nodepass.client.pool:ClientPool.end_interval", wait),
     "connecting": ("client", "nodepass.client.client:Client._connect", wait),
     "reading signals": ("client", "nodepass.client.pool:ClientPool.reserve", visit),
-    "filling the pool": ("client", "nodepass.client.pool:ClientPool.is_unwanted", wait),
+    "filling the pool": ("client", "nodepass.client.pool:ClientPool.should_pause", wait),
     "dispatching launches": ("client", "nodepass.client.connection:Connection._dispatch_signals", wait),
     "ending silent flows": ("client", "nodepass.tunnel.udp:FlowTable.sweep_forever", wait),
 }

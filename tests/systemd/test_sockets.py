@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -142,10 +143,8 @@ def test_a_socket_of_all_addresses_is_not_for_a_url_that_names_one(stack: contex
     sockets = [(UNIT, listener(stack, "", port))]
     code, line = complain(sockets, f"server://127.0.0.1:{port}/127.0.0.1:0?tls=0")
     assert code == 1
-    assert line == (
-        f"nodepass: cannot listen on tunnel address 127.0.0.1:{port}: Address already in use;"
-        f" systemd passed [::]:{port} (tcp, {UNIT}), which is not that address"
-    )
+    for part in (f"127.0.0.1:{port}", os.strerror(errno.EADDRINUSE), f"[::]:{port} (tcp, {UNIT})"):
+        assert part in line
 
 
 @pytest.mark.parametrize("name", [UNIT, "tunnel"])
@@ -153,34 +152,32 @@ def test_a_socket_that_fits_no_url_is_refused(stack: contextlib.ExitStack, name:
     sock = receiver(stack)
     code, line = complain([(name, sock)], "server://127.0.0.1:0/127.0.0.1:0?tls=0")
     assert code == 2
-    assert line == (
-        f"nodepass: systemd passed 127.0.0.1:{port_of(sock)} (udp, {name}), which fits no URL;"
-        " allowed: the tunnel, data and target addresses of the server URLs"
-    )
+    assert f"127.0.0.1:{port_of(sock)} (udp, {name})" in line
 
 
 def test_a_socket_is_not_taken_for_another_role_than_its_name(stack: contextlib.ExitStack) -> None:
     ports = Ports(stack)
     code, line = complain(ports.named("target", UNIT), ports.url)
     assert code == 1
-    assert f"systemd passed 127.0.0.1:{port_of(ports.tunnel)} (tcp, target)" in line
+    assert f"127.0.0.1:{port_of(ports.tunnel)} (tcp, target)" in line
 
 
 def test_a_client_s_process_refuses_sockets(stack: contextlib.ExitStack) -> None:
-    code, line = complain([(UNIT, listener(stack))], "client://127.0.0.1:9/127.0.0.1:9")
+    passed = listener(stack)
+    code, line = complain([(UNIT, passed)], "client://127.0.0.1:9/127.0.0.1:9")
     assert code == 2
-    assert "fits no URL" in line
+    assert f"127.0.0.1:{port_of(passed)} (tcp, {UNIT})" in line
 
 
 def test_a_socket_that_cannot_be_listened_on_is_refused(stack: contextlib.ExitStack) -> None:
     ends = [stack.enter_context(each) for each in socket.socketpair()]
     code, line = complain([(UNIT, ends[0])], "server://127.0.0.1:0/127.0.0.1:0?tls=0")
     assert code == 2
-    assert re.search(r"systemd passed '' \(AF_UNIX, .*\), which is not usable; allowed: TCP sockets that listen", line)
+    assert "AF_UNIX" in line
     connected = stack.enter_context(connect(listener(stack).getsockname()))
     code, line = complain([(UNIT, connected)], "server://127.0.0.1:0/127.0.0.1:0?tls=0")
     assert code == 2
-    assert "not usable; allowed: TCP sockets that listen (Accept=no) and UDP sockets" in line
+    assert "Accept=no" in line
 
 
 def test_what_is_no_socket_is_refused() -> None:
@@ -190,7 +187,7 @@ def test_what_is_no_socket_is_refused() -> None:
         server.descriptors = (reading,)
         with server:
             assert server.wait() == 2
-    assert re.search(r"LISTEN_FDS: descriptor 3 \(\S+\) is not usable: .*; allowed: sockets", server.lines[-1])
+    assert re.search(r"LISTEN_FDS: descriptor 3\b", server.lines[-1])
 
 
 def test_sockets_for_another_process_are_left_alone() -> None:

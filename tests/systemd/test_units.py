@@ -92,7 +92,7 @@ def test_a_client_is_started_when_it_is_connected_and_fails_in_time_with_the_rea
     ours = unit(stack, box, "client", "client://127.0.0.1:10101/127.0.0.1:9", START_TIMEOUT="500ms")
     ours.drop_in("[Service]\nRestartSec=100ms\n")
     assert "failed" in box.systemctl("start", ours.name, check=False)
-    assert any(re.search("no handshake within START_TIMEOUT.*Connection refused", line) for line in ours.errors())
+    assert any(re.search("START_TIMEOUT.*Connection refused", line) for line in ours.errors())
     activated(stack, box, "server").start()
     until(lambda: ours.show("ActiveState") == "active")  # Restart=on-failure has started it again
     ours.wait_for_status("server 127.0.0.1:10101")
@@ -129,10 +129,7 @@ def test_a_socket_that_fits_no_url_fails_the_unit_with_one_line_and_for_good(
     server = activated(stack, box, "misfit", "server://:10101/:8443?tls=0")
     assert "failed" in box.systemctl("start", server.name, check=False)
     assert server.show("ActiveState") == "failed"  # and not waiting to be started again
-    assert any(
-        re.search(r"systemd passed \[::\]:443 \(tcp, .*\), \[::\]:443 \(udp, .*\), which fits no URL", line)
-        for line in server.errors()
-    )
+    assert any(re.search(r"\[::\]:443 \(tcp, .*\), \[::\]:443 \(udp, .*\)", line) for line in server.errors())
 
 
 class Load:

@@ -9,9 +9,13 @@ import gevent
 import pytest
 from gevent import socket
 
+from nodepass.client.pool import ClientPool
+from nodepass.errors import NoDataConnection
+from nodepass.log import Log
 from nodepass.net.pump import _Gathering
 from nodepass.net.relay import relay
 from nodepass.net.stream import Data, TCPStream
+from nodepass.server.pool import ServerPool
 from nodepass.stats import Stats
 from nodepass.tunnel.udp import Lane
 from tests.unit.streams import tcp_pair
@@ -54,6 +58,53 @@ def pour(stack: ExitStack, visitor: socket.socket) -> None:
                 visitor.sendall(bytes(1 << 20))
 
     stack.callback(gevent.spawn(pour).kill)
+
+
+class Unreadable(TCPStream):
+    """A stream that cannot be looked at, for no reason that the program knows."""
+
+    def peek(self) -> bool | None:
+        raise Bug
+
+
+@pytest.mark.parametrize("kind", [ClientPool, ServerPool])
+def test_a_bug_in_watching_an_idle_connection_ends_that_connection_only_and_is_reported(
+    stack: ExitStack, kind: type[ClientPool | ServerPool]
+) -> None:
+    stats = Stats()
+    pool = kind(Log("test"), stats, 2, 64)
+    healthy, _ = stack.enter_context(tcp_pair())
+    stream, peer = stack.enter_context(tcp_pair())
+    broken = Unreadable(stream.sock)
+    pool.add("00000001", healthy)
+    pool.add("00000002", broken)
+    peer.sendall(b"!")
+    while "00000002" in pool:
+        gevent.sleep(0.001)
+    assert broken.sock.fileno() < 0
+    assert "00000001" in pool
+    assert stats.trouble["bugs"] == 1
+    healthy.unwatch()
+
+
+def test_a_bug_after_the_first_bytes_of_an_idle_connection_leaves_nothing_to_claim(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ClientPool._become_early
+
+    def wrong(pool: ClientPool, id: str, has_bytes: bool, added: float) -> None:
+        right(pool, id, has_bytes, added)
+        raise Bug
+
+    monkeypatch.setattr(ClientPool, "_become_early", wrong)
+    pool = ClientPool(Log("test"), Stats(), 2, 64)
+    stream, peer = stack.enter_context(tcp_pair())
+    pool.add("00000001", stream)
+    peer.sendall(b"!")
+    while stream.sock.fileno() >= 0:
+        gevent.sleep(0.001)
+    with pytest.raises(NoDataConnection):
+        pool.claim("00000001", 1)
 
 
 def test_a_bug_in_a_lanes_writer_ends_the_lane_and_is_raised_by_it(stack: ExitStack) -> None:

@@ -8,13 +8,14 @@ from typing import Any, TypeAlias, cast
 from unittest import mock
 
 import gevent
+import pytest
 from gevent import Greenlet, GreenletExit
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nodepass.client import pool as client_pool
-from nodepass.client.pool import LAUNCH_WITHIN, YOUNG, ClientPool
+from nodepass.client.pool import LAUNCH_WITHIN, YOUNG, ClientPool, ConnectionStates
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.stream import Stream
@@ -76,6 +77,107 @@ class FakeStream:
         callback, args = self._callback
         callback(*args)
         assert what is None or not self.watched, "the loop would call back without a pause"
+
+
+class States(ConnectionStates[int]):
+    """The pure part of the pool, with numbers for streams."""
+
+    def __init__(self) -> None:
+        super().__init__(LOWEST, HIGHEST, Stats())
+        self.now = 1000.0
+
+    def contents(self) -> list[int]:
+        """Every connection, once for each state that it is in."""
+        early = (each.stream for each in self.early.values())
+        return sorted([*self.idle.values(), *early, *self.reserved.values()])
+
+    def state_of(self, stream: int) -> str:
+        """Its state; `gone` where it was claimed or closed."""
+        if any(each.stream == stream for each in self.early.values()):
+            return "early"
+        if stream in self.idle.values():
+            return "idle"
+        return "reserved" if stream in self.reserved.values() else "gone"
+
+    def happen(self, event: str, id: str, stream: int) -> list[int]:
+        """Have an event at one connection; those that the caller must close or has claimed."""
+        match event:
+            case "add":
+                closing = self.add(id, stream)
+            case "first bytes" | "end":
+                closing = self.become_early(id, event == "first bytes", False, self.now) if id in self.idle else []
+            case "reserve":
+                closing = self.reserve(id)[1]
+            case "drop":
+                closing = self.drop(id)
+            case "claim":
+                claimed = self.claim(id)
+                closing = [] if claimed is None else [(id, claimed)]
+            case "wait":
+                self.now += LAUNCH_WITHIN
+                closing = []
+            case "interval":
+                closing = self.end_interval(self.now + 0.1)
+            case _:
+                closing = self.close()
+        return [stream for _, stream in closing]
+
+
+@pytest.mark.parametrize(
+    ("state", "event", "expected"),
+    [
+        ("idle", "first bytes", "early"),
+        ("idle", "end", "early"),
+        ("idle", "reserve", "reserved"),
+        ("idle", "drop", "idle"),
+        ("idle", "claim", "gone"),
+        ("idle", "interval", "idle"),
+        ("idle", "close", "gone"),
+        ("early", "reserve", "reserved"),
+        ("early", "drop", "early"),
+        ("early", "claim", "gone"),
+        ("early", "interval", "gone"),
+        ("early", "close", "gone"),
+        ("reserved", "reserve", "reserved"),
+        ("reserved", "drop", "gone"),
+        ("reserved", "claim", "gone"),
+        ("reserved", "interval", "reserved"),
+        ("reserved", "close", "gone"),
+    ],
+)
+def test_an_event_moves_a_connection_to_the_state_that_the_table_says(state: str, event: str, expected: str) -> None:
+    states = States()
+    for before in {"idle": ["add"], "early": ["add", "end"], "reserved": ["add", "reserve"]}[state]:
+        assert not states.happen(before, "00000001", 7)
+    assert states.state_of(7) == state
+    states.happen("wait", "00000001", 7)
+    gone = states.happen(event, "00000001", 7)
+    assert states.state_of(7) == expected
+    assert gone == ([7] if expected == "gone" else [])
+
+
+EVENTS = ("add", "first bytes", "end", "reserve", "drop", "claim", "wait", "interval", "close")
+
+
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), IDS), max_size=60))
+def test_a_connection_leaves_the_states_once_and_is_returned_then(events: list[tuple[str, str]]) -> None:
+    states = States()
+    for stream, (event, id) in enumerate(events):
+        before = states.contents() + ([stream] if event == "add" else [])
+        gone = states.happen(event, id, stream)
+        assert sorted(states.contents() + gone) == sorted(before)
+        assert LOWEST <= states.capacity.size <= HIGHEST
+
+
+def test_an_end_lowers_the_capacity_until_a_launch_shows_that_its_visitor_had_left() -> None:
+    states = States()
+    states.capacity.size = 5
+    for stream, id in enumerate(["00000001", "00000002"]):
+        states.happen("add", id, stream)
+        states.happen("end", id, stream)
+    assert states.capacity.size == 3
+    states.happen("reserve", "00000001", 0)
+    assert states.capacity.size == 4
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -186,7 +288,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def ask_whether_the_server_wants_more(self) -> None:
         unwanted = len(self.young) >= max(1, self.pool.capacity)
-        assert self.pool.is_unwanted() == unwanted
+        assert self.pool.should_pause() == unwanted
         if unwanted:
             self.young.clear()
 
@@ -314,7 +416,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """After the flush only those that were claimed are open, and no claim waits any more."""
-        self.pool.flush("the test is over")
+        self.pool.close("the test is over")
         self.settle()
         try:
             for stream in self.streams:

@@ -59,7 +59,7 @@ def server() -> Iterator[ServerPool]:
 def client() -> Iterator[ClientPool]:
     pool = ClientPool(Log("test"), Stats(), 2, 64)
     yield pool
-    pool.flush("the test is over")
+    pool.close("the test is over")
 
 
 def test_a_connection_is_handed_out_once(server: ServerPool, connections: Connections) -> None:
@@ -187,22 +187,22 @@ def end(client: ClientPool, connections: Connections, ids: list[str]) -> None:
 def test_who_leaves_at_once_neither_shrinks_the_pool_nor_slows_its_filling(
     client: ClientPool, connections: Connections
 ) -> None:
-    client.capacity = 4
+    client._states.capacity.size = 4
     for _ in range(3):
         ids = connections.add_to(client, 3)
         end(client, connections, ids)
         for id in ids:
             client.claim(id, 1)
     assert client.capacity == 4
-    assert not client.is_unwanted()
+    assert not client.should_pause()
 
 
 def test_a_server_that_ends_what_was_just_made_is_given_a_rest(client: ClientPool, connections: Connections) -> None:
     end(client, connections, connections.add_to(client, 1))
-    assert not client.is_unwanted()
+    assert not client.should_pause()
     end(client, connections, connections.add_to(client, 1))
-    assert client.is_unwanted()
-    assert not client.is_unwanted()
+    assert client.should_pause()
+    assert not client.should_pause()
 
 
 @pytest.mark.parametrize("place", ["idle", "early", "reserved"])
@@ -224,7 +224,7 @@ def test_a_connection_whose_id_is_given_again_is_closed(
 def test_the_filler_is_woken_for_a_visitor_that_left_before_its_launch(
     client: ClientPool, connections: Connections
 ) -> None:
-    client.capacity = 3
+    client._states.capacity.size = 3
     [id] = connections.add_to(client)
     end(client, connections, [id])
     client.wanted.clear()
@@ -236,7 +236,7 @@ def test_no_claim_outlives_its_pool(client: ClientPool) -> None:
     client.begin_dial()  # ended before it began, so `end_dial` is never called
     claim = gevent.Greenlet.spawn(client.claim, "00000000", 10)
     gevent.idle()
-    client.flush("the control connection ended")
+    client.close("the control connection ended")
     for late in (claim, gevent.Greenlet.spawn(client.claim, "00000001", 10)):
         with pytest.raises(NoDataConnection):
             late.get(timeout=5)

@@ -90,9 +90,8 @@ class Counted(TCPStream):
     def __init__(self, plain: TCPStream, calls: list[str]) -> None:
         super().__init__(plain.sock)
         self._calls = calls
-        self.read = self._count_read  # type: ignore[method-assign]
 
-    def _count_read(self, buffer: memoryview) -> int:
+    def read(self, buffer: memoryview) -> int:  # type: ignore[override]
         self._calls.append("read")
         return int(self._raw.recv_into(buffer))
 

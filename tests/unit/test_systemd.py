@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import gevent
@@ -13,17 +13,25 @@ from gevent.event import Event
 from nodepass.config import Settings
 from nodepass.daemon.notifier import SECOND_LOOK, Notifier
 from nodepass.daemon.systemd import ServiceManager, status
+from nodepass.errors import StartError
 from nodepass.log import Log
 from nodepass.net.activation import Inherited, PassedSocket, Share
 from nodepass.net.listen import close_all, port_of
 from nodepass.server.server import Server
 from nodepass.stats import Stats
-from nodepass.tunnel.interface import LISTENER_ROLES
+from nodepass.tunnel.interface import LISTENER_ROLES, Observed
 from nodepass.urls import Address, ServerURL
 from tests.support.sockets import connect
 from tests.support.target import bind_pair
 
 UNIT = "nodepass@web.socket"
+
+
+def make_notifier(manager: ServiceManager, tunnels: Sequence[Observed]) -> Notifier:
+    def fail(error: StartError) -> None:
+        raise error
+
+    return Notifier(manager, tunnels, Settings(report_interval=0.01), Log("test"), Stats(), fail)
 
 
 class Tunnel:
@@ -65,9 +73,9 @@ def stack() -> Iterator[ExitStack]:
 
 def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_well(stack: ExitStack) -> None:
     manager, tunnels = Heard.listening(), [Tunnel(), Tunnel()]
-    readiness = Notifier(manager, tunnels, Settings(report_interval=0.01), Log("test"))
-    running = gevent.spawn(readiness.run)
-    stack.callback(running.kill)
+    notifier = make_notifier(manager, tunnels)
+    stack.callback(notifier.close)
+    notifier.start()
 
     def hears_the_watchdog(within: float = 10) -> bool:
         manager.lines.clear()
@@ -83,17 +91,17 @@ def test_the_watchdog_hears_nothing_while_one_tunnel_ails_and_again_when_it_is_w
     tunnels[1].ill = ""
     assert hears_the_watchdog()
     tunnels[0].ill = "a cold"
-    readiness.begin_stop()  # a drain is not cut short for that
+    notifier.stop(1)  # a drain is not cut short for that
     assert hears_the_watchdog()
 
 
 def test_a_process_that_stood_still_reads_what_has_arrived_before_it_judges(stack: ExitStack) -> None:
     manager, tunnel = Heard.listening(), Tunnel()
-    readiness = Notifier(manager, [tunnel], Settings(report_interval=0.01), Log("test"))
-    running = gevent.spawn(readiness.run)
-    stack.callback(running.kill)
+    notifier = make_notifier(manager, [tunnel])
     looks = iter(["nothing heard"])
     tunnel.unhealthy_reason = lambda: next(looks, "")  # type: ignore[method-assign]
+    stack.callback(notifier.close)
+    notifier.start()
     with gevent.Timeout(10):
         while not manager.lines:
             gevent.sleep(0.01)

@@ -230,25 +230,29 @@ def test_an_idle_timer_runs_only_while_there_is_something_to_look_at() -> None:
 
 
 def test_an_idle_timer_can_be_stopped_also_by_its_own_look() -> None:
-    looks = 0
+    looks: list[None] = []
 
     def look() -> bool:
-        nonlocal looks
-        looks += 1
-        if looks == 2:
-            timer.stop()
+        looks.append(None)
         return True
 
-    timer = IdleTimer(PERIOD, look)
+    def stop() -> bool:
+        looks.append(None)
+        own.stop()
+        return True
+
+    timer, own = IdleTimer(PERIOD, look), IdleTimer(PERIOD, stop)
     timer.stop()  # it never ran
     timer.start()
-    wait_for(lambda: looks == 1)
+    wait_for(lambda: looks)
     timer.stop()
+    looks.clear()
     gevent.sleep(3 * PERIOD)
-    assert looks == 1
-    timer.start()
+    assert not looks
+    own.start()
+    wait_for(lambda: not own.active)
     gevent.sleep(3 * PERIOD)
-    assert looks == 2
+    assert len(looks) == 1
 
 
 def test_a_bug_in_a_look_is_reported_by_the_hub_and_the_next_look_follows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,79 +1,12 @@
-"""What the process shows of its tunnels when they crash, and how failures and numbers are named."""
+"""How failures and numbers are named and counted."""
 
 from __future__ import annotations
 
-import gevent
-import gevent.event
 import pytest
 
-from nodepass.config import Listen, Settings, parse_listen
-from nodepass.daemon import daemon
-from nodepass.daemon.systemd import ServiceManager
+from nodepass.config import Listen, parse_listen
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
-from nodepass.log import Log
 from nodepass.stats import BUCKETS, CONTROL_FAILURES, DATA_FAILURES, Histogram, Stats, failure
-from nodepass.tasks import WorkerPool
-from nodepass.tunnel.interface import View
-from nodepass.urls import ServerURL, parse_url
-
-IDLE = View("server", "", "", 0, None, 0, 0, 0, 1, 0, None)
-
-
-class Fragile:
-    """A tunnel that crashes once, and then runs until it is closed."""
-
-    crashes_left = 1
-    control = None
-
-    def __init__(self, stats: Stats) -> None:
-        self.log, self.stats = Log("server:1"), stats
-        self.sessions = WorkerPool(self.log, stats, 1)
-        self.closed = gevent.event.Event()
-
-    def run(self) -> None:
-        if Fragile.crashes_left:
-            Fragile.crashes_left -= 1
-            raise ZeroDivisionError
-        self.closed.wait()
-
-    def view(self) -> View:
-        return IDLE
-
-    def start(self) -> None: ...
-    def stop(self, timeout: float) -> int:  # noqa: ARG002  # nothing to wait for
-        return 0
-
-    def reload(self) -> None: ...
-    def describe(self) -> str:
-        return ""
-
-    def close(self) -> None:
-        self.closed.set()
-
-
-def test_a_crash_is_counted_and_a_supervisor_that_is_gone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Fragile] = []
-
-    def make(*given: object) -> Fragile:
-        stats = given[-2]
-        assert isinstance(stats, Stats)
-        made.append(Fragile(stats))
-        return made[-1]
-
-    monkeypatch.setattr(daemon, "make_tunnel", make)
-    url = parse_url("server://:1/:2?tls=0")
-    assert isinstance(url, ServerURL)
-    process = daemon.Daemon([url], Settings(service_cooldown=0.01), None, ServiceManager())
-    supervisor = process._tasks.spawn("supervise", process._supervise, 0)
-    process._supervising.append(supervisor)
-    with gevent.Timeout(10):
-        while len(made) < 2:
-            gevent.sleep(0.01)
-    (seen,) = process._watch()
-    assert (seen.name, seen.alive, seen.view) == ("server:1", True, IDLE)
-    assert seen.stats.trouble["crashes"] == 1
-    supervisor.kill()
-    assert not process._watch()[0].alive
 
 
 @pytest.mark.parametrize(
