@@ -17,10 +17,10 @@ from gevent.lock import Semaphore
 from nodepass.errors import ClosedError, NoDataConnection, RefusedError
 from nodepass.net.sockets import Endpoint, acknowledged
 from nodepass.net.stream import Stream
-from nodepass.server.part import Common, Part
 from nodepass.server.pool import ServerPool
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.tunnel.control import STOPPING, Agreement, Ending, ServerControl
+from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import BUSY, LANE, Launch
 

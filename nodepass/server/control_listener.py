@@ -21,11 +21,11 @@ from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, as_blocking, as_plain
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.data_listener import DataListener
-from nodepass.server.part import Common, Part
 from nodepass.server.pending import PendingConnections
 from nodepass.stats import failure
 from nodepass.tunnel.control import STOPPING, ServerControl
 from nodepass.tunnel.handshake import accept_client
+from nodepass.tunnel.part import Common, Part
 from nodepass.wire.signals import DATA_PREFIX, SHUTDOWN, TLS_RECORD, Offer, Refusal
 
 FIRST_BYTES_WITHIN = 0.25  # seconds; silence is a control connection of wire v1

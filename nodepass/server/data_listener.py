@@ -20,10 +20,10 @@ from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.part import Common, Part
 from nodepass.server.pending import PendingConnections
 from nodepass.stats import failure
 from nodepass.tunnel.control import Agreement
+from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import PROOF_LENGTH, same
 from nodepass.wire.signals import ID_LENGTH
 

@@ -17,8 +17,8 @@ from nodepass.net.sockets import wait_readable
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, receive_datagram, send_datagram
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.part import Common, Part
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
 from nodepass.wire.signals import UDP
 

@@ -24,12 +24,12 @@ from nodepass.server.client_slot import ClientSlot
 from nodepass.server.control_listener import ControlListener
 from nodepass.server.data_listener import DataListener
 from nodepass.server.datagram_listener import DatagramListener
-from nodepass.server.part import Common, Loop, Part
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.interface import DATA, TARGET, TUNNEL, View, report_fields
+from nodepass.tunnel.part import Common, Loop, Part
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import Offer

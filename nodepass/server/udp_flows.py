@@ -15,8 +15,8 @@ from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Limit
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, send_datagram
-from nodepass.server.part import Common, Part
 from nodepass.tasks import TaskGroup
+from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import FlowTable, Lane, drop_datagram
 from nodepass.wire.signals import LANE
 

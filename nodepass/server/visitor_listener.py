@@ -20,8 +20,8 @@ from nodepass.net.relay import relay
 from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import TCPStream
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.part import Common, Part
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.part import Common, Part
 from nodepass.wire.signals import TCP
 
 # Seconds by which a launch precedes the end of a visitor's stream that came with it: a v1 client takes an idle data

@@ -17,10 +17,10 @@ from nodepass.net.listen import close_all, listen_tcp
 from nodepass.net.sockets import as_plain
 from nodepass.net.stream import TCPStream
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.part import Common, Part
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement, ServerControl
+from nodepass.tunnel.part import Common, Part
 from nodepass.urls import Address
 from nodepass.wire.auth import Key
 from tests.unit.controls import V2, Ends, connect_ends

@@ -14,8 +14,8 @@ from nodepass.server import control_listener as module
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.control_listener import ControlListener, is_data_connection
 from nodepass.server.data_listener import DataListener
-from nodepass.server.part import Common
 from nodepass.tunnel import handshake
+from nodepass.tunnel.part import Common
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import DATA_PREFIX, ID_LENGTH, Auth, Challenge, Hello, Offer, parse_opening
 from tests.unit.controls import is_closed, read_line, run, until

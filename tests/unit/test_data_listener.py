@@ -11,8 +11,8 @@ from gevent import socket
 
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.data_listener import DataListener
-from nodepass.server.part import Common
 from nodepass.tunnel.control import STOPPING, Agreement
+from nodepass.tunnel.part import Common
 from nodepass.wire.auth import Key, SessionKey
 from nodepass.wire.signals import ID_LENGTH, Offer
 from tests.unit.controls import is_closed, until

@@ -13,8 +13,8 @@ from nodepass.net.listen import close_all, listen_udp
 from nodepass.server import datagram_listener as module
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.datagram_listener import DatagramListener
-from nodepass.server.part import Common
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.part import Common
 from nodepass.urls import Address
 from nodepass.wire.frames import FrameBuffer, encode_frame
 from tests.unit.controls import V1, V2, read_line, until

@@ -10,9 +10,9 @@ from gevent import socket
 
 from nodepass.net.udp import ReplyAddress
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.part import Common
 from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.control import STOPPING
+from nodepass.tunnel.part import Common
 from nodepass.wire.frames import HEADER, encode_frame
 from tests.unit.controls import V1, until
 from tests.unit.servers import a_server_room, fill, make_slot, occupy

@@ -12,9 +12,9 @@ from gevent import socket
 from nodepass.net.sockets import reset_on_close
 from nodepass.server import visitor_listener as module
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.part import Common
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.part import Common
 from tests.unit.controls import V1, Ends, read_line, until
 from tests.unit.servers import a_server_room, connect, fill, listen_on, make_slot, occupy, start
 from tests.unit.streams import receive_all

@@ -1,7 +1,7 @@
-"""What a server is made of: parts that start, stop and close in one order, so that a shutdown is a loop over parts.
+"""What a tunnel's end is made of: parts that start, stop and close in one order, so that a shutdown is a loop over parts.
 
-A part owns its loops, the greenlets that end only with it: a crash in one fails the whole server, and one that has
-ended is why the server is unhealthy. `server` makes the parts; what each does is in its own module.
+A part owns its loops, the greenlets that end only with it: a crash in one fails the whole end, and one that has ended
+is why that end is unhealthy. `server` and `client` make their parts; what each does is in its own module.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nodepass.tasks import TaskGroup, find_ended
 
 @dataclass(frozen=True)
 class Common:
-    """What the parts of one server share."""
+    """What the parts of one end share."""
 
     settings: Settings
     log: Log
     stats: Stats
-    loops: TaskGroup  # a crash in it fails the server
+    loops: TaskGroup  # a crash in it fails the end
 
 
 class Part:
-    """One part of a server: `start` is called at most once, then perhaps `stop`, then `close` in any case."""
+    """One part of a server or a client: `start` is called at most once, then perhaps `stop`, then `close` in any case."""
 
     def __init__(self, common: Common) -> None:
         self._settings = common.settings
@@ -51,8 +51,9 @@ class Part:
         """Which loop has ended although the part has not; empty while all run."""
         return find_ended(self._loops)
 
-    def _start_loop(self, name: str, work: Callable[..., object], *args: object) -> None:
+    def _start_loop(self, name: str, work: Callable[..., object], *args: object) -> Greenlet[..., None]:
         self._loops.append(self._group.spawn(name, work, *args))
+        return self._loops[-1]
 
     def _end_loops(self) -> None:
         loops, self._loops = self._loops, []
