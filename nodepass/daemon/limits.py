@@ -1,7 +1,8 @@
-"""What the process's limits allow: open files, raised as far as they go, and memory.
+"""The limits on open files and memory, and what the settings can need of both.
 
-`survey` is asked once at start, by the daemon and by `nodepass --check`. Where the settings can need more open files
-than there are, it lowers them; of memory it only warns, since what a session needs depends on what it carries.
+`survey` is called once at start, by the daemon and by `nodepass --check`. It raises the limit on open files as far as
+allowed. If the settings can need more open files than that, it lowers them; if they can need more memory it only warns,
+because a session's memory depends on its traffic.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data conn
 OWN = 32  # descriptors: listeners, control connections, gevent's own
 
 # Measured with 500 and 1,000 sessions held, on either end, bytes moved both ways, the kernel's part included
-# (docs/performance.md): 16 KiB a session in the clear; 45 to 65 under TLS, most of it OpenSSL's.
+# (docs/performance.md): 16 KiB per session without TLS; 45 to 65 with it, most of it OpenSSL's.
 _MIB = 1 << 20
 MEMORY_OWN = {False: 20 * _MIB, True: 32 * _MIB}  # bytes of a process with an idle tunnel, by whether it uses TLS
 MEMORY_PER_SESSION = {False: 16 << 10, True: 64 << 10}  # bytes
-_NO_LIMIT = 1 << 60  # bytes; cgroup v1 writes about 2^63 where there is none
+_NO_LIMIT = 1 << 60  # bytes; cgroup v1 has about 2^63 where there is no limit
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A limit on memory: whose it is (cgroup, address space, machine), and how many bytes."""
+    """A limit on memory: which one (cgroup, address space, machine), and its bytes."""
 
     what: str
     size: int
@@ -42,18 +43,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Shortage:
-    """What does not fit: of open files or memory, what the settings can need, what there is, and what would fit."""
+    """The settings can need more open files or memory than available."""
 
     reason: str  # open_files or memory
     needed: int  # files or bytes
     available: int
-    semaphore_limit: int  # lowered to this, or to be lowered
+    semaphore_limit: int  # that fits
     words: str
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the limits allow: the settings that fit, one line for the log, and what is to be warned of."""
+    """What the limits allow: the settings that fit, one line for the log, and the warnings."""
 
     settings: Settings
     line: str
@@ -65,39 +66,45 @@ class Survey:
 
 
 def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
-    """Raise the limit on open files; see what so many tunnels can have. `tls`: whether one of them may need it."""
-    warnings = []
+    """Raise the limit on open files, and fit the settings of so many tunnels. `tls`: whether one may need TLS."""
     files = raise_descriptor_limit()
-    kept = min(pending_limit(), 2 * PER_PORT * tunnels)
-    fitting = fit_descriptors(settings, tunnels, files - kept)
+    reserved = min(pending_limit(), 2 * PER_PORT * tunnels)  # for pending connections
+    fitting = fit_descriptors(settings, tunnels, files - reserved)
+    warnings = []
     if fitting != settings:
-        needed = _descriptors(settings, tunnels) + kept
-        words = (
-            f"open files: SEMAPHORE_LIMIT {settings.semaphore_limit} and MAX_POOL_CAPACITY {settings.max_pool_capacity}"
-            f" can need {needed:,}, {needed - files:,} more than the limit of {files:,} allows: lowered to"
-            f" {fitting.semaphore_limit} and {fitting.max_pool_capacity}; raise it (ulimit -Hn, LimitNOFILE=)"
-        )
-        warnings.append(Shortage("open_files", needed, files, fitting.semaphore_limit, words))
-    by_files = max(0, (files - kept - OWN - tunnels * fitting.max_pool_capacity) // PER_SESSION)
-    line = f"limits: {files:,} open files allow {by_files:,} sessions"
-    by_memory = None
+        warnings.append(_too_few_files(settings, fitting, _descriptors(settings, tunnels) + reserved, files))
+    sessions = max(0, (files - reserved - OWN - tunnels * fitting.max_pool_capacity) // PER_SESSION)
+    line = f"limits: {files:,} open files allow {sessions:,} sessions"
+    memory_sessions = None
     if memory := min(memory_limits(), key=lambda each: each.size, default=None):
-        by_memory = max(0, (memory.size - MEMORY_OWN[tls]) // MEMORY_PER_SESSION[tls])
-        line += f"; {memory} allow about {by_memory:,}"
+        memory_sessions = max(0, (memory.size - MEMORY_OWN[tls]) // MEMORY_PER_SESSION[tls])
+        line += f"; {memory} allow about {memory_sessions:,}"
         wanted = tunnels * fitting.semaphore_limit
-        if wanted > by_memory:
-            needed, least = MEMORY_OWN[tls] + wanted * MEMORY_PER_SESSION[tls], max(1, by_memory // tunnels)
-            lacking = (needed - memory.size) / _MIB
-            words = (
-                f"memory: SEMAPHORE_LIMIT {fitting.semaphore_limit} can need about {lacking:,.0f} MiB more than"
-                f" {memory}: lower it to {least}, or allow more (MemoryMax=)"
-            )
-            warnings.append(Shortage("memory", needed, memory.size, least, words))
-    return Survey(fitting, line, warnings, files, by_files, memory, by_memory)
+        if wanted > memory_sessions:
+            needed = MEMORY_OWN[tls] + wanted * MEMORY_PER_SESSION[tls]
+            warnings.append(_too_little_memory(fitting, needed, memory, max(1, memory_sessions // tunnels)))
+    return Survey(fitting, line, warnings, files, sessions, memory, memory_sessions)
+
+
+def _too_few_files(settings: Settings, fitting: Settings, needed: int, files: int) -> Shortage:
+    words = (
+        f"open files: SEMAPHORE_LIMIT {settings.semaphore_limit} and MAX_POOL_CAPACITY {settings.max_pool_capacity}"
+        f" can need {needed:,}, {needed - files:,} more than the limit of {files:,} allows: lowered to"
+        f" {fitting.semaphore_limit} and {fitting.max_pool_capacity}; raise it (ulimit -Hn, LimitNOFILE=)"
+    )
+    return Shortage("open_files", needed, files, fitting.semaphore_limit, words)
+
+
+def _too_little_memory(settings: Settings, needed: int, memory: Memory, semaphore_limit: int) -> Shortage:
+    words = (
+        f"memory: SEMAPHORE_LIMIT {settings.semaphore_limit} can need about {(needed - memory.size) / _MIB:,.0f} MiB"
+        f" more than {memory}: lower it to {semaphore_limit}, or allow more (MemoryMax=)"
+    )
+    return Shortage("memory", needed, memory.size, semaphore_limit, words)
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit on open files to the hard one, if we may; what it is now."""
+    """Raise the soft limit on open files to the hard one, if that is allowed; what it is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         try:
@@ -108,13 +115,14 @@ def raise_descriptor_limit() -> int:
 
 
 def fit_descriptors(settings: Settings, tunnels: int, files: int) -> Settings:
-    """The settings, lowered in proportion where so many tunnels could need more open files than there are."""
+    """The settings, lowered in proportion if so many tunnels can need more open files than these."""
     needed = _descriptors(settings, tunnels)
     if needed <= files:
         return settings
     budget = max(0, files - OWN) // tunnels
     share = budget / (PER_SESSION * settings.semaphore_limit + settings.max_pool_capacity)
-    pool = max(1, int(settings.max_pool_capacity * share), min(settings.min_pool_capacity, budget // 4))
+    pool = max(int(settings.max_pool_capacity * share), min(settings.min_pool_capacity, budget // 4))
+    pool = max(1, min(pool, budget - PER_SESSION))  # there must be room for one session
     return replace(
         settings,
         semaphore_limit=max(1, min(settings.semaphore_limit, (budget - pool) // PER_SESSION)),
@@ -124,7 +132,7 @@ def fit_descriptors(settings: Settings, tunnels: int, files: int) -> Settings:
 
 
 def _descriptors(settings: Settings, tunnels: int) -> int:
-    """How many so many tunnels can need."""
+    """How many descriptors so many tunnels can need."""
     return tunnels * (PER_SESSION * settings.semaphore_limit + settings.max_pool_capacity) + OWN
 
 
@@ -133,7 +141,7 @@ def memory_limits() -> list[Memory]:
     found = [Memory("cgroup", size) for size in _cgroup_limits()]
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
-        # Libraries take up address space and hardly any memory: what is free counts, beside what we have.
+        # Libraries take up address space but hardly any memory: what is unused, and what is resident, counts.
         pages, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
         unused = (pages - resident) * resource.getpagesize()
         found.append(Memory("address space", max(0, space - unused)))
@@ -142,7 +150,7 @@ def memory_limits() -> list[Memory]:
 
 
 def _cgroup_limits(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """The limits of our cgroup and of those above it, in bytes, cgroup v2 and v1."""
+    """The limits of this process's cgroup and its parents, in bytes, cgroup v2 and v1."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -155,7 +163,7 @@ def _cgroup_limits(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgr
             places, name = (root / "memory", root), "memory.limit_in_bytes"
         else:
             continue
-        # In a container the path may be the host's, and the cgroup is mounted as the root: look there, too.
+        # In a container the path may be the host's while the cgroup is mounted as the root: the parents include it.
         for place in places:
             group = place / path.lstrip("/")
             for each in (group, *group.parents):

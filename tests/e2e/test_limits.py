@@ -7,11 +7,9 @@ import errno
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from nodepass.config import Settings
 from nodepass.daemon import limits
 from tests.support import cgroup
 from tests.support.sockets import receive_exactly
@@ -67,7 +65,7 @@ def test_in_64_mib_a_server_holds_500_sessions_that_have_carried_much_both_ways(
 
 def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(n=100))
-    needed = 2 * 1024 + 1024 + limits.OWN + 100 // 4  # the last is for who has not shown who it is
+    needed = 2 * 1024 + 1024 + limits.OWN + 100 // 4  # the last is for pending connections
     server.wait_for("process.limits_exceeded", level="warn", reason="open_files", needed=needed, available=100)
     server.wait_for("process.limits", files=100, sessions=14)
     target = stack.enter_context(Target())
@@ -83,51 +81,3 @@ def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(s
 def test_a_limit_on_address_space_is_told(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(v=512 << 10))
     assert server.find("process.limits", memory_of="address space", memory_sessions=lambda sessions: sessions > 0)
-
-
-@pytest.mark.parametrize(("tls", "fitting"), [(False, 2816), (True, 512)])
-def test_more_sessions_than_fit_into_memory_are_warned_of(
-    monkeypatch: pytest.MonkeyPatch, tls: bool, fitting: int
-) -> None:
-    monkeypatch.setattr(limits, "memory_limits", lambda: [limits.Memory("cgroup", SMALL)])
-    monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
-    assert not limits.survey(Settings(semaphore_limit=fitting), 1, tls).warnings
-    survey = limits.survey(Settings(semaphore_limit=fitting + 1024), 1, tls)
-    (warning,) = survey.warnings
-    assert (warning.reason, warning.available, warning.semaphore_limit) == ("memory", SMALL, fitting)
-    assert warning.needed == SMALL + 1024 * limits.MEMORY_PER_SESSION[tls]
-    assert survey.settings.semaphore_limit == fitting + 1024
-
-
-def test_settings_are_lowered_in_proportion_but_leave_a_pool() -> None:
-    settings = Settings(semaphore_limit=1000, min_pool_capacity=64, max_pool_capacity=2000)
-    assert limits.fit_descriptors(settings, 2, 8000 + limits.OWN) == settings
-    half = limits.fit_descriptors(settings, 2, 4000 + limits.OWN)
-    assert (half.semaphore_limit, half.min_pool_capacity, half.max_pool_capacity) == (500, 64, 1000)
-    many = limits.fit_descriptors(Settings(semaphore_limit=1_000_000), 1, 1000 + limits.OWN)
-    assert (many.semaphore_limit, many.min_pool_capacity, many.max_pool_capacity) == (492, 16, 16)
-    least = limits.fit_descriptors(settings, 2, 3)
-    assert (least.semaphore_limit, least.min_pool_capacity, least.max_pool_capacity) == (1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("membership", "files", "expected"),
-    [
-        ("0::/a/b\n", {"a/memory.max": "100", "a/b/memory.max": "max"}, [100]),
-        ("0::/a/b\n", {"a/memory.max": "100", "a/b/memory.max": "50"}, [50, 100]),
-        ("0::/on/the/host\n", {"memory.max": "70"}, [70]),
-        ("0::/a\n", {"unified/a/memory.max": "30"}, [30]),
-        ("4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "60"}, [60]),
-        ("4:cpu,memory:/a\n", {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, []),
-        ("4:cpu:/a\n", {"memory/a/memory.limit_in_bytes": "60"}, []),
-    ],
-)
-def test_the_limits_of_every_cgroup_above_count(
-    tmp_path: Path, membership: str, files: dict[str, str], expected: list[int]
-) -> None:
-    (tmp_path / "cgroup").write_text(membership)
-    root = tmp_path / "fs"
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
-    assert list(limits._cgroup_limits(root, tmp_path / "cgroup")) == expected
