@@ -8,7 +8,7 @@ import sys
 
 def main() -> int:
     """Run nodepass with the arguments of the command line; its exit status."""
-    if sys.argv[1:2] == ["top"]:  # which waits for one thing at a time and needs no gevent
+    if sys.argv[1:2] == ["top"]:  # blocking code, which needs no gevent
         from nodepass.tools.top import main as top
 
         return top(sys.argv[2:])
@@ -17,9 +17,9 @@ def main() -> int:
     except ImportError as error:
         sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
         return 1
-    # To look for plug-ins of the patching imports a mail parser and more: 2.7 MB.
+    # Searching for plug-ins of the patching would import a mail parser and more: 2.7 MB.
     events.notify_and_call_entry_points = events.notify  # type: ignore[attr-defined]  # its stubs know neither
-    # Not ssl, subprocess and threads: the program has none of its own, and each costs memory.
+    # Not ssl, subprocess and threads: the program uses none of them, and each costs memory.
     monkey.patch_socket()
     monkey.patch_time()
     monkey.patch_select()

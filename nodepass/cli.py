@@ -1,7 +1,8 @@
 """The command line: from arguments and environment to settings and URLs, and from errors to exit statuses.
 
-0: stopped by a signal. 1: it could not start (an address cannot be listened on, no server within START_TIMEOUT).
-2: bad input. 3: stopped by a signal, and there was a bug on the way. 1 and 2 are said in one line.
+0: stopped by a signal. 1: the start failed (an address cannot be listened on, no server within START_TIMEOUT).
+2: bad input. 3: stopped by a signal, after a bug. With 1 and 2, one line says why. `__main__` calls `main`; `daemon`
+and `check` do the work.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ A TCP/UDP reverse tunnel. Each URL is one tunnel:
   server://TUNNEL_HOST:PORT/TARGET_HOST:PORT?log=LEVEL&tls=0|1|2&crt=FILE&key=FILE
   client://TUNNEL_HOST:PORT/TARGET_HOST:PORT?log=LEVEL
 
-The server runs where visitors can reach it: it listens on its tunnel address for its client and on its target
-address for visitors, TCP and UDP. The client runs next to the service: it connects to the server's tunnel address
+The server runs where visitors can reach it. It listens on its tunnel address for its client and on its target
+address for visitors, TCP and UDP. The client runs next to the service. It connects to the server's tunnel address
 and, for every visitor, to its target address. LEVEL is debug, info, warn, error or fatal.
 
 `nodepass top ENDPOINT` shows a running process that has METRICS_LISTEN set; see nodepass top --help.
 """
-EPILOG = "Quote a URL that has a '&' or a '?'. A flag wins over its environment variable. Durations: 500ms, 5s, 1h30m."
+EPILOG = "Quote a URL with '&' or '?' in it. A flag overrides its environment variable. Durations: 500ms, 5s, 1h30m."
 
 
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArgParse has no types
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"nodepass: {message}\n")
@@ -52,7 +53,7 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArgP
 
 
 def make_parser() -> Parser:
-    """The parser that the table of settings describes."""
+    """The parser of the command line; its settings are those of the table in `config`."""
     parser = Parser(
         prog="nodepass",
         description=DESCRIPTION,
@@ -63,12 +64,12 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add("--version", action="version", version=f"nodepass {__version__}")
-    parser.add("--generate-key", action="store_true", help="print a fresh key for TUNNEL_KEY_FILE, and exit")
+    parser.add("--generate-key", action="store_true", help="print a new key for TUNNEL_KEY_FILE and exit")
     help_text = (
-        "say how a start would go, a line a finding (ok, warn, fail), and exit: 0 nothing failed, 1 failed, 2 bad input"
+        "dry-run: report one finding per line (ok, warn, fail) and exit: 0 nothing failed, 1 failed, 2 bad input"
     )
     parser.add("--check", action="store_true", help=help_text)
-    help_text = "a tunnel, see above; without any, those in NODEPASS_URL, separated by spaces"
+    help_text = "a tunnel, see above; default: the URLs in NODEPASS_URL, separated by spaces"
     parser.add("urls", metavar="URL", nargs="*", help=help_text)
     groups = {row.group: parser.add_argument_group(row.group) for row in rows().values()}
     for name, row in rows().items():
@@ -78,14 +79,16 @@ def make_parser() -> Parser:
             metavar=row.kind.unit.upper(),
             help=f"{row.help}; default {row.default} [{name.upper()}]",
         )
-    key = parser.add_argument_group("key", "TUNNEL_KEY in the environment may hold the key itself; a flag could not.")
-    help_text = "file with the key that both ends share; none means no key [TUNNEL_KEY_FILE]"
+    key = parser.add_argument_group(
+        "key", "The key itself may be in the environment variable TUNNEL_KEY, but never on the command line."
+    )
+    help_text = "file with the key that both ends share; default: no key [TUNNEL_KEY_FILE]"
     key.add_argument("--tunnel-key-file", env_var="TUNNEL_KEY_FILE", metavar="FILE", help=help_text)
     return parser
 
 
 def read_settings(parser: Parser, namespace: argparse.Namespace) -> Settings:
-    """The settings of flags and environment. Raises ConfigError naming what is wrong."""
+    """The settings from flags and environment. Raises ConfigError naming the flag or variable."""
     from_environment = parser.get_source_to_settings_dict().get("environment_variables", {})
     texts = {
         name: (name.upper() if name.upper() in from_environment else _flag(name), text)
@@ -104,14 +107,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = make_parser()
     namespace = parser.parse_args(list(arguments))
     if namespace.generate_key and namespace.urls:
-        parser.error("--generate-key prints a key and takes no URL")
+        parser.error("--generate-key takes no URL")
     if namespace.generate_key:
         sys.stdout.write(f"{generate()}\n")
         return 0
     texts = namespace.urls or os.environ.get("NODEPASS_URL", "").split()
     if not texts:
         parser.print_usage(sys.stderr)
-        sys.stderr.write("nodepass: no URL given, nor NODEPASS_URL set; see nodepass --help\n")
+        sys.stderr.write("nodepass: no URL given and NODEPASS_URL is not set; see nodepass --help\n")
         return 2
     if namespace.check:
         from nodepass.tools import check
@@ -121,8 +124,10 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(parser, namespace)
         urls = [parse_url(text) for text in texts]
         manager = ServiceManager.take(os.environ)
-        key = _start(urls, settings, namespace.tunnel_key_file)
-        gc.freeze()  # what is there now stays; 1 % of the time of short sessions
+        secret, warnings = find_secret(namespace.tunnel_key_file, os.environ)
+        _start_log(urls, settings, warnings)
+        key = _make_key(secret)
+        gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
         daemon = Daemon(urls, settings, key, manager)
         daemon.run()
     except ConfigError as error:
@@ -135,21 +140,17 @@ def main(arguments: Sequence[str]) -> int:
     return BUGS if daemon.bugs else 0
 
 
-def _start(urls: Sequence[ServerURL | ClientURL], settings: Settings, key_file: str | None) -> Key | None:
-    """Begin to log, at the level of the most verbose URL, say what is to be warned of, and make the key."""
-    text, warnings = find_secret(key_file, os.environ)
+def _start_log(urls: Sequence[ServerURL | ClientURL], settings: Settings, warnings: Sequence[Notice]) -> None:
+    """Log from now on, at the level of the most verbose URL, and log the warnings about key and URLs."""
     log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ, style=settings.log_format)
-    for warning in warnings:
-        _warn("nodepass", warning)
-    for url in urls:
-        for warning in url.warnings:
-            _warn(url.name, warning)
-    if text is None:
+    for tunnel, notices in (("nodepass", warnings), *((url.name, url.warnings) for url in urls)):
+        for each in notices:
+            log.Log(tunnel).warning("config.warning", "%(warning)s", reason=each.reason, warning=each.words)
+
+
+def _make_key(secret: str | None) -> Key | None:
+    if secret is None:
         return None
     from nodepass.wire.auth import Key
 
-    return Key(text)
-
-
-def _warn(tunnel: str, notice: Notice) -> None:
-    log.Log(tunnel).warning("config.warning", "%(warning)s", reason=notice.reason, warning=notice.words)
+    return Key(secret)

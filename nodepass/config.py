@@ -1,8 +1,10 @@
 """The settings, as one table.
 
 A row of `Settings` is a setting: its name is the flag (`--udp-read-timeout`) and the environment variable
-(`UDP_READ_TIMEOUT`), its kind says how a text becomes a value and what is allowed. The command line is built from this
-table, `--help` and the README print it, and nothing else in the program reads the environment.
+(`UDP_READ_TIMEOUT`), its kind says how a text becomes a value and what is allowed. `cli` makes the command line and
+`--help` from the table; tests compare the manual page, the README and the units' example with it. Nothing here reads
+the environment: `cli` does, and it passes it to what has variables of its own (`key_file`, `systemd`, `log`, and
+`check` with its report). Apart from those, the health check and `nodepass top` are programs of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 from nodepass.errors import ConfigError
 from nodepass.hostport import split_host_port
 
-# Go's time.ParseDuration, without its sign: people bring their durations from there.
+# The syntax of Go's time.ParseDuration without a sign, as NodePass has it.
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(f"(?:{_PART})+", re.ASCII)
@@ -25,7 +27,7 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Kind:
-    """How a text becomes a value; `parse` raises ValueError, `allowed` completes the sentence «allowed: …»."""
+    """How a text becomes a value: `parse` raises ValueError; `allowed` tells the user what it accepts."""
 
     unit: str
     allowed: str
@@ -33,7 +35,7 @@ class Kind:
 
 
 class Notice(NamedTuple):
-    """What is to be warned of, as a token and in words."""
+    """A warning for the user, as a token and in words."""
 
     reason: str
     words: str
@@ -41,7 +43,7 @@ class Notice(NamedTuple):
 
 @dataclass(frozen=True)
 class Ports:
-    """An inclusive range of ports to try in turn; 0 to 0 lets the kernel choose. `tunnel`: the tunnel port itself."""
+    """An inclusive range of ports to try in order; 0 to 0 lets the kernel choose. `tunnel`: the tunnel port itself."""
 
     first: int
     last: int
@@ -50,7 +52,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Listen:
-    """Where to listen for an operator's programs: a host, which may be empty, and a port, or a Unix socket's path."""
+    """The metrics endpoint's address: a host, which may be empty, and a port, or the path of a Unix socket."""
 
     host: str = ""
     port: int = 0
@@ -67,7 +69,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in Go's syntax, to the millisecond, as short as it can be said: 90.0 is `1m30s`."""
+    """A duration in Go's syntax, to the millisecond, in its shortest form: 90.0 is `1m30s`."""
     if seconds < 1:
         return f"{round(seconds * 1000)}ms"
     minutes, rest = divmod(round(seconds, 3), 60)
@@ -148,7 +150,7 @@ LISTEN = Kind(
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says of a setting beside its value."""
+    """A setting's kind, default, group and help."""
 
     kind: Kind
     default: str
@@ -157,7 +159,7 @@ class Row:
 
 
 def setting(default: str, kind: Kind, group: str, text: str) -> Any:
-    """One row of the table; the default is written as a user would write it."""
+    """One row of the table; the default is written in a user's syntax."""
     return field(default=kind.parse(default), metadata={"row": Row(kind, default, group, text)})
 
 
@@ -166,13 +168,13 @@ class Settings:
     """Every setting of a process, checked. Durations are in seconds."""
 
     semaphore_limit: int = setting(
-        "1024", count(1, 1_000_000, "sessions"), "limits", "concurrent sessions; at the limit new visitors wait"
+        "1024", count(1, 1_000_000, "sessions"), "limits", "concurrent sessions; at the limit, new visitors wait"
     )
     min_pool_capacity: int = setting(
-        "16", count(1, 65536, "connections"), "pool", "data connections kept ready when it is quiet"
+        "16", count(1, 65536, "connections"), "pool", "idle data connections kept ready, at least"
     )
     max_pool_capacity: int = setting(
-        "1024", count(1, 65536, "connections"), "pool", "data connections kept ready at most"
+        "1024", count(1, 65536, "connections"), "pool", "idle data connections kept ready, at most"
     )
     pool_get_timeout: float = setting(
         "5s", duration(0.001, DAY), "pool", "how long a visitor waits for a data connection before it is closed"
@@ -181,51 +183,57 @@ class Settings:
         "0",
         PORTS,
         "pool",
-        "server: port of data connections; of a range the first free one; tunnel: the tunnel port",
+        "server: port of the data connections; the first free one of a range; tunnel: the tunnel port",
     )
-    udp_data_buf_size: int = setting(
-        "8192", count(1, 65507, "bytes"), "UDP", "largest datagram, where the peer speaks wire v1"
-    )
+    udp_data_buf_size: int = setting("8192", count(1, 65507, "bytes"), "UDP", "with a wire v1 peer: largest datagram")
     udp_read_timeout: float = setting(
-        "5s", duration(0.001, DAY), "UDP", "how long the target has to answer, where the peer speaks wire v1"
+        "5s", duration(0.001, DAY), "UDP", "with a wire v1 peer: how long the target may take to answer"
     )
     udp_session_timeout: float = setting(
-        "60s", duration(0.01, DAY), "UDP", "a flow ends after so long without a datagram, either way"
+        "60s", duration(0.01, DAY), "UDP", "a flow ends after this time without a datagram in either direction"
     )
-    udp_lanes: int = setting("4", count(1, 64, "connections"), "UDP", "data connections that carry all flows")
+    udp_lanes: int = setting(
+        "4", count(1, 64, "connections"), "UDP", "data connections that carry all flows, opened on demand"
+    )
     handshake_timeout: float = setting(
-        "5s", duration(0.001, DAY), "timing", "control, TLS, id exchange and a dial each end within it"
+        "5s", duration(0.001, DAY), "timing", "limit for each of: the control handshake, TLS, the id exchange, a dial"
     )
     report_interval: float = setting(
-        "5s", duration(0.01, DAY), "timing", "heartbeats, statistics, and the pool's capacity is thought over"
+        "5s",
+        duration(0.01, DAY),
+        "timing",
+        "interval of heartbeats and statistics; the pool size is re-evaluated as often",
     )
     service_cooldown: float = setting(
         "5s", duration(0.01, DAY), "timing", "longest pause between two attempts to reach the server"
     )
     shutdown_timeout: float = setting(
-        "5s", duration(0, DAY), "timing", "grace for running sessions at shutdown; the rest is cut"
+        "5s", duration(0, DAY), "timing", "how long running sessions may take to finish at shutdown; the rest is cut"
     )
     start_timeout: float = setting(
         "0",
         duration(0, DAY),
         "timing",
-        "client: how long the first handshake may take, then the program ends; 0: for ever",
+        "client: limit for the first handshake, after which the program ends; 0: no limit",
     )
     reload_interval: float = setting(
-        "1h", duration(0.001, 365 * DAY), "timing", "server, tls=2: how often the certificate files are looked at"
+        "1h",
+        duration(0.001, 365 * DAY),
+        "timing",
+        "server, tls=2: how often the certificate files are checked for changes",
     )
     log_format: str = setting(
-        "text", choice("text", "json"), "log", "lines for people, or an object a line for programs"
+        "text", choice("text", "json"), "log", "text: lines for people; json: one object per line for programs"
     )
     metrics_listen: Listen | None = setting(
-        "off", LISTEN, "metrics", "serve /metrics, /healthz and /readyz by HTTP; :PORT is for this machine only"
+        "off", LISTEN, "metrics", "serve /metrics, /healthz and /readyz over HTTP; :PORT is for this machine only"
     )
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, tuple[str, str]]) -> Settings:
-        """Settings from what the user wrote: name -> (where it was written, text).
+        """Settings from texts: name -> (the flag or variable, what it says).
 
-        Raises ConfigError naming that place.
+        Raises ConfigError naming the flag or variable.
         """
         values: dict[str, Any] = {}
         for name, (place, text) in texts.items():
@@ -245,5 +253,5 @@ class Settings:
 
 
 def rows() -> dict[str, Row]:
-    """The table: a setting's name -> what is said of it."""
+    """The table: a setting's name -> its row."""
     return {each.name: each.metadata["row"] for each in fields(Settings)}

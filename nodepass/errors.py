@@ -1,7 +1,7 @@
-"""What can go wrong, as types.
+"""Errors, as types.
 
 Everything raised on purpose is a `NodepassError`. What ends one connection is an `OSError` too, so that the code around
-a connection needs one `except OSError` for the kernel's errors, TLS's and ours.
+a connection needs one `except OSError` for the errors of the kernel, of TLS and of this program.
 """
 
 
@@ -41,7 +41,7 @@ class TLSError(NodepassError, ConnectionError):
 
 
 class VerificationError(TLSError):
-    """The server's certificate was refused; `check` says by which one: chain, expired, name or fingerprint."""
+    """The server's certificate was rejected; `check` is what failed: chain, expired, name or fingerprint."""
 
     def __init__(self, text: str, check: str = "") -> None:
         super().__init__(text)
@@ -49,14 +49,14 @@ class VerificationError(TLSError):
 
 
 class NoDataConnection(NodepassError, ConnectionError):
-    """No data connection could be had in the time allowed."""
+    """No data connection was available in time."""
 
 
 class RefusedError(NodepassError, ConnectionError):
-    """The handshake ended in a no; `reason` is the wire's token, the text says it in plain words."""
+    """The handshake was refused; `reason` is the wire's token, the text is for people."""
 
     def __init__(self, reason: str, words: str = "") -> None:
-        super().__init__(words or f"the server turned this client away: {reason}")
+        super().__init__(words or f"the server rejected this client: {reason}")
         self.reason = reason
 
 
@@ -68,6 +68,6 @@ def reason(error: BaseException) -> str:
 
 
 def with_words(error: Exception, words: str) -> OSError:
-    """The same error in words that say where it happened; its errno, and with it its type, stay."""
+    """The same error in words that say where it happened; its errno, and so its type, are kept."""
     number = error.errno if isinstance(error, OSError) else None
     return OSError(words) if number is None else OSError(number, words)

@@ -1,7 +1,8 @@
-"""Counters of one tunnel, and the one snapshot of them that the log and an operator's dump print.
+"""The counters of one tunnel, and their snapshot for the log.
 
-Plain attributes, so that counting costs an addition, and a histogram a bisect. `metrics` shows the same numbers to
-Prometheus; nothing here knows of that. `up` is from the visitor to the target, `down` the way back.
+Plain attributes: a count costs one addition, an observation of a histogram one bisection. They outlive a crash of their
+tunnel. `metrics` exports the same numbers; nothing here knows about it. `up` is from the visitor to the target, `down`
+the opposite direction.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 
-# Seconds: from what a LAN does to what a handshake may take by default, and beyond.
+# Seconds: from a round trip in a LAN to the default limit of a handshake, and beyond.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TCP_OUTCOMES = ("completed", "reset", "cut", "unserved", "unreachable")
 UDP_OUTCOMES = ("completed", "evicted", "lost", "unserved", "unanswered")
@@ -67,12 +68,12 @@ TROUBLE = (
 
 
 class Histogram:
-    """How many observations fell under each of BUCKETS, and their sum in seconds."""
+    """The number of observations in each of BUCKETS, and their sum in seconds."""
 
     __slots__ = ("counts", "total")
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)  # the last: beyond all bounds
+        self.counts = [0] * (len(BUCKETS) + 1)  # the last: above all bounds
         self.total = 0.0
 
     def observe(self, seconds: float) -> None:
@@ -81,7 +82,7 @@ class Histogram:
 
 
 class Way:
-    """Payload bytes that went one way: no framing, no TLS."""
+    """Payload bytes moved in one direction, without framing and TLS."""
 
     __slots__ = ("bytes",)
 
@@ -90,12 +91,12 @@ class Way:
 
 
 class Sessions:
-    """The sessions of one protocol: TCP connections, or flows of datagrams (single datagrams with a v1 peer)."""
+    """The sessions of one protocol: TCP connections, or UDP flows (single datagrams with a v1 peer)."""
 
     def __init__(self, outcomes: Iterable[str]) -> None:
         self.begun = 0
         self.open = 0
-        self.ended = dict.fromkeys(outcomes, 0)  # also those that could not begin; no Counter, which is slower
+        self.ended = dict.fromkeys(outcomes, 0)  # including those that could not begin; a Counter is slower
         self.up = Way()
         self.down = Way()
 
@@ -109,18 +110,18 @@ class Sessions:
 
 
 class Stats:
-    """What a tunnel has done since it started."""
+    """What a tunnel has done since the process started."""
 
     def __init__(self) -> None:
         self.tcp = Sessions(TCP_OUTCOMES)
         self.udp = Sessions(UDP_OUTCOMES)
-        self.connects = 0  # control connections that got through their handshake
-        self.data_connections = 0  # data connections that entered the pool
+        self.connects = 0  # completed handshakes of control connections
+        self.data_connections = 0  # added to the pool
         self.found_empty = 0  # sessions that had to wait for a data connection
         self.control_failures = _zeros(CONTROL_FAILURES)
         self.data_failures = _zeros(DATA_FAILURES)
         self.udp_drops = _zeros(UDP_DROPS)
-        self.trouble = _zeros(TROUBLE)  # what else was dropped, refused or failed, by reason
+        self.trouble = _zeros(TROUBLE)  # other drops, rejections and failures, by kind
         self.pool_waits = Histogram()
         self.target_dials = Histogram()
         self.data_dials = Histogram()
@@ -160,16 +161,16 @@ class Stats:
         return counts
 
     def __str__(self) -> str:
-        counts: dict[str, int] = {}
+        parts: list[str] = []
         for name, value in self.snapshot().items():
             if isinstance(value, int):
-                counts[name] = value
+                parts.append(f"{name} {value}")
             else:
-                counts |= {f"{_PREFIXES[name]}{reason}": count for reason, count in value.items()}
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
+                parts += [f"{_PREFIXES[name]}{reason} {count}" for reason, count in value.items()]
+        return ", ".join(parts).replace("_", " ")
 
 
-# Before the reason of a counter, in text.
+# In front of a reason, as text.
 _PREFIXES = {
     "tcp_ended": "tcp: ",
     "udp_ended": "udp: ",
@@ -181,22 +182,22 @@ _PREFIXES = {
 
 
 def _zeros(reasons: Iterable[str]) -> Counter[str]:
-    """A counter that names its reasons before they happen: the first event is an increase then, too."""
+    """A counter with every reason at 0, so that Prometheus sees the first event as an increase."""
     return Counter(dict.fromkeys(reasons, 0))
 
 
 def failure(error: OSError) -> str:
-    """Why a connection came to nothing, as one of CONTROL_FAILURES or DATA_FAILURES."""
+    """Why a connection failed, as one of CONTROL_FAILURES or DATA_FAILURES."""
     if isinstance(error, RefusedError):
         token = error.reason.replace("-", "_")
-        return token if token in CONTROL_FAILURES else "other"  # it is a peer's word
+        return token if token in CONTROL_FAILURES else "other"  # the peer chose the token
     for kind, name in _FAILURES:
         if isinstance(error, kind):
             return name
     return "unreachable"
 
 
-# The first that fits; TLSError and the others are ConnectionErrors, too.
+# The first that matches; TLSError and the others are ConnectionErrors, too.
 _FAILURES: tuple[tuple[type[OSError], str], ...] = (
     (VerificationError, "certificate"),
     (TLSError, "tls"),

@@ -37,7 +37,7 @@ def report_bug(where: str, error: BaseException, log: Log, stats: Stats) -> None
 
 def find_ended(loops: Iterable[Greenlet[..., None]]) -> str:
     """For an operator: which of these loops has ended although they never should; empty while all run."""
-    return next((f"the loop «{each.name}» has ended" for each in loops if each.dead), "")
+    return next((f'the loop "{each.name}" has ended' for each in loops if each.dead), "")
 
 
 class TaskGroup:
@@ -62,7 +62,7 @@ class TaskGroup:
     def _run(self, name: str, work: Callable[..., object], *args: object) -> None:
         try:
             work(*args)
-        except Exception as error:  # noqa: BLE001  # a bug, which the owner must learn of
+        except Exception as error:  # noqa: BLE001  # a bug, which must reach the owner
             report_bug(name, error, self._log, self._stats)
             if self._on_crash:
                 self._on_crash(error)

@@ -1,7 +1,7 @@
-"""The two URLs that a tunnel is described by, parsed into frozen dataclasses.
+"""The URLs that describe a tunnel, parsed into frozen dataclasses.
 
 `server://<tunnel_addr>/<target_addr>?log=&tls=&crt=&key=` and `client://<tunnel_addr>/<target_addr>?log=`. Nothing is
-opened or resolved here; a `ConfigError` says in one line what is wrong and what is allowed.
+opened or resolved here. A `ConfigError` says in one line what is wrong and what is allowed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Address:
 
 @dataclass(frozen=True)
 class TunnelURL:
-    """What both kinds of URL say. `name` is how the log calls this tunnel."""
+    """What both kinds of URL have. `name` is the tunnel's name in the log."""
 
     tunnel: Address
     target: Address
@@ -64,7 +64,7 @@ class ClientURL(TunnelURL):
 
 
 def may_need_tls(urls: Sequence[ServerURL | ClientURL]) -> bool:
-    """Whether one of them may need TLS; a client hears it from its server only."""
+    """Whether one of them may need TLS; a client learns that from its server."""
     return any(isinstance(url, ClientURL) or url.tls for url in urls)
 
 
@@ -78,7 +78,7 @@ def parse_url(text: str) -> ServerURL | ClientURL:
     if scheme not in _PARAMETERS or not text.lower().startswith(f"{scheme}://"):
         raise ConfigError(f"URL {text!r}: the scheme must be server:// or client://; allowed: {_FORM}")
     if "@" in parts.netloc:
-        # The text is not repeated: what stands before the @ may be a secret.
+        # The text is not repeated: the part before the @ may be a secret.
         raise ConfigError(
             f"URL {scheme}://…@…: a user part is not allowed, a key would show in the process list; put it into"
             f" TUNNEL_KEY_FILE; allowed: {_FORM}"

@@ -1,4 +1,7 @@
-"""Where the tunnel's secret comes from: a file, the environment, or systemd's credentials. Never the command line."""
+"""Where the shared key comes from: a file, the environment, or systemd's credentials, and never the command line.
+
+`cli` and `check` read it once at the start. The text leaves this module as it is; `wire.auth.Key` derives from it.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,17 @@ from collections.abc import Mapping
 from nodepass.config import Notice
 from nodepass.errors import ConfigError
 
-SHORTEST = 16  # characters; fewer can be guessed
+SHORTEST = 16  # characters; a shorter key can be guessed
 CREDENTIAL = "tunnel-key"
 
 
 def generate() -> str:
-    """A fresh secret: 256 random bits as 64 hex digits."""
+    """A new key: 256 random bits as 64 hex digits."""
     return os.urandom(32).hex()
 
 
 def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | None, list[Notice]]:
-    """The secret, if one is given, and what is to be warned of.
-
-    Raises ConfigError naming the place, never the secret.
-    """
+    """The key's text, if there is one, and warnings. Raises ConfigError naming its place, never the key."""
     text = environ.get("TUNNEL_KEY")
     if file is not None and text is not None:
         raise ConfigError("TUNNEL_KEY and TUNNEL_KEY_FILE are both given; allowed: one of them")

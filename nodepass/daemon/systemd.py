@@ -1,8 +1,8 @@
-"""systemd's protocol: what it passes to the process at start, and how the process is heard by it.
+"""systemd's protocol: what it passes to the process at the start, and how the process notifies it.
 
-What comes in through the environment (sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3)) is taken out of it, so
-that nothing else believes to be meant. What is worth telling is the business of `readiness`, what a passed socket is
-good for that of `inherited`. Standard library only; `cli` takes, `readiness` notifies.
+The variables (sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3)) are removed from the environment, so that child
+code does not act on them. `notifier` decides what to send, `net.activation` which address a passed socket is for. `cli`
+and `check` call `ServiceManager.take`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from nodepass.errors import ConfigError
 from nodepass.net.activation import PassedSocket
 
 FIRST_SOCKET = 3  # the descriptor of the first passed socket (SD_LISTEN_FDS_START)
-LONGEST_STATUS = 1000  # bytes; systemd ignores a message of more than 4096
+LONGEST_STATUS = 1000  # bytes; systemd ignores messages of more than 4096
 SEND_WITHIN = 1.0  # seconds for systemd to take a message
 
 
 @dataclass(frozen=True)
 class ServiceManager:
-    """Who started this process, as far as it said so; without systemd there is nothing in it."""
+    """What systemd passed to this process; without systemd everything is empty."""
 
-    address: str = ""  # where to send notifications; none are wanted where it is empty
-    watchdog: float = 0.0  # seconds without a sign of life after which the process is killed; 0: never
+    address: str = ""  # where to send notifications; empty: send none
+    watchdog: float = 0.0  # seconds without a ping after which systemd kills the process; 0: never
     sockets: tuple[PassedSocket, ...] = ()
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> ServiceManager:
-        """What systemd says in the environment, which has none of it afterwards. Raises ConfigError."""
+        """Read systemd's variables and remove them from the environment. Raises ConfigError."""
         address = environ.pop("NOTIFY_SOCKET", "")
         if address and (address[0] not in "/@" or len(address) == 1):
             allowed = "an absolute path, or an abstract name that begins with @"
@@ -40,18 +40,18 @@ class ServiceManager:
         return cls(address, _take_watchdog(environ), _take_sockets(environ))
 
     def notify(self, *lines: str) -> None:
-        """Send assignments such as `READY=1`; nothing where nobody wants them. Raises OSError."""
+        """Send assignments such as `READY=1`, if systemd wants them. Raises OSError."""
         if not self.address or not lines:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(SEND_WITHIN)
-            # Connected, because only so the kernel says when a full queue takes more.
+            # Only for a connected socket does the kernel signal when a full queue has room again.
             sock.connect("\0" + self.address[1:] if self.address[0] == "@" else self.address)
             sock.send("\n".join(lines).encode())
 
 
 def status(text: str) -> str:
-    """The assignment of a status line, cut to what systemd takes."""
+    """The assignment of a status line, cut to what systemd accepts."""
     encoded = " ".join(text.split()).encode(errors="backslashreplace")
     if len(encoded) > LONGEST_STATUS:
         return f"STATUS={encoded[:LONGEST_STATUS].decode(errors='ignore')}…"
@@ -59,12 +59,12 @@ def status(text: str) -> str:
 
 
 def reloading() -> tuple[str, str]:
-    """The assignments that begin a reload; Type=notify-reload (systemd 253) wants to know since when."""
+    """The assignments that begin a reload; Type=notify-reload (systemd 253) needs its time."""
     return "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
 
 
 def extend_timeout(seconds: float) -> str:
-    """The assignment that asks for so many seconds, from now, for the start or the stop that is going on."""
+    """The assignment that allows so many seconds, from now, for the current start or stop."""
     return f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}"
 
 
@@ -83,7 +83,7 @@ def _take_sockets(environ: MutableMapping[str, str]) -> tuple[PassedSocket, ...]
     number = _number("LISTEN_FDS", count, 0)
     if named and len(named) != number:
         raise ConfigError(f"LISTEN_FDNAMES: {names!r} names not as many as LISTEN_FDS={count}; allowed: one for each")
-    descriptors = range(FIRST_SOCKET, FIRST_SOCKET + number)  # the first that is no socket ends it
+    descriptors = range(FIRST_SOCKET, FIRST_SOCKET + number)  # a huge number fails at the first missing one
     named_as = named or repeat("unknown")  # as sd_listen_fds_with_names(3) calls it
     return tuple(_passed(name, descriptor) for descriptor, name in zip(descriptors, named_as, strict=False))
 
@@ -98,7 +98,7 @@ def _passed(name: str, descriptor: int) -> PassedSocket:
 
 
 def _is_meant(pid: str, variable: str) -> bool:
-    """Whether what was passed is for this process; without a number it is for whoever finds it."""
+    """Whether the variables are for this process; without a process id they are for any."""
     return not pid or _number(variable, pid, 1) == os.getpid()
 
 
