@@ -1,0 +1,109 @@
+"""UDP sockets: where an answer comes from, and what a connected socket receives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import gevent
+import pytest
+from gevent import socket
+
+from nodepass.net import listen, udp
+from nodepass.net.listen import close_all, listen_udp, port_of
+from nodepass.net.sockets import Endpoint
+from nodepass.net.udp import dial_udp, receive_datagram, send_datagram
+from nodepass.urls import Address
+from tests.support.sockets import has_ipv6
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    """Sockets are gevent's, as in the patched program."""
+    for module in (listen, udp):
+        monkeypatch.setattr(module, "socket", socket)
+    with ExitStack() as stack, gevent.Timeout(20):
+        yield stack
+
+
+def receiver(stack: ExitStack, host: str) -> Any:
+    """A UDP socket of the program."""
+    opened = listen_udp(Address(host, 0), "here")
+    stack.callback(close_all, opened)
+    return opened[0]
+
+
+def speak(stack: ExitStack, sock: Any, host: str, payload: bytes = b"question") -> Any:
+    """A peer that has sent a datagram to the receiver at this address, and takes answers from there only."""
+    peer = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM))
+    peer.settimeout(10)
+    peer.connect((host, port_of([sock])))
+    peer.send(payload)
+    return peer
+
+
+@pytest.mark.parametrize(
+    ("bound", "spoken_to"),
+    [
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.2"),
+        pytest.param("", "127.0.0.2", marks=needs_ipv6),
+        pytest.param("", "::1", marks=needs_ipv6),
+        pytest.param("::1", "::1", marks=needs_ipv6),
+    ],
+)
+def test_an_answer_comes_from_the_address_that_was_spoken_to(stack: ExitStack, bound: str, spoken_to: str) -> None:
+    sock = receiver(stack, bound)
+    peer = speak(stack, sock, spoken_to)
+    payload, reply = receive_datagram(sock)
+    assert payload == b"question"
+    own = peer.getsockname()
+    assert str(reply) == (f"[{own[0]}]:{own[1]}" if ":" in own[0] else f"{own[0]}:{own[1]}")
+    assert reply.control
+    send_datagram(sock, b"answer", reply)
+    assert peer.recv(100) == b"answer"
+
+
+def test_the_largest_datagram_arrives_whole(stack: ExitStack) -> None:
+    sock = receiver(stack, "127.0.0.1")
+    largest = bytes(range(256)) * 256
+    speak(stack, sock, "127.0.0.1", largest[:65507])  # a datagram's 65,535 bytes without the headers of IP and UDP
+    assert receive_datagram(sock)[0] == largest[:65507]
+
+
+def test_control_data_that_is_cut_is_left_out_and_the_answer_still_goes(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sock = receiver(stack, "127.0.0.1")
+    peer = speak(stack, sock, "127.0.0.1")
+    monkeypatch.setattr(udp, "_CONTROL", socket.CMSG_LEN(4))
+    _, reply = receive_datagram(sock)
+    assert reply.control == ()
+    send_datagram(sock, b"answer", reply)
+    assert peer.recv(100) == b"answer"
+
+
+def test_a_connected_socket_receives_only_its_endpoints_datagrams(stack: ExitStack) -> None:
+    target, other = receiver(stack, "127.0.0.1"), receiver(stack, "127.0.0.2")
+    sock = stack.enter_context(dial_udp(Endpoint(socket.AF_INET, target.getsockname())))
+    other.sendto(b"not for you", sock.getsockname())
+    target.sendto(b"for you", sock.getsockname())
+    assert sock.recv(100) == b"for you"
+
+
+def test_a_refusal_is_an_error_of_a_connected_socket(stack: ExitStack) -> None:
+    gone = receiver(stack, "127.0.0.1")
+    sock = stack.enter_context(dial_udp(Endpoint(socket.AF_INET, gone.getsockname())))
+    gone.close()
+    sock.send(b"question")
+    with pytest.raises(ConnectionRefusedError):
+        sock.recv(100)
+
+
+@pytest.mark.usefixtures("stack")
+def test_an_endpoint_that_cannot_be_reached_is_an_error_at_once() -> None:
+    with pytest.raises(PermissionError):
+        dial_udp(Endpoint(socket.AF_INET, ("255.255.255.255", 1)))
