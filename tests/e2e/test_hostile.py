@@ -8,21 +8,24 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 
 import pytest
 
 from tests.e2e.conftest import TunnelFactory
 from tests.support.log import loud, one_of
-from tests.support.process import Nodepass
+from tests.support.process import Environment, Nodepass
 from tests.support.sockets import abort, connect, is_over, reset, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, CALM, OurClient, OurServer, Tunnel
+from tests.support.tunnel import BRISK, CALM, OurClient, OurClients, OurServer, Tunnel
 from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
 
 EXHAUSTED = re.compile(re.escape(os.strerror(errno.EMFILE)))
 """What the kernel says when there are no descriptors."""
+
+SMALL: Environment = {**CALM, "MIN_POOL_CAPACITY": "2"}
 
 UNKNOWN_ID = b"//00000000#1\n"
 OVER_LONG = b"//" + b"a" * 5000 + b"#1\n"
@@ -48,31 +51,36 @@ LOGGED = {
 }
 
 
-@pytest.fixture
-def victim() -> Iterator[Tunnel]:
-    """A client of ours with a v1 server that will say anything."""
+@pytest.fixture(scope="module")
+def victims() -> Iterator[dict[str, Tunnel]]:
+    """Clients of ours, one for each bad line, in one process; each with a v1 server that will say anything."""
     with contextlib.ExitStack() as stack:
-        server, target = stack.enter_context(V1Server()), stack.enter_context(Target())
-        client = stack.enter_context(OurClient(server.tunnel_address, target.address))
-        client.wait_until_connected()
-        until(lambda: server.connects, what="the server has not counted its client")
-        yield Tunnel(server, client, target)
+        servers = {name: stack.enter_context(V1Server()) for name in (*HARMLESS, *LOGGED)}
+        target = stack.enter_context(Target())
+        addresses = [server.tunnel_address for server in servers.values()]
+        clients = stack.enter_context(OurClients(addresses, target.address, env=SMALL))
+        for server in servers.values():
+            clients.wait_for_tunnel(server.tunnel_address, "server.connected")
+            until(lambda: server.connects, what="the server has not counted its client")  # noqa: B023  # called here
+        yield {name: Tunnel(server, clients, target) for name, server in servers.items()}
 
 
-@pytest.mark.parametrize("line", HARMLESS.values(), ids=list(HARMLESS))
-def test_our_client_passes_over(victim: Tunnel, line: bytes) -> None:
+@pytest.mark.parametrize("name", HARMLESS)
+def test_our_client_passes_over(victims: dict[str, Tunnel], name: str) -> None:
+    victim = victims[name]
     connects = victim.v1_server.connects
-    victim.v1_server.write(line)
+    victim.v1_server.write(HARMLESS[name])
     victim.assert_works()
     assert victim.v1_server.connects == connects
 
 
 @pytest.mark.parametrize("name", LOGGED)
-def test_our_client_logs_and_survives(victim: Tunnel, name: str) -> None:
-    line, event = LOGGED[name]
+def test_our_client_logs_and_survives(victims: dict[str, Tunnel], name: str) -> None:
+    victim, (line, event) = victims[name], LOGGED[name]
+    assert isinstance(victim.client, OurClients)
     victim.v1_server.write(line)
-    victim.our_client.wait_for(event, level="warn")
-    assert max(map(len, victim.our_client.lines)) < 1500, "rubbish must not fill the log"
+    victim.client.wait_for_tunnel(victim.v1_server.tunnel_address, event, level="warn")
+    assert max(map(len, victim.client.lines)) < 1500, "rubbish must not fill the log"
     victim.assert_works()
 
 
@@ -125,36 +133,40 @@ GREETINGS = {
 }
 
 
-@pytest.mark.parametrize("greeting", GREETINGS.values(), ids=list(GREETINGS))
-def test_our_client_leaves_a_server_that_greets_it_with(stack: contextlib.ExitStack, greeting: bytes) -> None:
-    server = stack.enter_context(V1Server(greeting=greeting, heartbeat=None))
+def test_our_client_leaves_a_server_with_a_bad_greeting(stack: contextlib.ExitStack) -> None:
+    servers = {name: stack.enter_context(V1Server(greeting=each, heartbeat=None)) for name, each in GREETINGS.items()}
     env = {**CALM, "HANDSHAKE_TIMEOUT": "300ms"}
-    client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=env))
-    entry = client.wait_for("server.unreachable", level="warn", reason=one_of("protocol", "timeout"))
-    assert len(entry.line) < 1500
-    assert client.is_running
-    assert not client.find_crashes()
+    addresses = [server.tunnel_address for server in servers.values()]
+    clients = stack.enter_context(OurClients(addresses, ("127.0.0.1", 9), env=env))
+    for name, server in servers.items():
+        reason = "timeout" if name == "silence" else one_of("protocol", "timeout")
+        entry = clients.wait_for_tunnel(server.tunnel_address, "server.unreachable", level="warn", reason=reason)
+        assert len(entry.line) < 1500
+    assert clients.is_running
+    assert not clients.find_crashes()
 
 
 BAD_IDS = {"no hex": b"zzzzzzzz", "bytes": b"\xff" * 8, "too short": b"abc", "a line": b"ab\ncd\0ef"}
 
 
-@pytest.mark.parametrize("bad", BAD_IDS.values(), ids=list(BAD_IDS))
-def test_our_client_drops_a_data_connection_whose_id_is(stack: contextlib.ExitStack, bad: bytes) -> None:
-    """Every second one; the pool is filled with the others."""
-    ids = iter(range(100_000))
+def every_second(bad: bytes) -> Callable[[], bytes]:
+    """Make ids of data connections, of which every second one is bad."""
+    numbers = count()
+    return lambda: bad if (number := next(numbers)) % 2 else b"%08x" % number
 
-    def make_id() -> bytes:
-        number = next(ids)
-        return bad if number % 2 else b"%08x" % number
 
-    server = stack.enter_context(V1Server(make_id=make_id))
+def test_our_client_drops_a_data_connection_with_a_bad_id(stack: contextlib.ExitStack) -> None:
+    """The pool is filled with the others."""
+    servers = [stack.enter_context(V1Server(make_id=every_second(bad))) for bad in BAD_IDS.values()]
     target = stack.enter_context(Target())
     env = {**CALM, "HANDSHAKE_TIMEOUT": "300ms"}
-    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
-    client.wait_for("data.dial_failed", level="warn", reason=one_of("protocol", "timeout"))
-    until(lambda: serves_soon(server, target), what="serves nobody")
-    assert not client.find_crashes()
+    addresses = [server.tunnel_address for server in servers]
+    clients = stack.enter_context(OurClients(addresses, target.address, env=env))
+    for server in servers:
+        reason = one_of("protocol", "timeout")
+        clients.wait_for_tunnel(server.tunnel_address, "data.dial_failed", level="warn", reason=reason)
+        until(lambda: serves_soon(server, target), what="serves nobody")  # noqa: B023  # called here
+    assert not clients.find_crashes()
 
 
 def test_one_id_for_every_data_connection_is_survived(stack: contextlib.ExitStack) -> None:
@@ -175,10 +187,9 @@ TALK = {
 }
 
 
-@pytest.mark.parametrize("talk", TALK.values(), ids=list(TALK))
-def test_our_server_survives_a_stranger_on_the_tunnel_port_who_says(stack: contextlib.ExitStack, talk: bytes) -> None:
+def test_our_server_survives_strangers_on_the_tunnel_port(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer())
-    for _ in range(5):
+    for talk in [*TALK.values()] * 5:
         stranger = connect(server.tunnel_address)
         with contextlib.suppress(ConnectionError):
             stranger.sendall(talk)

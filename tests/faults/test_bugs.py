@@ -21,7 +21,7 @@ from tests.support import with_bug
 from tests.support.log import Entry
 from tests.support.process import Environment, Nodepass
 from tests.support.scrape import WATCHED, get, metrics_of, reach
-from tests.support.sockets import connect, datagram_socket, free_port, until
+from tests.support.sockets import connect, datagram_socket, format_address, free_port, until
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, assert_connected
 
@@ -33,7 +33,7 @@ SETTINGS: Environment = {"SERVICE_COOLDOWN": f"{COOLDOWN:g}s", "REPORT_INTERVAL"
 BUG = 3
 """Exit status."""
 
-Act = Callable[[Nodepass, Target, OurServer], None]
+Act = Callable[[OurServer, Target], None]
 
 
 def broken(where: str, after: int = 0, times: int = 1) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def broken(where: str, after: int = 0, times: int = 1) -> tuple[str, ...]:
     return sys.executable, str(Path(with_bug.__file__)), where, str(after), str(times)
 
 
-def visit(_run: Nodepass, _target: Target, server: OurServer) -> None:
+def visit(server: OurServer, _target: Target) -> None:
     """Come and go as a visitor, whether served or not."""
     with contextlib.suppress(OSError), connect(server.visitor_address, 1) as visitor:
         visitor.sendall(b"hello")
@@ -49,13 +49,13 @@ def visit(_run: Nodepass, _target: Target, server: OurServer) -> None:
         visitor.recv(1)
 
 
-def stay_for_a_moment(_run: Nodepass, target: Target, server: OurServer) -> None:
+def stay_for_a_moment(server: OurServer, target: Target) -> None:
     """Be served, and leave."""
     with contextlib.suppress(OSError), connect(server.visitor_address, 1), target.accept(1):
         pass
 
 
-def ask(_run: Nodepass, target: Target, server: OurServer) -> None:
+def ask(server: OurServer, target: Target) -> None:
     """Send a datagram and have it answered, if it arrives."""
     with contextlib.suppress(OSError), datagram_socket(timeout=0.5) as visitor:
         visitor.sendto(b"hello", server.visitor_address)
@@ -64,31 +64,31 @@ def ask(_run: Nodepass, target: Target, server: OurServer) -> None:
         visitor.recv(100)
 
 
-def hang_up(run: Nodepass, _target: Target, _server: OurServer) -> None:
+def hang_up(run: OurServer, _target: Target) -> None:
     run.send(signal.SIGHUP)
 
 
-def dump(run: Nodepass, _target: Target, _server: OurServer) -> None:
+def dump(run: OurServer, _target: Target) -> None:
     run.send(signal.SIGUSR1)
 
 
-def wait(_run: Nodepass, _target: Target, _server: OurServer) -> None:
+def wait(_run: OurServer, _target: Target) -> None:
     time.sleep(0.05)  # nothing need be done: it comes by itself
 
 
-IN_A_SESSION: dict[str, tuple[str, str, Act]] = {
-    "serving a visitor": ("server", "nodepass.server.visitor_listener:VisitorListener._serve", visit),
-    "relaying, from the start": ("server", "nodepass.net.pump:Pump.run", visit),
-    "relaying, at the end of a stream": ("server", "nodepass.net.pump:Pump.end", visit),
-    "greeting a client": ("server", "nodepass.server.control_listener:ControlListener._shake_hands", wait),
-    "watching an idle connection on the client": ("client", "nodepass.client.pool:ClientPool._become_early", visit),
-    "opening a lane": ("server", "nodepass.server.udp_flows:VisitorFlows._run", ask),
-    "serving a launch": ("client", "nodepass.client.connection:Connection._launch_tcp", visit),
-    "making a data connection": ("client", "nodepass.client.data_dialer:Route.make", wait),
-    "hearing the target's datagrams": ("client", "nodepass.client.udp_flows:TargetFlows._pass_on", ask),
-    "looking at the certificate when asked": ("server", "nodepass.server.server:Server.reload", hang_up),
-    "describing the tunnel": ("client", "nodepass.client.client:Client.describe", dump),
-    "a timer of the event loop": ("server", "nodepass.tasks:WorkerPool._release_surplus", stay_for_a_moment),
+IN_A_SESSION: dict[str, tuple[str, Act]] = {
+    "serving a visitor": ("nodepass.server.visitor_listener:VisitorListener._serve", visit),
+    "relaying, from the start": ("nodepass.net.pump:Pump.run", visit),
+    "relaying, at the end of a stream": ("nodepass.net.pump:Pump.end", visit),
+    "greeting a client": ("nodepass.server.control_listener:ControlListener._shake_hands", wait),
+    "watching an idle connection on the client": ("nodepass.client.pool:ClientPool._become_early", visit),
+    "opening a lane": ("nodepass.server.udp_flows:VisitorFlows._run", ask),
+    "serving a launch": ("nodepass.client.connection:Connection._launch_tcp", visit),
+    "making a data connection": ("nodepass.client.data_dialer:Route.make", wait),
+    "hearing the target's datagrams": ("nodepass.client.udp_flows:TargetFlows._pass_on", ask),
+    "looking at the certificate when asked": ("nodepass.server.server:Server.reload", hang_up),
+    "describing the tunnel": ("nodepass.client.client:Client.describe", dump),
+    "a timer of the event loop": ("nodepass.tasks:WorkerPool._release_surplus", stay_for_a_moment),
 }
 
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
@@ -107,20 +107,14 @@ IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
 }
 
 
-def start(stack: contextlib.ExitStack, side: str, where: str) -> tuple[Nodepass, Target, OurServer]:
-    """A tunnel with the bug on one side; that side comes first."""
+def start(stack: contextlib.ExitStack, where: str) -> tuple[OurServer, Target]:
+    """One process with both ends of a tunnel and the bug; its ports stay when an end starts again."""
     port = free_port(2)
-    target = Target()
-    server = OurServer(log="info", tunnel=f"127.0.0.1:{port}", target=f"127.0.0.1:{port + 1}", env=SETTINGS)
-    stack.enter_context(target)
-    if side == "server":
-        server.program = broken(where)
-    stack.enter_context(server)
-    client = OurClient(server.tunnel_address, target.address, log="info", env=SETTINGS)
-    if side == "client":
-        client.program = broken(where)
-    stack.enter_context(client)
-    return (server if side == "server" else client), target, server
+    target = stack.enter_context(Target())
+    both = OurServer(log="info", tunnel=f"127.0.0.1:{port}", target=f"127.0.0.1:{port + 1}", env=SETTINGS)
+    both.arguments += (f"client://127.0.0.1:{port}/{format_address(target.address)}?log=info",)
+    both.program = broken(where)
+    return stack.enter_context(both), target
 
 
 def logged_at(entry: Entry) -> float:
@@ -147,13 +141,13 @@ def is_served(target: Target, server: OurServer) -> bool:
 def test_a_bug_in_a_session_ends_that_session_with_a_traceback_in_the_log(
     stack: contextlib.ExitStack, name: str
 ) -> None:
-    side, where, act = IN_A_SESSION[name]
-    run, target, server = start(stack, side, where)
-    server.wait_for_client()
-    until(lambda: act(run, target, server) or find_bug(run, where), what="no traceback in the log")
+    where, act = IN_A_SESSION[name]
+    run, target = start(stack, where)
+    run.wait_for_client()
+    until(lambda: act(run, target) or find_bug(run, where), what="no traceback in the log")
     assert len(run.find_crashes()) == 1
     target.drain()
-    until(lambda: is_served(target, server), what="serves nobody afterwards")
+    until(lambda: is_served(target, run), what="serves nobody afterwards")
     assert not run.find("tunnel.crashed")
     mark = run.mark()
     run.send(signal.SIGUSR1)
@@ -164,15 +158,15 @@ def test_a_bug_in_a_session_ends_that_session_with_a_traceback_in_the_log(
 @pytest.mark.parametrize("name", IN_A_LOOP)
 def test_a_bug_in_a_loop_has_its_tunnel_start_again_after_the_cooldown(stack: contextlib.ExitStack, name: str) -> None:
     side, where, act = IN_A_LOOP[name]
-    run, target, server = start(stack, side, where)
-    until(lambda: act(run, target, server) or run.find("tunnel.crashed"), what="no tunnel that starts again")
+    run, target = start(stack, where)
+    until(lambda: act(run, target) or run.find("tunnel.crashed"), what="no tunnel that starts again")
     assert find_bug(run, where)
     crash = run.find("tunnel.crashed")[0]
     mark = run.entries.index(crash)
-    again = run.wait_for("server.listening" if run is server else "server.connected", after=mark)
+    again = run.wait_for("server.listening" if side == "server" else "server.connected", after=mark)
     assert logged_at(again) - logged_at(crash) >= COOLDOWN, "a bug at every start would be a busy loop"
     target.drain()
-    until(lambda: is_served(target, server), what="serves nobody afterwards")
+    until(lambda: is_served(target, run), what="serves nobody afterwards")
     run.send(signal.SIGUSR1)
     run.wait_for("tunnel.report", after=mark, counters=lambda counters: counters["trouble"].get("crashes") == 1)
     assert run.stop() == BUG

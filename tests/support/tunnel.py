@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,12 +121,24 @@ class OurClient(Nodepass):
         return self.wait_for("server.connected", after=after, timeout=timeout, **fields)
 
 
+class OurClients(Nodepass):
+    """Our program as the client of several servers, each with a tunnel of its own in one process."""
+
+    def __init__(self, tunnels: Iterable[Address], target: Address, *, env: Environment | None = None) -> None:
+        urls = [f"client://{format_address(each)}/{format_address(target)}?log=debug" for each in tunnels]
+        super().__init__(*urls, env=CALM if env is None else env)
+
+    def wait_for_tunnel(self, tunnel: Address, event: str = "", **fields: Any) -> Entry:
+        """The first such event of the tunnel to that server."""
+        return self.wait_for(event, tunnel=f"client:{tunnel[1]}", **fields)
+
+
 @dataclass
 class Tunnel:
     """A running tunnel, connected; visitors go to `visitor_address` and come out at the target."""
 
     server: OurServer | V1Server
-    client: OurClient | V1Client
+    client: OurClient | OurClients | V1Client
     target: Target
 
     @property
