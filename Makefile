@@ -8,6 +8,9 @@ PARALLEL := --numprocesses 4 --dist worksteal
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak benchmarks contrib/demo contrib/systemd/nodepass-manager)
 
+# Compiled tests are kept: else every worker compiles them again, 4 s of CPU time each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help venv demo test programs lint bench fuzz soak clean
 .DELETE_ON_ERROR:
 

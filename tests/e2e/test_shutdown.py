@@ -22,16 +22,15 @@ def side(tunnel: Tunnel, name: str) -> Nodepass:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-@pytest.mark.parametrize("name", SIDES)
-def test_a_signal_ends_an_idle_process_with_success(tunnel: TunnelFactory, name: str, number: signal.Signals) -> None:
-    run = side(tunnel(server_env=PATIENT, client_env=PATIENT), name)
-    assert run.stop(number) == 0
-    assert run.find("process.stopping", sessions=0)
-    assert run.entries[-1].event == "process.stopped"
+def test_a_signal_ends_an_idle_process_with_success(tunnel: TunnelFactory, number: signal.Signals) -> None:
+    started = tunnel(server_env=PATIENT, client_env=PATIENT)
+    for run in (started.our_client, started.our_server):
+        assert run.stop(number) == 0
+        assert run.find("process.stopping", sessions=0)
+        assert run.entries[-1].event == "process.stopped"
 
 
-@pytest.mark.parametrize("name", SIDES)
-@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize(("name", "tls"), [("server", 0), ("client", 1)])
 def test_a_running_session_may_finish(tunnel: TunnelFactory, name: str, tls: int) -> None:
     started = tunnel(tls, server_env=PATIENT, client_env=PATIENT)
     run = side(started, name)
