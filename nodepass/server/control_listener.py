@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -131,25 +130,13 @@ def is_data_connection(sock: socket.socket) -> bool:
 
     Anything else stays to be read. Raises OSError.
     """
-    deadline = time.monotonic() + FIRST_BYTES_WITHIN
     begin = b""
-    while (left := deadline - time.monotonic()) > 0:
-        begin = _peek(sock, left)
-        if begin == DATA_PREFIX:
-            sock.recv(len(DATA_PREFIX))
-            return True
-        if not begin or not DATA_PREFIX.startswith(begin):
-            break
-        gevent.sleep(_STEP)
+    with contextlib.suppress(TimeoutError), gevent.Timeout(FIRST_BYTES_WITHIN, TimeoutError()):
+        begin = sock.recv(len(DATA_PREFIX), socket.MSG_PEEK)
+        while begin and begin != DATA_PREFIX and DATA_PREFIX.startswith(begin):
+            gevent.sleep(_STEP)
+            begin = sock.recv(len(DATA_PREFIX), socket.MSG_PEEK)
+    if begin == DATA_PREFIX:
+        sock.recv(len(DATA_PREFIX))
+        return True
     return begin.startswith(TLS_RECORD)
-
-
-def _peek(sock: socket.socket, timeout: float) -> bytes:
-    """The first bytes that are there; none in silence or at the end of the stream."""
-    sock.settimeout(timeout)
-    try:
-        return sock.recv(len(DATA_PREFIX), socket.MSG_PEEK)
-    except TimeoutError:
-        return b""
-    finally:
-        sock.settimeout(None)

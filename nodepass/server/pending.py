@@ -26,10 +26,10 @@ from nodepass.net.sockets import Socket, plain_host
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer, TaskGroup, report_bug
 
-PER_PORT = 1024
-PER_ADDRESS = 256
-SHARE = 8  # all ports together: one in so many of the process's descriptors; where that is fewer than
-AT_LEAST = 64  # which a client may dial at once, it is these, but no more than a quarter of the descriptors
+PER_PORT = 1024  # pending connections
+PER_ADDRESS = 256  # of them, from one host
+SHARE = 8  # in the whole process they take at most one in so many descriptors,
+AT_LEAST = 64  # but may be so many, as a client dials at once, where a quarter of the descriptors allows that
 QUIET = 0.25  # seconds for which silence costs nothing; then the work begins, which has a timeout of its own
 READABLE = 1  # the event loop's flag
 

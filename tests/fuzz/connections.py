@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterator
 from typing import Any, cast
 from unittest import mock
 
@@ -35,24 +37,36 @@ def check_frames(data: bytes) -> None:
     assert b"".join(encode_frame(*frame) for frame in got) + buffer._held == stream
 
 
-class Newcomer:
-    """A connection whose bytes arrive in time, as its script says; its clock moves only by waiting."""
+class Arrival:
+    """A connection whose bytes arrive in time, as its script says; its clock, gevent's here, moves only by waiting."""
 
     def __init__(self, script: Script) -> None:
         self.now = 0.0
         self.taken = b""
-        self._timeout: float | None = None
+        self._deadline = float("inf")
+        self._late = TimeoutError()
         self._arrivals: list[tuple[float, bytes]] = []
         moment = 0.0
         while script and len(self._arrivals) < 16:
             moment += script.number() / 500
             self._arrivals.append((moment, script.take(script.number() % 9)))
 
-    def settimeout(self, seconds: float | None) -> None:
-        self._timeout = seconds
+    @contextlib.contextmanager
+    def Timeout(self, seconds: float, late: TimeoutError) -> Iterator[None]:  # noqa: N802  # gevent's name
+        """Raise an error where what is inside takes longer."""
+        self._deadline, self._late = self.now + seconds, late
+        try:
+            yield
+        finally:
+            self._deadline = float("inf")
 
     def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        self._wait_until(self.now + seconds)
+
+    def _wait_until(self, moment: float) -> None:
+        self.now = min(moment, self._deadline)
+        if moment > self._deadline:
+            raise self._late
 
     def arrived(self, now: float) -> bytes:
         """What has come so far."""
@@ -63,11 +77,8 @@ class Newcomer:
             soon = [moment for moment, data in self._arrivals if data and moment > self.now]
             if not soon and self._arrivals and len(self._arrivals) % 2:
                 return b""  # its end of stream
-            assert self._timeout is not None, "it would wait for ever"
-            if not soon or soon[0] > self.now + self._timeout:
-                self.now += self._timeout
-                raise TimeoutError
-            self.now = soon[0]
+            assert self._deadline < float("inf"), "it would wait forever"
+            self._wait_until(soon[0] if soon else float("inf"))
             data = self.arrived(self.now)[len(self.taken) :]
         if not flags & socket.MSG_PEEK:
             self.taken += data[:size]
@@ -75,17 +86,16 @@ class Newcomer:
 
 
 def check_sorting(data: bytes) -> None:
-    """Who begins as a data connection is one, nothing else is, and only the prefix is taken, all in good time."""
-    newcomer = Newcomer(Script(data))
-    clock = mock.Mock(monotonic=lambda: newcomer.now)
-    with mock.patch.object(sorting, "time", clock), mock.patch.object(sorting, "gevent", newcomer):
-        is_data = sorting.is_data_connection(cast(socket.socket, newcomer))
-    assert newcomer.now <= sorting.FIRST_BYTES_WITHIN + sorting._STEP
-    begin = newcomer.arrived(newcomer.now)
+    """What begins as a data connection is one, nothing else is, and only the prefix is read, all in good time."""
+    arrival = Arrival(Script(data))
+    with mock.patch.object(sorting, "gevent", arrival):
+        is_data = sorting.is_data_connection(cast(socket.socket, arrival))
+    assert arrival.now <= sorting.FIRST_BYTES_WITHIN
+    begin = arrival.arrived(arrival.now)
     marked, records = begin.startswith(DATA_PREFIX), begin.startswith(TLS_RECORD)
-    assert newcomer.taken == (DATA_PREFIX if is_data and not records else b"")
+    assert arrival.taken == (DATA_PREFIX if is_data and not records else b"")
     assert not is_data or marked or records
-    in_time = newcomer.arrived(sorting.FIRST_BYTES_WITHIN - 2 * sorting._STEP)
+    in_time = arrival.arrived(sorting.FIRST_BYTES_WITHIN - 2 * sorting._STEP)
     assert is_data or not in_time.startswith((DATA_PREFIX, TLS_RECORD))
 
 
