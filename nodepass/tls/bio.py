@@ -166,7 +166,7 @@ class PrivateRecords:
         start, done, size = _ffi.from_buffer("char[]", data), 0, len(data)
         if size > LARGE:
             _note_large(self)
-        while done < size:  # before pyOpenSSL 25.1 a call makes one record
+        while done < size:  # before pyOpenSSL 25.2 a call makes one record
             result = _lib.SSL_write(self._ssl, start + done, size - done)
             if result <= 0:
                 self._connection._raise_ssl_error(self._ssl, result)

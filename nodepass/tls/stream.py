@@ -28,7 +28,7 @@ from nodepass.tls.verify import Expected, Rejection, is_ip
 FEEDS = 8  # reads from the kernel in a row that bring no payload: key updates, tickets, alerts
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
-# AES-128 first: its strength suffices here, and it costs least per byte.
+# AES-128 first: its strength suffices here, and it costs least per byte. Before pyOpenSSL 25.2, AES-256 comes first.
 _CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 
 PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSAPrivateKey
@@ -252,9 +252,10 @@ def _context() -> SSL.Context:
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(_CIPHERS_12)
-    context.set_tls13_ciphersuites(_CIPHERS_13)
+    if hasattr(context, "set_tls13_ciphersuites"):  # pyOpenSSL 25.2
+        context.set_tls13_ciphersuites(_CIPHERS_13)
     context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
-    if hasattr(context, "clear_mode"):  # pyOpenSSL 25.1
+    if hasattr(context, "clear_mode"):  # pyOpenSSL 25.2
         context.clear_mode(_PARTIAL_WRITE)  # one call for a batch, not one for each record: 5 % less CPU time
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
     return context

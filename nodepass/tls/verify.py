@@ -98,12 +98,14 @@ def names_of(certificate: x509.Certificate) -> list[str]:
 
 def _is_valid_for(certificate: X509, host: str) -> bool:
     import service_identity
+
+    # Not from its module for pyOpenSSL, which up to 24.1 calls methods that pyOpenSSL has removed since.
+    from service_identity.cryptography import extract_patterns
     from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identity
-    from service_identity.pyopenssl import extract_patterns
 
     wanted = IPAddress_ID(host) if is_ip(host) else DNS_ID(host)
     try:
-        verify_service_identity(extract_patterns(certificate), [wanted], [])
+        verify_service_identity(extract_patterns(certificate.to_cryptography()), [wanted], [])
     except (service_identity.VerificationError, service_identity.CertificateError, *_MALFORMED):
         return False
     return True

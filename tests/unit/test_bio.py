@@ -132,7 +132,7 @@ def test_output_that_waits_survives_a_shrink(pair: Pair, open_records: Open) -> 
 
 def test_nothing_shrinks_while_records_are_unread(pair: Pair, open_records: Open) -> None:
     client, server = pair
-    client.send(b"question")
+    client.sendall(b"question")
     records = open_records(server)
     records.feed(fill_inbox(wire_of(client)))
     assert not records.shrink()
@@ -143,7 +143,7 @@ def test_nothing_shrinks_while_records_are_unread(pair: Pair, open_records: Open
 def test_private_records_give_the_memory_of_a_batch_back(pair: Pair) -> None:
     client, server = pair
     before = vars(client)["_from_ssl"], vars(client)["_into_ssl"]
-    client.send(BATCH)
+    client.sendall(BATCH)
     move(client, server)
     PrivateRecords(client).shrink()
     assert vars(client)["_from_ssl"] not in before
@@ -192,7 +192,7 @@ def test_public_records_never_put_more_than_a_record_into_a_bio() -> None:
 def test_what_was_lent_and_did_not_fit_outlives_the_inbox(pair: Pair, open_records: Open) -> None:
     client, server = pair
     payload = BATCH[: 3 * RECORD + 1000]
-    client.send(payload)
+    client.sendall(payload)
     records, buffer = open_records(server), bytearray(RECORD + 10)
     records.lend(fill_inbox(wire_of(client)))
     received = b""
@@ -205,7 +205,7 @@ def test_what_was_lent_and_did_not_fit_outlives_the_inbox(pair: Pair, open_recor
 @pytest.mark.parametrize("cuts", [(3, 10), (4, 5), (5, 6), (2, 3)])
 def test_a_record_that_arrives_in_parts_is_one(pair: Pair, open_records: Open, cuts: tuple[int, int]) -> None:
     client, server = pair
-    client.send(b"question")
+    client.sendall(b"question")
     wire = wire_of(client)
     records, buffer = open_records(server), memoryview(bytearray(RECORD))
     for part in (wire[: cuts[0]], wire[cuts[0] : cuts[1]], wire[cuts[1] :]):
@@ -219,7 +219,7 @@ def test_a_record_that_arrives_in_parts_is_one(pair: Pair, open_records: Open, c
 
 def test_the_end_is_told_after_the_payload_before_it(pair: Pair, open_records: Open) -> None:
     client, server = pair
-    client.send(BATCH[: RECORD + 1])
+    client.sendall(BATCH[: RECORD + 1])
     client.shutdown()
     records, buffer = open_records(server), memoryview(bytearray(4 * RECORD))
     records.lend(fill_inbox(wire_of(client)))
@@ -242,7 +242,7 @@ def test_what_is_fed_after_a_loan_is_read(pair: Pair, open_records: Open) -> Non
 
 def test_a_record_that_was_tampered_with_is_an_error(pair: Pair, open_records: Open) -> None:
     client, server = pair
-    client.send(b"question")
+    client.sendall(b"question")
     wire = bytearray(wire_of(client))
     wire[-1] ^= 1
     records = open_records(server)
@@ -285,6 +285,7 @@ def talk(open_records: Open) -> Iterator[Talk]:  # noqa: ARG001  # the stream us
     near, far = socket.socketpair()
     with near, far, ThreadPoolExecutor(1) as peer:
         secret = peer.submit(introduce, far)
+        secret.add_done_callback(lambda done: far.close() if done.exception() else None)
         sock = Socket(near.family, near.type, near.proto, near.detach())
         sock.setblocking(False)
         stream = accept_tls(sock, server_context(identity.chain, identity.key))
