@@ -6,12 +6,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PARALLEL := --numprocesses 4 --dist worksteal
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
-TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak benchmarks contrib/demo contrib/systemd/nodepass-manager)
+TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak tests/matrix benchmarks contrib/demo contrib/systemd/nodepass-manager)
 
 # Compiled tests are kept: else every worker compiles them again, 4 s of CPU time each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo test programs lint bench fuzz soak clean
+.PHONY: help venv demo test programs lint bench fuzz soak matrix clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -43,8 +43,11 @@ soak: $(VENV)/test.stamp ## Traffic and faults for MINUTES=10 (SEED=number repea
 	$(RUN) -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 	$(RUN) -m pytest -m soak
 
+matrix: $(VENV)/test.stamp ## Test with each installed Python, highest and lowest dependencies (ARGS='--help')
+	$(RUN) -m tests.matrix $(ARGS)
+
 clean: ## Remove everything that was made here
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out tests/fuzz/found
+	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out tests/fuzz/found
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/stamp: requirements.txt setup.py

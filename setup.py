@@ -76,8 +76,11 @@ setup(
         "metrics": [METRICS],
         "top": [METRICS, RICH],
         "test": [
-            "setuptools>=77",
+            "setuptools>=77.0.1",
             "PyYAML>=6,<7",
+            "PyYAML>=6.0.1; python_version >= '3.12'",
+            "PyYAML>=6.0.2; python_version >= '3.13'",
+            "PyYAML>=6.0.3; python_version >= '3.14'",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
