@@ -1,8 +1,8 @@
-"""`nodepass --check`: does once what a start would do, says how each of it went, and leaves.
+"""`nodepass --check`: performs every step of a start once, reports the result of each, and exits.
 
-One line on standard output for each finding, `ok`, `warn` or `fail`, then where, then what. The exit status is 0 where
-nothing failed, 1 where an address or a peer failed, which may pass later, and 2 where the input is bad. What concerns a
-client and its server is in `check_client`, ports in `check_ports`. Called by `cli`; nothing of the daemon runs here.
+Prints one finding per line on standard output: `ok`, `warn` or `fail`, the subject, and the result. The exit status is
+0 if nothing failed, 1 if an address or a peer failed, which may pass later, and 2 on bad input. `check_client` has what
+concerns a client and its server, `check_ports` what concerns ports. Called by `cli`; nothing of the daemon runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(
         return report.status
     settings = _limits(settings, urls, report)
     servers = [url for url in urls if isinstance(url, ServerURL)]
-    with ExitStack() as held:  # until all are checked: two of them may want the same port
+    with ExitStack() as held:  # until all are checked: two URLs may have the same port
         if settings.metrics_listen:
             _metrics(settings.metrics_listen, report, held)
         for url in servers:
@@ -98,7 +98,7 @@ def _key(file: str | None, environ: Mapping[str, str], report: Report) -> Key | 
     for warning in warnings:
         report.warn("key", warning.words)
     if text is None:
-        report.ok("key", "none: who reaches the tunnel port may become the client")
+        report.ok("key", "none: any host that reaches the tunnel port can become the client")
         return None
     place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "of the environment or a credential"
     report.ok("key", f"{place}: {len(text)} characters")
@@ -115,7 +115,7 @@ def _mode(path: str) -> str:
 
 
 def _inherit(environ: MutableMapping[str, str], report: Report) -> Inherited:
-    """The sockets that systemd has passed, if it was asked to start a check with them."""
+    """The sockets that systemd has passed, if a unit starts the check with them."""
     try:
         return Inherited(ServiceManager.take(environ).sockets, LISTENER_ROLES)
     except ConfigError as error:
@@ -150,12 +150,12 @@ class _Server:
     def __init__(self, url: ServerURL, settings: Settings, report: Report, share: Share, held: ExitStack) -> None:
         self._url = url
         self._ports = settings.data_port
-        self._findings = report
+        self._report = report
         self._share = share
         self._listen = partial(try_to_listen, report, held, url.name)
 
     def check(self) -> None:
-        """Load the certificate, and listen on every address."""
+        """Load the certificate and listen on every address."""
         url, ports = self._url, self._ports
         if url.tls == 2:
             self._check_certificate()
@@ -178,24 +178,24 @@ class _Server:
             identity = load_pair(url.crt, url.key)
             server_context(identity.chain, identity.key)
         except ConfigError as error:
-            self._findings.bad(url.name, str(error))
+            self._report.bad(url.name, str(error))
             return
         self._judge(identity)
         if os.stat(url.key).st_mode & _OTHERS:
-            self._findings.warn(url.name, f"key={url.key}: mode {_mode(url.key)}, others can read it; chmod 600")
+            self._report.warn(url.name, f"key={url.key}: mode {_mode(url.key)}, others can read it; chmod 600")
 
     def _judge(self, identity: Identity) -> None:
-        """Whether clients will take it: its names and its days."""
+        """Whether clients accept it: its names and its validity."""
         from nodepass.tls.verify import shown_names
 
         place, days = f"crt={self._url.crt}", identity.lifetime.total_seconds() / 86400
         names = shown_names(identity.names)
-        text = f"{place}: matches its key, made out to {names or 'no name'}, {days:.1f} days left"
+        text = f"{place}: matches its key, valid for {names or 'no name'}, {days:.1f} days left"
         if days <= 0:
-            self._findings.fail(self._url.name, f"{place}: expired {-days:.1f} days ago, clients refuse it")
+            self._report.fail(self._url.name, f"{place}: expired {-days:.1f} days ago, clients reject it")
         elif identity.is_early:
-            self._findings.fail(self._url.name, f"{place}: not valid yet, clients refuse it")
+            self._report.fail(self._url.name, f"{place}: not valid yet, clients reject it")
         elif not names or days < EXPIRES_SOON:
-            self._findings.warn(self._url.name, text)
+            self._report.warn(self._url.name, text)
         else:
-            self._findings.ok(self._url.name, text)
+            self._report.ok(self._url.name, text)

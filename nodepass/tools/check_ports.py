@@ -1,4 +1,8 @@
-"""Whether an address can be listened on, and who has it where it cannot: for `check`."""
+"""The part of `nodepass --check` about ports: whether an address can be listened on, and which process holds it if not.
+
+The kernel's tables of sockets (proc(5), /proc/self/net) say which socket has a port, /proc/PID/fd which process has the
+socket, as far as this user may see. `check_client` uses the tables to find a running client.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,19 @@ from nodepass.net.unix import UnixListener, is_living
 from nodepass.tools.report import Report
 from nodepass.urls import Address
 
-# /proc/self/net
-_ESTABLISHED, _LISTEN, _UNCONNECTED = "01", "0A", "07"  # states in /proc/net, the last of UDP
+_ESTABLISHED, _LISTEN, _UNCONNECTED = (
+    "01",
+    "0A",
+    "07",
+)  # states in /proc/self/net; the last is that of a bound UDP socket
 _LOCAL, _REMOTE, _STATE, _INODE = 1, 2, 3, 9  # columns
-_EVERY = ("0.0.0.0", "::")
+_WILDCARDS = ("0.0.0.0", "::")
 _TABLES: dict[int, tuple[tuple[str, int], ...]] = {
     socket.SOCK_STREAM: (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)),
     socket.SOCK_DGRAM: (("udp", socket.AF_INET), ("udp6", socket.AF_INET6)),
 }
 
-_SocketAddress = tuple[str, int]  # host as IPv4 wherever it is one
+_SocketAddress = tuple[str, int]  # an IPv4-mapped host is written as IPv4
 
 
 def try_to_listen(
@@ -39,11 +46,11 @@ def try_to_listen(
     listen: Callable[[], list[socket.socket]],
     kind: int = socket.SOCK_STREAM,
 ) -> None:
-    """Listen until `held` is closed, and say how it went."""
+    """Listen until `held` is closed, and report the result."""
     try:
         sockets = listen()
     except ListenError as error:
-        # The kernel asks for the privilege before it looks whether the port is taken.
+        # The kernel checks the privilege before it checks whether the port is in use.
         if error.errno not in (errno.EADDRINUSE, errno.EACCES) or not _explain(report, where, what, address, kind):
             hint = "; ports under 1024 need a privilege or a socket unit" if error.errno == errno.EACCES else ""
             report.fail(where, f"{error}{hint}")
@@ -53,30 +60,31 @@ def try_to_listen(
 
 
 def _explain(report: Report, where: str, what: str, address: Address, kind: int) -> bool:
-    """Say who holds the port; False where nobody does."""
+    """Report which process holds the port; False if none does."""
     hosts = [str(each.sockaddr[0]) for each in resolve(address)] if address.host else []
     holders = find_holders(kind, hosts, address.port)
     if holders is None:
         return False
     text = f"{what} {address}: in use"
-    strangers = [each for each in holders if not (each.is_nodepass or each.is_systemd)]
+    foreign = [each for each in holders if not (each.is_nodepass or each.is_systemd)]
     if any(each.pid == os.getpid() for each in holders):
         report.fail(where, f"{text} by another address of this command")
-    elif strangers:
-        report.fail(where, f"{text} by {strangers[0]}")
+    elif foreign:
+        report.fail(where, f"{text} by {foreign[0]}")
     elif holders:
-        running = [each for each in holders if each.is_nodepass]  # it shares a socket unit's ports with systemd
+        running = [each for each in holders if each.is_nodepass]  # systemd holds a socket unit's ports as well
         who = "a running nodepass" if running else "systemd"
-        report.warn(where, f"{text} by {who} ({(running or holders)[0]}): expected where this tunnel is set up")
+        report.warn(where, f"{text} by {who} ({(running or holders)[0]}): expected if it runs this tunnel")
     else:
-        report.warn(where, f"{text}, by whom cannot be seen: expected where this tunnel or its socket unit runs")
+        words = "by a process that cannot be seen: expected if this tunnel or its socket unit is running"
+        report.warn(where, f"{text} {words}")
     return True
 
 
 def try_unix(report: Report, what: str, path: str) -> None:
-    """Listen on a Unix socket for a moment, unless somebody does already, and say how it went."""
+    """Listen on a Unix socket for a moment, unless a process already does, and report the result."""
     if is_living(path):
-        report.warn("metrics", f"{what} unix:{path}: somebody listens there: expected where this tunnel is set up")
+        report.warn("metrics", f"{what} unix:{path}: a process listens there: expected if it runs this tunnel")
         return
     try:
         UnixListener(path, what).close()
@@ -100,7 +108,7 @@ class Holder:
 
     @property
     def is_systemd(self) -> bool:
-        """Whether it is the one that passes sockets to units."""
+        """Whether it is systemd, which passes sockets to units."""
         return self.pid == 1 or os.path.basename(self.command[0]) == "systemd"
 
     def __str__(self) -> str:
@@ -114,13 +122,13 @@ def is_connected(endpoints: Iterable[Endpoint]) -> bool:
 
 
 def find_holders(kind: int, hosts: Iterable[str], port: int) -> list[Holder] | None:
-    """Who holds a port on one of these hosts, as far as we may see; None where nobody does. No host: on any."""
+    """The processes that hold a port on one of these hosts (none: on any), as far as visible; None if none does."""
     state = _LISTEN if kind == socket.SOCK_STREAM else _UNCONNECTED
-    ours = set(hosts)
+    wanted = set(hosts)
     inodes = {
         row.inode
         for row in _rows(kind)
-        if row.state == state and row.local[1] == port and (not ours or row.local[0] in ours or row.local[0] in _EVERY)
+        if row.state == state and row.local[1] == port and (not wanted or row.local[0] in {*wanted, *_WILDCARDS})
     }
     return list(_with_sockets(inodes)) if inodes else None
 
@@ -148,7 +156,7 @@ def _rows(kind: int) -> Iterator[_Row]:
 
 
 def _address(family: int, text: str) -> _SocketAddress:
-    """An address as the kernel prints it: words of 32 bits in the machine's order, and a port."""
+    """Parse an address of the kernel's tables: words of 32 bits in the machine's byte order, and a port."""
     host, port = text.split(":")
     words = (int(host[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(host), 8))
     return plain_host((socket.inet_ntop(family, b"".join(words)),)), int(port, 16)
@@ -157,7 +165,7 @@ def _address(family: int, text: str) -> _SocketAddress:
 def _with_sockets(inodes: set[str]) -> Iterator[Holder]:
     wanted = {f"socket:[{inode}]" for inode in inodes}
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it is another user's, or gone
+        with contextlib.suppress(OSError):  # another user's process, or gone
             folder = f"/proc/{pid}/fd"
             if any(_link(f"{folder}/{name}") in wanted for name in os.listdir(folder)):
                 with open(f"/proc/{pid}/cmdline") as file:

@@ -1,4 +1,4 @@
-"""What `nodepass --check` has found: one line each, and the exit status that they add up to."""
+"""The findings of `nodepass --check`: one line each, and the exit status of all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TextIO
 from nodepass.wire.signals import printable
 
 FAILED = 1  # exit status: an address or a peer failed, which may pass later
-BAD_INPUT = 2  # exit status: what the user gave cannot be used
+BAD_INPUT = 2  # exit status: the configuration needs a change
 _COLOURS = {"ok": 32, "warn": 33, "fail": 31}
 
 
 class Report:
-    """Prints `ok`, `warn` or `fail`, where, and what; `status` is the exit status so far."""
+    """Prints findings: `ok`, `warn` or `fail`, the subject, and the result; `status` is the exit status so far."""
 
     def __init__(self, stream: TextIO, environ: Mapping[str, str]) -> None:
         self.status = 0
@@ -21,20 +21,20 @@ class Report:
         self._is_coloured = stream.isatty() and "NO_COLOR" not in environ
 
     def ok(self, where: str, text: str) -> None:
-        """As it should be."""
+        """It works."""
         self._print("ok", where, text)
 
     def warn(self, where: str, text: str) -> None:
-        """It works, but the operator should know."""
+        """It works, but the operator should know about it."""
         self._print("warn", where, text)
 
     def fail(self, where: str, text: str) -> None:
-        """It does not work now."""
+        """It does not work now, but may later."""
         self._print("fail", where, text)
         self.status = max(self.status, FAILED)
 
     def bad(self, where: str, text: str) -> None:
-        """It cannot work before somebody changes it."""
+        """It cannot work without a change of the configuration."""
         self._print("fail", where, text)
         self.status = BAD_INPUT
 

@@ -1,7 +1,7 @@
 """`nodepass top`: a live view of a running process, from its metrics endpoint. A program of its own inside the command.
 
-Blocking code throughout, for there is one thing to do. On a terminal `top_screen` draws; else, and with --plain or
---once, it is lines of text.
+Blocking code throughout, because there is only one thing to do. On a terminal `top_screen` draws; otherwise, and with
+--plain or --once, the output is lines of text. `__main__` calls `main` without gevent.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nodepass.tools.top_scrape import ALLOWED, NoAnswer, Scrape, Source, parse_s
 from nodepass.tools.top_table import Watch, plain
 
 DESCRIPTION = "Show the tunnels of a running nodepass, peers, pool, sessions and rates, until Ctrl-C or q."
-SHORTEST, LONGEST = 0.1, 3600.0  # seconds between two looks
+SHORTEST, LONGEST = 0.1, 3600.0  # seconds between two scrapes
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"nodepass top: {message}\n")
@@ -55,24 +55,24 @@ def make_parser() -> Parser:
         "source", metavar="ENDPOINT", type=_source, help=f"the METRICS_LISTEN of the process: {ALLOWED}"
     )
     parser.add_argument(
-        "--interval", metavar="DURATION", type=_interval, default=1.0, help="between two looks; default 1s"
+        "--interval", metavar="DURATION", type=_interval, default=1.0, help="between two scrapes; default 1s"
     )
     parser.add_argument(
         "--once",
         action="store_true",
-        help="print one table and exit; its rates are those of one interval, with --interval 0 there are none",
+        help="print one table and exit; its rates are over one interval, --interval 0 prints none",
     )
-    parser.add_argument("--plain", action="store_true", help="lines of text also on a terminal")
+    parser.add_argument("--plain", action="store_true", help="print lines of text on a terminal as well")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `nodepass top`. 0: ended by the user, or printed. 1: no answer. 2: bad input, or something is missing."""
+    """Run `nodepass top`. 0: printed, or ended by the user. 1: no response. 2: bad input, or a package is missing."""
     parser = make_parser()
     options = parser.parse_args(list(arguments))
     if not options.interval and not options.once:
         parser.error("--interval 0 is for --once; allowed: a duration from 100ms to 1h")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the terminal is to be left in order
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the terminal is restored
     try:
         if options.once:
             _print_once(options.source, options.interval)
@@ -84,11 +84,13 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"nodepass top: {error}\n")
         return 1
     except ImportError as error:
-        package = "rich, or say --plain" if error.name == "rich" else "prometheus-client"
+        package = "rich, or use --plain" if error.name == "rich" else "prometheus-client"
         sys.stderr.write(f"nodepass top: {error}; install it with: pip install {package}\n")
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read has gone; nor can the exit flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader is gone; else the flush at exit fails, too
     except KeyboardInterrupt:
         pass
     return 0
@@ -119,14 +121,14 @@ def _try(source: Source) -> Scrape | None:
     try:
         return take(source)
     except NoAnswer as error:
-        sys.stderr.write(f"nodepass top: {error}; trying again\n")
+        sys.stderr.write(f"nodepass top: {error}; retrying\n")
         return None
 
 
 def _draw_forever(source: Source, interval: float) -> None:
     from nodepass.tools.top_screen import Screen
 
-    first = take(source)  # who is not there at all is told of before the screen is cleared
+    first = take(source)  # if it fails, the error is printed before the screen is cleared
     with Screen(source) as screen:
         screen.show(first)
         while screen.wait(interval):

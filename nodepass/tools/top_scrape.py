@@ -1,7 +1,7 @@
-"""What `nodepass top` asks a running process: its metrics by HTTP, read into one `Tunnel` each.
+"""How `nodepass top` scrapes a running process: its metrics over HTTP, read into one `Tunnel` each.
 
-Knows the names of the metrics (`metrics.FAMILIES`) and nothing of how they are shown. What comes is not trusted: it is
-bounded in size and time, and its texts are made printable. prometheus_client is imported when the first answer is read.
+Knows the names of the metrics (`metrics.families`) and nothing about how they are shown. The response is not trusted:
+its size and time are limited, and its texts are made printable. prometheus_client is imported with the first response.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from nodepass.errors import ConfigError, NodepassError
 from nodepass.hostport import split_host_port
 from nodepass.urls import Address
 
-TIMEOUT = 5.0  # seconds for one answer
+TIMEOUT = 5.0  # seconds for one response
 LARGEST = 32 << 20  # bytes: some 10,000 tunnels
 ALLOWED = "HOST:PORT, http://HOST:PORT/metrics, unix:/PATH or a path"
 
 
 class NoAnswer(NodepassError):
-    """The endpoint is not there, or is not one of nodepass."""
+    """The endpoint does not respond, or is not nodepass's."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the metrics are: a Unix socket's path, or a host and a port."""
+    """An endpoint: a Unix socket's path, or a host and a port."""
 
     host: str
     port: int
@@ -42,7 +42,7 @@ class Source:
         return f"unix:{self.socket_path}" if self.socket_path else f"http://{Address(self.host, self.port)}{self.path}"
 
     def fetch(self) -> str:
-        """The text that is there now. Raises NoAnswer."""
+        """The present text. Raises NoAnswer."""
         try:
             with contextlib.closing(self._connection()) as connection:
                 connection.connect()
@@ -53,7 +53,7 @@ class Source:
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise NoAnswer(f"{self}: {_words(error)}") from None
         if response.status != 200 or len(body) > LARGEST:
-            raise NoAnswer(f"{self}: this is no endpoint of nodepass (HTTP {response.status})")
+            raise NoAnswer(f"{self}: not an endpoint of nodepass (HTTP {response.status})")
         return body.decode("utf-8", "replace")
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -64,12 +64,15 @@ class Source:
 
 @contextlib.contextmanager
 def _cut_off(sock: socket.socket) -> Iterator[None]:
-    """End a connection without a whole answer after TIMEOUT: its own is for each read. Raises TimeoutError then."""
+    """Cut off a connection whose response is not complete after TIMEOUT; the socket's own timeout is per read.
+
+    Raises TimeoutError then.
+    """
     is_late = threading.Event()
 
     def cut() -> None:
         is_late.set()
-        with contextlib.suppress(OSError):  # it has just ended by itself
+        with contextlib.suppress(OSError):  # it has just ended
             sock.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(TIMEOUT, cut)
@@ -98,7 +101,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def parse_source(text: str) -> Source:
-    """What a user calls the endpoint. Raises ConfigError."""
+    """Parse an endpoint as a user writes it. Raises ConfigError."""
     if text.startswith(("unix:", "/", "./")):
         return Source("", 0, socket_path=text.removeprefix("unix:"))
     address, _, path = text.removeprefix("http://").partition("/")
@@ -107,7 +110,7 @@ def parse_source(text: str) -> Source:
         if not (path.isascii() and path.isprintable()) or " " in path:
             raise ValueError("a path is printable ASCII without spaces")
     except ValueError:
-        raise ConfigError(f"{text!r} is no metrics endpoint; allowed: {ALLOWED}") from None
+        raise ConfigError(f"{text!r} is not a metrics endpoint; allowed: {ALLOWED}") from None
     return Source(host or "localhost", port, f"/{path or 'metrics'}")
 
 
@@ -133,7 +136,7 @@ class Tunnel:
 
 @dataclass
 class Scrape:
-    """All that one answer says."""
+    """One response."""
 
     taken: float  # time.monotonic()
     version: str = ""
@@ -144,7 +147,7 @@ class Scrape:
 
 
 def take(source: Source) -> Scrape:
-    """Ask once. Raises NoAnswer; ImportError where prometheus_client is not installed."""
+    """Scrape once. Raises NoAnswer; ImportError where prometheus_client is not installed."""
     from prometheus_client.parser import text_string_to_metric_families
 
     text = source.fetch()
@@ -153,12 +156,12 @@ def take(source: Source) -> Scrape:
             (sample.name, {key: _printable(label) for key, label in sample.labels.items()}, sample.value)
             for family in text_string_to_metric_families(text)
             for sample in family.samples
-            if math.isfinite(sample.value)  # nodepass has no others, and whole numbers cannot be made of them
+            if math.isfinite(sample.value)  # nodepass exports no others, and they cannot become integers
         ]
     except (ValueError, KeyError, IndexError):
         samples = []
     if not any(name == "nodepass_build_info" for name, _, _ in samples):
-        raise NoAnswer(f"{source}: what answers there is not nodepass")
+        raise NoAnswer(f"{source}: not an endpoint of nodepass")
     return _read(samples)
 
 
@@ -209,11 +212,11 @@ def _add(tunnel: Tunnel, name: str, labels: dict[str, str], value: float) -> Non
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """The text without control characters, which a terminal would obey."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _words(error: Exception) -> str:
     if isinstance(error, http.client.HTTPException) and not isinstance(error, http.client.InvalidURL):
-        return "what answers there is no HTTP server"
+        return "not an HTTP server"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""`nodepass top` on a terminal: a table that is drawn again and again, in colour, as much of it as fits.
+"""`nodepass top` on a terminal: a table that is redrawn after each scrape, in colour, as much of it as fits.
 
 The only module that imports rich.
 """
@@ -23,13 +23,13 @@ from nodepass.tools.top_scrape import Scrape, Source
 from nodepass.tools.top_table import COLUMNS, NOTHING, Watch, fit, sparkline
 
 GRAPH = "UP+DOWN"
-SMALLEST_GRAPH = 8  # characters; below that there is none
-LOOK = 0.2  # seconds between looks at whether the terminal has another size
-FRAME_LINES = 4  # headline, titles, footer, and the line that a terminal keeps to itself
+SMALLEST_GRAPH = 8  # characters; with less room there is no graph
+LOOK = 0.2  # seconds between two checks of the terminal's size
+FRAME_LINES = 4  # headline, titles, footer, and the cursor's line
 
 
 class Screen:
-    """What the terminal shows; a context manager that leaves the terminal as it found it."""
+    """The terminal's contents; a context manager that restores the terminal."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -48,14 +48,14 @@ class Screen:
         self._stack.close()
 
     def show(self, scrape: Scrape | None, problem: str = "") -> None:
-        """Draw a new scrape, or the last one again and why there is no new one."""
+        """Draw a new scrape, or the last one again with the reason why there is no new one."""
         if scrape:
             self._watch.add(scrape)
         self._problem = problem
         self._draw()
 
     def wait(self, seconds: float) -> bool:
-        """Whether to go on after so long: no `q` was pressed meanwhile."""
+        """Wait that long; False if `q` was pressed meanwhile."""
         deadline = time.monotonic() + seconds
         size = self._console.size
         while (left := deadline - time.monotonic()) > 0:
@@ -75,7 +75,7 @@ class Screen:
         headline = Text(self._watch.headline(), style="bold", no_wrap=True, overflow="ellipsis")
         footer = Text(f"{self._source}   q: quit", style="dim", no_wrap=True, overflow="ellipsis")
         if self._problem:
-            footer = Text(f"{self._problem}; trying again", style="bold red", no_wrap=True, overflow="ellipsis")
+            footer = Text(f"{self._problem}; retrying", style="bold red", no_wrap=True, overflow="ellipsis")
         table = self._table(width, max(1, height - FRAME_LINES))
         self._live.update(Group(headline, table, footer), refresh=True)
 
@@ -111,7 +111,7 @@ def _coloured(title: str, cell: str) -> Text:
 
 @contextlib.contextmanager
 def _keys_unechoed() -> Iterator[None]:
-    """Read keys as they are pressed, and keep them off the screen."""
+    """Read keys as they are pressed, without an echo."""
     if not sys.stdin.isatty():
         yield
         return

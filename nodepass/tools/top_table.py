@@ -1,6 +1,6 @@
-"""What `nodepass top` shows of two scrapes: rates, one row of cells per tunnel, and the plain text of them.
+"""What `nodepass top` shows: rates between two scrapes, one row of cells per tunnel, and their plain text.
 
-No terminal is known here: `top_screen` draws the same cells in colour, as many as fit.
+Nothing here knows about terminals: `top_screen` draws the same cells in colour, as many as fit.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, the cells' width at least, and how early it goes where there is no room."""
+    """A column: its title, the least width of its cells, and how early it is dropped for lack of room."""
 
     title: str
     width: int
-    goes: int  # the highest first; 0 never
+    dropped: int  # the highest first; 0: never
     right: bool = True
 
 
@@ -45,7 +45,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Rates:
-    """Per second, between two scrapes."""
+    """Rates per second, between two scrapes."""
 
     ended: float
     failed: float
@@ -55,7 +55,7 @@ class Rates:
 
 
 class Watch:
-    """The scrapes of one process so far: the last one, what changed since the one before, and a minute of rates."""
+    """The scrapes of one process: the last one, its rates since the one before, and the history of rates."""
 
     def __init__(self) -> None:
         self.last: Scrape | None = None
@@ -64,7 +64,7 @@ class Watch:
         self._history: dict[str, deque[float]] = {}
 
     def add(self, scrape: Scrape) -> None:
-        """Take one more into account; after a restart of the process it begins anew."""
+        """Add a scrape; after a restart of the process the rates begin again."""
         before, self.last = self.last, scrape
         self.rates, self.cpu = {}, None
         if before is None or before.started != scrape.started:
@@ -78,11 +78,11 @@ class Watch:
                 self._history.setdefault(name, deque(maxlen=HISTORY)).append(rates.up + rates.down)
 
     def history(self, name: str) -> Sequence[float]:
-        """Bytes per second of a tunnel, both ways together, the latest last."""
+        """Bytes per second of a tunnel, both directions together, the latest last."""
         return self._history.get(name, ())
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A tuple of cells, as COLUMNS has them, for each tunnel."""
+        """The cells of each tunnel, in the order of COLUMNS."""
         if self.last is None:
             return []
         return [_cells(tunnel, self.rates.get(name)) for name, tunnel in self.last.tunnels.items()]
@@ -105,7 +105,7 @@ class Watch:
 
 def _rates(before: Tunnel, now: Tunnel, seconds: float) -> Rates:
     def rate(old: float, new: float) -> float:
-        return (new - old if new >= old else new) / seconds  # a tunnel that was made anew counts from 0
+        return (new - old if new >= old else new) / seconds  # after a restart it counts from 0
 
     return Rates(
         rate(before.ended, now.ended),
@@ -134,7 +134,7 @@ def _cells(tunnel: Tunnel, rates: Rates | None) -> tuple[str, ...]:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.2 MB."""
+    """Bytes as text: 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -143,7 +143,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span for people, in its two largest units."""
+    """A time span as text, in its two largest units."""
     minutes, rest = divmod(int(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -153,7 +153,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The latest values as bars, the highest of them full; a value above nothing is never shown as none."""
+    """The latest values as bars, the highest of them full; a value above 0 is never shown as 0."""
     shown = list(values)[-width:] if width > 0 else []
     highest = max(shown, default=0.0)
     if not highest:
@@ -162,16 +162,16 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def fit(rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The columns that fit into a terminal of this width, by index; the first always stays."""
+    """The indices of the columns that fit into this width; the first column always stays."""
     widths = [max(column.width, *(len(row[i]) for row in rows), 0) for i, column in enumerate(COLUMNS)]
     kept = list(range(len(COLUMNS)))
     while len(kept) > 1 and sum(widths[i] + 2 for i in kept) > width:
-        kept.remove(max(kept, key=lambda i: (COLUMNS[i].goes, i)))
+        kept.remove(max(kept, key=lambda i: (COLUMNS[i].dropped, i)))
     return kept
 
 
 def plain(rows: Sequence[Sequence[str]]) -> str:
-    """A table for programs and pipes: all columns, two spaces or more between them."""
+    """A table as text: all columns, separated by two or more spaces."""
     table = [tuple(column.title for column in COLUMNS), *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
     lines = []

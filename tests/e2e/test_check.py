@@ -69,7 +69,7 @@ def test_a_unix_socket_for_metrics_is_tried_and_leaves_no_file(tmp_path: Path) -
     with OurServer(env={"METRICS_LISTEN": f"unix:{path}"}):
         done = check_of(URL, METRICS_LISTEN=f"unix:{path}")
     assert done.code == 0
-    assert found(done, "warn", f"METRICS_LISTEN unix:{path}: somebody listens there")
+    assert found(done, "warn", f"METRICS_LISTEN unix:{path}: a process listens there")
     done = check_of(URL, METRICS_LISTEN=f"unix:{tmp_path}/none/metrics")
     assert done.code == 1
     assert found(done, "fail", f"METRICS_LISTEN unix:{tmp_path}/none/metrics: No such file")

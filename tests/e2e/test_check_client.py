@@ -60,7 +60,7 @@ def test_a_check_beside_the_running_client_leaves_it_alone(stack: contextlib.Exi
         done = check_of(url_of(server, target), **env)
         target.accept().close()  # the check's own
         assert done.code == 0
-        said = "takes the running client's place" if env is KEYED else "another client is connected"
+        said = "replaces the running client" if env is KEYED else "another client is connected"
         assert found(done, "warn", said)
         assert len(trouble(done)) == 1
         assert_connected(visitor, service)

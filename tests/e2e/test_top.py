@@ -153,7 +153,7 @@ def test_somebody_else_there_is_one_line() -> None:
             done = run("top", "--once", f"127.0.0.1:{server.server_address[1]}{path}")
             assert done.code == 1
             assert len(done.lines) == 1
-            assert "not nodepass" in done.errors
+            assert "not an endpoint of nodepass" in done.errors
         server.shutdown()
 
 
@@ -162,7 +162,7 @@ def test_what_is_not_installed_is_named_in_one_line(tmp_path: Path, endpoint: st
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module named rich', name='rich')")
     with Terminal("top", endpoint, env=env) as terminal:
         assert terminal.wait() == 2
-        terminal.wait_for("pip install rich, or say --plain")
+        terminal.wait_for("pip install rich, or use --plain")
     assert run("top", "--once", *FAST, endpoint, env=env).code == 0
     (tmp_path / "prometheus_client.py").write_text("raise ModuleNotFoundError('No module', name='prometheus_client')")
     done = run("top", "--once", endpoint, env=env)
@@ -207,7 +207,7 @@ def test_an_endpoint_that_goes_away_is_waited_for(tmp_path_factory: pytest.TempP
         with Terminal("top", *FAST, str(path)) as terminal:
             terminal.wait_for("0 of 1 tunnels ready")
             first.kill()
-            text = terminal.wait_for("trying again")
+            text = terminal.wait_for("retrying")
             assert str(path) in text
             terminal.forget()
             with Nodepass(ADDRESSLESS, env=env) as second:

@@ -123,8 +123,8 @@ def start_by_socket(box: ManagedBox) -> None:
     assert "nodepass@edge is active" in said
     assert opened(box) == {"10101", "443"}
     said = box.do("logs", "edge")
-    assert "warn server:10101: tunnel address :10101: in use, by whom cannot be seen" in said
-    assert "warn server:10101: target address (udp) :443: in use, by whom cannot be seen" in said
+    assert "warn server:10101: tunnel address :10101: in use by a process that cannot be seen" in said
+    assert "warn server:10101: target address (udp) :443: in use by a process that cannot be seen" in said
     assert "listening: tunnel" in said
     since = socket_since(box)
     box.do("restart", "edge")

@@ -78,8 +78,8 @@ def test_a_port_held_by_systemd_or_by_nobody_who_can_be_seen_is_a_warning(
     with socket.create_server(("127.0.0.1", 0)) as holder:
         url = f"server://{format_address(holder.getsockname())}/127.0.0.1:0?tls=1"
         assert check.run([url], Settings, None, {}, output) == 0
-    who = "by systemd" if holders else "by whom cannot be seen"
-    assert re.search(rf"^warn .*tunnel address .*: in use,? {who}", output.getvalue(), re.M)
+    who = "by systemd" if holders else "by a process that cannot be seen"
+    assert re.search(rf"^warn .*tunnel address .*: in use {who}", output.getvalue(), re.M)
 
 
 def test_an_address_of_another_machine_fails() -> None:
@@ -91,9 +91,9 @@ def test_an_address_of_another_machine_fails() -> None:
 @pytest.mark.parametrize(
     ("days", "code", "level", "said"),
     [
-        (90, 0, "ok", r"matches its key, made out to example.com, 192.0.2.7, (89\.9|90\.0) days left"),
+        (90, 0, "ok", r"matches its key, valid for example.com, 192.0.2.7, (89\.9|90\.0) days left"),
         (13, 0, "warn", r"matches its key, .*(12\.9|13\.0) days left"),
-        (-3, 1, "fail", r"expired 3\.0 days ago, clients refuse it"),
+        (-3, 1, "fail", r"expired 3\.0 days ago, clients reject it"),
     ],
 )
 def test_a_certificate_is_judged_by_its_days(tmp_path: Path, days: int, code: int, level: str, said: str) -> None:

@@ -121,5 +121,5 @@ def test_top_says_in_its_one_line_that_no_name_is_like_that(host: str) -> None:
 
 @pytest.mark.parametrize("path", ["/é", "/a b", "/\x7f"])
 def test_top_refuses_a_path_that_no_request_can_have(path: str) -> None:
-    with pytest.raises(ConfigError, match="no metrics endpoint"):
+    with pytest.raises(ConfigError, match="not a metrics endpoint"):
         parse_source(f"http://localhost:80{path}")
