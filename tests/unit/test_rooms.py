@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 import nodepass
@@ -17,16 +17,17 @@ COMMAND = {"cli", "__main__"}  # they stand at the root and above all rooms
 ROOT = ("__init__", "errors", "hostport", "config", "urls", "stats", "log", "tasks")  # in the order of imports
 
 
-def modules() -> Iterator[str]:
+@functools.cache
+def modules() -> list[str]:
     """The dotted names of all modules, without the package's own."""
-    for path in PACKAGE.rglob("*.py"):
-        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
 
 
 def path_of(module: str) -> Path:
     return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     """The modules of the package that a module imports, also inside functions and for types only."""
     found, known = set(), set(modules())
