@@ -97,8 +97,8 @@ def test_a_visitor_whom_nobody_can_serve_is_closed_with_one_line(
     stack: contextlib.ExitStack,
 ) -> None:
     server = stack.enter_context(OurServer(env={**CALM, "POOL_GET_TIMEOUT": "300ms"}))
+    began = time.monotonic()
     with connect(server.visitor_address) as visitor:
-        began = time.monotonic()
         assert is_over(visitor)
         assert time.monotonic() - began > 0.25
     server.wait_for("visitor.unserved", level="warn", reason="no_client")

@@ -27,17 +27,17 @@ from tests.support.v2_tunnel import SECRET
 INTERVAL = 0.3
 """Seconds between heartbeats."""
 
-NOTICED = 3 * INTERVAL + 1
+LATE = 4.0
+"""Seconds that a busy machine may add, also to the start of our program."""
+
+NOTICED = 3 * INTERVAL + LATE
 """Seconds within which a dead link is found."""
 
 ABOUT = 2 * NOTICED
 """Seconds that are about the same: for wire v1, where TCP has to find it."""
 
-SERVED = 2.0
-"""Seconds within which a client that reappears is served."""
-
-START = 1.0
-"""Seconds that a loaded machine may need to start our program."""
+SERVED = 2.0 + LATE
+"""Seconds within which a client that reappears is served: far fewer than SLOW's heartbeats would take."""
 
 QUICK: Environment = {"REPORT_INTERVAL": f"{INTERVAL * 1000:.0f}ms", "SERVICE_COOLDOWN": "500ms"}
 SLOW: Environment = {"REPORT_INTERVAL": "30s", "SERVICE_COOLDOWN": "500ms"}
@@ -180,10 +180,9 @@ def test_a_client_that_reappears_from_the_same_address_is_served_at_once(place: 
     target = place.on_client(Target)
     began = time.monotonic()
     client = place.on_client(lambda: CLIENTS[second](server.tunnel_address, target.address))
-    limit = SERVED + (START if second == "our client" else 0)
-    become_the_client(server, client, mark, left(began, limit))
+    become_the_client(server, client, mark, left(began, SERVED))
     place.assert_works(server, target)
-    assert time.monotonic() - began < limit
+    assert time.monotonic() - began < SERVED
 
 
 def test_a_v1_client_that_reappears_is_not_turned_away_for_its_own_ghost(place: Place) -> None:
@@ -209,10 +208,9 @@ def test_a_client_whose_machine_moved_to_another_address_is_served_at_once(
     target = place.on_client(Target)
     began = time.monotonic()
     client = place.on_client(lambda: CLIENTS[second](server.tunnel_address, target.address))
-    limit = SERVED + (START if second == "our client" else 0)
-    become_the_client(server, client, mark, left(began, limit))
+    become_the_client(server, client, mark, left(began, SERVED))
     place.assert_works(server, target)
-    assert time.monotonic() - began < limit
+    assert time.monotonic() - began < SERVED
 
 
 def test_a_visitor_who_goes_on_sending_datagrams_reaches_the_client_that_took_over(place: Place) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ class Entry:
     def event(self) -> str:
         """The event's name, empty where the line is no event."""
         return str(self.data.get("event", ""))
+
+    @property
+    def moment(self) -> float:
+        """When the program logged it, in seconds since the epoch."""
+        return datetime.fromisoformat(self["time"]).timestamp()
 
     @property
     def fields(self) -> dict[str, Any]:
