@@ -276,12 +276,8 @@ class ClientPool(Pool):
     def _become_early(self, id: str, has_bytes: bool, added: float) -> None:
         now = time.monotonic()
         replaced = self._states.become_early(id, has_bytes, now - added < YOUNG, now)
-        self._log.debug(
-            "pool.early",
-            "pool: %(id)s %(what)s",
-            id=id,
-            what="has its first bytes" if has_bytes else "ended by the server",
-        )
+        words = "pool: %(id)s has its first bytes" if has_bytes else "pool: %(id)s ended by the server"
+        self._log.debug("pool.early", words, id=id, ended=not has_bytes)
         self._finish(replaced, "replaced", "its id was given again")
 
     def _forget(self, id: str, stream: Stream) -> None:

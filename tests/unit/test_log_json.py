@@ -58,12 +58,3 @@ def test_a_sentence_without_fields_may_have_percent_signs(written: io.StringIO) 
     log.Log("server:1").info("process.bugs", log.literal("100 % of fe80::1%eth0"))
     log.Log("server:1").info("process.bugs", log.literal("100 % of fe80::1%eth0"), bugs=1)
     assert [json.loads(line)["message"] for line in written.getvalue().splitlines()] == ["100 % of fe80::1%eth0"] * 2
-
-
-def test_a_crash_has_its_traceback_in_the_object(written: io.StringIO) -> None:
-    try:
-        raise ZeroDivisionError
-    except ZeroDivisionError as error:
-        log.Log("server:1").error("bug.caught", "%(where)s crashed", crash=error, where="a loop")
-    (line,) = written.getvalue().splitlines()
-    assert "ZeroDivisionError" in json.loads(line)["traceback"]
