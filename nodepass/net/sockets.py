@@ -81,8 +81,11 @@ def plain_host(sockaddr: Sequence[object]) -> str:
 
 def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
     """The endpoints of an address, best first; an empty host is this machine. Raises OSError, which names the host."""
+    host = address.host or "localhost"
     try:
-        found = socket.getaddrinfo(address.host or "localhost", address.port, 0, kind)
+        # Encoded here: in its resolver's thread, gevent would print a traceback if the name cannot be encoded.
+        name = host.encode("ascii" if host.isascii() else "idna")
+        found = socket.getaddrinfo(name, address.port, 0, kind)
     except (OSError, UnicodeError) as error:
         raise with_words(error, f"cannot resolve {address.host!r}: {reason(error)}") from None
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]

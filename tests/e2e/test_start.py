@@ -100,6 +100,12 @@ def test_an_address_of_another_machine_ends_it_with_one_line() -> None:
     assert_unbindable(done.code, done.errors, "192.0.2.1:10101", "assign")
 
 
+@pytest.mark.parametrize("host", ["two..dots", "x" * 64, "é..com"])
+def test_a_name_that_no_lookup_takes_ends_it_with_one_line(host: str) -> None:
+    done = run(f"server://{host}:10101/127.0.0.1:0?tls=1")
+    assert_unbindable(done.code, done.errors, f"{host}:10101", "cannot resolve")
+
+
 def assert_unbindable(code: int, errors: str, address: str, reason: str) -> None:
     assert code == 1
     assert "Traceback" not in errors
