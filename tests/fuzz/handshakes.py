@@ -138,7 +138,7 @@ def _assert_told_nothing(sent: bytes, mine: Key | None) -> None:
 
 
 def check_client_handshake(data: bytes) -> None:
-    """A client with a key settles for nobody who has not proven it; one without says nothing but its hello."""
+    """A client with a key accepts no server that has not proven it; one without a key sends only its hello."""
     script = Script(data)
     mine = key() if script.number() % 2 else None
     server = ScriptedServer(script)
