@@ -16,9 +16,11 @@ from nodepass.net import listen, sockets
 from nodepass.net.listen import close_all, listen_tcp
 from nodepass.net.sockets import as_plain
 from nodepass.net.stream import TCPStream
+from nodepass.server import control_listener
 from nodepass.server.client_slot import ClientSlot
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
+from nodepass.tunnel import handshake
 from nodepass.tunnel.control import Agreement, ServerControl
 from nodepass.tunnel.part import Common, Part
 from nodepass.urls import Address
@@ -32,9 +34,14 @@ PATIENT = 10.0
 
 @contextmanager
 def a_server_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
-    """What is entered here is closed at the end of the test; sockets are gevent's, as in the patched program."""
+    """What is entered here is closed at the end of the test; sockets are gevent's, as in the patched program.
+
+    A peer that is slow, as all are on a busy machine, is not taken for one that says nothing.
+    """
     monkeypatch.setattr(sockets, "socket", socket)
     monkeypatch.setattr(listen, "socket", socket)
+    monkeypatch.setattr(control_listener, "FIRST_BYTES_WITHIN", PATIENT)
+    monkeypatch.setattr(handshake, "HELLO_WITHIN", PATIENT)
     with ExitStack() as stack, gevent.Timeout(20):
         yield stack
 

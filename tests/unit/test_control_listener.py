@@ -51,6 +51,15 @@ class Port:
         assert read_line(client) == self.listener._offer.encode()
         return client
 
+    def connect_v1_client(self, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+        """A v1 client that has been admitted; it need not answer heartbeats."""
+        with monkeypatch.context() as brief:
+            for each in (module, "FIRST_BYTES_WITHIN"), (handshake, "HELLO_WITHIN"):
+                brief.setattr(*each, SOON)
+            client = self.connect()
+            assert read_line(client) == b"//%d#0\n" % self.listener._offer.data_port
+            return client
+
 
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
@@ -69,11 +78,13 @@ def open_port(stack: ExitStack, offer: Offer = OFFER, key: Key | None = None, **
 # Clients
 
 
-def test_a_client_is_admitted_and_gets_heartbeats_until_it_leaves(stack: ExitStack) -> None:
+def test_a_client_is_admitted_and_gets_heartbeats_until_it_leaves(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = open_port(stack, report_interval=SOON)
-    client = port.connect_client()
-    assert read_line(client) == b"\n"
-    assert port.slot.version == 2
+    client = port.connect_v1_client(monkeypatch)
+    assert [read_line(client) for _ in range(3)] == [b"\n"] * 3
+    assert port.slot.version == 1
     assert port.common.stats.connects == 1
     client.close()
     until(lambda: port.slot.control is None)
@@ -123,16 +134,16 @@ def test_a_peer_that_is_no_client_is_closed_and_counted(stack: ExitStack, words:
     assert port.common.stats.control_failures["protocol"] == 1
 
 
-def test_a_listener_that_stops_refuses_clients_and_keeps_the_one_that_is_connected(stack: ExitStack) -> None:
+def test_a_listener_that_stops_refuses_clients_and_keeps_the_one_that_is_connected(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = open_port(stack, report_interval=SOON)
-    client = port.connect_client()
+    client = port.connect_v1_client(monkeypatch)
     port.listener.stop(0)
     late = port.connect(HELLO)
     assert read_line(late) == b"//error?reason=shutdown\n"
     assert late.recv(1) == b""
-    for _ in range(3):
-        assert read_line(client) == b"\n"
-        client.sendall(b"\n")
+    assert [read_line(client) for _ in range(3)] == [b"\n"] * 3
     assert port.slot.control is not None
 
 
@@ -172,11 +183,8 @@ def test_at_one_port_every_connection_from_a_v1_clients_address_is_a_data_connec
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not mark them."""
-    for each in (module, "FIRST_BYTES_WITHIN"), (handshake, "HELLO_WITHIN"):
-        monkeypatch.setattr(*each, SOON)
     port = open_port(stack, MUX)
-    client = port.connect()
-    assert read_line(client) == b"//10101#0\n"
+    port.connect_v1_client(monkeypatch)
     data = port.connect()
     assert data.recv(ID_LENGTH).decode() in port.slot.pool
     other = port.connect(b"//", source="127.0.0.2")

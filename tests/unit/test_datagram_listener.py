@@ -18,7 +18,7 @@ from nodepass.tunnel.part import Common
 from nodepass.urls import Address
 from nodepass.wire.frames import FrameBuffer, encode_frame
 from tests.unit.controls import V1, V2, read_line, until
-from tests.unit.servers import a_server_room, fill, make_slot, occupy, start
+from tests.unit.servers import PATIENT, a_server_room, fill, make_slot, occupy, start
 
 SOON = 0.05  # seconds
 LARGEST = 100
@@ -38,7 +38,7 @@ class Port:
         self._stack = stack
         self.common: Common
         self.slot: ClientSlot
-        settings = {"udp_data_buf_size": LARGEST, "udp_read_timeout": SOON, **settings}
+        settings = {"udp_data_buf_size": LARGEST, "udp_read_timeout": PATIENT, **settings}
         self.common, self.slot = make_slot(stack, **settings)
         self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
         sockets = listen_udp(Address("127.0.0.1", 0), "target")

@@ -10,6 +10,7 @@ import pytest
 from gevent import Greenlet, socket
 
 from nodepass.errors import ClosedError, ProtocolError, RefusedError
+from nodepass.tunnel import handshake as module
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.handshake import accept_client, connect_to_server
 from nodepass.wire.auth import Key
@@ -34,7 +35,9 @@ def other_key() -> Key:
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    """A client that is slow, as all are on a busy machine, is not taken for a silent one."""
+    monkeypatch.setattr(module, "HELLO_WITHIN", LONG)
     with ExitStack() as stack, gevent.Timeout(20):
         yield stack
 
@@ -59,9 +62,8 @@ def connect(stack: ExitStack, ends: Ends, key: Key | None) -> Greenlet[..., obje
     return run(stack, connect_to_server, ends.client_control(), key)
 
 
-def challenged(sock: socket.socket) -> str:
-    """Say hello; the nonce of the server's challenge."""
-    sock.sendall(HELLO)
+def read_challenge(sock: socket.socket) -> str:
+    """The nonce of the server's challenge."""
     challenge = parse_opening(read_line(sock))
     assert isinstance(challenge, Challenge)
     return challenge.nonce
@@ -120,21 +122,18 @@ def test_a_client_that_says_hello_is_offered_wire_v2(stack: ExitStack, ends: End
     assert accepting.get() == Agreement(OFFER)
 
 
-def test_a_hello_may_arrive_in_pieces(stack: ExitStack, ends: Ends, key: Key) -> None:
-    """A server without a key would take a long pause for a v1 client's silence."""
-    accepting = accept(stack, ends, key)
+def test_a_hello_may_arrive_in_pieces(stack: ExitStack, ends: Ends) -> None:
+    accepting = accept(stack, ends, None)
     for byte in HELLO:
         ends.client.sendall(bytes([byte]))
         gevent.sleep(0)
-    challenge = parse_opening(read_line(ends.client))
-    assert isinstance(challenge, Challenge)
-    ends.client.sendall(Auth(key.client_proof(NONCE, challenge.nonce)).encode())
-    assert accepting.get()
+    assert accepting.get() == Agreement(OFFER)
 
 
 def test_a_client_that_proves_the_key_is_offered_a_proof_in_return(stack: ExitStack, ends: Ends, key: Key) -> None:
+    ends.client.sendall(HELLO)
     accepting = accept(stack, ends, key)
-    nonce = challenged(ends.client)
+    nonce = read_challenge(ends.client)
     ends.client.sendall(Auth(key.client_proof(NONCE, nonce)).encode())
     offer = parse_opening(read_line(ends.client))
     assert isinstance(offer, Offer)
@@ -155,8 +154,9 @@ def test_a_client_that_proves_the_key_is_offered_a_proof_in_return(stack: ExitSt
 def test_a_client_that_does_not_prove_the_key_is_refused(
     stack: ExitStack, ends: Ends, key: Key, answer: bytes, token: str, words: str
 ) -> None:
+    ends.client.sendall(HELLO)
     accepting = accept(stack, ends, key, LONG if answer else SHORT)
-    challenged(ends.client)
+    read_challenge(ends.client)
     ends.client.sendall(answer)
     with pytest.raises(RefusedError, match=words) as refused:
         accepting.get()
@@ -164,8 +164,9 @@ def test_a_client_that_does_not_prove_the_key_is_refused(
 
 
 def test_a_client_that_closes_after_the_challenge_is_refused(stack: ExitStack, ends: Ends, key: Key) -> None:
+    ends.client.sendall(HELLO)
     accepting = accept(stack, ends, key)
-    challenged(ends.client)
+    read_challenge(ends.client)
     ends.client.close()
     with pytest.raises(RefusedError) as refused:
         accepting.get()

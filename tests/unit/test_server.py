@@ -26,7 +26,7 @@ from tests.unit.servers import PATIENT, a_server_room
 
 HELLO = Hello("0" * 32).encode()
 SOON = 0.05  # seconds
-SETTINGS = Settings(report_interval=SOON, pool_get_timeout=PATIENT)
+SETTINGS = Settings(report_interval=PATIENT, pool_get_timeout=PATIENT)  # no heartbeat is due in any test
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
 
 
 class Running:
-    """A server that runs, and what connects to it; its client answers heartbeats."""
+    """A server that runs, and what connects to it."""
 
     def __init__(self, stack: ExitStack, settings: Settings = SETTINGS) -> None:
         self._stack = stack
@@ -69,9 +69,7 @@ class Running:
     ) -> tuple[socket.socket, socket.socket]:
         """A visitor that is served, and the data connection that it is served by."""
         visitor = self.connect(self.listeners.visitors[0], b"hello")
-        while not (line := read_line(client)).startswith(b"//"):
-            client.sendall(b"\n")
-        data = connections[line[2:10].decode()]
+        data = connections[read_line(client)[2:10].decode()]
         assert data.recv(100) == b"hello"
         return visitor, data
 
@@ -121,7 +119,6 @@ def test_a_stop_drains_sessions_and_keeps_the_client_until_they_have_ended(stack
     assert read_line(late) == b"//error?reason=shutdown\n"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, PATIENT)
-    assert read_line(client) == b"\n"
     data.sendall(b"answer")
     assert visitor.recv(100) == b"answer"
     assert not stopping.ready()
@@ -140,9 +137,7 @@ def test_a_visitor_that_has_connected_before_a_stop_is_served(stack: ExitStack) 
     accepting._end_loops()  # so that it waits in the kernel's queue
     visitor = running.connect(running.listeners.visitors[0], b"hello")
     stopping = gevent.spawn(running.server.stop, PATIENT)
-    while not (line := read_line(client)).startswith(b"//"):
-        client.sendall(b"\n")
-    data = connections[line[2:10].decode()]
+    data = connections[read_line(client)[2:10].decode()]
     assert data.recv(100) == b"hello"
     data.close()
     visitor.close()
@@ -164,8 +159,7 @@ def test_a_visitor_is_answered_by_udp_while_sessions_drain(stack: ExitStack) -> 
     asking = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     asking.settimeout(PATIENT)
     asking.sendto(b"question", running.listeners.datagrams[0].getsockname())
-    while not (line := read_line(client)).startswith(b"//"):
-        client.sendall(b"\n")
+    line = read_line(client)
     assert line.endswith(b"#3\n")
     lane = connections[line[2:10].decode()]
     frame = lane.recv(100)
@@ -205,7 +199,7 @@ def test_a_server_may_be_closed_before_it_runs(stack: ExitStack) -> None:
 
 
 def test_a_loop_that_crashes_ends_the_run_with_its_exception(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = Running(stack)
+    running = Running(stack, replace(SETTINGS, report_interval=SOON))
     assert not running.server.unhealthy_reason()
     monkeypatch.setattr(ServerPool, "end_interval", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -67,14 +67,17 @@ class Visitor:
 
 def read_frame(data: socket.socket) -> tuple[int, bytes]:
     """The flow and the payload of the next frame on a lane."""
-    header = b""
-    while len(header) < HEADER.size:
-        header += data.recv(HEADER.size - len(header))
-    flow, length = HEADER.unpack(header)
-    payload = b""
-    while len(payload) < length:
-        payload += data.recv(length - len(payload))
-    return flow, payload
+    flow, length = HEADER.unpack(receive_exactly(data, HEADER.size))
+    return flow, receive_exactly(data, length)
+
+
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        received = sock.recv(size - len(data))
+        assert received, f"the end after {data!r}"
+        data += received
+    return data
 
 
 def test_a_visitors_datagrams_are_one_flow_and_its_answers_come_back(stack: ExitStack) -> None:
@@ -104,7 +107,7 @@ def test_visitors_share_lanes_the_least_busy_first(stack: ExitStack) -> None:
 
 
 def test_a_flow_ends_when_it_has_been_silent_and_its_lane_with_it(stack: ExitStack) -> None:
-    flows = Flows(stack, udp_session_timeout=SOON)
+    flows = Flows(stack, udp_session_timeout=0.3)
     occupy(stack, flows.slot)
     [data] = fill(stack, flows.slot, "00000001")
     flows.visitor().send(b"hello")
