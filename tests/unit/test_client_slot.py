@@ -16,8 +16,9 @@ from nodepass.server.client_slot import ClientSlot
 from nodepass.tunnel.control import CLOSED, STOPPING, Agreement, Ending, ServerControl
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import LANE, TCP
-from tests.unit.controls import V1, V2, Ends, connect_ends, read_line, run, until
+from tests.unit.controls import V1, V2, Ends, connect_ends, is_closed, read_line, run, until
 from tests.unit.servers import PATIENT, a_server_room, fill, make_slot, occupy
+from tests.unit.streams import tcp_pair
 
 SOON = 0.05  # seconds for what never happens
 
@@ -244,12 +245,15 @@ def test_no_client_is_told_of_a_connection_of_the_client_before_it(stack: ExitSt
     """The connection arrives for a waiting visitor, and before that one runs again the client is replaced."""
     before, old = occupy(stack, slot)
     launching = run(stack, launch, stack, slot)
-    gevent.sleep(0)
-    [lost] = fill(stack, slot, "00000001")
+    after = connect_ends(stack)
+    control = after.server_control()
+    stream, lost = stack.enter_context(tcp_pair())
+    slot.pool.add("00000001", stream)  # from here on no other greenlet runs
     slot.release(old, STOPPING)
-    after, _ = occupy(stack, slot)
-    assert lost.recv(1) == b"", "the client before would wait for it in vain"
+    with slot.admission(control, False):
+        control.agree(V2)
+    assert is_closed(lost), "the client before would wait for it in vain"
     fill(stack, slot, "00000002")
     assert launching.get() == "00000002"
-    assert before.client.recv(1) == b""
     assert read_line(after.client) == b"//00000002#1\n"
+    assert is_closed(before.client)
