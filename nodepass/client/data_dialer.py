@@ -1,10 +1,14 @@
-"""Dials data connections until the pool is full, several at once, each with a deadline; failures slow it down."""
+"""Dials data connections for the client's pool: several at once, each with a deadline; failures slow it down.
+
+One greenlet waits until connections are missing and begins their dials; each dial is a short piece of work in a
+greenlet of its own. How one connection is made, up to the proof of the key, is a `Route`, which `connector`
+makes after each handshake. `Backoff` is for the dials of both kinds of connection.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import uniform
 from typing import TYPE_CHECKING
@@ -13,11 +17,12 @@ import gevent
 
 from nodepass.client.pool import ClientPool
 from nodepass.errors import ClosedError, VerificationError, reason
-from nodepass.log import Limit, Log
+from nodepass.log import Limit
 from nodepass.net.sockets import Endpoint, Socket, dial
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
-from nodepass.stats import Stats, failure
+from nodepass.stats import failure
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import SessionKey
 from nodepass.wire.signals import DATA_PREFIX, ID_LENGTH, parse_id
 
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
     from OpenSSL import SSL
 
 DIALS_AT_ONCE = 64
-SAME_MOMENT = 0.1  # seconds: a server that goes away refuses dials too; that it has gone then says it all
+SAME_MOMENT = 0.1  # seconds: a server that goes away refuses dials, too; then its going is logged, and this is not
 FIRST_PAUSE = 0.1  # seconds before a failed attempt is repeated; doubled with each failure
 
 
@@ -47,22 +52,25 @@ class Backoff:
         return uniform(0.75, 1.0) * seconds
 
 
-class DataDialer:
-    """The client's: keeps the pool at its capacity, several dials at once; failures slow it down."""
+class DataDialer(Part):
+    """Keeps the pool at its capacity."""
 
-    def __init__(
-        self, pool: ClientPool, make: Callable[[], tuple[str, Stream]], backoff: Backoff, log: Log, stats: Stats
-    ) -> None:
+    def __init__(self, common: Common, pool: ClientPool, route: Route) -> None:
+        super().__init__(common)
         self._pool = pool
-        self.dials = WorkerPool(log, stats, DIALS_AT_ONCE)
-        self._make = make
-        self._backoff = backoff
-        self._log = log
-        self._stats = stats
+        self._route = route
+        self._dials = WorkerPool(self._log, self._stats, DIALS_AT_ONCE)
+        self._backoff = Backoff(self._settings.service_cooldown)
         self._failures = 0  # since the last success
 
-    def run(self) -> None:
-        """Fill until killed."""
+    def start(self) -> None:
+        self._start_loop("fill pool", self._fill)
+
+    def close(self) -> None:
+        super().close()
+        self._dials.kill()
+
+    def _fill(self) -> None:
         pool = self._pool
         while True:
             pool.wanted.wait()
@@ -72,12 +80,13 @@ class DataDialer:
                 gevent.sleep(self._backoff.pause())
             while pool.missing > 0:
                 pool.begin_dial()
-                self.dials.spawn("dial data connection", self._add_one)
+                self._dials.spawn("dial data connection", self._dial)
 
-    def _add_one(self) -> None:
+    def _dial(self) -> None:
+        """Add one connection to the pool."""
         began = time.monotonic()
         try:
-            id, stream = self._make()
+            id, stream = self._route.make()
         except OSError as error:
             self._failures += 1
             self._stats.data_failures[why := failure(error)] += 1
@@ -103,16 +112,16 @@ class DataDialer:
 
 @dataclass(frozen=True)
 class Route:
-    """How a client makes data connections while it has one control connection."""
+    """How data connections are made while one control connection lasts."""
 
     endpoint: Endpoint
-    host: str  # that the server was asked for by: the certificate's name
+    host: str  # of the server, as it was given: the name that its certificate must have
     timeout: float  # seconds for each connection to become ready
     context: SSL.Context | None  # None without TLS
     verify: bool  # the certificate's chain and name
     session: SessionKey | None  # None without a key
-    shared_port: bool  # connections say first what they are
-    fingerprint: str  # that the certificate must have, or nothing
+    shared_port: bool  # with the control connection: a prefix says that this is none
+    fingerprint: str  # that the certificate must have; "" for any
 
     def make(self) -> tuple[str, Stream]:
         """Dial, TLS, read the id, prove the key. Raises OSError."""
@@ -137,7 +146,7 @@ class Route:
 
             stream = connect_tls(sock, self.context, Expected(self.host, self.verify, self.fingerprint))
         else:
-            plain.wait_readable()  # an id takes a round trip; a read that finds none yet costs more
+            plain.wait_readable()  # the id takes a round trip, and a read that fails costs more than this wait
         try:
             id = parse_id(recv_exactly(stream, ID_LENGTH))
         except ClosedError:
@@ -147,6 +156,6 @@ class Route:
             raise ClosedError(words) from None
         if self.session:
             stream.write(self.session.data_proof(id))
-        # Its launch may be on its way when this process is killed, and then its end must not look like an answer.
+        # If this process is killed while the launch is in transit, the end must not look like the target's.
         stream.reset_on_close(True)
         return id, stream

@@ -1,4 +1,8 @@
-"""The service next to the client: its address, resolved when it has to be, and dialled."""
+"""The target: the service that sessions are connected to, by TCP or UDP.
+
+Its name is resolved at every connect to the server (`connector`), and again when it cannot be reached; `launches` and
+`udp_flows` dial it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from nodepass.urls import Address
 
 
 class Target:
-    """The service next to the client; its name is resolved at every reconnect, and again when it does not answer."""
+    """One address, and the endpoints that its name resolved to, the best first."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -20,11 +24,11 @@ class Target:
         return str(self._address)
 
     def resolve(self) -> None:
-        """Look the name up. Raises OSError; the old endpoints stay then."""
+        """Look the name up. Raises OSError, and keeps the endpoints then."""
         self._endpoints = resolve(self._address)
 
     def dial(self, timeout: float) -> Socket:
-        """A TCP connection to the service. Raises OSError."""
+        """A TCP connection to the target. Raises OSError, after a second attempt if its endpoints have changed."""
         known = self._endpoints
         try:
             return self._dial(timeout)
@@ -36,12 +40,12 @@ class Target:
 
     def _dial(self, timeout: float) -> Socket:
         sock = dial(self._endpoints, timeout)
-        if len(self._endpoints) > 1:  # of several addresses the one that answers comes first, for datagrams too
+        if len(self._endpoints) > 1:  # the endpoint that answered becomes the first, for datagrams, too
             self._endpoints.sort(key=lambda endpoint: endpoint.sockaddr != sock.getpeername())
         return sock
 
     def dial_udp(self) -> socket.socket:
-        """A UDP socket connected to the service. Raises OSError."""
+        """A UDP socket connected to the target. Raises OSError."""
         if not self._endpoints:
             self.resolve()
         return dial_udp(self._endpoints[0])

@@ -1,20 +1,27 @@
-"""The client's end of UDP lanes: one UDP socket, connected to the target, per flow."""
+"""The client's end of UDP lanes: each flow has a UDP socket of its own, connected to the target.
+
+`launches` runs a lane once it has claimed the lane's data connection. A datagram that arrives on the lane is sent from
+its flow's socket, which is made at the first one; what the target sends back goes to the same lane. A flow's socket is
+read by a generator that the event loop resumes, because there are thousands of flows and most are idle. What both ends
+share is in `tunnel.udp`.
+"""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import gevent
 
-from nodepass.config import Settings
+from nodepass.client.target import Target
 from nodepass.errors import reason
 from nodepass.log import Limit, Log
+from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
-from nodepass.stats import Stats
 from nodepass.tasks import report_bug
+from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import FlowTable, Lane, drop_datagram
 
 ANSWERS_PER_TURN = 64  # datagrams read from one socket before others get their turn
@@ -22,7 +29,7 @@ ANSWERS_PER_TURN = 64  # datagrams read from one socket before others get their 
 
 @dataclass(eq=False, slots=True)
 class TargetFlow:
-    """One flow's socket at the target."""
+    """One flow: its lane, and its socket at the target."""
 
     number: int
     lane: Lane
@@ -31,38 +38,45 @@ class TargetFlow:
     last: float = 0.0
 
 
-class TargetFlows:
-    """Sends what comes on lanes to the target, and what the target says back, as long as a flow lives."""
+class TargetFlows(Part):
+    """Sends the datagrams of lanes to the target, and its answers back, for as long as a flow lives."""
 
-    def __init__(self, dial: Callable[[], socket.socket], settings: Settings, log: Log, stats: Stats) -> None:
-        self._dial = dial
-        self._log = log
-        self._stats = stats
+    def __init__(self, common: Common, target: Target) -> None:
+        super().__init__(common)
+        settings = common.settings
+        self._target = target
         self._table: FlowTable[TargetFlow] = FlowTable(
             settings.semaphore_limit, settings.udp_session_timeout, self._end
         )
-        self.sweep_forever = self._table.sweep_forever
+
+    def start(self) -> None:
+        self._start_loop("end silent flows", self._table.sweep_forever)
+
+    def close(self) -> None:
+        super().close()
+        self._table.end(lambda _: True)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def run_lane(self, stream: Stream, log: Log) -> None:
         """Serve one lane until it ends; its flows end with it."""
-        lane = Lane(lambda number, payload: self._deliver(lane, number, payload))
+        lane = Lane()
         log.debug("lane.opened", "lane opens")
         try:
-            because = lane.run(stream)
+            because = lane.run(stream, partial(self._deliver, lane))
             log.debug("lane.closed", "lane ends: %(error)s", error=because)
         finally:
             lane.ended = True
             self._table.end(lambda flow: flow.lane is lane)
 
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
+        """Send a datagram of a lane to the target; one that cannot be sent is dropped, counted and logged."""
         try:
             flow = self._table.get((lane, number)) or self._begin(lane, number)
             try:
                 flow.sock.send(payload)
-            except ConnectionRefusedError:  # of the datagram before this one
+            except ConnectionRefusedError:  # the target's reply to the datagram before this one
                 flow.sock.send(payload)
             self._stats.udp.up.bytes += len(payload)
         except OSError as error:
@@ -70,38 +84,40 @@ class TargetFlows:
             drop_datagram(self._log, self._stats, "target_unreachable", words, size=len(payload), error=reason(error))
 
     def _begin(self, lane: Lane, number: int) -> TargetFlow:
-        sock = self._dial()
+        sock = self._target.dial_udp()
         flow = TargetFlow(number, lane, sock, gevent.get_hub().loop.io(sock.fileno(), 1))
         self._table.add((lane, number), flow)
-        flow.watcher.start(self._readable, flow, cast(Any, sock)._sock)
+        flow.watcher.start(self._read_answers(flow, cast(Any, sock)._sock).__next__)
         self._stats.udp.begin()
         self._log.debug("flow.opened", "flow %(flow)d begins, %(flows)d flows", flow=number, flows=len(self))
         return flow
 
-    def _readable(self, flow: TargetFlow, sock: socket.socket) -> None:
-        """Pass on what the target has said. Runs in gevent's hub, so nothing here may wait, nor hear of a bug."""
+    def _read_answers(self, flow: TargetFlow, sock: socket.socket) -> Steps:
+        """Pass on what the target sends. The event loop resumes this; a bare `yield` waits."""
         try:
-            self._pass_on(flow, sock)
-        except Exception as error:  # noqa: BLE001  # its flow is over, the others go on
+            while True:
+                try:
+                    for _ in range(ANSWERS_PER_TURN):
+                        self._pass_back(flow, sock.recv(65536))
+                except BlockingIOError:
+                    pass
+                except OSError as error:  # refused: nothing listens at the target
+                    words = "a datagram to the target: %(error)s"
+                    drop_datagram(self._log, self._stats, "target_refused", words, error=reason(error))
+                yield
+        except Exception as error:  # noqa: BLE001  # a bug, which the loop could not report; the other flows go on
             report_bug(f"flow {flow.number}", error, self._log, self._stats)
             self._table.end(lambda each: each is flow)
+        yield  # not resumed: the watcher is closed
 
-    def _pass_on(self, flow: TargetFlow, sock: socket.socket) -> None:
-        for _ in range(ANSWERS_PER_TURN):
-            try:
-                answer = sock.recv(65536)
-            except BlockingIOError:
-                return
-            except OSError as error:  # refused: nobody listens there
-                words = "a datagram to the target: %(error)s"
-                drop_datagram(self._log, self._stats, "target_refused", words, error=reason(error))
-                return
-            self._table.get((flow.lane, flow.number))
-            if flow.lane.send(flow.number, answer):
-                self._stats.udp.down.bytes += len(answer)
-            else:
-                words = "an answer of %(size)d bytes: its lane is full"
-                drop_datagram(self._log, self._stats, "lane_full", words, size=len(answer))
+    def _pass_back(self, flow: TargetFlow, answer: bytes) -> None:
+        """Send an answer on its lane; one that the lane cannot take is dropped, counted and logged."""
+        self._table.get((flow.lane, flow.number))
+        if flow.lane.send(flow.number, answer):
+            self._stats.udp.down.bytes += len(answer)
+        else:
+            words = "an answer of %(size)d bytes: its lane is full"
+            drop_datagram(self._log, self._stats, "lane_full", words, size=len(answer))
 
     def _end(self, flow: TargetFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from nodepass.errors import NoDataConnection, reason
@@ -96,7 +97,7 @@ class VisitorFlows(Part):
         """The lane of a new flow: a new one while there are fewer than allowed, then the least busy."""
         alive = [lane for lane in self._lanes if not lane.ended]
         if len(alive) < self._settings.udp_lanes:
-            lane = Lane(lambda number, payload: self._deliver(lane, number, payload))
+            lane = Lane()
             self._lanes.append(lane)
             self._tasks.spawn("lane", self._run, lane)
             return lane
@@ -109,7 +110,7 @@ class VisitorFlows(Part):
             log = self._log.session(id)
             words = "lane opens, %(lanes)d of %(maximum)d"
             log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._settings.udp_lanes)
-            because = lane.run(stream)
+            because = lane.run(stream, partial(self._deliver, lane))
             log.debug("lane.closed", "lane ends: %(error)s", error=because)
         except NoDataConnection as error:
             words = "the datagrams of %(flows)d flows: %(error)s"

@@ -100,7 +100,7 @@ def _key(file: str | None, environ: Mapping[str, str], report: Report) -> Key | 
     if text is None:
         report.ok("key", "none: any host that reaches the tunnel port can become the client")
         return None
-    place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "from the environment or a credential"
+    place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "of the environment or a credential"
     report.ok("key", f"{place}: {len(text)} characters")
     from nodepass.wire.auth import Key
 
@@ -185,7 +185,7 @@ class _Server:
             self._report.warn(url.name, f"key={url.key}: mode {_mode(url.key)}, others can read it; chmod 600")
 
     def _judge(self, identity: Identity) -> None:
-        """Report whether clients accept the certificate, by its names and its validity."""
+        """Whether clients accept it: its names and its validity."""
         from nodepass.tls.verify import shown_names
 
         place, days = f"crt={self._url.crt}", identity.lifetime.total_seconds() / 86400

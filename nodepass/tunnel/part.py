@@ -1,4 +1,4 @@
-"""What a tunnel's end is made of: parts that start, stop and close in one order, so that a shutdown is a loop over parts.
+"""What each end is made of: parts that start, stop and close in one order, so that a shutdown is a loop over parts.
 
 A part owns its loops, the greenlets that end only with it: a crash in one fails the whole end, and one that has ended
 is why that end is unhealthy. `server` and `client` make their parts; what each does is in its own module.
@@ -28,7 +28,7 @@ class Common:
 
 
 class Part:
-    """One part of a server or a client: `start` is called at most once, then perhaps `stop`, then `close` in any case."""
+    """One part of an end: `start` is called at most once, then perhaps `stop`, then `close` in any case."""
 
     def __init__(self, common: Common) -> None:
         self._settings = common.settings

@@ -1,10 +1,15 @@
-"""UDP lanes (wire v2): the datagrams of many visitors on a few long-lived data connections.
+"""Datagrams inside a tunnel: what both ends of UDP share.
 
-What both ends share. A `Lane` is a data connection that carries frames: what is to be sent waits in a bounded queue,
-and one write takes all that waits. A `FlowTable` keeps who talks to whom, and forgets who has fallen silent. The
-server's end is `visitor_flows`, the client's `target_flows`.
+In wire v2 the datagrams of one visitor's address are a flow, and a few long-lived data connections, the lanes, carry
+the frames of many flows. A `Lane` is one such connection: what is to be sent waits in a bounded queue, and one write
+takes all that waits. A `FlowTable` has the flows of one end by key, and ends those that are silent. Which visitor or
+which socket a flow belongs to is decided by `server.udp_flows` and `client.udp_flows`.
 
-A lane that cannot take more bytes loses datagrams, as a full network does; each loss is counted and logged.
+In wire v1 a session is one datagram and its answer: `read_datagram` and `ask_target`, called by
+`server.datagram_listener` and `client.launches`.
+
+A lane that cannot take more bytes loses datagrams, as a full network does. Each loss is counted and logged, by
+`drop_datagram`.
 """
 
 from __future__ import annotations
@@ -30,13 +35,13 @@ from nodepass.wire.frames import FrameBuffer, encode_frame
 
 QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds of delay
 OVERHEAD = 64  # bytes of memory that a queued frame takes beyond its own
-UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is on its way, for the same reason
+UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is in transit, for the same reason
 STALLED = 1.0  # seconds without an acknowledgement after which the lane of a replaced client is lost
-SWEEP = 1.0  # seconds between looks for silent flows, at most
-READS_PER_TURN = 16
+SWEEP = 1.0  # seconds between two looks for silent flows, at most
+READS_PER_TURN = 16  # of a lane, before other greenlets get their turn
 
-# Wire v1: a session is one datagram and at most one answer, each what one read returns.
-SPLIT_FROM = 1000  # bytes: a first read of at least so many may be the beginning of a datagram (Go's first TLS records)
+# Wire v1: a datagram is what one read returns.
+SPLIT_FROM = 1000  # bytes: a first read of this size can be the beginning of a datagram (Go's first TLS records)
 REST_WITHIN = 0.005  # seconds for the next piece
 ANSWER_GRACE = 1.0  # seconds beyond UDP_READ_TIMEOUT that the server waits, so that the client's verdict arrives first
 
@@ -44,21 +49,24 @@ _shared = memoryview(mmap.mmap(-1, 256 * 1024))  # takes no memory before it is 
 
 
 class Lane:
-    """One data connection that carries frames; `deliver` gets the flow and the payload of each that arrives."""
+    """One data connection that carries frames, or will once it is launched."""
 
-    def __init__(self, deliver: Callable[[int, bytes], object]) -> None:
-        self.flows = 0
+    def __init__(self) -> None:
+        self.flows = 0  # that the lane's end gave to it
         self.ended = False
         self.orphaned = False  # its client is not the connected one any more
-        self._deliver = deliver
         self._frames: list[bytes] = []
-        self._queued = 0
+        self._queued = 0  # bytes, of frames that wait or are being written
         self._wake = Event()
         self._stream: Stream | None = None
         self._crash: Exception | None = None  # of the writer
 
+    def __repr__(self) -> str:
+        state = "ended" if self.ended else "open" if self._stream else "waiting"
+        return f"<Lane {state}, {self.flows} flows, {self._queued} bytes queued>"
+
     def send(self, flow: int, payload: bytes) -> bool:
-        """Queue one datagram; False where the lane cannot take it. Never blocks."""
+        """Queue one datagram; False if the lane cannot take it. Never blocks."""
         frame = encode_frame(flow, payload)
         if self.ended or self._queued + len(frame) > QUEUE:
             return False
@@ -67,8 +75,11 @@ class Lane:
         self._wake.set()
         return True
 
-    def run(self, stream: Stream) -> str:
-        """Carry frames until the connection ends; why it did. The stream is closed on return. Raises what crashed."""
+    def run(self, stream: Stream, deliver: Callable[[int, bytes], object]) -> str:
+        """Carry frames until the connection ends, and return why it did; the stream is closed then.
+
+        `deliver` gets the flow and the payload of each frame that arrives. A bug in it or in the writer is raised.
+        """
         self._stream = stream
         if self.ended:  # before it could begin
             stream.close()
@@ -76,7 +87,7 @@ class Lane:
         stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         writer = Greenlet.spawn(self._write, stream)
         try:
-            self._read(stream)
+            self._read(stream, deliver)
             return "closed by the peer"
         except OSError as error:
             if self._crash:
@@ -88,7 +99,7 @@ class Lane:
             stream.close()
 
     def lost(self) -> bool:
-        """Whether it has ended, or belongs to a client that was replaced and takes nothing any more."""
+        """Whether it has ended, or is a replaced client's that acknowledges nothing any more."""
         if self.ended or not self.orphaned:
             return self.ended
         try:
@@ -97,7 +108,7 @@ class Lane:
             return True
 
     def close(self) -> None:
-        """End the lane; whoever runs it hears of it."""
+        """End the lane: `run` returns."""
         self.ended = True
         if self._stream:
             self._stream.close()
@@ -112,13 +123,13 @@ class Lane:
                 stream.write(frames)
                 self._queued = sum(map(len, self._frames)) + OVERHEAD * len(self._frames)
         except OSError:
-            stream.abort()  # the reader says why
-        except Exception as error:  # noqa: BLE001  # a bug, which the reader raises where somebody hears of it
+            stream.abort()  # the reader reports why
+        except Exception as error:  # noqa: BLE001  # a bug, which `run` raises
             self._crash = error
             stream.abort()
 
-    def _read(self, stream: Stream) -> None:
-        buffer, frames, deliver = _shared[: stream.batch], FrameBuffer(), self._deliver
+    def _read(self, stream: Stream, deliver: Callable[[int, bytes], object]) -> None:
+        buffer, frames = _shared[: stream.batch], FrameBuffer()
         reads = 0
         while received := stream.recv_into(buffer):
             for flow, payload in frames.feed(buffer[:received]):
@@ -131,16 +142,16 @@ class Lane:
 class FlowLike(Protocol):
     """What a table knows of a flow."""
 
-    last: float  # time.monotonic() of its last datagram, either way
+    last: float  # time.monotonic() of its last datagram in either direction
 
 
 Flow = TypeVar("Flow", bound=FlowLike)
 
 
 class FlowTable(Generic[Flow]):
-    """Flows by key, the longest idle first; at most `limit`, each for `timeout` seconds beyond its last datagram.
+    """Flows by key, the longest idle first: at most `limit`, each until `timeout` seconds after its last datagram.
 
-    `on_end` is told of each that leaves, and how it ended, as one of `stats.UDP_OUTCOMES`.
+    `on_end` is called with each flow that leaves and with how it ended, one of `stats.UDP_OUTCOMES`.
     """
 
     def __init__(self, limit: int, timeout: float, on_end: Callable[[Flow, str], object]) -> None:
@@ -148,13 +159,13 @@ class FlowTable(Generic[Flow]):
         self._timeout = timeout
         self._on_end = on_end
         self._flows: OrderedDict[Hashable, Flow] = OrderedDict()
-        self._some = Event()
+        self._not_empty = Event()
 
     def __len__(self) -> int:
         return len(self._flows)
 
     def get(self, key: Hashable) -> Flow | None:
-        """The flow of this key, which has just had a datagram."""
+        """The flow of a datagram, which counts as its last one from now on."""
         flow = self._flows.get(key)
         if flow is not None:
             flow.last = time.monotonic()
@@ -162,34 +173,38 @@ class FlowTable(Generic[Flow]):
         return flow
 
     def add(self, key: Hashable, flow: Flow) -> None:
-        """A new flow; the longest idle one makes room for it if need be."""
+        """Begin a flow; at the limit, the longest idle one is evicted."""
         while len(self._flows) >= self._limit:
             self._on_end(self._flows.popitem(last=False)[1], "evicted")
         flow.last = time.monotonic()
         self._flows[key] = flow
-        self._some.set()
+        self._not_empty.set()
 
-    def end(self, wanted: Callable[[Flow], bool]) -> None:
-        """End all flows that are wanted: their lane is gone."""
-        for key in [key for key, flow in self._flows.items() if wanted(flow)]:
+    def end(self, lost: Callable[[Flow], bool]) -> None:
+        """End the flows that are `lost`."""
+        for key in [key for key, flow in self._flows.items() if lost(flow)]:
             self._on_end(self._flows.pop(key), "lost")
 
+    def sweep(self) -> None:
+        """End the flows that have been silent for too long."""
+        oldest = time.monotonic() - self._timeout
+        while self._flows and next(iter(self._flows.values())).last < oldest:
+            self._on_end(self._flows.popitem(last=False)[1], "completed")
+
     def sweep_forever(self) -> None:
-        """End silent flows, until killed."""
+        """Sweep until killed; sleeps while there are no flows."""
         while True:
-            self._some.wait()
+            self._not_empty.wait()
             gevent.sleep(min(SWEEP, self._timeout / 4))
-            oldest = time.monotonic() - self._timeout
-            while self._flows and next(iter(self._flows.values())).last < oldest:
-                self._on_end(self._flows.popitem(last=False)[1], "completed")
+            self.sweep()
             if not self._flows:
-                self._some.clear()
+                self._not_empty.clear()
 
 
 def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:
-    """The datagram that a peer wrote; empty where it closed without one.
+    """The datagram that a peer wrote; empty if it closed without one.
 
-    Raises TimeoutError after `timeout` seconds, ProtocolError where there are more than `largest` bytes.
+    Raises TimeoutError after `timeout` seconds, ProtocolError if there are more than `largest` bytes.
     """
     buffer = memoryview(bytearray(largest + 1))
     with gevent.Timeout(timeout, TimeoutError(f"no datagram within {timeout:g}s")):
@@ -205,10 +220,10 @@ def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:
 
 
 def ask_target(sock: socket.socket, question: bytes, largest: int, timeout: float) -> bytes:
-    """The target's one answer on a connected socket.
+    """The target's answer to one datagram, on a connected socket.
 
-    Raises TimeoutError after `timeout` seconds, ConnectionRefusedError where nobody listens, ProtocolError where the
-    answer is longer than `largest` bytes.
+    Raises TimeoutError after `timeout` seconds, ConnectionRefusedError if nothing listens, ProtocolError if the answer
+    is longer than `largest` bytes.
     """
     sock.settimeout(timeout)
     sock.send(question)
@@ -222,6 +237,6 @@ def ask_target(sock: socket.socket, question: bytes, largest: int, timeout: floa
 
 
 def drop_datagram(log: Log, stats: Stats, why: str, words: str, **fields: object) -> None:
-    """Count and log a datagram that is lost here; `why` is one of `stats.UDP_DROPS`, `words` say what it was."""
+    """Count and log a datagram that is lost here; `why` is one of `stats.UDP_DROPS`, `words` describe it."""
     stats.udp_drops[why] += 1
     log.warning("datagram.dropped", "dropped " + words, Limit(why, burst=3), reason=why, **fields)

@@ -1,4 +1,4 @@
-"""Runs the program with a bug in it: `with_bug.py nodepass.client.client:Client._connect 2 1 ARGUMENTS...`.
+"""Runs the program with a bug in it: `with_bug.py nodepass.client.connector:Connector._connect 2 1 ARGUMENTS...`.
 
 The function that is named raises on so many calls (the 1), after so many that go well (the 2). The program itself has
 no place where a fault could be put in.

@@ -109,8 +109,8 @@ def test_a_bug_after_the_first_bytes_of_an_idle_connection_leaves_nothing_to_cla
 
 def test_a_bug_in_a_lanes_writer_ends_the_lane_and_is_raised_by_it(stack: ExitStack) -> None:
     stream, _ = stack.enter_context(tcp_pair())
-    lane = Lane(lambda number, payload: (number, payload))
-    running = gevent.spawn(lane.run, Broken(stream.sock))
+    lane = Lane()
+    running = gevent.spawn(lane.run, Broken(stream.sock), lambda number, payload: (number, payload))
     gevent.sleep(0)
     assert lane.send(1, b"hello")
     with pytest.raises(Bug):

@@ -1,0 +1,200 @@
+"""Keeps the client connected: dials the server, shakes hands, runs the connection, and begins again after its end.
+
+What happens while a control connection lasts is in `connection`. Failures are logged and counted here, and attempts
+are repeated with growing pauses until `stop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import gevent
+from gevent.event import Event
+
+from nodepass.client.connection import Connection
+from nodepass.client.data_dialer import Backoff, Route
+from nodepass.client.launches import Launches
+from nodepass.client.target import Target
+from nodepass.errors import RefusedError, reason
+from nodepass.log import Limit
+from nodepass.net.sockets import as_blocking, dial, resolve
+from nodepass.stats import failure
+from nodepass.tunnel.control import STOPPING, Agreement, ClientControl
+from nodepass.tunnel.handshake import connect_to_server
+from nodepass.tunnel.part import Common, Part
+from nodepass.urls import Address
+from nodepass.wire.auth import Key
+
+if TYPE_CHECKING:
+    from OpenSSL import SSL
+
+SETTLED = 1.0  # seconds that a control connection must last for the next reconnect to begin with the shortest pause
+REPEAT_WARNING = 60.0  # seconds between two warnings about the same failure to connect
+FAREWELL = 1.0  # seconds for the server to end its side of the control connection at a shutdown
+
+
+class Connector(Part):
+    """Has the client's connection to its server, or the reason why there is none."""
+
+    def __init__(
+        self,
+        common: Common,
+        server: Address,
+        key: Key | None,
+        target: Target,
+        launches: Launches,
+        log_statistics: Callable[[], None],
+    ) -> None:
+        super().__init__(common)
+        self.connection: Connection | None = None  # while there is one
+        self.failure = "no answer yet"  # why there is none
+        self.ready = Event()  # a handshake has succeeded
+        self._common = common
+        self._server = server
+        self._key = key
+        self._target = target
+        self._launches = launches
+        self._log_statistics = log_statistics
+        self._stopping = Event()
+        self._ended = Event()
+
+    @property
+    def control(self) -> ClientControl | None:
+        """The control connection to the server, while there is one."""
+        return self.connection.control if self.connection else None
+
+    def start(self) -> None:
+        self._start_loop("stay connected", self._stay_connected)
+
+    def stop(self, timeout: float) -> None:
+        """Leave the server; launches that it has already sent are still served."""
+        self._stopping.set()
+        if self.control:
+            self.control.finish()
+        self._ended.wait(min(FAREWELL, timeout))
+
+    def close(self) -> None:
+        """End the connection at once."""
+        self._stopping.set()
+        if self.control:
+            self.control.close(STOPPING)
+        super().close()
+
+    def unhealthy_reason(self) -> str:
+        """Why a restart is needed, or ""; a server that cannot be reached is no reason."""
+        return self.find_ended() or (self.connection.unhealthy_reason() if self.connection else "")
+
+    def _stay_connected(self) -> None:
+        backoff = Backoff(self._settings.service_cooldown)
+        try:
+            while not self._stopping.is_set():
+                began = time.monotonic()
+                try:
+                    control, agreement = self._connect()
+                except OSError as error:
+                    self._report_failure(error)
+                else:
+                    self._serve(control, agreement)
+                    if time.monotonic() - began > SETTLED:
+                        backoff.reset()
+                self._stopping.wait(backoff.pause())
+        finally:
+            self._ended.set()
+
+    def _connect(self) -> tuple[ClientControl, Agreement]:
+        """A control connection after its handshake. Raises OSError, RefusedError among them."""
+        timeout = self._settings.handshake_timeout
+        try:
+            self._target.resolve()
+        except OSError as error:
+            words = "target: %(error)s; it is looked up again for each session"
+            self._log.warning("target.unresolved", words, error=error)
+        sock = as_blocking(dial(resolve(self._server), timeout))
+        try:
+            control = ClientControl(sock, self._settings.report_interval, self._log, self._stats)
+            late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s")
+            with gevent.Timeout(timeout, late):
+                agreement = connect_to_server(control, self._key)
+        except BaseException:
+            sock.close()
+            raise
+        return control, agreement
+
+    def _report_failure(self, error: OSError) -> None:
+        """Count and log why there is no connection; the same reason again only after REPEAT_WARNING."""
+        self._stats.control_failures[token := failure(error)] += 1
+        refused = isinstance(error, RefusedError)
+        level, what = (logging.ERROR, "no agreement with") if refused else (logging.WARNING, "cannot reach")
+        why = reason(error)
+        self.failure = f"{what} the server {self._server}: {why}"
+        self._log.log(
+            level,
+            "server.rejected" if refused else "server.unreachable",
+            what + " the server %(server)s: %(error)s; trying again",
+            Limit(why, REPEAT_WARNING, 1),
+            server=self._server,
+            reason=token,
+            error=why,
+        )
+
+    def _serve(self, control: ClientControl, agreement: Agreement) -> None:
+        """Run one connection until it ends."""
+        if self._stopping.is_set():  # since the dial
+            control.close(STOPPING)
+            return
+        self._stats.connects += 1
+        self._log_connected(control, agreement)
+        route = self._route(control, agreement)
+        self.connection = Connection(self._common, control, route, self._launches, self._log_statistics)
+        self.ready.set()
+        try:
+            self.connection.run()
+        finally:
+            self.connection = None
+            self.failure = control.ending.words
+            if control.vanished:
+                self._launches.end_lanes()
+            self._log.info(
+                "server.disconnected",
+                "disconnected: %(error)s",
+                server=control.peer,
+                reason=control.ending.reason,
+                error=control.ending.words,
+            )
+
+    def _log_connected(self, control: ClientControl, agreement: Agreement) -> None:
+        offer = agreement.offer
+        self._log.info(
+            "server.connected",
+            "connected to %(server)s: data port %(data_port)d, tls %(tls)d, wire v%(wire)d",
+            server=control.peer,
+            data_port=offer.data_port,
+            tls=offer.tls,
+            wire=offer.version,
+        )
+
+    def _route(self, control: ClientControl, agreement: Agreement) -> Route:
+        """Data connections go to the address at which the server was reached, on the port that it offered."""
+        offer = agreement.offer
+        reached = control.endpoint
+        return Route(
+            endpoint=reached if offer.mux else reached.with_port(offer.data_port),
+            host=self._server.host or "localhost",
+            timeout=self._settings.handshake_timeout,
+            context=_context(offer.tls),
+            verify=offer.tls == 2,
+            session=agreement.session,
+            shared_port=offer.mux,
+            fingerprint=offer.fingerprint if agreement.session else "",
+        )
+
+
+def _context(tls: int) -> SSL.Context | None:
+    if not tls:
+        return None
+    from nodepass.tls.stream import client_context
+
+    return client_context(verify=tls == 2)

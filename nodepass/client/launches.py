@@ -1,0 +1,141 @@
+"""What follows a launch: claim its data connection, connect to the target, move the bytes, close.
+
+The server launches a data connection for each session. `connection` reads the launches and hands them over; each is
+handled in a greenlet of its own, under the semaphore (SEMAPHORE_LIMIT). Running sessions and lanes belong here and
+outlive the control connection that launched them, so that a reconnect does not disturb them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from nodepass.client.pool import ClientPool
+from nodepass.client.target import Target
+from nodepass.client.udp_flows import TargetFlows
+from nodepass.errors import NoDataConnection, ProtocolError, reason
+from nodepass.log import Limit, Log
+from nodepass.net.relay import relay
+from nodepass.net.sockets import Socket
+from nodepass.net.stream import Stream, TCPStream
+from nodepass.stats import failure
+from nodepass.tasks import TaskGroup, WorkerPool
+from nodepass.tunnel.part import Common, Part
+from nodepass.tunnel.udp import ask_target, read_datagram
+from nodepass.wire.signals import LANE, TCP, Launch
+
+LANES_AT_MOST = 256  # a server opens at most 64 (UDP_LANES), and those of its last connections can still run
+
+
+class Launches(Part):
+    """Handles the launches of one client, of all its control connections."""
+
+    def __init__(self, common: Common, target: Target, flows: TargetFlows) -> None:
+        super().__init__(common)
+        self.sessions = WorkerPool(self._log, self._stats, self._settings.semaphore_limit)
+        self._target = target
+        self._flows = flows
+        # Apart from the sessions: a lane does not end by itself, so a shutdown does not wait for it.
+        self._lanes = TaskGroup(self._log, self._stats)
+
+    def close(self) -> None:
+        """End everything at once."""
+        super().close()
+        self.end_lanes()
+        self.sessions.kill()
+
+    def begin_session(self, pool: ClientPool, launch: Launch, began: float) -> None:
+        """Handle a launch that was read at `began`; waits for a slot."""
+        self.sessions.spawn("launch", self._handle, pool, launch, began)
+
+    def begin_lane(self, pool: ClientPool, launch: Launch) -> bool:
+        """Open a lane, which takes no slot; False if there are too many."""
+        if len(self._lanes) >= LANES_AT_MOST:
+            return False
+        self._lanes.spawn("lane", self._handle, pool, launch, 0.0)
+        return True
+
+    def end_lanes(self) -> None:
+        """End all lanes: their server has vanished, and their flows would wait for it."""
+        self._lanes.kill()
+
+    def _handle(self, pool: ClientPool, launch: Launch, began: float) -> None:
+        """One launch, from its claim to the close."""
+        try:
+            data = pool.claim(launch.id, self._settings.handshake_timeout)
+        except NoDataConnection as error:
+            self._stats.trouble["launches_unknown"] += 1
+            self._log.warning("launch.unknown", "launch ignored: %(error)s", Limit(), id=launch.id, error=error)
+            return
+        log = self._log.session(launch.id)
+        try:
+            if launch.kind == TCP:
+                self._serve_tcp(data, began, log)
+            elif launch.kind == LANE:
+                self._flows.run_lane(data, log)
+            else:
+                self._serve_datagram(data, log)
+        finally:
+            data.close()
+
+    def _serve_tcp(self, data: Stream, began: float, log: Log) -> None:
+        sock = self._dial()
+        if sock is None:
+            return  # the close of a data connection is a reset, so the visitor is refused, too
+        log.debug("target.connected", "target %(target)s connected", target=self._target)
+        traffic = relay(data, TCPStream(sock), self._stats, began)
+        sentence = "target %(target)s: " + traffic.SENTENCE
+        log.debug("session.closed", sentence, target=self._target, **traffic.fields())
+
+    def _dial(self) -> Socket | None:
+        """A connection to the target; None, logged and counted, if it cannot be reached."""
+        began = time.monotonic()
+        try:
+            sock = self._target.dial(self._settings.handshake_timeout)
+        except OSError as error:
+            self._stats.tcp.ended["unreachable"] += 1
+            why = reason(error)
+            self._log.warning(
+                "target.unreachable",
+                "cannot reach the target: %(error)s",
+                Limit(why, burst=1),
+                target=self._target,
+                reason=failure(error),
+                error=why,
+            )
+            return None
+        self._stats.target_dials.observe(time.monotonic() - began)
+        return sock
+
+    def _serve_datagram(self, data: Stream, log: Log) -> None:
+        """Wire v1: a session is one datagram and its answer."""
+        data.reset_on_close(False)  # a reset could overtake the answer
+        udp, outcome = self._stats.udp, "unanswered"
+        udp.begin()
+        try:
+            asked, answered = self._ask(data)
+        except ProtocolError as error:
+            self._stats.udp_drops["too_large"] += 1
+            words = "dropped: %(error)s"
+            self._log.warning("datagram.dropped", words, Limit("too_large"), reason="too_large", error=error)
+        except OSError as error:
+            words = "datagram unanswered: %(error)s"
+            self._log.warning("datagram.unanswered", words, Limit(), reason=failure(error), error=reason(error))
+        else:
+            outcome = "completed"
+            words = "target %(target)s: %(asked)d bytes asked, %(answered)d bytes answered"
+            log.debug("datagram.answered", words, target=self._target, asked=asked, answered=answered)
+        finally:
+            udp.end(outcome)
+
+    def _ask(self, data: Stream) -> tuple[int, int]:
+        """Carry one datagram to the target and its answer back; their sizes in bytes. Raises OSError."""
+        largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
+        question = read_datagram(data, largest, timeout)
+        self._stats.udp.up.bytes += len(question)
+        with contextlib.closing(self._target.dial_udp()) as sock:
+            answer = ask_target(sock, question, largest, timeout)
+        data.write(answer)
+        data.half_close()
+        self._stats.udp.down.bytes += len(answer)
+        return len(question), len(answer)
