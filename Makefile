@@ -11,7 +11,7 @@ TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak tests/matrix be
 # Compiled tests are kept: else every worker compiles them again, 4 s of CPU time each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo test programs lint bench fuzz soak matrix clean
+.PHONY: help venv demo test programs coverage lint bench fuzz soak matrix clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -27,6 +27,9 @@ test: $(VENV)/test.stamp ## Run the tests (ARGS='-k name' goes to pytest)
 
 programs: $(VENV)/test.stamp ## Run the tests that need other programs or root, or take more than 3 s each
 	$(RUN) -m pytest $(PARALLEL) -m 'programs and not soak' $(ARGS)
+
+coverage: $(VENV)/test.stamp $(VENV)/coverage.stamp ## Report which lines the unit tests run, and which all of make test
+	$(RUN) -m tests.support.measure $(PARALLEL) $(ARGS)
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp ## Check style, format and types
 	$(RUN) -m ruff check .
@@ -47,7 +50,8 @@ matrix: $(VENV)/test.stamp ## Test with each installed Python, highest and lowes
 	$(RUN) -m tests.matrix $(ARGS)
 
 clean: ## Remove everything that was made here
-	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out tests/fuzz/found
+	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* \
+		benchmarks/out tests/fuzz/found
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/stamp: requirements.txt setup.py

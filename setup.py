@@ -89,6 +89,7 @@ setup(
         ],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH],
         "bench": ["matplotlib>=3.8,<4"],
+        "coverage": ["coverage>=7.10,<8"],
         "fuzz": ["atheris>=3,<4; python_version >= '3.11' and python_version < '3.14'"],
     },
     entry_points={"console_scripts": ["nodepass = nodepass.__main__:main"]},

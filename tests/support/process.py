@@ -7,6 +7,7 @@ the tests reaches the program, and its log is JSON unless the test says otherwis
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -28,6 +29,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = REPOSITORY / "bin" / "nodepass"
 INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "VIRTUAL_ENV")
 
+IS_MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
+"""Whether coverage.py notes which lines run, in this process and in those it starts."""
+
 SHOWN = 150
 """Lines of a log, the last ones, that a failed test shows."""
 
@@ -41,7 +45,7 @@ runs: list[Nodepass] = []
 
 def scrubbed(extra: Environment | None = None) -> dict[str, str]:
     """An environment with no setting but LOG_FORMAT, where `python3` is the interpreter that runs the tests."""
-    kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    kept = {name: text for name, text in os.environ.items() if name in INHERITED or name.startswith("COVERAGE_")}
     kept["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", os.defpath)))
     return {**kept, "LOG_FORMAT": "json", **(extra or {})}
 
@@ -136,6 +140,13 @@ class Nodepass:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if IS_MEASURED and self.is_running:  # `make coverage`: a killed process would take its lines with it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.send(signal.SIGTERM)
+                self.process.wait(0.2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.send(signal.SIGTERM)
+                self.process.wait(5)
         self.kill()
 
     def _collect(self, descriptor: int) -> None:
