@@ -75,13 +75,38 @@ def test_a_quiet_session_costs_one_greenlet_and_no_buffer(stack: ExitStack) -> N
     before = greenlets()
     held = Held(stack, HELD)
     assert greenlets() - before == HELD
+    assert_no_buffer(HELD)
+    assert held.ends
+
+
+def assert_no_buffer(sessions: int) -> None:
+    """Assert that every pump waits for its source, with no pipe, nothing left to send, and no memory but the shared."""
     pumps = [each for each in gc.get_objects() if inspect.isgenerator(each) and each.gi_code is Pump.run.__code__]
-    assert len(pumps) == 2 * HELD
+    assert len(pumps) == 2 * sessions
     for pump in pumps:
-        assert pump.gi_yieldfrom is None  # it waits for its source, with no pipe and nothing left to send
+        assert pump.gi_yieldfrom is None
+        assert pump.gi_frame
         kept = [each for each in pump.gi_frame.f_locals.values() if isinstance(each, bytes | bytearray | memoryview)]
         assert all(not each or getattr(each, "obj", None) is _shared.obj for each in kept)
-    assert held.ends
+
+
+class Full(TCPStream):
+    """A stream that never takes anything at once."""
+
+    def send(self, data: Data) -> Data:
+        return bytes(data)
+
+
+def test_a_session_whose_sink_was_full_keeps_no_copy_once_it_is_quiet(stack: ExitStack) -> None:
+    near, visitor = stack.enter_context(tcp_pair())
+    far, target = stack.enter_context(tcp_pair())
+    running: Greenlet[..., object] = Greenlet.spawn(relay, Full(near.sock), Full(far.sock), Stats())
+    stack.callback(running.kill)
+    visitor.sendall(b"question")
+    assert target.recv(100) == b"question"
+    target.sendall(b"answer")
+    assert visitor.recv(100) == b"answer"
+    assert_no_buffer(1)
 
 
 class Counted(TCPStream):
@@ -91,7 +116,7 @@ class Counted(TCPStream):
         super().__init__(plain.sock)
         self._calls = calls
 
-    def read(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def read(self, buffer: memoryview) -> int:
         self._calls.append("read")
         return int(self._raw.recv_into(buffer))
 
