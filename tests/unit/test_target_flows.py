@@ -1,0 +1,183 @@
+"""Lanes and flows of UDP: the bounded queue, the table of flows, and the client's sockets at the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import gevent
+import pytest
+from gevent import socket
+
+from nodepass.client.target import Target
+from nodepass.client.udp_flows import TargetFlows
+from nodepass.config import Settings
+from nodepass.log import Log
+from nodepass.net import udp
+from nodepass.stats import Stats
+from nodepass.tasks import TaskGroup
+from nodepass.tunnel import udp as lanes
+from nodepass.tunnel.part import Common
+from nodepass.tunnel.udp import FlowTable, Lane
+from nodepass.urls import Address
+from nodepass.wire.frames import FrameBuffer, encode_frame
+from tests.unit.controls import run, until
+from tests.unit.streams import tcp_pair
+
+
+@dataclass(eq=False)
+class Flow:
+    number: int
+    last: float = 0.0
+
+
+class Ended:
+    """A table that keeps up to 2 flows, and what became of those that left."""
+
+    def __init__(self, timeout: float) -> None:
+        self.flows: list[tuple[int, str]] = []
+        self.table: FlowTable[Flow] = FlowTable(2, timeout, lambda flow, how: self.flows.append((flow.number, how)))
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    monkeypatch.setattr(udp, "socket", socket)
+    with ExitStack() as stack, gevent.Timeout(20):
+        yield stack
+
+
+def test_the_longest_idle_flow_makes_room_for_a_new_one() -> None:
+    ended = Ended(60)
+    for number in (1, 2):
+        ended.table.add(number, Flow(number))
+    assert ended.table.get(1)
+    ended.table.add(3, Flow(3))
+    assert ended.flows == [(2, "evicted")]
+    assert len(ended.table) == 2
+
+
+def test_a_sweep_ends_the_flows_that_have_been_silent_for_too_long() -> None:
+    ended = Ended(60)
+    silent, recent = Flow(1), Flow(2)
+    ended.table.add(1, silent)
+    ended.table.add(2, recent)
+    silent.last -= 61
+    ended.table.sweep()
+    assert ended.flows == [(1, "completed")]
+    assert ended.table.get(2) is recent
+
+
+def test_the_flows_of_a_lost_lane_end_and_no_others() -> None:
+    ended = Ended(60)
+    for number in (1, 2):
+        ended.table.add(number, Flow(number))
+    ended.table.end(lambda flow: flow.number == 1)
+    assert ended.flows == [(1, "lost")]
+    assert len(ended.table) == 1
+
+
+def test_a_full_lane_takes_no_more_until_what_it_has_is_written(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "QUEUE", 1000)
+    lane = Lane()
+    assert lane.send(1, bytes(900))
+    assert not lane.send(1, bytes(900))
+    stream, peer = stack.enter_context(tcp_pair())
+    run(stack, lane.run, stream, print)
+    assert list(FrameBuffer().feed(peer.recv(2000))) == [(1, bytes(900))]
+    until(lambda: lane.send(1, bytes(900)))
+
+
+def test_a_lane_that_ended_before_its_connection_came_closes_it(stack: ExitStack) -> None:
+    lane = Lane()
+    lane.close()
+    stream, peer = stack.enter_context(tcp_pair())
+    assert lane.run(stream, print) == "not needed any more"
+    assert peer.recv(1) == b""
+    assert not lane.send(1, b"late")
+
+
+class Client:
+    """The client's flows with one lane, and a target."""
+
+    def __init__(self, stack: ExitStack, limit: int = 8) -> None:
+        self.stats = Stats()
+        log = Log("test")
+        self.target = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.target.bind(("127.0.0.1", 0))
+        common = Common(Settings(semaphore_limit=limit), log, self.stats, TaskGroup(log, self.stats))
+        self.flows = TargetFlows(common, Target(Address(*self.target.getsockname())))
+        stack.callback(self.flows.close)
+        stream, self.server = stack.enter_context(tcp_pair())
+        run(stack, self.flows.run_lane, stream, log)
+
+    def ask(self, flow: int) -> tuple[str, int]:
+        """Have a flow send a datagram; the address at which the target sees it."""
+        self.server.sendall(encode_frame(flow, b"question"))
+        payload, address = self.target.recvfrom(100)
+        assert payload == b"question"
+        return address  # type: ignore[no-any-return]
+
+
+def test_each_flow_has_a_socket_of_its_own_and_its_answers_come_back(stack: ExitStack) -> None:
+    client = Client(stack)
+    first, second = client.ask(1), client.ask(2)
+    assert first != second
+    assert client.ask(1) == first
+    client.target.sendto(b"answer", second)
+    assert list(FrameBuffer().feed(client.server.recv(100))) == [(2, b"answer")]
+    assert (client.stats.udp.up.bytes, client.stats.udp.down.bytes) == (24, 6)
+
+
+def test_a_flow_beyond_the_limit_evicts_the_longest_idle_one(stack: ExitStack) -> None:
+    client = Client(stack, limit=1)
+    first = client.ask(1)
+    client.ask(2)
+    assert len(client.flows) == 1
+    assert client.stats.udp.ended["evicted"] == 1
+    assert client.ask(1) != first
+
+
+def test_flows_end_with_their_lane(stack: ExitStack) -> None:
+    client = Client(stack)
+    client.ask(1)
+    client.server.close()
+    until(lambda: not len(client.flows))
+    assert client.stats.udp.ended["lost"] == 1
+
+
+def test_a_target_that_refuses_datagrams_is_counted_and_its_flow_stays(stack: ExitStack) -> None:
+    client = Client(stack)
+    client.ask(1)
+    client.target.close()
+    client.server.sendall(encode_frame(1, b"nothing listens"))
+    until(lambda: client.stats.udp_drops["target_refused"])
+    assert len(client.flows) == 1
+
+
+def test_an_answer_that_a_full_lane_cannot_take_is_dropped_and_counted(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(stack)
+    address = client.ask(1)
+    monkeypatch.setattr(lanes, "QUEUE", 0)
+    client.target.sendto(b"answer", address)
+    until(lambda: client.stats.udp_drops["lane_full"] == 1)
+
+
+def test_a_bug_at_one_flow_ends_that_flow_only_and_is_reported(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(stack)
+    broken, healthy = client.ask(1), client.ask(2)
+    right = TargetFlows._pass_back
+    with monkeypatch.context() as patch:
+        patch.setattr(TargetFlows, "_pass_back", lambda *_: 1 // 0)
+        client.target.sendto(b"answer", broken)
+        until(lambda: client.stats.trouble["bugs"] == 1)
+    assert TargetFlows._pass_back is right
+    assert len(client.flows) == 1
+    client.target.sendto(b"answer", healthy)
+    assert list(FrameBuffer().feed(client.server.recv(100))) == [(2, b"answer")]
