@@ -82,7 +82,7 @@ setup(
             "PyYAML>=6.0.2; python_version >= '3.13'",
             "PyYAML>=6.0.3; python_version >= '3.14'",
             "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.6.1,<4",
             "hypothesis>=6.100,<7",
             METRICS,
             RICH,
