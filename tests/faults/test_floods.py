@@ -38,7 +38,7 @@ QUICKLY = 2500
 MEMORY = 96 << 20
 """Bytes that strangers may cost."""
 
-PATIENT: Environment = {"HANDSHAKE_TIMEOUT": "2s", "REPORT_INTERVAL": "1s", "MAX_POOL_CAPACITY": str(POOL)}
+PATIENT: Environment = {"HANDSHAKE_TIMEOUT": "5s", "MAX_POOL_CAPACITY": str(POOL)}
 KEYED: Environment = {**PATIENT, "TUNNEL_KEY": SECRET}
 ONE_PORT: Environment = {**KEYED, "DATA_PORT": "tunnel"}
 
@@ -127,9 +127,9 @@ def time_visitors(address: Address, target: Target, number: int = VISITORS) -> l
 
 
 def assert_as_fast(during: list[float], before: list[float]) -> None:
-    """That nobody has waited for a stranger: half of the visitors no longer than SERVED, even on a busy machine."""
-    assert during[len(during) // 2] < SERVED + 10 * before[len(before) // 2]
-    assert during[-1] < 20 * SERVED + 10 * before[-1]
+    """That no visitor has waited for an attacker's handshake, which takes PATIENT's seconds, even on a busy machine."""
+    assert during[len(during) // 2] < 10 * SERVED + 10 * before[len(before) // 2]
+    assert during[-1] < 60 * SERVED + 10 * before[-1]
 
 
 @pytest.mark.programs

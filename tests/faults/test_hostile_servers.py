@@ -19,7 +19,7 @@ from tests.support.v2_server import V2Server
 MEMORY = 32 << 20
 """Bytes that a flood may cost; 50,000 greenlets would take four times as much."""
 
-PATIENT: Environment = {"HANDSHAKE_TIMEOUT": "20s", "REPORT_INTERVAL": "1s"}
+PATIENT: Environment = {"HANDSHAKE_TIMEOUT": "20s"}
 
 
 def launches(kind: int) -> bytes:

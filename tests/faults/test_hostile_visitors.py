@@ -31,7 +31,6 @@ ENV: Environment = {
     "SEMAPHORE_LIMIT": str(SESSIONS),
     "MAX_POOL_CAPACITY": str(POOL),
     "POOL_GET_TIMEOUT": "1s",
-    "REPORT_INTERVAL": "1s",
 }
 
 FLOODS: dict[str, tuple[int, bytes, Then]] = {
