@@ -56,7 +56,7 @@ class RefusedError(NodepassError, ConnectionError):
     """The handshake was refused; `reason` is the wire's token, the text is for people."""
 
     def __init__(self, reason: str, words: str = "") -> None:
-        super().__init__(words or f"the server rejected this client: {reason}")
+        super().__init__(words or f"rejected by the server: {reason}")
         self.reason = reason
 
 

@@ -134,7 +134,7 @@ class Log:
         lines, burst.suppressed = burst.suppressed, 0
         if lines:
             about = f"{event}: {key}" if key else event
-            words = "%(lines)d more lines like the last about: %(about)s"
+            words = "suppressed %(lines)d more lines about: %(about)s"
             self.log(burst.level, "log.suppressed", words, lines=lines, suppressed=event, about=about)
 
     def _admits(self, level: int, event: str, limit: Limit) -> bool:

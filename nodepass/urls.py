@@ -80,7 +80,7 @@ def parse_url(text: str) -> ServerURL | ClientURL:
     if "@" in parts.netloc:
         # The text is not repeated: the part before the @ may be a secret.
         raise ConfigError(
-            f"URL {scheme}://…@…: a user part is not allowed, a key would show in the process list; put it into"
+            f"URL {scheme}://…@…: a user part is not allowed, because a key would show in the process list; use"
             f" TUNNEL_KEY_FILE; allowed: {_FORM}"
         )
     if "#" in text:
@@ -121,7 +121,7 @@ def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:
             raise ConfigError(f"URL {url!r}: parameter {name!r} is given twice; allowed: once")
         given[name] = unquote(value)
         if "\0" in given[name]:
-            raise ConfigError(f"URL {url!r}: {name} has a NUL in it; allowed: text without")
+            raise ConfigError(f"URL {url!r}: {name} contains a NUL; allowed: text without")
     return given
 
 
@@ -138,5 +138,7 @@ def _parse_tls(url: str, given: dict[str, str]) -> tuple[int, tuple[Notice, ...]
             raise ConfigError(f"URL {url!r}: tls=2 needs {name}=FILE (PEM); it is missing")
         if tls != 2 and name in given:
             raise ConfigError(f"URL {url!r}: {name} is given with tls={tls}; allowed: with tls=2 only")
-    words = "tls is not given: data connections are not encrypted (tls=0); say tls=0 to silence this, tls=1 to encrypt"
+    words = (
+        "tls is not given: data connections are not encrypted (tls=0); set tls=0 to silence this, or tls=1 to encrypt"
+    )
     return tls, () if "tls" in given else (Notice("tls_unset", words),)

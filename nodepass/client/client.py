@@ -83,7 +83,7 @@ class Client:
         if connection:
             server = f"server {connection.control.describe()}, {connection.pool}"
         else:
-            server = f"no server: {self._connector.failure}"
+            server = f"not connected: {self._connector.failure}"
         return f"{server}, {len(self.sessions)} sessions, {len(self._flows)} flows"
 
     def unhealthy_reason(self) -> str:

@@ -86,17 +86,17 @@ class Connection(Part):
     def _read_signals(self) -> None:
         for launch in self.control.launches():
             self._log.debug(
-                "launch.received", "signal: launch %(id)s as %(kind)s", id=launch.id, kind=KIND_NAMES[launch.kind]
+                "launch.received", "received launch %(id)s (%(kind)s)", id=launch.id, kind=KIND_NAMES[launch.kind]
             )
             self.pool.reserve(launch.id)
             if launch.kind == LANE:
                 if not self._launches.begin_lane(self.pool, launch):
-                    self._drop(launch.id, "lanes", f"there are {LANES_AT_MOST} lanes already")
+                    self._drop(launch.id, "lanes", f"{LANES_AT_MOST} lanes are open already")
                 continue
             try:
                 self._queue.put_nowait((launch, time.monotonic()))
             except Full:
-                self._drop(launch.id, "limit", "too many wait for a slot already")
+                self._drop(launch.id, "limit", "too many launches are waiting for a slot")
 
     def _drop(self, id: str, why: str, because: str) -> None:
         """Leave a launch unserved; the close of its data connection tells the server."""

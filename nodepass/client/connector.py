@@ -50,7 +50,7 @@ class Connector(Part):
     ) -> None:
         super().__init__(common)
         self.connection: Connection | None = None  # while there is one
-        self.failure = "no answer yet"  # why there is none
+        self.failure = "not connected yet"  # why there is none
         self.ready = Event()  # a handshake has succeeded
         self._common = common
         self._server = server
@@ -110,7 +110,7 @@ class Connector(Part):
         try:
             self._target.resolve()
         except OSError as error:
-            words = "target: %(error)s; it is looked up again for each session"
+            words = "target: %(error)s; it will be resolved again for each session"
             self._log.warning("target.unresolved", words, error=error)
         sock = as_blocking(dial(resolve(self._server), timeout))
         try:
@@ -127,13 +127,13 @@ class Connector(Part):
         """Count and log why there is no connection; the same reason again only after REPEAT_WARNING."""
         self._stats.control_failures[token := failure(error)] += 1
         refused = isinstance(error, RefusedError)
-        level, what = (logging.ERROR, "no agreement with") if refused else (logging.WARNING, "cannot reach")
+        level, what = (logging.ERROR, "handshake failed with") if refused else (logging.WARNING, "cannot reach")
         why = reason(error)
         self.failure = f"{what} the server {self._server}: {why}"
         self._log.log(
             level,
             "server.rejected" if refused else "server.unreachable",
-            what + " the server %(server)s: %(error)s; trying again",
+            what + " the server %(server)s: %(error)s; retrying",
             Limit(why, REPEAT_WARNING, 1),
             server=self._server,
             reason=token,

@@ -94,7 +94,7 @@ class DataDialer(Part):
             level, check = logging.WARNING, ""
             if isinstance(error, VerificationError):
                 level, check = logging.ERROR, error.check
-            words = "cannot make a data connection: %(error)s"
+            words = "cannot open a data connection: %(error)s"
             self._log.log(
                 level, "data.dial_failed", words, Limit(burst=1), reason=why, check=check, error=reason(error)
             )
@@ -150,9 +150,7 @@ class Route:
         try:
             id = parse_id(recv_exactly(stream, ID_LENGTH))
         except ClosedError:
-            words = (
-                "closed by the server before it gave an id: its pool is full (MAX_POOL_CAPACITY), or its log says why"
-            )
+            words = "closed by the server before it sent an id: its pool is full (MAX_POOL_CAPACITY), or see its log"
             raise ClosedError(words) from None
         if self.session:
             stream.write(self.session.data_proof(id))

@@ -82,7 +82,7 @@ class Launches(Part):
         sock = self._dial()
         if sock is None:
             return  # the close of a data connection is a reset, so the visitor is refused, too
-        log.debug("target.connected", "target %(target)s connected", target=self._target)
+        log.debug("target.connected", "connected to target %(target)s", target=self._target)
         traffic = relay(data, TCPStream(sock), self._stats, began)
         sentence = "target %(target)s: " + traffic.SENTENCE
         log.debug("session.closed", sentence, target=self._target, **traffic.fields())
@@ -116,14 +116,14 @@ class Launches(Part):
             asked, answered = self._ask(data)
         except ProtocolError as error:
             self._stats.udp_drops["too_large"] += 1
-            words = "dropped: %(error)s"
+            words = "dropped a datagram: %(error)s"
             self._log.warning("datagram.dropped", words, Limit("too_large"), reason="too_large", error=error)
         except OSError as error:
-            words = "datagram unanswered: %(error)s"
+            words = "no reply to a datagram: %(error)s"
             self._log.warning("datagram.unanswered", words, Limit(), reason=failure(error), error=reason(error))
         else:
             outcome = "completed"
-            words = "target %(target)s: %(asked)d bytes asked, %(answered)d bytes answered"
+            words = "target %(target)s: datagram of %(asked)d bytes, reply of %(answered)d bytes"
             log.debug("datagram.answered", words, target=self._target, asked=asked, answered=answered)
         finally:
             udp.end(outcome)

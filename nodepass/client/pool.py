@@ -209,7 +209,7 @@ class ClientPool(Pool):
         else:
             replaced = self._states.add(id, stream)
             self._start_watching(id, stream, self._watch(id, stream, time.monotonic()))
-            self._finish(replaced, "replaced", "its id was given again")
+            self._finish(replaced, "replaced", "its id was reused")
 
     def end_dial(self) -> None:
         """A connection has been added, or could not be made."""
@@ -223,7 +223,7 @@ class ClientPool(Pool):
         stream, replaced = self._states.reserve(id)
         if stream is not None:
             stream.unwatch()
-            self._finish(replaced, "replaced", "its id was given again")
+            self._finish(replaced, "replaced", "its id was reused")
 
     def drop(self, id: str) -> None:
         """Close the connection of a launch that cannot be served, so that the server's visitor is not left waiting."""
@@ -240,13 +240,13 @@ class ClientPool(Pool):
             self._finish()
             return stream
         if not self._states.dialling or id in self._waiting:
-            raise NoDataConnection(f"no data connection has the id {id}")
+            raise NoDataConnection(f"unknown data connection {id}")
         if not self._idle:
             self._states.count_found_empty()
             self._finish()
         waiter = self._waiting[id] = Waiter()
         try:
-            return waiter.wait(timeout, f"no data connection had the id {id} within {timeout:g}s")[1]
+            return waiter.wait(timeout, f"no data connection {id} within {timeout:g}s")[1]
         finally:
             if self._waiting.get(id) is waiter:
                 del self._waiting[id]
@@ -276,9 +276,9 @@ class ClientPool(Pool):
     def _become_early(self, id: str, has_bytes: bool, added: float) -> None:
         now = time.monotonic()
         replaced = self._states.become_early(id, has_bytes, now - added < YOUNG, now)
-        words = "pool: %(id)s has its first bytes" if has_bytes else "pool: %(id)s ended by the server"
+        words = "pool: %(id)s received bytes before its launch" if has_bytes else "pool: %(id)s closed by the server"
         self._log.debug("pool.early", words, id=id, ended=not has_bytes)
-        self._finish(replaced, "replaced", "its id was given again")
+        self._finish(replaced, "replaced", "its id was reused")
 
     def _forget(self, id: str, stream: Stream) -> None:
         self._states.forget(id, stream)
@@ -286,7 +286,7 @@ class ClientPool(Pool):
     def _fail_claims(self) -> None:
         while self._waiting:
             id, waiter = self._waiting.popitem()
-            waiter.fail(NoDataConnection(f"no data connection has the id {id}"))
+            waiter.fail(NoDataConnection(f"unknown data connection {id}"))
 
     def _finish(self, closing: Closing[Stream] | tuple[()] = (), reason: str = "", words: str = "") -> None:
         """The I/O after a transition: close what it returned, log a new capacity, wake the dialer."""

@@ -62,10 +62,10 @@ class TargetFlows(Part):
     def run_lane(self, stream: Stream, log: Log) -> None:
         """Serve one lane until it ends; its flows end with it."""
         lane = Lane()
-        log.debug("lane.opened", "lane opens")
+        log.debug("lane.opened", "lane opened")
         try:
             because = lane.run(stream, partial(self._deliver, lane))
-            log.debug("lane.closed", "lane ends: %(error)s", error=because)
+            log.debug("lane.closed", "lane closed: %(error)s", error=because)
         finally:
             lane.ended = True
             self._table.end(lambda flow: flow.lane is lane)
@@ -89,7 +89,7 @@ class TargetFlows(Part):
         self._table.add((lane, number), flow)
         flow.watcher.start(self._read_answers(flow, cast(Any, sock)._sock).__next__)
         self._stats.udp.begin()
-        self._log.debug("flow.opened", "flow %(flow)d begins, %(flows)d flows", flow=number, flows=len(self))
+        self._log.debug("flow.opened", "flow %(flow)d opened, %(flows)d flows", flow=number, flows=len(self))
         return flow
 
     def _read_answers(self, flow: TargetFlow, sock: socket.socket) -> Steps:
@@ -116,7 +116,7 @@ class TargetFlows(Part):
         if flow.lane.send(flow.number, answer):
             self._stats.udp.down.bytes += len(answer)
         else:
-            words = "an answer of %(size)d bytes: its lane is full"
+            words = "a reply of %(size)d bytes: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(answer))
 
     def _end(self, flow: TargetFlow, outcome: str) -> None:
@@ -124,7 +124,7 @@ class TargetFlows(Part):
         flow.watcher.stop()
         flow.watcher.close()
         flow.sock.close()
-        self._log.debug("flow.closed", "flow %(flow)d ends", flow=flow.number, outcome=outcome)
+        self._log.debug("flow.closed", "flow %(flow)d closed", flow=flow.number, outcome=outcome)
         if outcome == "evicted":
-            words = "dropped the longest idle flow: SEMAPHORE_LIMIT is reached"
+            words = "closed the least recently used flow: SEMAPHORE_LIMIT reached"
             self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number)

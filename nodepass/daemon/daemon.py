@@ -105,7 +105,7 @@ class Daemon:
         if not stop.ready():
             self._log.warning(
                 "process.exiting",
-                "a second signal: exiting at once, %(sessions)d sessions cut",
+                "second signal: exiting immediately, cutting %(sessions)d sessions",
                 sessions=self._sessions(),
             )
             if self._endpoint:
@@ -158,16 +158,16 @@ class Daemon:
             started.pop_all()
 
     def _refuse_unused_sockets(self) -> None:
-        """Raise ConfigError where systemd passed a socket that fits no URL: connections to it would wait forever."""
+        """Raise ConfigError where systemd passed a socket that no URL uses: connections to it would wait forever."""
         if unused := self._inherited.unused():
             allowed = "the tunnel, data and target addresses of the server URLs"
-            raise ConfigError(f"systemd passed {unused}, which fits no URL; allowed: {allowed}")
+            raise ConfigError(f"systemd passed {unused}, which no URL uses; allowed: {allowed}")
 
     def _stop(self) -> None:
         """Drain within SHUTDOWN_TIMEOUT, then close every part. A crash in one part does not keep the others."""
         timeout = self._settings.shutdown_timeout
         grace = format_duration(timeout)
-        words = "stopping: %(sessions)d sessions running, they have %(grace)s to finish"
+        words = "stopping; draining %(sessions)d sessions for up to %(grace)s"
         self._log.info("process.stopping", words, sessions=self._sessions(), grace=grace)
         parts = self._parts[::-1]
         gevent.joinall([self._tasks.spawn("stop", part.stop, timeout) for part in parts])
@@ -191,7 +191,7 @@ class Daemon:
                 self._tasks.spawn("dump", self._dump)
 
     def _reload(self) -> None:
-        self._log.info("process.reloading", "SIGHUP: looking at the certificate files")
+        self._log.info("process.reloading", "SIGHUP: checking the certificate files")
         self._notifier.begin_reload()
         gevent.joinall([self._tasks.spawn("reload", each.tunnel.reload) for each in self._tunnels])
         self._notifier.end_reload()
@@ -200,7 +200,7 @@ class Daemon:
         """Write what SIGUSR1 asks for."""
         for tunnel in (each.tunnel for each in self._tunnels):
             tunnel.log.always("tunnel.report", literal(tunnel.describe()), **report_fields(tunnel.view(), tunnel.stats))
-        bugs = f"bugs {self.bugs}, see their tracebacks" if self.bugs else "no bugs"
+        bugs = f"bugs {self.bugs}, see the tracebacks" if self.bugs else "no bugs"
         self._log.always("process.bugs", bugs, bugs=self.bugs)
         for line in cast(Callable[[], list[str]], format_run_info)():  # gevent's stubs say that it returns nothing
             self._log.always("process.greenlets", "%(line)s", line=line)

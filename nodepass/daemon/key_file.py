@@ -25,7 +25,7 @@ def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | Non
     """The key's text, if there is one, and warnings. Raises ConfigError naming its place, never the key."""
     text = environ.get("TUNNEL_KEY")
     if file is not None and text is not None:
-        raise ConfigError("TUNNEL_KEY and TUNNEL_KEY_FILE are both given; allowed: one of them")
+        raise ConfigError("TUNNEL_KEY and TUNNEL_KEY_FILE are both set; allowed: one of them")
     warnings: list[Notice] = []
     place = "TUNNEL_KEY"
     if file is None and text is None and (folder := environ.get("CREDENTIALS_DIRECTORY")):
@@ -40,9 +40,11 @@ def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | Non
     try:
         secret.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{place}: it is not UTF-8 text") from None
+        raise ConfigError(f"{place}: not UTF-8 text") from None
     if not secret:
-        raise ConfigError(f"{place}: the key is empty; allowed: a text, best one that nodepass --generate-key prints")
+        raise ConfigError(
+            f"{place}: the key is empty; allowed: a text, preferably the output of nodepass --generate-key"
+        )
     if len(secret) < SHORTEST:
         words = f"{place}: the key has fewer than {SHORTEST} characters and can be guessed"
         warnings.append(Notice("key_short", words))
@@ -53,9 +55,9 @@ def _read(file: str, place: str, warnings: list[Notice]) -> str:
     try:
         with open(file, encoding="utf-8") as opened:
             if os.fstat(opened.fileno()).st_mode & stat.S_IROTH:
-                warnings.append(Notice("key_readable", f"{place}: others can read it; chmod 600 {file}"))
+                warnings.append(Notice("key_readable", f"{place}: readable by others; run chmod 600 {file}"))
             return opened.read()
     except OSError as error:
         raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ConfigError(f"{place}: it is not UTF-8 text") from None
+        raise ConfigError(f"{place}: not UTF-8 text") from None

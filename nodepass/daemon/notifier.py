@@ -124,7 +124,7 @@ class Notifier:
         for tunnel in self._tunnels:
             if unhealthy_reason := tunnel.unhealthy_reason():
                 found = True
-                words = "this tunnel is not well, so the watchdog is kept waiting: %(error)s"
+                words = "unhealthy; withholding the watchdog ping: %(error)s"
                 tunnel.log.error("tunnel.unhealthy", words, Limit(seconds=REPEAT, burst=1), error=unhealthy_reason)
         return found
 

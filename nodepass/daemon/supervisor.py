@@ -90,7 +90,7 @@ class Supervisor:
             self.tunnel.run()
         except Exception as error:  # noqa: BLE001  # a bug, which ends this tunnel only
             self.stats.trouble["crashes"] += 1
-            words = "this tunnel crashed, which is a bug; it starts again in %(pause)s"
+            words = "tunnel crashed (bug); restarting in %(pause)s"
             self.log.error("tunnel.crashed", words, crash=error, pause=format_duration(self._cooldown))
             return True
         return False
@@ -102,9 +102,9 @@ class Supervisor:
                 tunnel = self._make()
                 tunnel.start()
             except NodepassError as error:
-                self.log.error("tunnel.restart_failed", "cannot start again: %(error)s", error=error)
+                self.log.error("tunnel.restart_failed", "restart failed: %(error)s", error=error)
             except Exception as error:  # noqa: BLE001  # a bug; the next attempt may succeed
-                report_bug("starting again", error, self.log, self.stats)
+                report_bug("restart", error, self.log, self.stats)
             else:
                 if self._stopping.is_set():  # meanwhile
                     tunnel.close()

@@ -82,7 +82,7 @@ def _take_sockets(environ: MutableMapping[str, str]) -> tuple[PassedSocket, ...]
     named = names.split(":") if names else []
     number = _number("LISTEN_FDS", count, 0)
     if named and len(named) != number:
-        raise ConfigError(f"LISTEN_FDNAMES: {names!r} names not as many as LISTEN_FDS={count}; allowed: one for each")
+        raise ConfigError(f"LISTEN_FDNAMES: {names!r} does not match LISTEN_FDS={count}; allowed: one name for each")
     descriptors = range(FIRST_SOCKET, FIRST_SOCKET + number)  # a huge number fails at the first missing one
     named_as = named or repeat("unknown")  # as sd_listen_fds_with_names(3) calls it
     return tuple(_passed(name, descriptor) for descriptor, name in zip(descriptors, named_as, strict=False))

@@ -45,7 +45,7 @@ class MetricsEndpoint:
             where = " and ".join(f"http://{format_sockaddr(each.getsockname())}/metrics" for each in listeners)
         self._server = HTTPServer(listeners, self._answer, self._log, self._stats)
         self._server.start()
-        self._log.info("metrics.listening", "metrics: %(address)s", address=where)
+        self._log.info("metrics.listening", "metrics listening: %(address)s", address=where)
 
     def stop(self, timeout: float) -> None:
         """Go on until `close`: what restarts or watches the process may ask while it drains."""
@@ -64,7 +64,7 @@ class MetricsEndpoint:
         try:
             return routes[path]()
         except Exception as error:  # noqa: BLE001  # a bug: answered with a 500, and the endpoint goes on
-            self._log.error("metrics.bug", "no answer to %(path)s, which is a bug", crash=error, path=path)
+            self._log.error("metrics.bug", "request for %(path)s crashed (bug)", crash=error, path=path)
             return Answer.of(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error, see the log")
 
     def _metrics(self) -> Answer:

@@ -100,7 +100,7 @@ class HTTPServer:
 
     def _admit(self, accepted: Socket) -> None:
         if len(self._open) >= AT_ONCE:
-            words = "more than %(maximum)d questions at once: dropped the oldest"
+            words = "over %(maximum)d concurrent metrics requests; dropped the oldest"
             self._log.warning("metrics.overloaded", words, Limit(), maximum=AT_ONCE)
             oldest = next(iter(self._open))
             del self._open[oldest]
@@ -115,7 +115,7 @@ class HTTPServer:
             with gevent.Timeout(WITHIN, TimeoutError(f"not completed within {WITHIN:g}s")):
                 self._converse(sock)
         except OSError as error:
-            self._log.debug("metrics.request_failed", "a question came to nothing: %(error)s", error=reason(error))
+            self._log.debug("metrics.request_failed", "metrics request failed: %(error)s", error=reason(error))
         finally:
             self._open.pop(sock, None)
             sock.close()

@@ -58,7 +58,7 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(status.st_mode):
-        raise OSError(errno.ENOTSOCK, "there is a file that is no socket")
+        raise OSError(errno.ENOTSOCK, "the file exists and is not a socket")
     if _answers(path):
         raise OSError(errno.EADDRINUSE, "another process listens there")
     os.unlink(path)

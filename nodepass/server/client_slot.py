@@ -74,7 +74,7 @@ class ClientSlot(Part):
         """
         with self._admitting:
             if acknowledged(control.sock) is None:
-                raise ClosedError("it has gone while it waited for its turn")
+                raise ClosedError("disconnected while waiting for its turn")
             if self.control:
                 self._replace(self.control, control, proven)
             yield
@@ -84,14 +84,14 @@ class ClientSlot(Part):
     def _replace(self, incumbent: ServerControl, control: ServerControl, proven: bool) -> None:
         """Free the slot from the client that has it. Raises RefusedError where that one may stay."""
         if proven:
-            words = "client %(client)s has proven the key and takes over from %(incumbent)s"
+            words = "client %(client)s authenticated with the key and replaces %(incumbent)s"
             self._log.warning("client.replaced", words, client=control.peer, incumbent=incumbent.peer)
-            self.release(incumbent, Ending("replaced", f"{control.peer} has proven the key and takes over"))
+            self.release(incumbent, Ending("replaced", f"replaced by {control.peer}"))
         elif incumbent.shows_life(LIFE_SIGN_WITHIN):
-            raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and alive")
+            raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and responding")
         else:
             incumbent.vanished = True
-            self.release(incumbent, Ending("silent", f"no sign of life, and {control.peer} asks for its place"))
+            self.release(incumbent, Ending("silent", f"not responding; replaced by {control.peer}"))
 
     def release(self, control: ServerControl, ending: Ending) -> None:
         """Close a control connection, and free the slot if it is this client's: its sessions run on.
@@ -103,7 +103,7 @@ class ClientSlot(Part):
         if self.control is control:
             self.control = None
             self._connected.clear()
-            self.pool.flush("its client is gone")
+            self.pool.flush("its client disconnected")
             if control.vanished:
                 self.flows.end_all()
             else:
@@ -126,14 +126,14 @@ class ClientSlot(Part):
                 raise
             stream.close()
             if time.monotonic() >= deadline:
-                raise NoDataConnection("the client went away")
+                raise NoDataConnection("the client disconnected")
 
     def _send_launch(self, id: str, kind: int) -> bool:
         """Whether a client could be told. Raises NoDataConnection where the connected one has no such sessions."""
         if not self.control:
             return False
         if kind == LANE and self.control.version < 2:
-            raise NoDataConnection("the client that is connected now speaks wire v1, which has no lanes")
+            raise NoDataConnection("the client now connected speaks wire v1, which has no lanes")
         with contextlib.suppress(OSError):
             self.control.send(Launch(id, kind))
             return True

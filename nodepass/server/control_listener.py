@@ -83,7 +83,7 @@ class ControlListener(Part):
                 admitted = self._shake_hands(control)
             except OSError as error:
                 self._stats.control_failures[why := failure(error)] += 1
-                words = "a connection to the tunnel address came to nothing: %(error)s"
+                words = "control handshake failed: %(error)s"
                 self._log.debug("client.handshake_failed", words, reason=why, error=reason(error))
                 return
             if admitted:
@@ -97,7 +97,7 @@ class ControlListener(Part):
             accept_client(control, self._slot.key, self._offer, left, partial(self._admission, control))
         except RefusedError as error:
             self._stats.control_failures[why := failure(error)] += 1
-            words = "client %(client)s turned away: %(error)s"
+            words = "rejected client %(client)s: %(error)s"
             self._log.warning("client.rejected", words, Limit(), client=control.peer, reason=why, error=error)
             with contextlib.suppress(OSError):  # it has been counted already
                 control.send(Refusal(error.reason))
@@ -106,7 +106,7 @@ class ControlListener(Part):
 
     def _admission(self, control: ServerControl, proven: bool) -> AbstractContextManager[None]:
         if self._is_stopping:
-            raise RefusedError(SHUTDOWN, "this server is shutting down")
+            raise RefusedError(SHUTDOWN, "the server is shutting down")
         return self._slot.admission(control, proven)
 
     def _stay_with(self, control: ServerControl) -> None:

@@ -119,13 +119,13 @@ class DataListener(Part):
 
     def _reject_other(self, sock: Socket, peer: Endpoint) -> None:
         if self._slot.control:
-            self._reject(sock, peer, "wrong_address", "it is not from the connected client")
+            self._reject(sock, peer, "wrong_address", "not from the connected client's address")
         else:  # most often the last ones of a client that has just left, which is no reason for a warning
             self._reject(sock, peer, "no_client", "no client is connected", logging.DEBUG)
 
     def _reject(self, sock: Socket, peer: Endpoint, why: str, because: str, level: int = logging.WARNING) -> None:
         self._stats.data_failures[why] += 1
-        words = "data connection from %(peer)s refused: %(error)s"
+        words = "rejected data connection from %(peer)s: %(error)s"
         self._log.log(level, "data.rejected", words, Limit(because), peer=peer, reason=why, error=because)
         sock.close()
 
@@ -133,4 +133,4 @@ class DataListener(Part):
 def verify_proof(proof: bytes, expected: bytes) -> None:
     """Raise ProtocolError where a data connection's proof of the key is wrong."""
     if not same(proof, expected):
-        raise ProtocolError("its proof of the key is wrong")
+        raise ProtocolError("wrong proof of the key")

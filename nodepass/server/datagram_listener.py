@@ -62,7 +62,7 @@ class DatagramListener(Part):
             self._slot.flows.carry(self._sock, payload, visitor)
         elif self._sessions.full():
             # Waiting would stall the datagrams of other visitors.
-            self._drop(payload, visitor, "limit", "SEMAPHORE_LIMIT is reached")
+            self._drop(payload, visitor, "limit", "SEMAPHORE_LIMIT reached")
         else:
             self._sessions.spawn("serve datagram", self._serve, payload, visitor)
 
@@ -76,9 +76,9 @@ class DatagramListener(Part):
         elif self._slot.version == 2:
             self._slot.flows.carry(self._sock, payload, visitor)
         elif not payload:
-            self._drop(payload, visitor, "empty", "it is empty, which wire v1 cannot carry")
+            self._drop(payload, visitor, "empty", "empty, which wire v1 cannot carry")
         elif len(payload) > largest:
-            self._drop(payload, visitor, "too_large", f"it is larger than UDP_DATA_BUF_SIZE ({largest})")
+            self._drop(payload, visitor, "too_large", f"larger than UDP_DATA_BUF_SIZE ({largest})")
         else:
             self._serve_by_v1(payload, visitor)
 
@@ -100,10 +100,10 @@ class DatagramListener(Part):
                 send_datagram(self._sock, answer, visitor)
                 udp.down.bytes += len(answer)
                 outcome = "completed"
-            words = "answered visitor %(visitor)s with %(size)d bytes"
+            words = "replied to visitor %(visitor)s with %(size)d bytes"
             log.debug("datagram.answered", words, visitor=visitor, size=len(answer))
         except OSError as error:
-            words = "the answer to visitor %(visitor)s: %(error)s"
+            words = "the reply to visitor %(visitor)s: %(error)s"
             drop_datagram(self._log, self._stats, "answer", words, visitor=visitor, error=reason(error))
         finally:
             data.close()

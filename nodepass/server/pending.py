@@ -166,7 +166,7 @@ class PendingConnections:
 
     def _drop(self, pending: _Pending) -> None:
         self._stats.trouble["pending_dropped"] += 1
-        words = "too many newcomers to the %(port)s port that say nothing: dropped the oldest, of %(peer)s"
+        words = "too many pending connections on the %(port)s port; dropped the oldest (%(peer)s)"
         self._log.warning("pending.dropped", words, Limit(burst=1), port=self._port, peer=pending.host)
         self._end(pending)
 

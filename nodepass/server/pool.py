@@ -96,7 +96,7 @@ class ServerPool(Pool):
         surplus = list(self._idle)[:count]
         self._trimmed = len(surplus)
         for id in surplus:
-            self._close(id, self._idle.pop(id), "surplus", "more than needed")
+            self._close(id, self._idle.pop(id), "surplus", "surplus")
 
     def _watch(self, id: str, stream: Stream) -> Steps:
         """Close an idle connection once it is dead. The event loop resumes this; a bare `yield` waits."""

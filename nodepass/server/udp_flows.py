@@ -49,7 +49,7 @@ class VisitorFlows(Part):
         self._lanes: list[Lane] = []
 
     def start(self) -> None:
-        self._start_loop("end silent flows", self._table.sweep_forever)
+        self._start_loop("sweep flows", self._table.sweep_forever)
 
     def close(self) -> None:
         super().close()
@@ -69,7 +69,7 @@ class VisitorFlows(Part):
         if flow.lane.send(flow.number, payload):
             self._stats.udp.up.bytes += len(payload)
         else:
-            words = "a datagram of %(size)d bytes from %(visitor)s: its lane is full"
+            words = "a datagram of %(size)d bytes from %(visitor)s: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(payload), visitor=visitor)
 
     def abandon(self) -> None:
@@ -89,7 +89,7 @@ class VisitorFlows(Part):
         self._table.add(visitor, flow)
         self._by_number[number] = flow
         self._stats.udp.begin()
-        words = "flow %(flow)d begins: visitor %(visitor)s, %(flows)d flows"
+        words = "flow %(flow)d opened: visitor %(visitor)s, %(flows)d flows"
         self._log.debug("flow.opened", words, flow=number, visitor=visitor, flows=len(self))
         return flow
 
@@ -108,10 +108,10 @@ class VisitorFlows(Part):
         try:
             id, stream = self._launch(LANE, self._settings.pool_get_timeout)
             log = self._log.session(id)
-            words = "lane opens, %(lanes)d of %(maximum)d"
+            words = "lane opened, %(lanes)d of %(maximum)d"
             log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._settings.udp_lanes)
             because = lane.run(stream, partial(self._deliver, lane))
-            log.debug("lane.closed", "lane ends: %(error)s", error=because)
+            log.debug("lane.closed", "lane closed: %(error)s", error=because)
         except NoDataConnection as error:
             words = "the datagrams of %(flows)d flows: %(error)s"
             drop_datagram(self._log, self._stats, "lane_missing", words, flows=lane.flows, error=error)
@@ -124,7 +124,7 @@ class VisitorFlows(Part):
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         flow = self._by_number.get(number)
         if not flow or flow.lane is not lane:
-            words = "an answer of %(size)d bytes: its flow is over"
+            words = "a reply of %(size)d bytes: its flow has ended"
             drop_datagram(self._log, self._stats, "flow_over", words, size=len(payload))
             return
         self._table.get(flow.visitor)
@@ -132,17 +132,17 @@ class VisitorFlows(Part):
             send_datagram(flow.sock, payload, flow.visitor)
             self._stats.udp.down.bytes += len(payload)
         except OSError as error:
-            words = "an answer of %(size)d bytes: %(error)s"
+            words = "a reply of %(size)d bytes: %(error)s"
             drop_datagram(self._log, self._stats, "visitor_unreachable", words, size=len(payload), error=reason(error))
 
     def _end(self, flow: VisitorFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)
         del self._by_number[flow.number]
         flow.lane.flows -= 1
-        words = "flow %(flow)d ends: visitor %(visitor)s"
+        words = "flow %(flow)d closed: visitor %(visitor)s"
         self._log.debug("flow.closed", words, flow=flow.number, visitor=flow.visitor, outcome=outcome)
         if outcome == "evicted":
-            words = "dropped the longest idle flow, of %(visitor)s: SEMAPHORE_LIMIT is reached"
+            words = "closed the least recently used flow (%(visitor)s): SEMAPHORE_LIMIT reached"
             self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number, visitor=flow.visitor)
         if not flow.lane.flows:
             flow.lane.close()

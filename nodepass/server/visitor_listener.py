@@ -59,7 +59,7 @@ class VisitorListener(Part):
     def _wait_at_limit(self) -> None:
         if self._sessions.full():
             self._stats.trouble["limit_reached"] += 1
-            self._log.warning("visitor.limit_reached", "SEMAPHORE_LIMIT reached: new visitors wait", Limit(burst=1))
+            self._log.warning("visitor.limit_reached", "SEMAPHORE_LIMIT reached; new visitors wait", Limit(burst=1))
             self._sessions.wait_for_slot()
 
     def _begin(self, sock: Socket, peer: Endpoint) -> None:
@@ -87,8 +87,8 @@ class VisitorListener(Part):
 
     def _report_unserved(self, peer: Endpoint) -> None:
         self._stats.tcp.ended["unserved"] += 1
-        words, why = "visitor %(visitor)s closed, no data connection within %(timeout)s", "pool_empty"
+        words, why = "closed visitor %(visitor)s: no data connection within %(timeout)s", "pool_empty"
         if not self._slot.control:
-            words, why = f"{words}: no client is connected", "no_client"
+            words, why = f"{words}, no client is connected", "no_client"
         timeout = format_duration(self._settings.pool_get_timeout)
         self._log.warning("visitor.unserved", words, Limit(), visitor=peer, timeout=timeout, reason=why)

@@ -367,7 +367,7 @@ Implementation: type[PrivateRecords | PublicRecords] = PublicRecords if _missing
 if _missing:
     Log("nodepass").info(
         "tls.public_api",
-        "this pyOpenSSL lacks %(missing)s: TLS uses its public API, which takes more CPU time per byte",
+        "pyOpenSSL lacks %(missing)s: TLS uses its public API and more CPU time per byte",
         missing=", ".join(_missing),
     )
 

@@ -98,7 +98,7 @@ def load_pair(crt: str, key: str) -> Identity:
     if private.public_key() != chain[0].public_key():
         raise ConfigError(f"crt={crt} and key={key} do not match: the key is not the certificate's")
     if not isinstance(private, PrivateKey):
-        raise ConfigError(f"key={key}: this kind of key is not usable; allowed: EC, Ed25519, Ed448, RSA")
+        raise ConfigError(f"key={key}: unsupported kind of key; allowed: EC, Ed25519, Ed448, RSA")
     return Identity(chain, private)
 
 

@@ -56,18 +56,18 @@ class Expected:
         """Why the chain is rejected, given OpenSSL's X509_V_ERR_*; None when it is not."""
         if not error or not self.verify:
             return None
-        words = f"chain refused for {self.host!r}: {_CHAIN_ERRORS.get(error, f'X509 error {error}')}"
+        words = f"chain rejected for {self.host!r}: {_CHAIN_ERRORS.get(error, f'X509 error {error}')}"
         return Rejection("expired" if error == _EXPIRED else "chain", words)
 
     def rejects_leaf(self, certificate: X509) -> Rejection | None:
         """Why the server's own certificate is rejected; None when it is not."""
         if self.verify and not _is_valid_for(certificate, self.host):
             names = shown_names(names_of(certificate.to_cryptography())) or "no name"
-            return Rejection("name", f"name refused for {self.host!r}: it is made out to {names}")
+            return Rejection("name", f"name mismatch for {self.host!r}: the certificate is for {names}")
         shown = certificate.digest("sha256").replace(b":", b"").decode().lower()
         if self.fingerprint and shown != self.fingerprint:
-            words = f"the server has proven {self.fingerprint}, this is {shown}; who is in between?"
-            return Rejection("fingerprint", f"fingerprint refused: {words}")
+            words = f"fingerprint mismatch: expected {self.fingerprint}, got {shown} (possible man in the middle)"
+            return Rejection("fingerprint", words)
         return None
 
 

@@ -85,7 +85,7 @@ def _settings(read_settings: Callable[[], Settings], report: Report) -> Settings
     except ConfigError as error:
         report.bad("settings", str(error))
         return None
-    report.ok("settings", "every value is usable")
+    report.ok("settings", "all values are valid")
     return settings
 
 
@@ -100,7 +100,7 @@ def _key(file: str | None, environ: Mapping[str, str], report: Report) -> Key | 
     if text is None:
         report.ok("key", "none: any host that reaches the tunnel port can become the client")
         return None
-    place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "of the environment or a credential"
+    place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "from the environment or a credential"
     report.ok("key", f"{place}: {len(text)} characters")
     from nodepass.wire.auth import Key
 
@@ -182,7 +182,9 @@ class _Server:
             return
         self._judge(identity)
         if os.stat(url.key).st_mode & _OTHERS:
-            self._report.warn(url.name, f"key={url.key}: mode {_mode(url.key)}, others can read it; chmod 600")
+            self._report.warn(
+                url.name, f"key={url.key}: mode {_mode(url.key)}, readable by others; run chmod 600 {url.key}"
+            )
 
     def _judge(self, identity: Identity) -> None:
         """Whether clients accept it: its names and its validity."""

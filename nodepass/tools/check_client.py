@@ -88,9 +88,9 @@ class _ServerCheck:
                     "no response, as from a wire v1 server that has a client; this machine is already connected to it"
                 )
             else:
-                self._fail(f"no agreement: {error}")
+                self._fail(f"handshake failed: {error}")
         except OSError as error:
-            self._fail(f"no agreement: {reason(error)}")
+            self._fail(f"handshake failed: {reason(error)}")
         else:
             self._check_agreement(agreement)
 
@@ -103,22 +103,23 @@ class _ServerCheck:
                 " authenticating replaces the running client"
             )
         else:
-            self._fail(f"no agreement: {error}")
+            self._fail(f"handshake failed: {error}")
 
     def _check_agreement(self, agreement: Agreement) -> None:
         offer, authenticated = agreement.offer, bool(agreement.session)
         if self.already_connected and self.key:
-            self._fail("no agreement: the server has no key; this client requires one: give both the same")
+            words = "the server has no key and this client requires one; set the same TUNNEL_KEY_FILE on both ends"
+            self._fail(f"handshake failed: {words}")
             return
         port = "the tunnel port" if offer.mux else f"port {offer.data_port}"
-        proven = ", both ends have proven the key" if authenticated else ""
-        self._ok(f"agreed: wire v{offer.version}, tls {offer.tls}, data connections to {port}{proven}")
+        proven = ", both ends authenticated with the key" if authenticated else ""
+        self._ok(f"handshake complete: wire v{offer.version}, tls {offer.tls}, data connections to {port}{proven}")
         endpoint = self.control.endpoint if offer.mux else self.control.endpoint.with_port(offer.data_port)
         if offer.tls == 2 or offer.fingerprint:
             self._check_certificate(endpoint, offer, authenticated)
         if offer.version == 1:
             words = "a NodePass v1.0.4 server notices only at its next heartbeat that this check has left"
-            self._warn(f"{words}; a client started before then waits for that")
+            self._warn(f"{words}; a client started before then waits for it")
             return
         self._leave()
         if not offer.tls and not offer.mux:

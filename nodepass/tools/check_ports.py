@@ -52,7 +52,7 @@ def try_to_listen(
     except ListenError as error:
         # The kernel checks the privilege before it checks whether the port is in use.
         if error.errno not in (errno.EADDRINUSE, errno.EACCES) or not _explain(report, where, what, address, kind):
-            hint = "; ports under 1024 need a privilege or a socket unit" if error.errno == errno.EACCES else ""
+            hint = "; ports below 1024 need a privilege or a socket unit" if error.errno == errno.EACCES else ""
             report.fail(where, f"{error}{hint}")
         return
     held.callback(close_all, sockets)

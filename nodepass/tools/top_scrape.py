@@ -86,7 +86,7 @@ def _cut_off(sock: socket.socket) -> Iterator[None]:
     finally:
         timer.cancel()
     if is_late.is_set():
-        raise TimeoutError(f"no whole answer within {TIMEOUT:g} s")
+        raise TimeoutError(f"no complete answer within {TIMEOUT:g} s")
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -55,7 +55,7 @@ class Ending(NamedTuple):
 NOT_ENDED = Ending("", "")
 CLOSED = Ending("closed", "closed by the peer")
 STOPPING = Ending("stopping", "this end is stopping")
-SILENT = Ending("silent", f"no sign of life for {MISSED_HEARTBEATS} heartbeats")
+SILENT = Ending("silent", f"no response for {MISSED_HEARTBEATS} heartbeats")
 
 
 class Signal(Protocol):
@@ -117,7 +117,7 @@ class Control:
         silent = time.monotonic() - self._last_read
         if self.version < 2 or silent < (MISSED_HEARTBEATS + 1) * self._interval:
             return ""
-        return f"nothing from {self.peer} for {silent:.3g}s, and it was not given up"
+        return f"nothing received from {self.peer} for {silent:.3g}s, and the connection is still open"
 
     def agree(self, agreement: Agreement) -> Agreement:
         """End the handshake: in v2, MISSED_HEARTBEATS intervals without a line are the end from now on."""

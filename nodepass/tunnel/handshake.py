@@ -79,7 +79,7 @@ def connect_to_server(control: Control, key: Key | None) -> Agreement:
     if isinstance(opening, Refusal):
         raise RefusedError(opening.reason, REASONS.get(opening.reason, ""))
     if not isinstance(opening, Offer):
-        raise ProtocolError("the server challenged twice")
+        raise ProtocolError("the server sent two challenges")
     session = _check_server(opening, key, nonce, challenge) if key else None
     return control.agree(Agreement(opening, session))
 
@@ -91,11 +91,11 @@ def _read_hello(control: Control, key: Key | None, timeout: float) -> Hello:
             hello = parse_hello(control.read_line())
     except TimeoutError:
         if key:
-            words = "it speaks wire v1, or nothing, and this server requires a key"
+            words = "no hello (wire v1, or a silent peer), and this server requires a key"
             raise RefusedError(KEY_REQUIRED, words) from None
         return _SILENT
     if hello.version != "2":
-        raise RefusedError(VERSION, f"it speaks version {hello.version[:8]!r} of the wire, this server 1 and 2")
+        raise RefusedError(VERSION, f"unsupported wire version {hello.version[:8]!r}; this server supports 1 and 2")
     return hello
 
 
@@ -104,21 +104,23 @@ def _check_client(control: Control, expected: str, timeout: float) -> None:
     try:
         auth = parse_auth(control.read_line())
     except ProtocolError as error:
-        raise RefusedError(KEY_MISMATCH, f"its answer to the challenge is no proof of the key: {error}") from None
+        raise RefusedError(KEY_MISMATCH, f"invalid answer to the challenge: {error}") from None
     except TimeoutError:
-        raise RefusedError(KEY_REQUIRED, f"it did not prove the key within {timeout:.3g}s") from None
+        raise RefusedError(KEY_REQUIRED, f"no proof of the key within {timeout:.3g}s") from None
     except ConnectionError:
-        raise RefusedError(KEY_REQUIRED, "it left at the challenge: it has no key, or another one") from None
+        words = "client disconnected after the challenge (no key, or a different one)"
+        raise RefusedError(KEY_REQUIRED, words) from None
     if not same(auth.mac, expected):
-        raise RefusedError(KEY_MISMATCH, "its key does not match this server's")
+        raise RefusedError(KEY_MISMATCH, "the client's key does not match this server's")
 
 
 def _check_server(offer: Offer, key: Key, nonce: str, challenge: str) -> SessionKey:
     """The session's key. Raises RefusedError where the server has not proven that it has the client's key."""
     if offer.version == 1:
-        raise RefusedError(KEY_MISMATCH, "the server speaks wire v1, which knows no key; this client requires one")
+        raise RefusedError(KEY_MISMATCH, "the server speaks wire v1, which has no key, and this client requires one")
     if not challenge or not offer.mac:
-        raise RefusedError(KEY_MISMATCH, "the server has no key; this client requires one: give both the same")
+        words = "the server has no key and this client requires one; set the same TUNNEL_KEY_FILE on both ends"
+        raise RefusedError(KEY_MISMATCH, words)
     if not same(offer.mac, key.server_proof(nonce, challenge, offer)):
-        raise RefusedError(KEY_MISMATCH, "the server's key does not match this client's, or somebody is in between")
+        raise RefusedError(KEY_MISMATCH, "the server's key does not match this client's (possible man in the middle)")
     return key.session(nonce, challenge, offer)

@@ -83,7 +83,7 @@ class Lane:
         self._stream = stream
         if self.ended:  # before it could begin
             stream.close()
-            return "not needed any more"
+            return "no longer needed"
         stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         writer = Greenlet.spawn(self._write, stream)
         try:
@@ -230,9 +230,9 @@ def ask_target(sock: socket.socket, question: bytes, largest: int, timeout: floa
     try:
         answer = sock.recv(65536)
     except TimeoutError:
-        raise TimeoutError(f"the target gave no answer within {timeout:g}s") from None
+        raise TimeoutError(f"no reply from the target within {timeout:g}s") from None
     if len(answer) > largest:
-        raise ProtocolError(f"an answer of {len(answer)} bytes is larger than UDP_DATA_BUF_SIZE ({largest})")
+        raise ProtocolError(f"a reply of {len(answer)} bytes is larger than UDP_DATA_BUF_SIZE ({largest})")
     return answer
 
 

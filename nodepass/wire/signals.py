@@ -33,10 +33,10 @@ BUSY = "busy"
 VERSION = "version"
 SHUTDOWN = "shutdown"
 REASONS = {
-    KEY_REQUIRED: "the server requires a key and this client has none: give it the same TUNNEL_KEY_FILE",
-    KEY_MISMATCH: "the keys of server and client do not match: give both the same TUNNEL_KEY_FILE",
-    BUSY: "another client is connected to that server, and alive",
-    VERSION: "the other end does not speak this version of the wire",
+    KEY_REQUIRED: "the server requires a key and this client has none; set the same TUNNEL_KEY_FILE on both ends",
+    KEY_MISMATCH: "the keys of server and client do not match; set the same TUNNEL_KEY_FILE on both ends",
+    BUSY: "another client is connected and responding",
+    VERSION: "the server does not support this version of the wire",
     SHUTDOWN: "the server is shutting down",
 }
 

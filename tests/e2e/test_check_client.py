@@ -37,8 +37,8 @@ def test_a_check_takes_no_visitor_from_the_client_that_is_started_after_it(
     done = check_of(url_of(server, target), **env, SSL_CERT_FILE=str(authority.crt))
     target.accept().close()  # the check's own
     assert (done.code, trouble(done)) == (0, [])
-    assert found(done, "ok", f"agreed: wire v2, tls {tls}")
-    assert found(done, "ok", "both ends have proven the key") == ("TUNNEL_KEY" in env)
+    assert found(done, "ok", f"handshake complete: wire v2, tls {tls}")
+    assert found(done, "ok", "both ends authenticated with the key") == ("TUNNEL_KEY" in env)
     certificate = {0: "", 1: "certificate is the", 2: "certificate verified for '127.0.0.1'"}[tls]
     assert found(done, "ok", certificate)
     client_env = {**env, "SSL_CERT_FILE": str(authority.crt)}
@@ -86,7 +86,7 @@ def test_a_check_from_another_machine_interrupts_a_keyed_client_for_a_moment_and
     mark = client.mark()
     done = network.server.inside(lambda: run("--check", url_of(server, target), env=KEYED))
     assert done.code == 0
-    assert found(done, "ok", "both ends have proven the key")
+    assert found(done, "ok", "both ends authenticated with the key")
     client.wait_until_connected(after=mark)
     assert_connected(visitor, service)
     another = stack.enter_context(network.server.inside(lambda: connect(server.visitor_address)))
@@ -108,7 +108,7 @@ def test_keys_that_do_not_agree_fail(
     server, target = stack.enter_context(OurServer(env=server_env)), stack.enter_context(Target())
     done = check_of(url_of(server, target), **client_env)
     assert done.code == 1
-    assert found(done, "fail", f"no agreement: .*{said}")
+    assert found(done, "fail", f"handshake failed: .*{said}")
     assert SECRET not in done.output
 
 
@@ -119,11 +119,11 @@ def test_a_certificate_that_is_not_trusted_or_not_for_that_name_fails(
     trusted = stack.enter_context(OurServer(2, authority.local))
     done = check_of(url_of(trusted, target))
     assert done.code == 1
-    assert found(done, "fail", "certificate chain refused")
+    assert found(done, "fail", "certificate chain rejected")
     other = stack.enter_context(OurServer(2, authority.issue("example.com")))
     done = check_of(url_of(other, target), SSL_CERT_FILE=str(authority.crt))
     assert done.code == 1
-    assert found(done, "fail", "name refused for '127.0.0.1': it is made out to example.com")
+    assert found(done, "fail", "name mismatch for '127.0.0.1': the certificate is for example.com")
 
 
 def test_a_server_that_is_not_there_fails_and_a_target_that_is_not_there_is_a_warning() -> None:
@@ -138,7 +138,7 @@ def test_a_peer_that_says_nothing_fails_within_the_handshake_timeout(stack: cont
     url = f"client://{format_address(silent.address)}/{format_address(target.address)}"
     done = check_of(url, HANDSHAKE_TIMEOUT="300ms")
     assert done.code == 1
-    assert found(done, "fail", "no agreement: no handshake within 0.3s")
+    assert found(done, "fail", "handshake failed: no handshake within 0.3s")
 
 
 @pytest.mark.parametrize("tls", [0, 1, 2])
@@ -148,7 +148,7 @@ def test_a_server_that_speaks_wire_v1_passes_with_a_warning(
     server, target = stack.enter_context(V1Server(tls, authority.local)), stack.enter_context(Target())
     done = check_of(url_of(server, target), SSL_CERT_FILE=str(authority.crt))
     assert done.code == 0
-    assert found(done, "ok", f"agreed: wire v1, tls {tls}")
+    assert found(done, "ok", f"handshake complete: wire v1, tls {tls}")
     assert found(done, "warn", "notices only at its next heartbeat")
     assert found(done, "ok", "certificate verified") == (tls == 2)
 

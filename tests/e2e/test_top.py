@@ -269,7 +269,7 @@ def test_an_answer_that_comes_in_drops_is_given_up(monkeypatch: pytest.MonkeyPat
         thread = threading.Thread(target=drip)
         thread.start()
         try:
-            with pytest.raises(top_scrape.NoAnswer, match=r"no whole answer within 0\.5 s"):
+            with pytest.raises(top_scrape.NoAnswer, match=r"no complete answer within 0\.5 s"):
                 top_scrape.Source("127.0.0.1", listener.getsockname()[1]).fetch()
         finally:
             left.set()

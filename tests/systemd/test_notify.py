@@ -50,7 +50,7 @@ def test_a_client_is_ready_once_its_first_handshake_has_succeeded(
 ) -> None:
     port = free_port()
     stack.enter_context(OurClient(("127.0.0.1", port), ("127.0.0.1", 9), env=told(notified)))
-    assert "refused" in notified.wait_for("STATUS=no server: cannot reach")
+    assert "refused" in notified.wait_for("STATUS=not connected: cannot reach")
     assert "READY=1" not in notified.heard
     stack.enter_context(OurServer(tunnel=f"127.0.0.1:{port}"))
     notified.wait_for("READY=1")
@@ -62,7 +62,7 @@ def test_a_process_is_ready_once_all_its_tunnels_are(stack: contextlib.ExitStack
     both = stack.enter_context(Nodepass(*urls, env=told(notified)))
     both.wait_for("server.listening")
     text = notified.wait_for("STATUS=")
-    assert re.search(r"STATUS=server:\d+: client none, .*; client:\d+: no server: ", text)
+    assert re.search(r"STATUS=server:\d+: client none, .*; client:\d+: not connected: ", text)
     assert "READY=1" not in notified.heard
     stack.enter_context(OurServer(tunnel=f"127.0.0.1:{port}"))
     notified.wait_for("READY=1")
@@ -121,7 +121,7 @@ def test_a_client_in_search_of_its_server_is_healthy(stack: contextlib.ExitStack
     with V2Server() as server:
         client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=told(notified)))
         notified.wait_for("READY=1")
-    wait_for_status(notified, "no server: ")
+    wait_for_status(notified, "not connected: ")
     notified.forget()
     for _ in range(5):
         notified.wait_for("WATCHDOG=1")

@@ -70,7 +70,7 @@ def _log_as_before() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_log_as_before")
 @pytest.mark.parametrize("holders", [[], [check_ports.Holder(1, ["/lib/systemd/systemd"])]])
-def test_a_port_held_by_systemd_or_by_nobody_who_can_be_seen_is_a_warning(
+def test_a_port_held_by_systemd_or_by_an_unknown_process_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, holders: list[check_ports.Holder]
 ) -> None:
     monkeypatch.setattr(check_ports, "_with_sockets", lambda _: holders)
@@ -126,8 +126,8 @@ def test_keys_that_others_can_read_are_warned_of(tmp_path: Path) -> None:
     secret.chmod(0o644)
     done = check_here(server_with(leaf), TUNNEL_KEY_FILE=str(secret))
     assert done.code == 0
-    assert found(done, "warn", f"key={leaf.key}: mode 0644, others can read it")
-    assert found(done, "warn", f"key: TUNNEL_KEY_FILE={secret}: others can read it")
+    assert found(done, "warn", f"key={leaf.key}: mode 0644, readable by others")
+    assert found(done, "warn", f"key: TUNNEL_KEY_FILE={secret}: readable by others")
     assert found(done, "ok", f"key: TUNNEL_KEY_FILE={secret}, mode 0644: 64 characters")
     assert "xxxx" not in done.output
 

@@ -75,7 +75,7 @@ def test_a_client_that_is_alive_keeps_its_slot(stack: ExitStack, slot: ClientSlo
     ends, incumbent = occupy(stack, slot)
     serve(stack, ends, incumbent)
     _, asking = ask_for(stack, slot)
-    with pytest.raises(RefusedError, match="connected and alive") as refused:
+    with pytest.raises(RefusedError, match="connected and responding") as refused:
         asking.get()
     assert refused.value.reason == "busy"
     assert slot.control is incumbent

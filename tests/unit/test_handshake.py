@@ -145,9 +145,9 @@ def test_a_client_that_proves_the_key_is_offered_a_proof_in_return(stack: ExitSt
     ("answer", "token", "words"),
     [
         (Auth("0" * 64).encode(), "key-mismatch", "does not match"),
-        (b"//auth?mac=00\n", "key-mismatch", "is no proof"),
-        (HELLO, "key-mismatch", "is no proof"),
-        (b"", "key-required", "did not prove the key within"),
+        (b"//auth?mac=00\n", "key-mismatch", "invalid answer to the challenge"),
+        (HELLO, "key-mismatch", "invalid answer to the challenge"),
+        (b"", "key-required", "no proof of the key within"),
     ],
     ids=["wrong proof", "malformed proof", "another hello", "silence"],
 )

@@ -201,7 +201,7 @@ def test_a_limit_suppresses_lines_of_one_event_and_key_and_says_how_many(clock: 
         one.warning("a.line", "%(n)d", Limit("x", 1.0, 2), n=5)
         assert shown(records) == [("log.suppressed", 3), ("a.line", 5)]
         assert records[0].levelno == logging.WARNING
-        assert records[0].msg == "3 more lines like the last about: a.line: x"
+        assert records[0].msg == "suppressed 3 more lines about: a.line: x"
 
 
 def test_the_report_counts_what_no_later_line_would(clock: list[float]) -> None:

@@ -224,7 +224,7 @@ def test_no_loop_of_a_running_server_is_without_a_watch(stack: ExitStack) -> Non
         "accept clients",
         "accept data connections",
         "accept visitors",
-        "end silent flows",
         "receive datagrams",
         "report",
+        "sweep flows",
     ]

@@ -94,7 +94,7 @@ def test_a_lane_that_ended_before_its_connection_came_closes_it(stack: ExitStack
     lane = Lane()
     lane.close()
     stream, peer = stack.enter_context(tcp_pair())
-    assert lane.run(stream, print) == "not needed any more"
+    assert lane.run(stream, print) == "no longer needed"
     assert peer.recv(1) == b""
     assert not lane.send(1, b"late")
 

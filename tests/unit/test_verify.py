@@ -50,7 +50,7 @@ def test_a_rejection_by_name_shows_the_names_in_the_certificate(names: list[x509
     rejection = Expected("tunnel.example", verify=True).rejects_leaf(certificate(*names))
     assert rejection
     assert rejection.check == "name"
-    assert rejection.words.startswith("name refused for 'tunnel.example': ")
+    assert rejection.words.startswith("name mismatch for 'tunnel.example': ")
     assert rejection.words.endswith(f" {shown}")
 
 
