@@ -114,7 +114,7 @@ def test_the_socket_of_a_living_process_is_respected(path: Path) -> None:
 
 def test_a_file_that_is_no_socket_is_left_alone(path: Path) -> None:
     path.write_text("precious")
-    assert "no socket" in refused(f"unix:{path}", 1)
+    assert "not a socket" in refused(f"unix:{path}", 1)
     assert path.read_text() == "precious"
 
 
