@@ -197,7 +197,7 @@ def test_no_url_at_all_is_refused_with_the_usage() -> None:
         done = call(*arguments)
         assert (done.code, done.output) == (2, "")
         assert done.errors.startswith("usage: nodepass")
-        assert "no URL is given" in done.lines[-1]
+        assert "no URL given" in done.lines[-1]
 
 
 def test_a_url_beside_generate_key_is_refused() -> None:
