@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import nodepass
@@ -105,3 +106,12 @@ def test_openssl_is_imported_only_in_the_room_of_tls() -> None:
                 if (source or "").partition(".")[0] in ("OpenSSL", "cryptography"):
                     importers.add(room(module))
     assert importers == {"tls"}
+
+
+def test_the_guide_for_contributors_names_the_modules_of_every_room() -> None:
+    guide = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    for name in ROOMS:
+        (row,) = re.findall(rf"^\| `{name}/` \|.*\|(.*)\|$", guide, re.MULTILINE)
+        named = set(re.findall(r"`(\w+)`", row))
+        there = {each.partition(".")[2] for each in modules() if room(each) == name} - {"__init__"}
+        assert named == there, name
