@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 METRICS = "prometheus-client>=0.20,<1"
 RICH = "rich>=13.7,<16"
+COVERAGE = "coverage>=7.10,<8"
 
 
 def read_version() -> str:
@@ -87,9 +88,9 @@ setup(
             METRICS,
             RICH,
         ],
-        "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH],
+        "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH, COVERAGE],
         "bench": ["matplotlib>=3.8,<4"],
-        "coverage": ["coverage>=7.10,<8"],
+        "coverage": [COVERAGE],
         "fuzz": ["atheris>=3,<4; python_version >= '3.11' and python_version < '3.14'"],
     },
     entry_points={"console_scripts": ["nodepass = nodepass.__main__:main"]},

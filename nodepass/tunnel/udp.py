@@ -1,8 +1,8 @@
 """Datagrams inside a tunnel: what both ends of UDP share.
 
 In wire v2 the datagrams of one visitor's address are a flow, and a few long-lived data connections, the lanes, carry
-the frames of many flows. A `Lane` is one such connection: what is to be sent waits in a bounded queue, and one write
-takes all that waits. A `FlowTable` has the flows of one end by key, and ends those that are silent. Which visitor or
+the frames of many flows. A `Lane` is one such connection: frames to be sent wait in a bounded queue, and one write
+takes all that wait. A `FlowTable` has the flows of one end by key, and ends those that are silent. Which visitor or
 which socket a flow belongs to is decided by `server.udp_flows` and `client.udp_flows`.
 
 In wire v1 a session is one datagram and its answer: `read_datagram` and `ask_target`, called by

@@ -90,27 +90,6 @@ TEXTS = sorted(
 PROGRAMS = sorted(
     [*(ROOT / "nodepass").rglob("*.py"), ROOT / "contrib/demo/demo.py", ROOT / "contrib/systemd/nodepass-manager"]
 )
-NOT_YET = {  # still to be rewritten
-    "docs/check.md",
-    "docs/nodepass.1",
-    "docs/operations.md",
-    "docs/performance.md",
-    "nodepass/client/client.py",
-    "nodepass/client/connection.py",
-    "nodepass/client/pool.py",
-    "nodepass/client/udp_flows.py",
-    "nodepass/daemon/notifier.py",
-    "nodepass/metrics/http.py",
-    "nodepass/server/client_slot.py",
-    "nodepass/server/control_listener.py",
-    "nodepass/server/pending.py",
-    "nodepass/server/pool.py",
-    "nodepass/tls/verify.py",
-    "nodepass/tunnel/control.py",
-    "nodepass/tunnel/handshake.py",
-    "nodepass/tunnel/pool.py",
-    "nodepass/tunnel/udp.py",
-}
 
 
 def name(path: Path) -> str:
@@ -168,14 +147,12 @@ def test_good_prose_is_not_refused(text: str) -> None:
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *TEXTS], ids=name)
 def test_a_document_has_no_refused_phrase(path: Path) -> None:
-    if name(path) not in NOT_YET:
-        assert not findings(paragraphs(path))
+    assert not findings(paragraphs(path))
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=name)
 def test_a_program_has_no_refused_phrase(path: Path) -> None:
-    if name(path) not in NOT_YET:
-        assert not findings(texts_of(path))
+    assert not findings(texts_of(path))
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.suffix == ".md"], ids=name)
@@ -185,4 +162,4 @@ def test_the_prose_of_a_document_is_wrapped(path: Path) -> None:
         fenced ^= line.startswith("```")
         if len(line) > WIDTH and not fenced and not line.startswith(("|", "    ", "![")):
             wide.append(number)
-    assert not wide or name(path) in NOT_YET
+    assert not wide
