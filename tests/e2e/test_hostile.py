@@ -90,7 +90,7 @@ def test_a_flood_of_launches_for_unknown_ids_is_survived(stack: contextlib.ExitS
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=BRISK))
     client.wait_until_connected()
     before = client.settled_descriptors()
-    server.write(UNKNOWN_ID * 20_000)
+    server.write(UNKNOWN_ID * 5_000)
     client.wait_for("launch.unknown", level="warn")
     until(lambda: serves_soon(server, target), what="serves nobody after the flood")
     target.drain()  # of visitors that had to wait for longer than they were asked to

@@ -24,12 +24,13 @@ UNPRIVILEGED = range(12000, 30000)
 
 
 def until(condition: Callable[[], T], timeout: float = PATIENCE, what: str = "") -> T:
-    """Ask again and again until the answer is true, and return it; AssertionError after timeout."""
-    deadline = time.monotonic() + timeout
+    """Ask until the answer is true, less often the longer it takes, and return it; AssertionError after timeout."""
+    began = time.monotonic()
     while not (answer := condition()):
-        if time.monotonic() > deadline:
+        passed = time.monotonic() - began
+        if passed > timeout:
             raise AssertionError(f"still not so after {timeout:g} s: {what or condition}")
-        time.sleep(0.01)
+        time.sleep(min(0.005 + passed / 10, 0.1))
     return answer
 
 
