@@ -305,7 +305,7 @@ def test_before_it_deletes_it_asks_and_only_a_yes_is_one(
 def test_what_was_typed_into_the_editor_is_not_lost_where_it_is_not_usable(
     manager: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, seen = tmp_path / "web.env", []
+    path, seen, commands = tmp_path / "web.env", [], []
     path.write_text("NODEPASS_URL=old\n")
 
     def refuse_bad(_: str, text: str) -> None:
@@ -318,11 +318,13 @@ def test_what_was_typed_into_the_editor_is_not_lost_where_it_is_not_usable(
     monkeypatch.setattr(manager, "UNITS", tmp_path)
     monkeypatch.setattr(manager, "validate", refuse_bad)
     monkeypatch.setattr(manager, "open_editor", lambda _: next(texts))
+    monkeypatch.setattr(manager, "run", lambda *command, **_: commands.append(command) or 0)
     monkeypatch.setattr(manager.sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: "")
     manager.edit(manager.make_parser().parse_args(["edit", "web"]))
     assert seen == ["NODEPASS_URL=bad\n", "NODEPASS_URL=good\n"]
     assert path.read_text() == "NODEPASS_URL=good\n"
+    assert {command[0] for command in commands} <= {"systemctl"}
     assert "a bad one" in capsys.readouterr().out
 
 
