@@ -62,6 +62,7 @@ def test_an_ipv6_port_in_use_is_found() -> None:
     assert found(done, "fail", rf"tunnel address \[::1\]:{port}: in use by \S+, process")
 
 
+@pytest.mark.programs
 def test_a_unix_socket_for_metrics_is_tried_and_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics"
     done = check_of(URL, METRICS_LISTEN=f"unix:{path}")

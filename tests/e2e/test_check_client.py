@@ -27,6 +27,7 @@ def url_of(server: OurServer | V1Server, target: Target) -> str:
 ONE_PORT = {**KEYED, "DATA_PORT": "tunnel"}
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(("env", "tls"), [(CALM, 0), (CALM, 2), (KEYED, 1), (ONE_PORT, 0)])
 def test_a_check_takes_no_visitor_from_the_client_that_is_started_after_it(
     stack: contextlib.ExitStack, authority: Authority, env: Environment, tls: int

@@ -194,6 +194,7 @@ def test_silent_connections_keep_nobody_out(server: OurServer) -> None:
     server.wait_for_descriptors(before)
 
 
+@pytest.mark.programs
 def test_who_holds_a_connection_open_is_given_up(server: OurServer) -> None:
     before = server.settled_descriptors()
     with reach(metrics_of(server)) as slow, reach(metrics_of(server)) as lingering:

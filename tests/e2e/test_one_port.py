@@ -117,6 +117,7 @@ def test_a_client_of_the_other_version_may_follow(stack: contextlib.ExitStack) -
         server.wait_for("client.disconnected", after=mark)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("env", [ENV, {**KEYED, **ONE_PORT}], ids=["without a key", "with a key"])
 def test_strangers_on_the_tunnel_port_harm_nobody(stack: contextlib.ExitStack, env: Environment) -> None:
     server = stack.enter_context(OurServer(1, env={**env, "HANDSHAKE_TIMEOUT": "1s"}))

@@ -125,6 +125,7 @@ def test_a_data_port_that_says_nothing_does_not_stop_our_client(
         Tunnel(server, client, target).assert_works()
 
 
+@pytest.mark.programs
 def test_the_pool_grows_under_load_and_shrinks_to_its_minimum_afterwards(
     tunnel: TunnelFactory,
 ) -> None:

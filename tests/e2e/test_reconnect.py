@@ -6,6 +6,8 @@ import contextlib
 import socket
 import time
 
+import pytest
+
 from tests.e2e.conftest import TunnelFactory
 from tests.support.log import loud, one_of
 from tests.support.proc import cpu_seconds
@@ -21,6 +23,7 @@ def server_at(first: int, tls: int = 0) -> OurServer:
     return OurServer(tls, tunnel=f"127.0.0.1:{first}", target=f"127.0.0.1:{first + 1}")
 
 
+@pytest.mark.programs
 def test_a_killed_server_that_is_started_again_gets_its_client_back(
     stack: contextlib.ExitStack,
 ) -> None:

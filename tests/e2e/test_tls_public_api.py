@@ -75,6 +75,7 @@ def send_all(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("start", STARTS, ids=lambda start: start.__name__)
 def test_bulk_and_half_closes_pass_both_ways(stack: contextlib.ExitStack, authority: Authority, start: Start) -> None:
     tunnel = start(stack, authority, stack.enter_context(Target()))
@@ -106,6 +107,7 @@ def test_a_killed_client_never_makes_a_cut_stream_look_whole(stack: contextlib.E
             receive_all(visitor)
 
 
+@pytest.mark.programs
 def test_a_flood_of_key_updates_ends_its_connection(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
     server = stack.enter_context(by_public_api(OurServer(1)))

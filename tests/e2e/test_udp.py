@@ -7,6 +7,8 @@ import random
 import re
 import socket
 
+import pytest
+
 from tests.e2e.conftest import TunnelFactory, every_pair
 from tests.support.sockets import connect, datagram_socket, free_port, is_silent
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
@@ -51,6 +53,7 @@ def test_the_answer_comes_from_the_address_that_was_asked(any_tunnel: Tunnel) ->
         assert visitor.recv(100) == b"answer"
 
 
+@pytest.mark.programs
 def test_a_service_that_never_answers_harms_nobody(tunnel: TunnelFactory) -> None:
     short = {**CALM, "UDP_SESSION_TIMEOUT": "500ms"}
     started = tunnel(server_env=short, client_env=short)

@@ -117,6 +117,7 @@ def test_a_client_that_has_no_descriptor_for_its_server_tries_again(
     Tunnel(again, client, tunnel.target).assert_works()
 
 
+@pytest.mark.programs
 def test_strangers_do_not_take_the_descriptors_that_visitors_need(stack: contextlib.ExitStack) -> None:
     """Silent ones come to each port, more than there are descriptors; as many visitors as may be are served."""
     env = {**KEYED, "HANDSHAKE_TIMEOUT": "60s", "POOL_GET_TIMEOUT": "60s"}

@@ -203,6 +203,7 @@ def open_silent(stack: contextlib.ExitStack, address: Address, source: str, numb
     ]
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("port", ["tunnel", "data"])
 def test_of_too_many_silent_ones_the_oldest_is_dropped(stack: contextlib.ExitStack, port: str) -> None:
     """First of those that come from one address, then of all."""
@@ -236,6 +237,7 @@ UNFINISHED = {
 }
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("port", ["tunnel", "data"])
 def test_handshake_timeout_holds_however_slowly_bytes_come(stack: contextlib.ExitStack, port: str) -> None:
     """The time runs from the beginning and does not begin anew with each byte."""

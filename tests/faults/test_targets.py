@@ -44,6 +44,7 @@ def hanging() -> Iterator[Address]:
         yield address
 
 
+@pytest.mark.programs
 def test_visitors_of_a_target_that_hangs_are_closed_in_time_and_hold_up_nobody(stack: contextlib.ExitStack) -> None:
     """The second tunnel of the same client has a target that works."""
     env = {**CALM, "HANDSHAKE_TIMEOUT": "1s"}

@@ -68,6 +68,7 @@ def test_a_process_is_ready_once_all_its_tunnels_are(stack: contextlib.ExitStack
     notified.wait_for("READY=1")
 
 
+@pytest.mark.programs
 def test_the_status_names_peer_round_trip_pool_and_sessions(
     stack: contextlib.ExitStack, notified: NotifySocket
 ) -> None:
@@ -189,6 +190,7 @@ def test_a_client_that_reaches_no_server_in_time_ends_and_says_what_fails(notifi
     assert "READY=1" not in notified.heard
 
 
+@pytest.mark.programs
 def test_the_deadline_counts_without_systemd_and_for_a_refusal_too(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env={**CALM, "TUNNEL_KEY": "a key that the client has not got"}))
     host, port = server.tunnel_address

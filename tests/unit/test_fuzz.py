@@ -56,7 +56,11 @@ def test_every_seed_that_is_kept_passes(name: str) -> None:
         TARGETS[name](seed)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# Text of metrics is the costliest to make up and to parse: more than 3 s.
+SLOW = {"scrape": pytest.mark.programs}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in TARGETS])
 def test_whatever_arrives_is_understood_or_refused_as_documented(name: str) -> None:
     reproducible(given(inputs(name))(TARGETS[name]))()
 
