@@ -153,6 +153,9 @@ class PendingConnections:
             work(pending.sock, *args)
         finally:
             self.release(pending.sock)
+            # Each refers to the pending connection, and it to them: a flood would fill memory until a collection.
+            pending.steps.close()
+            pending.greenlet = None
 
     def _make_room(self, host: str) -> None:
         """Drop the oldest where a limit is reached: of this address, of this port, or of the process."""
