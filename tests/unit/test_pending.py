@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -252,3 +254,24 @@ def test_a_bug_before_the_work_begins_closes_that_connection_only(
     assert len(pending) == 1
     other.sock.sendall(b"x")
     assert other.begun.wait(10)
+
+
+def test_what_a_pending_connection_held_is_free_as_soon_as_its_work_ends(stack: ExitStack) -> None:
+    """Else a flood would fill memory, with OpenSSL's above all, until the next collection."""
+
+    class Held:
+        pass
+
+    def work(sock: Socket, _held: Held) -> None:
+        sock.close()
+
+    pending, held, peer = make_pending(stack), Held(), Peer(stack)
+    watched = weakref.ref(held)
+    gc.collect()
+    gc.disable()
+    stack.callback(gc.enable)
+    pending.accept(peer.accepted, work, held)
+    del held
+    assert watched() is not None
+    until(lambda: not len(pending))
+    until(lambda: watched() is None)
