@@ -6,8 +6,6 @@ the sessions, and `udp_flows` the datagrams. The process calls a client as `tunn
 
 from __future__ import annotations
 
-import time
-
 from gevent.event import AsyncResult
 
 from nodepass.client.connector import Connector
@@ -20,7 +18,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.interface import View, report_fields
-from nodepass.tunnel.part import Common, Part
+from nodepass.tunnel.part import Common, Part, stop_parts
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
 
@@ -58,11 +56,7 @@ class Client:
 
     def stop(self, timeout: float) -> int:
         """As `Tunnel.stop`: the client leaves its server, and sessions drain."""
-        deadline = time.monotonic() + timeout
-        for part in self._parts:
-            part.stop(max(0.0, deadline - time.monotonic()))
-        self.sessions.join(max(0.0, deadline - time.monotonic()))
-        return self.sessions.kill()
+        return stop_parts(self._parts, self.sessions, timeout)
 
     def close(self) -> None:
         """End everything at once."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.interface import DATA, TARGET, TUNNEL, View, report_fields
-from nodepass.tunnel.part import Common, Loop, Part
+from nodepass.tunnel.part import Common, Loop, Part, stop_parts
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.signals import Offer
@@ -118,11 +117,7 @@ class Server:
 
         The connected client and the UDP sockets stay for as long as sessions need them.
         """
-        deadline = time.monotonic() + timeout
-        for part in self._parts:
-            part.stop(max(0.0, deadline - time.monotonic()))
-        self.sessions.join(max(0.0, deadline - time.monotonic()))
-        return self.sessions.kill()
+        return stop_parts(self._parts, self.sessions, timeout)
 
     def close(self) -> None:
         """End everything at once."""

@@ -6,7 +6,8 @@ is why that end is unhealthy. `server` and `client` make their parts; what each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gevent import Greenlet, killall
@@ -14,7 +15,7 @@ from gevent import Greenlet, killall
 from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.stats import Stats
-from nodepass.tasks import TaskGroup, find_ended
+from nodepass.tasks import TaskGroup, WorkerPool, find_ended
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,12 @@ class Loop(Part):
 
     def start(self) -> None:
         self._start_loop(self._name, self._work)
+
+
+def stop_parts(parts: Sequence[Part], sessions: WorkerPool, timeout: float) -> int:
+    """Stop parts in order, let sessions end within `timeout` seconds in all, cut the rest; how many those were."""
+    deadline = time.monotonic() + timeout
+    for part in parts:
+        part.stop(max(0.0, deadline - time.monotonic()))
+    sessions.join(max(0.0, deadline - time.monotonic()))
+    return sessions.kill()
