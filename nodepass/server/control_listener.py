@@ -20,7 +20,7 @@ from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, as_blocking, as_plain
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.data_listener import DataListener
-from nodepass.server.pending import PendingConnections
+from nodepass.server.pending import QUIET, PendingConnections
 from nodepass.stats import failure
 from nodepass.tunnel.control import STOPPING, ServerControl
 from nodepass.tunnel.handshake import accept_client
@@ -69,7 +69,8 @@ class ControlListener(Part):
                 self._data_listener.admit(sock, peer)  # a v1 client does not mark them
             else:
                 # Without a key, a peer that says nothing is a v1 client that waits for the server to speak first.
-                self._pending.accept(as_blocking(sock), self._serve, peer, speaks_first=self._slot.key is not None)
+                silence = QUIET if self._slot.key else 0.0
+                self._pending.accept(as_blocking(sock), self._serve, peer, silence=silence)
 
     def _serve(self, sock: socket.socket, peer: Endpoint) -> None:
         """One connection: a data connection is handed on, another may become the client's."""

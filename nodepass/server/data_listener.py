@@ -20,7 +20,7 @@ from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.pending import PendingConnections
+from nodepass.server.pending import QUIET, PendingConnections
 from nodepass.stats import failure
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common, Part
@@ -65,7 +65,7 @@ class DataListener(Part):
         elif self._pool.full:
             self._reject(sock, peer, "pool_full", "the pool is full")
         elif self._certificate or agreement.session:
-            self._pending.accept(sock, self._prepare, peer, agreement, speaks_first=self._certificate is not None)
+            self._pending.accept(sock, self._prepare, peer, agreement, silence=QUIET if self._certificate else 0.0)
         else:
             self._add(sock, peer)
 

@@ -4,8 +4,8 @@ Each of a server's own ports has a `PendingConnections`. For each connection it 
 out what the peer is and calls `release` once the peer has authenticated; what that means is not known here.
 
 Where one more would exceed a limit, the oldest is dropped: legitimate peers authenticate in milliseconds, so the oldest
-is the least likely to be one. Silent connections, however many, cannot block others. A peer that has to speak first
-costs no greenlet before it does: a generator waits for its first bytes, driven by the event loop. So a crowd of silent
+is the least likely to be one. Silent connections, however many, cannot block others. A peer that may be silent
+costs no greenlet while it is: a generator waits for its first bytes, driven by the event loop. So a crowd of silent
 peers is accepted and dropped as fast as it comes, and holds up nothing behind it in the kernel's queue.
 """
 
@@ -30,7 +30,8 @@ PER_PORT = 1024  # pending connections
 PER_ADDRESS = 256  # of them, from one host
 SHARE = 8  # in the whole process they take at most one in so many descriptors,
 AT_LEAST = 64  # but may be so many, as a client dials at once, where a quarter of the descriptors allows that
-QUIET = 0.25  # seconds for which silence costs nothing; then the work begins, which has a timeout of its own
+QUIET = 0.25  # seconds for which a peer that must speak first may be silent; then its handshake's timeout counts
+LOOK_EVERY = 1 / 16  # seconds between two looks for silences that are over
 READABLE = 1  # the event loop's flag
 
 Work = Callable[..., object]
@@ -44,6 +45,7 @@ class _Pending:
     sock: Socket
     host: str
     since: float  # time.monotonic()
+    silence: float  # seconds for which it may say nothing before its work begins
     port: PendingConnections
     steps: Steps = field(init=False)  # until its work begins
     greenlet: Greenlet[..., None] | None = None  # does its work
@@ -65,20 +67,22 @@ class PendingConnections:
         self._per_address = min(PER_ADDRESS, max(AT_LEAST, self._in_all // 4))
         self._tasks = TaskGroup(log, stats)
         self._here: dict[Socket, _Pending] = {}  # the oldest first
-        self._silent: dict[Socket, _Pending] = {}  # those of them that wait for their first bytes
-        self._timer = IdleTimer(QUIET / 4, self._end_silence)
+        # Those of them that wait for their first bytes, by how long they may, the oldest first.
+        self._silent: dict[float, dict[Socket, _Pending]] = {}
+        self._timer = IdleTimer(LOOK_EVERY, self._end_silences)
         self._addresses: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._here)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} at the {self._port} port: {len(self)}, {len(self._silent)} of them silent>"
+        silent = sum(map(len, self._silent.values()))
+        return f"<{type(self).__name__} at the {self._port} port: {len(self)}, {silent} of them silent>"
 
-    def accept(self, sock: Socket, work: Work, *args: object, speaks_first: bool = False) -> None:
+    def accept(self, sock: Socket, work: Work, *args: object, silence: float = 0.0) -> None:
         """Run `work(sock, *args)` in a greenlet; it must close the connection or hand it on, also where it is killed.
 
-        With `speaks_first` it begins at the peer's first bytes, or after QUIET.
+        It begins at the peer's first bytes, or after `silence` seconds. The values of `silence` should be few.
         """
         try:
             host = plain_host(sock.getpeername())
@@ -86,9 +90,9 @@ class PendingConnections:
             sock.close()  # it has left already
             return
         self._make_room(host)
-        pending = self._all[sock] = self._here[sock] = _Pending(sock, host, time.monotonic(), self)
+        pending = self._all[sock] = self._here[sock] = _Pending(sock, host, time.monotonic(), silence, self)
         self._addresses[host] += 1
-        pending.steps = self._steps(pending, work, args, speaks_first)
+        pending.steps = self._steps(pending, work, args)
         next(pending.steps)
 
     def time_left(self, sock: Socket, timeout: float) -> float:
@@ -111,10 +115,10 @@ class PendingConnections:
         self._tasks.kill()
         self._timer.stop()
 
-    def _steps(self, pending: _Pending, work: Work, args: tuple[object, ...], speaks_first: bool) -> Steps:
-        """Wait for the first bytes if there must be some, then begin the work. The event loop calls each step."""
+    def _steps(self, pending: _Pending, work: Work, args: tuple[object, ...]) -> Steps:
+        """Wait for the first bytes while there may be none, then begin the work. The event loop calls each step."""
         try:
-            if speaks_first:
+            if pending.silence > 0:
                 with self._watching(pending):
                     yield
             pending.greenlet = self._tasks.spawn(f"the {self._port} port", self._run, pending, work, args)
@@ -126,25 +130,27 @@ class PendingConnections:
 
     @contextmanager
     def _watching(self, pending: _Pending) -> Iterator[None]:
-        """Have its next step called at its first bytes, or by `_end_silence`."""
+        """Have its next step called at its first bytes, or by `_end_silences`."""
         watcher = get_hub().loop.io(pending.sock.fileno(), READABLE)
         watcher.start(pending.steps.__next__)
-        self._silent[pending.sock] = pending
+        silent = self._silent.setdefault(pending.silence, {})
+        silent[pending.sock] = pending
         self._timer.start()
         try:
             yield
         finally:
-            del self._silent[pending.sock]
+            del silent[pending.sock]
+            if not silent:
+                del self._silent[pending.silence]
             watcher.stop()
             watcher.close()
 
-    def _end_silence(self) -> bool:
-        """Begin the work of those that have been silent for QUIET; whether others are silent still."""
-        limit = time.monotonic() - QUIET
-        for pending in list(self._silent.values()):
-            if pending.since > limit:
-                break
-            next(pending.steps)
+    def _end_silences(self) -> bool:
+        """Begin the work of those that have been silent for long enough; whether others are silent still."""
+        now = time.monotonic()
+        for silence, silent in list(self._silent.items()):
+            while silent and (oldest := next(iter(silent.values()))).since + silence <= now:
+                next(oldest.steps)
         return bool(self._silent)
 
     def _run(self, pending: _Pending, work: Work, args: tuple[object, ...]) -> None:

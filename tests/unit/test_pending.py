@@ -15,13 +15,14 @@ from gevent.event import Event
 from nodepass.log import Log
 from nodepass.net.sockets import Socket, as_plain
 from nodepass.server import pending as module
-from nodepass.server.pending import QUIET, PendingConnections
+from nodepass.server.pending import PendingConnections
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from tests.unit.controls import until
 from tests.unit.streams import reset, tcp_pair
 
 FOREVER = 60  # seconds
+QUIET = 0.1  # seconds
 
 
 class Peer:
@@ -33,9 +34,9 @@ class Peer:
         self.accepted = as_plain(stream.sock)
         self.begun, self.ended = Event(), Event()
 
-    def come_to(self, pending: PendingConnections, speaks_first: bool = True) -> Peer:
+    def come_to(self, pending: PendingConnections, silence: float = FOREVER) -> Peer:
         """Be accepted, which takes no turn of the event loop."""
-        pending.accept(self.accepted, self.work, speaks_first=speaks_first)
+        pending.accept(self.accepted, self.work, silence=silence)
         return self
 
     def work(self, sock: Socket) -> None:
@@ -72,9 +73,7 @@ def pending(stack: ExitStack) -> PendingConnections:
 # When the work begins
 
 
-def test_a_peer_that_has_to_speak_first_costs_no_greenlet_before_it_does(
-    stack: ExitStack, pending: PendingConnections
-) -> None:
+def test_a_peer_that_may_be_silent_costs_no_greenlet_while_it_is(stack: ExitStack, pending: PendingConnections) -> None:
     peers = [Peer(stack).come_to(pending) for _ in range(10)]
     gevent.sleep(0)
     assert len(pending) == 10
@@ -88,16 +87,17 @@ def test_a_peer_that_has_to_speak_first_costs_no_greenlet_before_it_does(
 def test_the_work_begins_when_a_peer_has_been_silent_for_long_enough(
     stack: ExitStack, pending: PendingConnections
 ) -> None:
-    """Its timeout runs since it was accepted."""
-    peer = Peer(stack).come_to(pending)
+    """Each has a time of its own, and its timeout runs since it was accepted."""
+    patient, peer = Peer(stack).come_to(pending), Peer(stack).come_to(pending, silence=QUIET)
     assert peer.begun.wait(10)
     assert pending.time_left(peer.accepted, 60) <= 60 - QUIET
     assert pending.time_left(peer.accepted, QUIET / 2) == pytest.approx(0, abs=0.01)
+    assert not patient.begun.is_set()
 
 
 def test_the_timer_runs_only_while_a_peer_is_silent(stack: ExitStack, pending: PendingConnections) -> None:
     assert not pending._timer.active
-    Peer(stack).come_to(pending, speaks_first=False)
+    Peer(stack).come_to(pending, silence=0)
     assert not pending._timer.active
     peer = Peer(stack).come_to(pending)
     assert pending._timer.active
@@ -105,8 +105,8 @@ def test_the_timer_runs_only_while_a_peer_is_silent(stack: ExitStack, pending: P
     until(lambda: not pending._timer.active)
 
 
-def test_a_peer_that_need_not_speak_first_is_served_at_once(stack: ExitStack, pending: PendingConnections) -> None:
-    peer = Peer(stack).come_to(pending, speaks_first=False)
+def test_a_peer_that_may_not_be_silent_is_served_at_once(stack: ExitStack, pending: PendingConnections) -> None:
+    peer = Peer(stack).come_to(pending, silence=0)
     gevent.sleep(0)
     assert peer.begun.is_set()
 
@@ -151,7 +151,7 @@ def test_the_silent_are_closed_when_all_end(stack: ExitStack, pending: PendingCo
 def test_the_work_is_killed_when_all_end_also_after_it_was_released(
     stack: ExitStack, pending: PendingConnections
 ) -> None:
-    peers = [Peer(stack).come_to(pending, speaks_first=False) for _ in range(2)]
+    peers = [Peer(stack).come_to(pending, silence=0) for _ in range(2)]
     gevent.sleep(0)
     pending.release(peers[0].accepted)
     assert len(pending) == 1
@@ -213,7 +213,7 @@ def test_of_too_many_in_the_process_the_oldest_is_dropped(stack: ExitStack, monk
 def test_a_peer_that_has_authenticated_is_not_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PER_ADDRESS", 2)
     pending = make_pending(stack)
-    client = Peer(stack).come_to(pending, speaks_first=False)
+    client = Peer(stack).come_to(pending, silence=0)
     pending.release(client.accepted)
     others = [Peer(stack).come_to(pending) for _ in range(3)]
     assert [peer.is_dropped() for peer in (client, *others)] == [False, True, False, False]
@@ -227,13 +227,13 @@ def test_a_dropped_connection_releases_everything_at_once(
     monkeypatch.setattr(module, "PER_PORT", 1)
     pending = make_pending(stack)
     dropped, another = Peer(stack), Peer(stack)
-    dropped.come_to(pending, speaks_first=state == "silent")
+    dropped.come_to(pending, silence=FOREVER if state == "silent" else 0)
     if state == "working":
         assert dropped.begun.wait(10)
     another.come_to(pending)
     until(lambda: dropped.is_dropped() and not pending._tasks)
     assert dropped.begun.is_set() == dropped.ended.is_set() == (state == "working")
-    assert (len(pending), len(pending._silent)) == (1, 1)
+    assert (len(pending), len(pending._silent[FOREVER])) == (1, 1)
 
 
 # Bugs
