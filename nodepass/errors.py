@@ -40,6 +40,10 @@ class TLSError(NodepassError, ConnectionError):
     """A TLS handshake or record failed."""
 
 
+class ClearAnswer(NodepassError, ConnectionError):
+    """The server answered a ClientHello with a line in the clear, which the caller can read from the same socket."""
+
+
 class VerificationError(TLSError):
     """The server's certificate was rejected; `check` is what failed: chain, expired, name or fingerprint."""
 

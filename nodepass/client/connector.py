@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import gevent
 from gevent.event import Event
@@ -27,9 +26,6 @@ from nodepass.tunnel.handshake import connect_to_server
 from nodepass.tunnel.part import Common, Part
 from nodepass.urls import Address
 from nodepass.wire.auth import Key
-
-if TYPE_CHECKING:
-    from OpenSSL import SSL
 
 SETTLED = 1.0  # seconds that a control connection must last for the next reconnect to begin with the shortest pause
 REPEAT_WARNING = 60.0  # seconds between two warnings about the same failure to connect
@@ -184,17 +180,8 @@ class Connector(Part):
             endpoint=reached if offer.mux else reached.with_port(offer.data_port),
             host=self._server.host or "localhost",
             timeout=self._settings.handshake_timeout,
-            context=_context(offer.tls),
-            verify=offer.tls == 2,
+            tls=offer.tls,
             session=agreement.session,
             shared_port=offer.mux,
             fingerprint=offer.fingerprint if agreement.session else "",
         )
-
-
-def _context(tls: int) -> SSL.Context | None:
-    if not tls:
-        return None
-    from nodepass.tls.stream import client_context
-
-    return client_context(verify=tls == 2)

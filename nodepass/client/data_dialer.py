@@ -11,7 +11,6 @@ import logging
 import time
 from dataclasses import dataclass
 from random import uniform
-from typing import TYPE_CHECKING
 
 import gevent
 
@@ -25,9 +24,6 @@ from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import SessionKey
 from nodepass.wire.signals import DATA_PREFIX, ID_LENGTH, parse_id
-
-if TYPE_CHECKING:
-    from OpenSSL import SSL
 
 DIALS_AT_ONCE = 64
 SAME_MOMENT = 0.1  # seconds: a server that goes away refuses dials, too; then its going is logged, and this is not
@@ -117,8 +113,7 @@ class Route:
     endpoint: Endpoint
     host: str  # of the server, as it was given: the name that its certificate must have
     timeout: float  # seconds for each connection to become ready
-    context: SSL.Context | None  # None without TLS
-    verify: bool  # the certificate's chain and name
+    tls: int  # 0: none; 2: the certificate's chain and name are verified
     session: SessionKey | None  # None without a key
     shared_port: bool  # with the control connection: a prefix says that this is none
     fingerprint: str  # that the certificate must have; "" for any
@@ -140,11 +135,12 @@ class Route:
         stream: Stream = plain
         if self.shared_port:
             stream.write(DATA_PREFIX)
-        if self.context:
+        if self.tls:
             from nodepass.tls.stream import connect_tls
-            from nodepass.tls.verify import Expected
+            from nodepass.tls.verify import Expected, Verify
 
-            stream = connect_tls(sock, self.context, Expected(self.host, self.verify, self.fingerprint))
+            verify = Verify.ENFORCE if self.tls == 2 else Verify.IGNORE
+            stream = connect_tls(sock, Expected(self.host, verify, self.fingerprint), v2=False)
         else:
             plain.wait_readable()  # the id takes a round trip, and a read that fails costs more than this wait
         try:

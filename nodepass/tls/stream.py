@@ -1,12 +1,16 @@
-"""TLS on data connections: contexts for both ends, the handshakes, and `TLSStream`.
+"""TLS on control and data connections: contexts for both ends, the handshakes, and `TLSStream`.
 
 Servers and clients import this room only when TLS is on: OpenSSL takes 10 MB. OpenSSL works on memory BIOs (`bio`) and
 the kernel's non-blocking socket does the I/O, so waiting suspends the greenlet only. Errors of pyOpenSSL become
 `TLSError`s here; no other room sees them.
+
+Wire v2 is TLS 1.3 with the ALPN protocol `ALPN`. Wire v1 has no ALPN and allows TLS 1.2. A server's context serves
+both: what a connection speaks is known after its handshake, and the caller decides what to do with it.
 """
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Sequence
 
@@ -19,13 +23,20 @@ from gevent.socket import wait_read
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
-from nodepass.errors import ConfigError, TLSError, VerificationError
+from nodepass.errors import ClearAnswer, ConfigError, ProtocolError, TLSError, VerificationError
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
-from nodepass.tls.verify import Expected, Rejection, is_ip
+from nodepass.tls.verify import Expected, Rejection, Verify, is_ip
+
+ALPN = b"nodepass/2"
+EXPORTER_LABEL = b"EXPORTER-nodepass-2"
+EXPORTER_LENGTH = 32  # bytes
 
 FEEDS = 8  # reads from the kernel in a row that bring no payload: key updates, tickets, alerts
+_TLS_13 = "TLSv1.3"
+_RECORD_TYPES = range(0x14, 0x18)  # the first byte of a record: change_cipher_spec, alert, handshake, application_data
+_CLEAR = b"/"  # the first byte of a line in the clear
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 # AES-128 first: its strength suffices here, and it costs least per byte. Before pyOpenSSL 25.2, AES-256 comes first.
@@ -35,9 +46,12 @@ PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSA
 
 
 class TLSStream(SocketStream):
-    """A connection under TLS."""
+    """A connection under TLS.
 
-    __slots__ = ("_connection", "_records")
+    `rejection`: why the certificate of its server is rejected, where the client looked at it (`Verify`).
+    """
+
+    __slots__ = ("_connection", "_records", "rejection")
 
     batch = BATCH
     plain = False
@@ -46,6 +60,35 @@ class TLSStream(SocketStream):
         super().__init__(sock)
         self._connection = connection
         self._records = open_records(connection)
+        self.rejection: Rejection | None = None
+
+    @property
+    def alpn(self) -> bytes:
+        """The ALPN protocol that both ends agreed on; b"" where there is none."""
+        return self._connection.get_alpn_proto_negotiated()
+
+    @property
+    def version(self) -> str:
+        """The TLS version, as OpenSSL names it."""
+        return self._connection.get_protocol_version_name()
+
+    @property
+    def group(self) -> str:
+        """The group of the key exchange; "" where pyOpenSSL cannot tell, before its version 25.2."""
+        get_name = getattr(self._connection, "get_group_name", None)
+        return (get_name() or "") if get_name else ""
+
+    @property
+    def speaks_v2(self) -> bool:
+        """Whether the handshake allows wire v2."""
+        return self.alpn == ALPN and self.version == _TLS_13
+
+    def exporter(self) -> bytes:
+        """32 bytes that both ends of this connection know and no end of another connection. Raises TLSError."""
+        try:
+            return self._connection.export_keying_material(EXPORTER_LABEL, EXPORTER_LENGTH)
+        except SSL.Error as error:
+            raise _translated(error) from None
 
     @property
     def pending(self) -> bool:
@@ -116,6 +159,30 @@ class TLSStream(SocketStream):
                 raise _translated(error) from None
             self._records.feed(self._receive_flight())
 
+    def wait_for_answer(self) -> None:
+        """Send the ClientHello and look at the first byte of the answer before OpenSSL does.
+
+        Raises ClearAnswer where a line in the clear begins, which is left in the socket; else OSError.
+        """
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            self._flush()
+        first = self._peek_raw()
+        if first == _CLEAR:
+            self._close_watchers()
+            self._records.close()
+            raise ClearAnswer("the server answered the ClientHello in the clear")
+        if first and first[0] not in _RECORD_TYPES:
+            raise ProtocolError(f"the server's answer to the ClientHello begins with {first!r}: neither TLS nor a line")
+
+    def _peek_raw(self) -> bytes:
+        while True:
+            try:
+                return bytes(self._raw.recv(1, socket.MSG_PEEK))
+            except BlockingIOError:
+                self.wait_readable()
+
     def _flush(self) -> None:
         self._send_all(self._send_records())
 
@@ -163,22 +230,38 @@ def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context
         context.use_privatekey(key)
     except SSL.Error as error:  # too weak a key, for one
         raise ConfigError(f"the certificate cannot be used: {_translated(error)}") from None
+    context.set_alpn_select_callback(_select_alpn)
     # A data connection is never resumed, so tickets would be bytes and work for nothing.
     context.set_options(SSL.OP_NO_TICKET)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     return context
 
 
-def client_context(verify: bool) -> SSL.Context:
-    """A context for a client; with `verify`, chains are checked against SSL_CERT_FILE or the system's CAs."""
+def client_context(verify: Verify, v2: bool = True) -> SSL.Context:
+    """The context of this process for such a demand; a v2 one allows nothing below TLS 1.3.
+
+    To have the certificate looked at, the CAs of SSL_CERT_FILE or of the system are loaded, once in a process: their
+    files are read again only after a restart.
+    """
+    return _client_context(verify is not Verify.IGNORE, v2)
+
+
+@functools.cache
+def _client_context(loads_cas: bool, v2: bool) -> SSL.Context:
     context = _context()
-    if verify:
+    if loads_cas:
         context.set_default_verify_paths()
+    if v2:
+        context.set_min_proto_version(SSL.TLS1_3_VERSION)
+        context.set_alpn_protos([ALPN])
     return context
 
 
 def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
-    """The server's side of a handshake. Raises OSError, TLSError among them; closing `sock` is the caller's."""
+    """The server's side of a handshake. Raises OSError, TLSError among them; closing `sock` is the caller's.
+
+    A client without ALPN, or of TLS 1.2, is let through: see `TLSStream.speaks_v2`.
+    """
     wait_read(sock.fileno())  # a peer that sends nothing does not get OpenSSL's 140 KiB
     connection = SSL.Connection(context, None)
     connection.set_accept_state()
@@ -187,23 +270,24 @@ def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
     return stream
 
 
-def connect_tls(sock: Socket, context: SSL.Context, expected: Expected) -> TLSStream:
-    """The client's side of a handshake. Raises OSError.
+def connect_tls(sock: Socket, expected: Expected, v2: bool = True) -> TLSStream:
+    """The client's side of a handshake; `v2`: of wire v2, which begins with a look at the first byte of the answer.
 
-    A VerificationError among them says whether the chain, the name or the fingerprint was rejected. The server learns
-    that in the handshake, so it never takes a rejected connection for a ready one.
+    Raises OSError. ClearAnswer among them: the server does not speak TLS, and what it said is still in the socket. A
+    VerificationError says which check rejected the certificate. The server learns that in the handshake, so it never
+    takes a rejected connection for a ready one.
     """
-    return _connect(sock, context, _Judge(expected))
+    return _connect(sock, _Judge(expected), v2)
 
 
-def check_certificate(sock: Socket, context: SSL.Context, expected: Expected) -> None:
+def check_certificate(sock: Socket, expected: Expected, v2: bool = True) -> None:
     """Verify the server's certificate and end the handshake there, so that the server gets no connection from it.
 
     Raises OSError, VerificationError among them.
     """
     judge = _Judge(expected, accepts=False)
     try:
-        _connect(sock, context, judge)
+        _connect(sock, judge, v2)
     except VerificationError:
         raise
     except TLSError:
@@ -227,25 +311,39 @@ class _Judge:
             rejection = self.expected.rejects_leaf(certificate)
             self.has_passed = not rejection
         self.rejection = self.rejection or rejection
+        if self.expected.verify is Verify.KEEP:
+            return True
         return not rejection and (self._accepts or depth > 0)
 
 
-def _connect(sock: Socket, context: SSL.Context, judge: _Judge) -> TLSStream:
+def _connect(sock: Socket, judge: _Judge, v2: bool) -> TLSStream:
     expected = judge.expected
-    connection = SSL.Connection(context, None)
+    connection = SSL.Connection(client_context(expected.verify, v2), None)
     connection.set_connect_state()
     if not is_ip(expected.host):
         connection.set_tlsext_host_name(expected.host.encode("idna"))
-    if expected.verify or expected.fingerprint:
+    if expected.verify is not Verify.IGNORE or expected.fingerprint:
         connection.set_verify(SSL.VERIFY_PEER, judge)
     stream = TLSStream(sock, connection)
     try:
+        if v2:
+            stream.wait_for_answer()
         stream.handshake()
     except TLSError:
         if judge.rejection:
             raise VerificationError(f"certificate {judge.rejection.words}", judge.rejection.check) from None
         raise
+    if v2 and not stream.speaks_v2:
+        raise TLSError(f"TLS: the server did not select the protocol {ALPN.decode()} (ALPN)")
+    stream.rejection = judge.rejection
     return stream
+
+
+def _select_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    """Called where the client offers protocols. What it raises ends the handshake with an alert."""
+    if ALPN not in offered:
+        raise SSL.Error(f"the client offers other protocols (ALPN): {b', '.join(offered)!r}")
+    return ALPN
 
 
 def _context() -> SSL.Context:

@@ -1,13 +1,14 @@
 """What a client requires of a server's certificate, and why a certificate does not meet it, as text for an operator.
 
 It knows no connection: `tls.stream` calls it from OpenSSL's verification callback. service-identity, which matches
-names, is imported on first use: only a client in mode 2 needs it.
+names, is imported on first use: only a client that looks at a trusted chain needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -41,27 +42,35 @@ class Rejection(NamedTuple):
     words: str
 
 
+class Verify(Enum):
+    """What a client does with the chain and the name of a certificate."""
+
+    IGNORE = "ignore"  # not looked at
+    KEEP = "keep"  # looked at, but the handshake goes on: `TLSStream.rejection` has the result
+    ENFORCE = "enforce"  # a rejection ends the handshake
+
+
 @dataclass(frozen=True)
 class Expected:
-    """With `verify` the certificate's chain and name must be valid; with a `fingerprint` it must have that one.
+    """The host whose name the certificate must have, and what follows; with a `fingerprint` it must have that one.
 
     The fingerprint is the SHA-256 of the certificate in DER, as 64 hex digits.
     """
 
     host: str
-    verify: bool = False
+    verify: Verify = Verify.IGNORE
     fingerprint: str = ""
 
     def rejects_chain(self, error: int) -> Rejection | None:
         """Why the chain is rejected, given OpenSSL's X509_V_ERR_*; None when it is not."""
-        if not error or not self.verify:
+        if not error or self.verify is Verify.IGNORE:
             return None
         words = f"chain rejected for {self.host!r}: {_CHAIN_ERRORS.get(error, f'X509 error {error}')}"
         return Rejection("expired" if error == _EXPIRED else "chain", words)
 
     def rejects_leaf(self, certificate: X509) -> Rejection | None:
         """Why the server's own certificate is rejected; None when it is not."""
-        if self.verify and not _is_valid_for(certificate, self.host):
+        if self.verify is not Verify.IGNORE and not _is_valid_for(certificate, self.host):
             names = shown_names(names_of(certificate.to_cryptography())) or "no name"
             return Rejection("name", f"name mismatch for {self.host!r}: the certificate is for {names}")
         shown = certificate.digest("sha256").replace(b":", b"").decode().lower()

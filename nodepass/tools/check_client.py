@@ -126,12 +126,12 @@ class _ServerCheck:
             self._check_data_port(endpoint)
 
     def _check_certificate(self, endpoint: Endpoint, offer: Offer, authenticated: bool) -> None:
-        from nodepass.tls.stream import check_certificate, client_context
-        from nodepass.tls.verify import Expected
+        from nodepass.tls.stream import check_certificate
+        from nodepass.tls.verify import Expected, Verify
 
         timeout = self.settings.handshake_timeout
         host = self.url.tunnel.host or "localhost"
-        expected = Expected(host, offer.tls == 2, offer.fingerprint)
+        expected = Expected(host, Verify.ENFORCE if offer.tls == 2 else Verify.IGNORE, offer.fingerprint)
         try:
             with (
                 gevent.Timeout(timeout, TimeoutError(f"{endpoint}: no TLS handshake within {timeout:g}s")),
@@ -139,7 +139,7 @@ class _ServerCheck:
             ):
                 if offer.mux:
                     TCPStream(sock).write(DATA_PREFIX)
-                check_certificate(sock, client_context(expected.verify), expected)
+                check_certificate(sock, expected, v2=False)
         except VerificationError as error:
             self._fail(f"data port {endpoint}: {error}")
             return

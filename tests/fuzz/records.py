@@ -14,7 +14,8 @@ from OpenSSL import SSL
 from nodepass.log import Log
 from nodepass.tls import bio
 from nodepass.tls.certificates import ServerCertificate
-from nodepass.tls.stream import TLSStream, client_context
+from nodepass.tls.stream import TLSStream, _client_context, client_context
+from nodepass.tls.verify import Verify
 from tests.fuzz.scripted import assert_plain, plain_log
 from tests.fuzz.scripts import Script
 
@@ -142,9 +143,9 @@ def contexts() -> tuple[SSL.Context, SSL.Context, SSL.Context]:
     """A server's, a client's, and a client's that speaks TLS 1.2 only."""
     with plain_log():
         server = ServerCertificate("", "", Log("fuzz")).context
-    old = client_context(False)
+    old = _client_context.__wrapped__(loads_cas=False, v2=False)  # one that no other connection uses
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
-    return server, client_context(False), old
+    return server, client_context(Verify.IGNORE), old
 
 
 def connect(is_old: int, is_client_public: int, is_server_public: int) -> tuple[Side, Side]:

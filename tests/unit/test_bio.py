@@ -18,6 +18,7 @@ from nodepass.tls import bio
 from nodepass.tls.bio import HEADER, RECORD, STOPS, UNSENT, PrivateRecords, PublicRecords, Records, inbox, missing_names
 from nodepass.tls.certificates import self_signed
 from nodepass.tls.stream import TLSStream, accept_tls, client_context, server_context
+from nodepass.tls.verify import Verify
 from tests.support.key_updates import handshake as introduce
 from tests.support.key_updates import key_updates
 from tests.support.without_private_names import Hiding
@@ -66,7 +67,7 @@ def read_all(connection: SSL.Connection) -> bytes:
 def connect(kind: type[SSL.Connection] = SSL.Connection) -> Pair:
     """A client and a server after their handshake."""
     identity = self_signed()
-    client = kind(client_context(verify=False), None)
+    client = kind(client_context(Verify.IGNORE), None)
     server = kind(server_context(identity.chain, identity.key), None)
     client.set_connect_state()
     server.set_accept_state()
@@ -260,7 +261,7 @@ def in_small_records(record: bytes, size: int) -> bytes:
 
 def test_a_handshake_in_more_records_than_stops_is_accepted(open_records: Open) -> None:
     identity = self_signed()
-    client = SSL.Connection(client_context(verify=False), None)
+    client = SSL.Connection(client_context(Verify.IGNORE), None)
     server = SSL.Connection(server_context(identity.chain, identity.key), None)
     client.set_connect_state()
     server.set_accept_state()

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from OpenSSL.crypto import X509
 
-from nodepass.tls.verify import NAME_SHOWN, Expected
+from nodepass.tls.verify import NAME_SHOWN, Expected, Verify
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 
@@ -47,7 +47,7 @@ def certificate(*names: x509.GeneralName) -> X509:
     ],
 )
 def test_a_rejection_by_name_shows_the_names_in_the_certificate(names: list[x509.GeneralName], shown: str) -> None:
-    rejection = Expected("tunnel.example", verify=True).rejects_leaf(certificate(*names))
+    rejection = Expected("tunnel.example", Verify.ENFORCE).rejects_leaf(certificate(*names))
     assert rejection
     assert rejection.check == "name"
     assert rejection.words.startswith("name mismatch for 'tunnel.example': ")
@@ -64,14 +64,14 @@ def test_a_rejection_by_name_shows_the_names_in_the_certificate(names: list[x509
 )
 def test_a_certificate_for_the_host_is_accepted(host: str, name: x509.GeneralName) -> None:
     other = x509.DNSName("other.example")
-    assert not Expected(host, verify=True).rejects_leaf(certificate(other, name))
+    assert not Expected(host, Verify.ENFORCE).rejects_leaf(certificate(other, name))
 
 
 def test_an_unreadable_name_rejects_the_certificate() -> None:
     unreadable = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, b"no DER")
     key = ec.generate_private_key(ec.SECP256R1())
     shown = X509.from_cryptography(build(key).add_extension(unreadable, critical=False).sign(key, hashes.SHA256()))
-    rejection = Expected("tunnel.example", verify=True).rejects_leaf(shown)
+    rejection = Expected("tunnel.example", Verify.ENFORCE).rejects_leaf(shown)
     assert rejection
     assert rejection.words.endswith(" no name")
 
