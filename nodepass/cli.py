@@ -12,28 +12,26 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import configargparse
 
 from nodepass import __version__, log
 from nodepass.config import Notice, Settings, rows
+from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
-from nodepass.daemon.key_file import find_secret, generate
+from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError, ListenError, StartError
-from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url
-
-if TYPE_CHECKING:
-    from nodepass.wire.auth import Key
+from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url, with_defaults
 
 BUGS = 3  # exit status
 
 DESCRIPTION = """\
 A TCP/UDP reverse tunnel. Each URL is one tunnel:
 
-  server://TUNNEL_HOST:PORT/TARGET_HOST:PORT?log=LEVEL&tls=0|1|2&crt=FILE&key=FILE
-  client://TUNNEL_HOST:PORT/TARGET_HOST:PORT?log=LEVEL
+  server://TUNNEL_HOST:PORT/TARGET_HOST:PORT?name=NAME&tls=0|1|2&crt=FILE&key=FILE&log=LEVEL
+  client://TUNNEL_HOST:PORT/TARGET_HOST:PORT?name=NAME&tls=0|1|2&wire=auto|1|2&log=LEVEL
 
 The server runs where visitors can reach it. It listens on its tunnel address for its client and on its target
 address for visitors, TCP and UDP. The client runs next to the service. It connects to the server's tunnel address
@@ -84,6 +82,8 @@ def make_parser() -> Parser:
     )
     help_text = "file with the key that both ends share; default: no key [TUNNEL_KEY_FILE]"
     key.add_argument("--tunnel-key-file", env_var="TUNNEL_KEY_FILE", metavar="FILE", help=help_text)
+    help_text = "file with a line for each tunnel, its name and its key; default: none [TUNNEL_KEYS_FILE]"
+    key.add_argument("--tunnel-keys-file", env_var="TUNNEL_KEYS_FILE", metavar="FILE", help=help_text)
     return parser
 
 
@@ -116,19 +116,26 @@ def main(arguments: Sequence[str]) -> int:
         parser.print_usage(sys.stderr)
         sys.stderr.write("nodepass: no URL given and NODEPASS_URL is not set; see nodepass --help\n")
         return 2
+
+    def find_keys() -> Keys:
+        return Keys.find(namespace.tunnel_key_file, namespace.tunnel_keys_file, os.environ)
+
     if namespace.check:
         from nodepass.tools import check
 
-        return check.run(texts, lambda: read_settings(parser, namespace), namespace.tunnel_key_file, os.environ)
+        return check.run(texts, lambda: read_settings(parser, namespace), find_keys, os.environ)
     try:
         settings = read_settings(parser, namespace)
-        urls = [parse_url(text) for text in texts]
+        parsed = [parse_url(text) for text in texts]
         manager = ServiceManager.take(os.environ)
-        secret, warnings = find_secret(namespace.tunnel_key_file, os.environ)
-        _start_log(urls, settings, warnings)
-        key = _make_key(secret)
+        keys = find_keys()
+        urls = [with_defaults(url, keys.has(url.tunnel_name), settings) for url in parsed]
+        refuse_conflicts(urls, keys)
+        _start_log(urls, settings, keys.notices)
+        for url in urls:
+            keys.keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
         gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
-        daemon = Daemon(urls, settings, key, manager)
+        daemon = Daemon(urls, settings, keys, manager)
         daemon.run()
     except ConfigError as error:
         sys.stderr.write(f"nodepass: {error}\n")
@@ -146,11 +153,3 @@ def _start_log(urls: Sequence[ServerURL | ClientURL], settings: Settings, warnin
     for tunnel, notices in (("nodepass", warnings), *((url.name, url.warnings) for url in urls)):
         for each in notices:
             log.Log(tunnel).warning("config.warning", "%(warning)s", reason=each.reason, warning=each.words)
-
-
-def _make_key(secret: str | None) -> Key | None:
-    if secret is None:
-        return None
-    from nodepass.wire.auth import Key
-
-    return Key(secret)

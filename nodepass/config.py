@@ -222,6 +222,12 @@ class Settings:
         "timing",
         "server, tls=2: how often the certificate files are checked for changes",
     )
+    wire: str = setting(
+        "auto",
+        choice("auto", "1", "2"),
+        "wire",
+        "version of the wire: 2 refuses wire v1 peers; 1, on a client, expects one",
+    )
     log_format: str = setting(
         "text", choice("text", "json"), "log", "text: lines for people; json: one object per line for programs"
     )

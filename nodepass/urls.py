@@ -1,23 +1,37 @@
 """The URLs that describe a tunnel, parsed into frozen dataclasses.
 
-`server://<tunnel_addr>/<target_addr>?log=&tls=&crt=&key=` and `client://<tunnel_addr>/<target_addr>?log=`. Nothing is
-opened or resolved here. A `ConfigError` says in one line what is wrong and what is allowed.
+`server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&wire=&log=` and
+`client://<tunnel_addr>/<target_addr>?name=&tls=&wire=&log=`. Nothing is opened or resolved here. `parse_url` knows the
+text alone; what is not given there depends on the settings and on whether the tunnel has a key, so `with_defaults`
+fills it in before anything uses the URL. A `ConfigError` says in one line what is wrong and what is allowed.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from urllib.parse import unquote, urlsplit
 
-from nodepass.config import Notice
+from nodepass.config import Notice, Settings
 from nodepass.errors import ConfigError
 from nodepass.hostport import split_host_port
 
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
-_PARAMETERS = {"server": ("log", "tls", "crt", "key"), "client": ("log", "tls")}
+_PARAMETERS = {"server": ("name", "tls", "crt", "key", "wire", "log"), "client": ("name", "tls", "wire", "log")}
+_WIRES = {"server": ("auto", "2"), "client": ("auto", "1", "2")}
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
+NAMELESS = "-"  # stands for the empty name where a word is needed
 _FORM = "server://HOST:PORT/HOST:PORT?tls=0|1|2 or client://HOST:PORT/HOST:PORT"
+_ALLOWED = "allowed: auto or 2"
+_UNSET = (
+    Notice(
+        "tls_unset",
+        "tls is not given: data connections are not encrypted (tls=0); set tls=0 to silence this, or tls=1 to encrypt",
+    ),
+)
+_IGNORED = (Notice("tls_ignored", "tls on a client URL is ignored: the client adopts the server's choice"),)
 
 
 @dataclass(frozen=True)
@@ -33,12 +47,20 @@ class Address:
 
 @dataclass(frozen=True)
 class TunnelURL:
-    """What both kinds of URL have. `name` is the tunnel's name in the log."""
+    """What both kinds of URL have."""
 
     tunnel: Address
     target: Address
     log: str = "info"
     warnings: tuple[Notice, ...] = ()
+    tunnel_name: str = field(default="", kw_only=True)  # tells the tunnels of one key or one tunnel port apart
+    wire: str | None = field(default=None, kw_only=True)  # auto, 1 or 2; None: as the setting WIRE says
+
+    @property
+    def name(self) -> str:
+        """The tunnel's name in the log: `server:10101/web`, or `server:10101` where the URL has no name."""
+        role = "server" if isinstance(self, ServerURL) else "client"
+        return f"{role}:{self.tunnel.port}{'/' * bool(self.tunnel_name)}{self.tunnel_name}"
 
 
 @dataclass(frozen=True)
@@ -48,19 +70,24 @@ class ServerURL(TunnelURL):
     tls: int = 0
     crt: str = ""
     key: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"server:{self.tunnel.port}"
+    is_tls_given: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
 class ClientURL(TunnelURL):
     """A client: connects to the server at `tunnel` and, for every session, to the service at `target`."""
 
+    tls: int | None = field(default=None, kw_only=True)  # the least that is accepted; None: not given
+
     @property
-    def name(self) -> str:
-        return f"client:{self.tunnel.port}"
+    def demand(self) -> int:
+        """The least TLS mode that is accepted: 1 or 2, or 0: the client adopts the server's."""
+        return self.tls or 0
+
+    @property
+    def adopts_quietly(self) -> bool:
+        """Whether the URL says that the server decides: no warning then."""
+        return self.tls == 0
 
 
 def may_need_tls(urls: Sequence[ServerURL | ClientURL]) -> bool:
@@ -90,11 +117,42 @@ def parse_url(text: str) -> ServerURL | ClientURL:
     target = _parse_address(text, "target address", parts.path.removeprefix("/"), 0 if listens else 1)
     given = _parse_query(text, scheme, parts.query)
     log = _one_of(text, "log", given.get("log", "info"), LOG_LEVELS)
+    name = _parse_name(text, given.get("name", ""))
+    wire = _one_of(text, "wire", given["wire"], _WIRES[scheme]) if "wire" in given else None
+    tls = int(_one_of(text, "tls", given["tls"], ("0", "1", "2"))) if "tls" in given else None
     if not listens:
-        ignored = (Notice("tls_ignored", "tls on a client URL is ignored: the client adopts the server's choice"),)
-        return ClientURL(tunnel, target, log, ignored if "tls" in given else ())
-    tls, warnings = _parse_tls(text, given)
-    return ServerURL(tunnel, target, log, warnings, tls, given.get("crt", ""), given.get("key", ""))
+        return ClientURL(tunnel, target, log, tls=tls, tunnel_name=name, wire=wire)
+    _check_files(text, tls, given)
+    return ServerURL(
+        tunnel,
+        target,
+        log,
+        tls=tls or 0,
+        crt=given.get("crt", ""),
+        key=given.get("key", ""),
+        is_tls_given=tls is not None,
+        tunnel_name=name,
+        wire=wire,
+    )
+
+
+def with_defaults(url: ServerURL | ClientURL, has_key: bool, settings: Settings) -> ServerURL | ClientURL:
+    """The URL with everything that it leaves open: TLS and the wire's version. Raises ConfigError.
+
+    With a key, both ends use TLS unless the URL says tls=0, and a wire v1 peer, which cannot have the key, is refused.
+    """
+    wire = url.wire or settings.wire
+    if wire == "1" and isinstance(url, ServerURL):
+        raise ConfigError(f"WIRE: '1' is not usable for {url.name}, because a server serves wire v2 always; {_ALLOWED}")
+    if wire == "1" and has_key:
+        raise ConfigError(f"wire=1 is not usable for {url.name}, which has a key: wire v1 has no keys; {_ALLOWED}")
+    wire = "2" if has_key else wire
+    if isinstance(url, ClientURL):
+        tls = 1 if url.tls is None and has_key else url.tls
+        return replace(url, wire=wire, tls=tls, warnings=_IGNORED if url.tls else ())
+    if url.is_tls_given:
+        return replace(url, wire=wire)
+    return replace(url, wire=wire, tls=int(has_key), warnings=() if has_key else _UNSET)
 
 
 def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
@@ -131,14 +189,17 @@ def _one_of(url: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _parse_tls(url: str, given: dict[str, str]) -> tuple[int, tuple[Notice, ...]]:
-    tls = int(_one_of(url, "tls", given.get("tls", "0"), ("0", "1", "2")))
+def _parse_name(url: str, name: str) -> str:
+    if name and (name == NAMELESS or not NAME.fullmatch(name)):
+        allowed = f"at most 64 of A-Z a-z 0-9 . _ -, and not {NAMELESS} alone"
+        raise ConfigError(f"URL {url!r}: name={name!r} is not usable; allowed: {allowed}")
+    return name
+
+
+def _check_files(url: str, tls: int | None, given: dict[str, str]) -> None:
+    """Raise ConfigError unless there are a certificate and its key with tls=2, and only then."""
     for name in ("crt", "key"):
         if tls == 2 and not given.get(name):
             raise ConfigError(f"URL {url!r}: tls=2 needs {name}=FILE (PEM); it is missing")
         if tls != 2 and name in given:
-            raise ConfigError(f"URL {url!r}: {name} is given with tls={tls}; allowed: with tls=2 only")
-    words = (
-        "tls is not given: data connections are not encrypted (tls=0); set tls=0 to silence this, or tls=1 to encrypt"
-    )
-    return tls, () if "tls" in given else (Notice("tls_unset", words),)
+            raise ConfigError(f"URL {url!r}: {name} is given without tls=2; allowed: with tls=2 only")

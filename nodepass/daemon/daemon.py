@@ -19,6 +19,7 @@ from gevent.util import format_run_info
 
 from nodepass.client.client import Client
 from nodepass.config import Settings, format_duration
+from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
 from nodepass.daemon.notifier import Notifier
 from nodepass.daemon.supervisor import Supervisor
@@ -31,7 +32,6 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
 from nodepass.urls import ClientURL, ServerURL, may_need_tls
-from nodepass.wire.auth import Key
 
 if TYPE_CHECKING:
     from nodepass.metrics.endpoint import MetricsEndpoint
@@ -56,7 +56,7 @@ class Daemon:
     """The whole process. Raises ConfigError where a certificate or what METRICS_LISTEN needs is not usable."""
 
     def __init__(
-        self, urls: Sequence[ServerURL | ClientURL], settings: Settings, key: Key | None, manager: ServiceManager
+        self, urls: Sequence[ServerURL | ClientURL], settings: Settings, keys: Keys, manager: ServiceManager
     ) -> None:
         self._log = Log("nodepass")
         self._stats = Stats()  # of what belongs to no tunnel
@@ -68,7 +68,7 @@ class Daemon:
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
         self._tunnels = [
             Supervisor(
-                partial(make_tunnel, url, settings, key, Log(name), Stats(), self._inherited.share()),
+                partial(make_tunnel, url, settings, keys, Log(name), Stats(), self._inherited.share()),
                 settings.service_cooldown,
                 self._tasks,
             )
@@ -214,9 +214,10 @@ class Daemon:
 
 
 def make_tunnel(
-    url: ServerURL | ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats, share: Share
+    url: ServerURL | ClientURL, settings: Settings, keys: Keys, log: Log, stats: Stats, share: Share
 ) -> Tunnel:
     """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
+    key = next(iter(keys.keys_for(url.tunnel_name)), None)
     if isinstance(url, ServerURL):
         return Server(url, settings, key, log, stats, share)
     return Client(url, settings, key, log, stats)

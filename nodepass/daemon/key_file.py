@@ -1,63 +1,209 @@
-"""Where the shared key comes from: a file, the environment, or systemd's credentials, and never the command line.
+"""Where the tunnels' keys come from: files, the environment, or systemd's credentials, and never the command line.
 
-`cli` and `check` read it once at the start. The text leaves this module as it is; `wire.auth.Key` derives from it.
+A process has no key, one secret for all its tunnels (TUNNEL_KEY, TUNNEL_KEY_FILE), or a file with a line for each
+(TUNNEL_KEYS_FILE). `cli` and `check` make `Keys` once at the start. `wire.auth.Key` is derived from a secret and a
+tunnel's name; the secret itself leaves this module only towards it, and no error or warning repeats a part of one.
 """
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from nodepass.config import Notice
 from nodepass.errors import ConfigError
+from nodepass.urls import NAME, NAMELESS
 
-SHORTEST = 16  # characters; a shorter key can be guessed
-CREDENTIAL = "tunnel-key"
+if TYPE_CHECKING:
+    from nodepass.wire.auth import Key
+
+CREDENTIAL, CREDENTIALS = "tunnel-key", "tunnel-keys"  # systemd's, of one key and of a file of keys
+SHORTEST = 22  # characters: 128 bits, if each of them is random in base64
+FEWEST = 10  # different characters; fewer are a pattern
+MOST_LINES = 4096  # of a keys file
+LARGEST = 1 << 20  # bytes of a file
+_GENERATED = 32  # random bytes
+_MAY_READ, _MAY_WRITE = 0o044, 0o022  # group and others
 
 
 def generate() -> str:
-    """A new key: 256 random bits as 64 hex digits."""
-    return os.urandom(32).hex()
+    """A new key: 256 random bits as 43 characters of base64url."""
+    return _encode(os.urandom(_GENERATED))
 
 
-def find_secret(file: str | None, environ: Mapping[str, str]) -> tuple[str | None, list[Notice]]:
-    """The key's text, if there is one, and warnings. Raises ConfigError naming its place, never the key."""
-    text = environ.get("TUNNEL_KEY")
-    if file is not None and text is not None:
-        raise ConfigError("TUNNEL_KEY and TUNNEL_KEY_FILE are both set; allowed: one of them")
-    warnings: list[Notice] = []
-    place = "TUNNEL_KEY"
-    if file is None and text is None and (folder := environ.get("CREDENTIALS_DIRECTORY")):
-        credential = os.path.join(folder, CREDENTIAL)
-        file = credential if os.path.exists(credential) else None
-    if file is not None:
-        place = f"TUNNEL_KEY_FILE={file}"
-        text = _read(file, place, warnings)
-    if text is None:
-        return None, warnings
+class Keys:
+    """The secrets of the tunnels of this process."""
+
+    def __init__(self, common: str = "", by_name: Mapping[str, tuple[str, ...]] | None = None, place: str = "") -> None:
+        self.place = place  # where they come from, for a user; "" without any
+        self.notices: list[Notice] = []
+        self._common = common
+        self._by_name = by_name
+        self._derived: dict[tuple[str, str], Key] = {}  # by secret and name
+
+    @classmethod
+    def find(cls, key_file: str | None, keys_file: str | None, environ: Mapping[str, str]) -> Keys:
+        """What TUNNEL_KEY_FILE, TUNNEL_KEYS_FILE and the environment say.
+
+        Raises ConfigError naming the place and the line, never a secret.
+        """
+        named = {"TUNNEL_KEY": environ.get("TUNNEL_KEY"), "TUNNEL_KEY_FILE": key_file, "TUNNEL_KEYS_FILE": keys_file}
+        given = [name for name, value in named.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are set together; allowed: one of them")
+        folder = environ.get("CREDENTIALS_DIRECTORY", "")
+        if folder and not given:
+            key_file, keys_file = (_credential(folder, name) for name in (CREDENTIAL, CREDENTIALS))
+            if key_file and keys_file:
+                raise ConfigError(f"credentials {CREDENTIAL} and {CREDENTIALS} are both passed; allowed: one of them")
+        notices: list[Notice] = []
+        keys = cls()
+        if keys_file is not None:
+            place = f"TUNNEL_KEYS_FILE={keys_file}"
+            text = _read(keys_file, place, folder, notices)
+            keys = cls(by_name=_parse_lines(text, place, notices), place=place)
+        elif key_file is not None:
+            place = f"TUNNEL_KEY_FILE={key_file}"
+            keys = cls(_parse_one(_read(key_file, place, folder, notices), place, notices), place=place)
+        elif (secret := named["TUNNEL_KEY"]) is not None:
+            keys = cls(_parse_one(secret, "TUNNEL_KEY", notices), place="TUNNEL_KEY")
+        keys.notices = notices
+        return keys
+
+    def __repr__(self) -> str:
+        return f"<Keys {self.place}>"
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The tunnels that the keys file names, or None without one."""
+        return None if self._by_name is None else tuple(self._by_name)
+
+    def secrets(self, name: str) -> tuple[str, ...]:
+        """The secrets of the tunnel of this name: several while they are rotated, none where it has no key."""
+        if self._by_name is not None:
+            return self._by_name.get(name, ())
+        return (self._common,) if self._common else ()
+
+    def has(self, name: str) -> bool:
+        """Whether the tunnel of this name needs a key: with a keys file each does, even one that is not in it."""
+        return self._by_name is not None or bool(self.secrets(name))
+
+    def keys_for(self, name: str) -> tuple[Key, ...]:
+        """The keys of the tunnel of this name. Each takes tens of milliseconds when it is asked for first."""
+        return tuple(self._derive(secret, name) for secret in self.secrets(name))
+
+    def _derive(self, secret: str, name: str) -> Key:
+        from nodepass.wire.auth import Key
+
+        if (secret, name) not in self._derived:
+            self._derived[secret, name] = Key(secret)
+        return self._derived[secret, name]
+
+
+def _credential(folder: str, name: str) -> str | None:
+    path = os.path.join(folder, name)
+    return path if os.path.exists(path) else None
+
+
+def _read(file: str, place: str, credentials: str, notices: list[Notice]) -> str:
+    """The text of a file that others may not write; a notice where they may read it."""
+    try:
+        with open(file, "rb") as opened:
+            status = os.fstat(opened.fileno())
+            content = opened.read(LARGEST + 1)
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{place}: cannot be read: not a path") from None
+    _judge_access(status, file, place)
+    is_systemds = credentials and os.path.dirname(os.path.abspath(file)) == os.path.abspath(credentials)
+    if status.st_mode & _MAY_READ and not is_systemds:  # systemd lets in the service's user by an ACL, shown as a group
+        notices.append(Notice("key_readable", f"{place}: readable by group or others; run chmod 600 {file}"))
+    if len(content) > LARGEST:
+        raise ConfigError(f"{place}: longer than {LARGEST} bytes, so it holds no keys")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{place}: not UTF-8 text") from None
+
+
+def _judge_access(status: os.stat_result, file: str, place: str) -> None:
+    """Raise ConfigError where another user could replace the key."""
+    if status.st_uid not in (0, os.geteuid()):
+        allowed = f"root or the user that runs nodepass ({os.geteuid()})"
+        raise ConfigError(f"{place}: owned by user {status.st_uid}, who can change it; allowed as owner: {allowed}")
+    if status.st_mode & _MAY_WRITE:
+        mode = stat.S_IMODE(status.st_mode)
+        raise ConfigError(f"{place}: mode {mode:04o}, so others can change it; allowed: run chmod 600 {file}")
+
+
+def _parse_one(text: str, place: str, notices: list[Notice]) -> str:
+    """The secret that is the whole text."""
     secret = text.strip()
+    if len(secret.splitlines()) > 1:
+        raise ConfigError(f"{place}: more than one line; allowed: one key (a line a tunnel: TUNNEL_KEYS_FILE)")
+    return _judge(secret, place, notices)
+
+
+def _parse_lines(text: str, file: str, notices: list[Notice]) -> dict[str, tuple[str, ...]]:
+    """The secrets of a keys file, by the tunnels' names."""
+    found: dict[str, tuple[str, ...]] = {}
+    for place, line in _lines(text, file):
+        name, *rest = line.split(maxsplit=1)
+        if name != NAMELESS and not NAME.fullmatch(name):
+            allowed = f"at most 64 of A-Z a-z 0-9 . _ -, or {NAMELESS} for no name"
+            raise ConfigError(f"{place}: the name is not usable; allowed: {allowed}")
+        if not rest:
+            raise ConfigError(f"{place}: the key is missing; allowed: a name, blanks, and a key")
+        secret, key = _judge(rest[0], place, notices), "" if name == NAMELESS else name
+        if secret in found.get(key, ()):
+            raise ConfigError(f"{place}: the same name and key as in a line before; allowed: once")
+        found[key] = (*found.get(key, ()), secret)
+    return found
+
+
+def _lines(text: str, place: str) -> Iterator[tuple[str, str]]:
+    """Each line that is not empty, without its comment, and where it stands. A `#` behind a blank begins a comment."""
+    lines = text.removesuffix("\n").split("\n")
+    if len(lines) > MOST_LINES:
+        raise ConfigError(f"{place}: more than {MOST_LINES} lines; allowed: at most as many")
+    for number, line in enumerate(lines, 1):
+        if content := re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip():
+            yield f"{place}, line {number}", content
+
+
+def _judge(secret: str, place: str, notices: list[Notice]) -> str:
+    """The secret, unless it can be guessed; a notice where it was not generated. Raises ConfigError."""
     try:
         secret.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{place}: not UTF-8 text") from None
     if not secret:
+        raise ConfigError(f"{place}: the key is empty; allowed: the output of nodepass --generate-key")
+    if len(secret) < SHORTEST or len(set(secret)) < FEWEST:
         raise ConfigError(
-            f"{place}: the key is empty; allowed: a text, preferably the output of nodepass --generate-key"
+            f"{place}: the key has under {SHORTEST} characters or under {FEWEST} different ones and can be guessed;"
+            " allowed: the output of nodepass --generate-key"
         )
-    if len(secret) < SHORTEST:
-        words = f"{place}: the key has fewer than {SHORTEST} characters and can be guessed"
-        warnings.append(Notice("key_short", words))
-    return secret, warnings
+    if not _is_generated(secret):
+        words = (
+            f"{place}: the key is not the output of nodepass --generate-key; a server that a client once connected to,"
+            " or a man in the middle, can test guesses of it offline"
+        )
+        notices.append(Notice("key_not_generated", words))
+    return secret
 
 
-def _read(file: str, place: str, warnings: list[Notice]) -> str:
-    try:
-        with open(file, encoding="utf-8") as opened:
-            if os.fstat(opened.fileno()).st_mode & stat.S_IROTH:
-                warnings.append(Notice("key_readable", f"{place}: readable by others; run chmod 600 {file}"))
-            return opened.read()
-    except OSError as error:
-        raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ConfigError(f"{place}: not UTF-8 text") from None
+def _is_generated(secret: str) -> bool:
+    """Whether `generate` could have made it."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{43}", secret, re.ASCII):
+        return False
+    return _encode(base64.urlsafe_b64decode(f"{secret}=")) == secret
+
+
+def _encode(content: bytes) -> str:
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode()

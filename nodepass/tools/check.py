@@ -11,14 +11,15 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 from nodepass import log
 from nodepass.config import Listen, Settings
-from nodepass.daemon.key_file import find_secret
+from nodepass.daemon.conflicts import find_conflicts
+from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError
@@ -28,12 +29,12 @@ from nodepass.tools.check_client import check_client
 from nodepass.tools.check_ports import try_to_listen, try_unix
 from nodepass.tools.report import BAD_INPUT, Report
 from nodepass.tunnel.interface import DATA, LISTENER_ROLES, TARGET, TUNNEL
-from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url
+from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url, with_defaults
 
 if TYPE_CHECKING:
     from nodepass.tls.certificates import Identity
-    from nodepass.wire.auth import Key
 
+URL = ServerURL | ClientURL
 EXPIRES_SOON = 14.0  # days
 _OTHERS = stat.S_IROTH | stat.S_IWOTH
 
@@ -41,7 +42,7 @@ _OTHERS = stat.S_IROTH | stat.S_IWOTH
 def run(
     texts: Sequence[str],
     read_settings: Callable[[], Settings],
-    key_file: str | None,
+    find_keys: Callable[[], Keys],
     environ: MutableMapping[str, str],
     stream: TextIO | None = None,
 ) -> int:
@@ -50,9 +51,12 @@ def run(
     report = Report(stream or sys.stdout, environ)
     urls = [url for text in texts if (url := _parse(text, report))]
     settings = _settings(read_settings, report)
-    key = _key(key_file, environ, report)
+    keys = _keys(find_keys, report)
     inherited = _inherit(environ, report)
-    if settings is None or report.status == BAD_INPUT:
+    if settings is None or keys is None or report.status == BAD_INPUT:
+        return report.status
+    urls = _with_defaults(urls, settings, keys, report)
+    if report.status == BAD_INPUT:
         return report.status
     settings = _limits(settings, urls, report)
     servers = [url for url in urls if isinstance(url, ServerURL)]
@@ -63,19 +67,18 @@ def run(
             _Server(url, settings, report, inherited.share(), held).check()
     for url in urls:
         if isinstance(url, ClientURL):
+            key = next(iter(keys.keys_for(url.tunnel_name)), None)
             check_client(url, settings, key, report, {each.tunnel.port for each in servers})
     return report.status
 
 
-def _parse(text: str, report: Report) -> ServerURL | ClientURL | None:
+def _parse(text: str, report: Report) -> URL | None:
     try:
         url = parse_url(text)
     except ConfigError as error:
         report.bad("url", str(error))
         return None
     report.ok(url.name, f"url: tunnel address {url.tunnel}, target address {url.target}")
-    for warning in url.warnings:
-        report.warn(url.name, f"url: {warning.words}")
     return url
 
 
@@ -89,22 +92,36 @@ def _settings(read_settings: Callable[[], Settings], report: Report) -> Settings
     return settings
 
 
-def _key(file: str | None, environ: Mapping[str, str], report: Report) -> Key | None:
+def _keys(find_keys: Callable[[], Keys], report: Report) -> Keys | None:
     try:
-        text, warnings = find_secret(file, environ)
+        keys = find_keys()
     except ConfigError as error:
         report.bad("key", str(error))
         return None
-    for warning in warnings:
+    for warning in keys.notices:
         report.warn("key", warning.words)
-    if text is None:
+    if keys.place:
+        names = "one for all tunnels" if keys.names is None else f"of {len(keys.names)} tunnels"
+        report.ok("key", f"{keys.place}: {names}")
+    else:
         report.ok("key", "none: any host that reaches the tunnel port can become the client")
-        return None
-    place = f"TUNNEL_KEY_FILE={file}, mode {_mode(file)}" if file else "from the environment or a credential"
-    report.ok("key", f"{place}: {len(text)} characters")
-    from nodepass.wire.auth import Key
+    return keys
 
-    return Key(text)
+
+def _with_defaults(urls: Sequence[URL], settings: Settings, keys: Keys, report: Report) -> list[URL]:
+    """The URLs as the program takes them, and what is wrong with them in one process."""
+    resolved: list[URL] = []
+    for url in urls:
+        try:
+            resolved.append(with_defaults(url, keys.has(url.tunnel_name), settings))
+        except ConfigError as error:
+            report.bad(url.name, str(error))
+            continue
+        for warning in resolved[-1].warnings:
+            report.warn(url.name, f"url: {warning.words}")
+    for conflict in find_conflicts(resolved, keys):
+        report.bad("url", conflict)
+    return resolved
 
 
 def _mode(path: str) -> str:
@@ -123,7 +140,7 @@ def _inherit(environ: MutableMapping[str, str], report: Report) -> Inherited:
         return Inherited()
 
 
-def _limits(settings: Settings, urls: Sequence[ServerURL | ClientURL], report: Report) -> Settings:
+def _limits(settings: Settings, urls: Sequence[URL], report: Report) -> Settings:
     limits = survey(settings, max(1, len(urls)), may_need_tls(urls))
     report.ok("limits", limits.line.removeprefix("limits: "))
     for warning in limits.warnings:

@@ -201,7 +201,7 @@ def test_the_example_publishes_one_port_for_the_tunnel_and_writes_nothing() -> N
         assert services[name]["cap_drop"] == ["ALL"]
         environment = services[name]["environment"]
         assert isinstance(environment, dict)
-        known = {each.upper() for each in rows()} | {"NODEPASS_URL", "TUNNEL_KEY_FILE"}
+        known = {each.upper() for each in rows()} | {"NODEPASS_URL", "TUNNEL_KEY_FILE", "TUNNEL_KEYS_FILE"}
         assert set(environment) <= known
     assert "ports" not in services["client"]
     assert "ports" not in services["target"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nodepass.daemon.key_file import generate
 from tests.support.log import Entry
 from tests.support.process import Nodepass, run
 from tests.support.target import Target
@@ -16,8 +17,6 @@ from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
 from tests.support.v2_client import V2Client
 from tests.support.v2_crypto import stretch
 from tests.support.v2_tunnel import KEYED, SECRET
-
-SHORTEST = 16
 
 
 @pytest.fixture
@@ -38,6 +37,13 @@ def assert_takes_the_key(env: dict[str, str]) -> list[Entry]:
 
 def test_the_key_comes_from_the_environment() -> None:
     assert_takes_the_key({"TUNNEL_KEY": SECRET})
+
+
+def test_each_tunnel_has_the_key_of_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"other {generate()}\n- {SECRET}\n")
+    path.chmod(0o600)
+    assert not assert_takes_the_key({"TUNNEL_KEYS_FILE": str(path)})
 
 
 def test_the_key_comes_from_a_file(key_file: Path) -> None:
@@ -67,7 +73,7 @@ def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> Non
     assert [done.code for done in keys] == [0, 0]
     assert keys[0].output != keys[1].output
     for done in keys:
-        assert re.fullmatch(r"\S{22,}\n", done.output)
+        assert re.fullmatch(r"[A-Za-z0-9_-]{43}\n", done.output)
         assert not done.errors
     path = tmp_path / "key"
     path.write_text(keys[0].output)
@@ -78,18 +84,19 @@ def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> Non
         assert not server.find("config.warning")
 
 
-@pytest.mark.parametrize("length", [SHORTEST - 1, SHORTEST])
-def test_a_key_under_sixteen_characters_is_warned_of(length: int) -> None:
-    secret = "qvz" * 6
-    with OurServer(env={**CALM, "TUNNEL_KEY": secret[:length]}) as server:
-        assert bool(server.find("config.warning", level="warn", reason="key_short")) == (length < SHORTEST)
-        assert not any(secret[:length] in line for line in server.lines)
+def test_a_key_that_was_not_generated_is_warned_of_at_both_ends(stack: contextlib.ExitStack) -> None:
+    env = {**CALM, "TUNNEL_KEY": "correct horse battery staple"}
+    server = stack.enter_context(OurServer(env=env))
+    client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=env))
+    for end in (server, client):
+        end.wait_for("config.warning", level="warn", reason="key_not_generated")
+        assert not any("horse" in line for line in end.lines)
 
 
 def test_the_key_is_no_flag() -> None:
     output = run("--help").output
     assert "TUNNEL_KEY" in output
-    assert not re.search(r"--tunnel-key(?!-file)", output)
+    assert not re.search(r"--tunnel-key(?!s?-file)", output)
 
 
 def command_line(process: Nodepass) -> bytes:
@@ -105,9 +112,11 @@ def secrets_of(client: V2Client) -> list[str]:
 def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer(1, env=KEYED))
-    with OurClient(server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": "wrong" * 4}) as wrong:
+    with OurClient(
+        server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": (other := generate())}
+    ) as wrong:
         wrong.wait_for("server.rejected", reason="key_mismatch")
-        assert not any("wrong" * 4 in line for line in wrong.lines)
+        assert not any(other in line for line in wrong.lines)
     with V2Client(server.tunnel_address, secret=SECRET, automatic=False) as peer:
         peer.connect()
         hidden = secrets_of(peer)

@@ -7,7 +7,7 @@ import re
 from tests.support.command import call
 from tests.support.process import Finished, run
 
-LINE = re.compile(r"(ok  |warn|fail) [\w:#]+: .+")
+LINE = re.compile(r"(ok  |warn|fail) [\w:#/.-]+: .+")
 
 
 def check_of(*arguments: str, **env: str) -> Finished:

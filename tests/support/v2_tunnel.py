@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
+from nodepass.daemon.key_file import generate
 from tests.support.certificates import Authority
 from tests.support.process import Environment
 from tests.support.sockets import Address
@@ -20,7 +21,7 @@ from tests.support.v2_server import V2Server
 
 V2Side = Literal["ours", "v2"]
 
-SECRET = "correct horse battery staple"
+SECRET = generate()
 KEYED: Environment = {**CALM, "TUNNEL_KEY": SECRET}
 
 

@@ -33,6 +33,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "POOL_GET_TIMEOUT": WRONG_DURATIONS,
     "DATA_PORT": WRONG_PORTS,
     "METRICS_LISTEN": WRONG_ADDRESSES,
+    "WIRE": ("", "0", "3", "v2"),
 }
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from nodepass.daemon import key_file
-from nodepass.errors import ConfigError
 from nodepass.wire.auth import Key, new_nonce, same
 from nodepass.wire.signals import Offer
 
@@ -52,46 +48,3 @@ def test_nonces_are_fresh_and_proofs_are_compared_whole() -> None:
     assert same("ab", "ab")
     assert not same("ab", "abc")
     assert not same(b"ab", b"aa")
-
-
-def test_a_secret_comes_from_one_place(tmp_path: Path) -> None:
-    file = tmp_path / "tunnel-key"
-    file.write_text("a secret that is long\n")
-    file.chmod(0o600)
-    assert key_file.find_secret(None, {}) == (None, [])
-    assert key_file.find_secret(str(file), {}) == ("a secret that is long", [])
-    assert key_file.find_secret(None, {"CREDENTIALS_DIRECTORY": str(tmp_path)}) == ("a secret that is long", [])
-    assert key_file.find_secret(None, {"CREDENTIALS_DIRECTORY": str(tmp_path / "none")}) == (None, [])
-    assert key_file.find_secret(None, {"TUNNEL_KEY": "0123456789abcdef"}) == ("0123456789abcdef", [])
-    with pytest.raises(ConfigError, match="both"):
-        key_file.find_secret(str(file), {"TUNNEL_KEY": "x"})
-
-
-def test_a_secret_that_others_can_read_or_guess_is_warned_of(tmp_path: Path) -> None:
-    file = tmp_path / "key"
-    file.write_text("short")
-    file.chmod(0o644)
-    _, [readable, short] = key_file.find_secret(str(file), {})
-    assert readable.reason == "key_readable"
-    assert str(file) in readable.words
-    assert short.reason == "key_short"
-    assert "short" not in short.words.replace("shorter", "")
-
-
-@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b" \n", "empty"), (b"\xff\xfe", "UTF-8")])
-def test_a_file_without_a_usable_secret_is_refused(tmp_path: Path, content: bytes, word: str) -> None:
-    file = tmp_path / "key"
-    file.write_bytes(content)
-    os.chmod(file, 0o600)
-    with pytest.raises(ConfigError, match=word):
-        key_file.find_secret(str(file), {})
-
-
-def test_a_missing_file_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="/no/such/file: cannot be read"):
-        key_file.find_secret("/no/such/file", {})
-
-
-def test_a_generated_secret_is_long_and_fresh() -> None:
-    assert len(key_file.generate()) == 64
-    assert key_file.generate() != key_file.generate()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nodepass.daemon.key_file import generate
 from tests.support.certificates import Authority
 from tests.support.command import Accepted, call, refusals
 from tests.support.wrong import WRONG, WrongSetting
@@ -53,6 +54,9 @@ WRONG_URLS = {
     "an unknown parameter": (f"{SERVER}?colour=red", "colour"),
     "a parameter given twice": (f"{SERVER}?tls=1&tls=2", "tls"),
     "a server's parameter on a client": (f"{CLIENT}?crt=/tmp/a", "crt"),
+    "an unknown TLS mode on a client": (f"{CLIENT}?tls=3", "3"),
+    "a name that is none": (f"{SERVER}?name=a/b", "a/b"),
+    "a wire of another version": (f"{CLIENT}?wire=3", "3"),
 }
 
 
@@ -99,7 +103,14 @@ def test_a_wrong_url_is_refused_in_one_line(url: str, part: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("tsl=1", "tls"), ("lgo=info", "log"), ("cert=/tmp/a", "crt"), ("TLS=1", "tls")],
+    [
+        ("tsl=1", "tls"),
+        ("lgo=info", "log"),
+        ("cert=/tmp/a", "crt"),
+        ("TLS=1", "tls"),
+        ("nmae=web", "name"),
+        ("wires=2", "wire"),
+    ],
 )
 def test_a_misspelt_parameter_is_answered_with_what_was_meant(written: str, meant: str) -> None:
     done = call(f"{SERVER}?{written}")
@@ -172,8 +183,28 @@ def test_a_key_file_without_a_key_is_refused_and_never_taken_for_no_key(tmp_path
 
 
 def test_a_key_given_twice_is_refused() -> None:
-    env = {"TUNNEL_KEY": "0123456789abcdef", "TUNNEL_KEY_FILE": "/etc/key"}
+    env = {"TUNNEL_KEY": generate(), "TUNNEL_KEY_FILE": "/etc/key"}
     assert not refusals(call(CLIENT, env=env), "TUNNEL_KEY and TUNNEL_KEY_FILE")
+
+
+def test_a_key_that_can_be_guessed_is_refused_and_not_repeated() -> None:
+    done = call(CLIENT, env={"TUNNEL_KEY": "hunter2hunter2"})
+    assert not refusals(done, "TUNNEL_KEY: ", "--generate-key")
+    assert "hunter2" not in done.errors
+
+
+@pytest.mark.parametrize(
+    ("urls", "env", "part"),
+    [
+        ((CLIENT, "client://127.0.0.1:8/127.0.0.1:9"), {"TUNNEL_KEY": generate()}, "have the same key and no name"),
+        ((CLIENT,), {"TUNNEL_KEY": generate(), "WIRE": "1"}, "wire v1 has no keys"),
+        ((SERVER,), {"WIRE": "1"}, "WIRE"),
+    ],
+)
+def test_urls_that_contradict_the_key_or_a_setting_are_refused(
+    urls: tuple[str, ...], env: dict[str, str], part: str
+) -> None:
+    assert not refusals(call(*urls, env=env), part)
 
 
 @pytest.mark.parametrize(

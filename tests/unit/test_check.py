@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.config import Settings
+from nodepass.daemon.key_file import Keys, generate
 from nodepass.tools import check, check_ports
 from nodepass.tools.report import Report
 from tests.support.certificates import DAY, Authority, Certificate
@@ -35,6 +36,9 @@ def test_the_urls_of_the_environment_are_checked_as_well() -> None:
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"SEMAPHORE_LIMIT": "many"}, "SEMAPHORE_LIMIT: 'many'"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEY": ""}, "TUNNEL_KEY: the key is empty"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEY_FILE": "/none"}, "TUNNEL_KEY_FILE=/none: cannot"),
+        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEYS_FILE": "/none"}, "TUNNEL_KEYS_FILE=/none: cannot"),
+        (("server://127.0.0.1:0/127.0.0.1:0?tls=1&wire=1",), {}, "wire='1' is not usable"),
+        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"WIRE": "1"}, "WIRE: '1' is not usable for server:0"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=2&crt=/none&key=/none",), {}, "crt=/none: cannot be read"),
     ],
 )
@@ -54,9 +58,24 @@ def test_every_bad_url_is_told_at_once_and_a_newline_forges_no_line() -> None:
 
 def test_two_urls_that_want_the_same_port_fail() -> None:
     port = free_port()
-    done = check_here(*[f"server://127.0.0.1:{port}/127.0.0.1:0?tls=1"] * 2)
+    done = check_here(*[f"server://127.0.0.1:0/127.0.0.1:{port}?tls=1"] * 2)
     assert done.code == 1
-    assert found(done, "fail", f"tunnel address 127.0.0.1:{port}: in use by another address of this command")
+    assert found(done, "fail", f"target address .tcp. 127.0.0.1:{port}: in use by another address of this command")
+
+
+def test_urls_that_cannot_run_in_one_process_are_bad_input() -> None:
+    done = check_here(*["server://127.0.0.1:10101/127.0.0.1:0?tls=1"] * 2)
+    assert (done.code, len(trouble(done))) == (2, 1)
+    assert found(done, "fail", "url: .*have the same tunnel address and no name; allowed: different values of name=")
+
+
+def test_a_keys_file_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"web {generate()}\nssh {generate()}\n")
+    file.chmod(0o600)
+    done = check_here("server://127.0.0.1:0/127.0.0.1:0?name=web", TUNNEL_KEYS_FILE=str(file))
+    assert (done.code, trouble(done)) == (0, [])
+    assert found(done, "ok", f"key: TUNNEL_KEYS_FILE={file}: of 2 tunnels")
 
 
 @pytest.fixture
@@ -77,7 +96,7 @@ def test_a_port_held_by_systemd_or_by_an_unknown_process_is_a_warning(
     output = io.StringIO()
     with socket.create_server(("127.0.0.1", 0)) as holder:
         url = f"server://{format_address(holder.getsockname())}/127.0.0.1:0?tls=1"
-        assert check.run([url], Settings, None, {}, output) == 0
+        assert check.run([url], Settings, Keys, {}, output) == 0
     who = "by systemd" if holders else "by a process that cannot be seen"
     assert re.search(rf"^warn .*tunnel address .*: in use {who}", output.getvalue(), re.M)
 
@@ -122,14 +141,14 @@ def test_keys_that_others_can_read_are_warned_of(tmp_path: Path) -> None:
     leaf = Authority(tmp_path).issue()
     leaf.key.chmod(0o644)
     secret = tmp_path / "secret"
-    secret.write_text("x" * 64)
+    secret.write_text(text := generate())
     secret.chmod(0o644)
     done = check_here(server_with(leaf), TUNNEL_KEY_FILE=str(secret))
     assert done.code == 0
     assert found(done, "warn", f"key={leaf.key}: mode 0644, readable by others")
-    assert found(done, "warn", f"key: TUNNEL_KEY_FILE={secret}: readable by others")
-    assert found(done, "ok", f"key: TUNNEL_KEY_FILE={secret}, mode 0644: 64 characters")
-    assert "xxxx" not in done.output
+    assert found(done, "warn", f"key: TUNNEL_KEY_FILE={secret}: readable by group or others")
+    assert found(done, "ok", f"key: TUNNEL_KEY_FILE={secret}: one for all tunnels")
+    assert text not in done.output
 
 
 def server_with(leaf: Certificate) -> str:

@@ -12,6 +12,7 @@ from gevent.event import Event
 from nodepass.config import Settings
 from nodepass.daemon import daemon
 from nodepass.daemon.daemon import Daemon, name_tunnels
+from nodepass.daemon.key_file import Keys
 from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ListenError, StartError
@@ -190,7 +191,7 @@ def make_daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Daemon, 
 
         monkeypatch.setattr(daemon, "make_tunnel", make_tunnel)
         settings = Settings(shutdown_timeout=4, service_cooldown=0.01, start_timeout=start_timeout)
-        made = Daemon(URLS, settings, None, ServiceManager())
+        made = Daemon(URLS, settings, Keys(), ServiceManager())
         return made, calls
 
     return make

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.config import parse_duration, rows
-from nodepass.daemon.key_file import CREDENTIAL
+from nodepass.daemon.key_file import CREDENTIAL, CREDENTIALS
 from nodepass.daemon.limits import OWN, PER_SESSION
 from nodepass.net.sockets import KEEPALIVE
 
@@ -30,7 +30,7 @@ def test_the_example_has_every_setting_commented_with_its_default(name: str) -> 
 
 
 def test_the_example_has_no_setting_that_does_not_exist() -> None:
-    known = {name.upper() for name in rows()} | {"NODEPASS_URL", "TUNNEL_KEY_FILE"}
+    known = {name.upper() for name in rows()} | {"NODEPASS_URL", "TUNNEL_KEY_FILE", "TUNNEL_KEYS_FILE"}
     assert set(re.findall(r"^#?([A-Z_]+)=", EXAMPLE, re.MULTILINE)) == known
 
 
@@ -45,8 +45,9 @@ def test_the_unit_allows_as_many_descriptors_as_the_defaults_need() -> None:
     assert int(value(SERVICE, "LimitNOFILE")) > PER_SESSION * sessions + pool + OWN
 
 
-def test_the_unit_names_the_credential_that_the_program_looks_for() -> None:
-    assert f"\nLoadCredential={CREDENTIAL}:nodepass.%i.{CREDENTIAL}\n" in SERVICE
+@pytest.mark.parametrize("name", [CREDENTIAL, CREDENTIALS])
+def test_the_unit_names_the_credentials_that_the_program_looks_for(name: str) -> None:
+    assert f"\nLoadCredential={name}:nodepass.%i.{name}\n" in SERVICE
 
 
 def test_the_socket_unit_sets_the_options_that_the_program_sets() -> None:

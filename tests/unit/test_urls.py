@@ -8,19 +8,98 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodepass.config import Settings
 from nodepass.errors import ConfigError
-from nodepass.urls import Address, ClientURL, ServerURL, parse_url
+from nodepass.urls import Address, ClientURL, ServerURL, parse_url, with_defaults
 
 
 def test_a_server_url_says_everything() -> None:
-    url = parse_url("server://0.0.0.0:10101/127.0.0.1:8080?log=debug&tls=2&crt=/a+b%20c.crt&key=k.pem")
+    url = parse_url("server://0.0.0.0:10101/127.0.0.1:8080?log=debug&tls=2&crt=/a+b%20c.crt&key=k.pem&name=web&wire=2")
     tunnel, target = Address("0.0.0.0", 10101), Address("127.0.0.1", 8080)
-    assert url == ServerURL(tunnel, target, "debug", (), 2, "/a+b c.crt", "k.pem")
-    assert url.name == "server:10101"
+    files = ("/a+b c.crt", "k.pem")
+    assert url == ServerURL(tunnel, target, "debug", (), 2, *files, is_tls_given=True, tunnel_name="web", wire="2")
+    assert url.name == "server:10101/web"
 
 
 def test_a_client_url_has_defaults() -> None:
-    assert parse_url("client://example.com:1/:65535") == ClientURL(Address("example.com", 1), Address("", 65535))
+    url = parse_url("client://example.com:1/:65535")
+    assert url == ClientURL(Address("example.com", 1), Address("", 65535), tls=None, tunnel_name="", wire=None)
+    assert url.name == "client:1"
+
+
+def test_a_client_url_says_everything() -> None:
+    url = parse_url("client://example.com:1/:65535?tls=2&wire=1&name=a.B_0-9&log=warn")
+    tunnel, target = Address("example.com", 1), Address("", 65535)
+    assert url == ClientURL(tunnel, target, "warn", (), tls=2, tunnel_name="a.B_0-9", wire="1")
+    assert url.name == "client:1/a.B_0-9"
+
+
+def resolve(text: str, has_key: bool = False, wire: str = "auto") -> ServerURL | ClientURL:
+    return with_defaults(parse_url(text), has_key, Settings(wire=wire))
+
+
+@pytest.mark.parametrize(
+    ("given", "without_key", "with_key"), [("", 0, 1), ("?tls=0", 0, 0), ("?tls=1", 1, 1)], ids=["nothing", "0", "1"]
+)
+def test_a_server_with_a_key_uses_tls_unless_its_url_says_otherwise(
+    given: str, without_key: int, with_key: int
+) -> None:
+    assert [resolve(f"server://:1/:2{given}", has_key).tls for has_key in (False, True)] == [without_key, with_key]
+
+
+@pytest.mark.parametrize(
+    ("given", "without_key", "with_key", "quiet"),
+    [("", 0, 1, False), ("?tls=0", 0, 0, True), ("?tls=1", 1, 1, False), ("?tls=2", 2, 2, False)],
+    ids=["nothing", "0", "1", "2"],
+)
+def test_a_client_demands_what_its_url_says_and_tls_where_it_has_a_key(
+    given: str, without_key: int, with_key: int, quiet: bool
+) -> None:
+    for has_key, demand in ((False, without_key), (True, with_key)):
+        url = resolve(f"client://:1/:2{given}", has_key)
+        assert isinstance(url, ClientURL)
+        assert (url.demand, url.adopts_quietly) == (demand, quiet)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "setting", "has_key", "expected"),
+    [
+        ("client", "", "auto", False, "auto"),
+        ("client", "", "1", False, "1"),
+        ("client", "?wire=2", "1", False, "2"),
+        ("client", "?wire=auto", "2", False, "auto"),
+        ("client", "", "auto", True, "2"),
+        ("client", "?wire=auto", "auto", True, "2"),
+        ("server", "", "auto", False, "auto"),
+        ("server", "", "2", False, "2"),
+        ("server", "?wire=auto", "1", False, "auto"),
+        ("server", "", "auto", True, "2"),
+    ],
+)
+def test_the_wire_is_that_of_the_url_then_of_the_setting_and_2_with_a_key(
+    kind: str, given: str, setting: str, has_key: bool, expected: str
+) -> None:
+    assert resolve(f"{kind}://:1/:2{given}", has_key, setting).wire == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "has_key", "wire"),
+    [
+        ("server://:1/:2", False, "1"),
+        ("server://:1/:2", True, "1"),
+        ("client://:1/:2", True, "1"),
+        ("client://:1/:2?wire=1", True, "auto"),
+    ],
+)
+def test_wire_1_is_for_clients_without_a_key(text: str, has_key: bool, wire: str) -> None:
+    with pytest.raises(ConfigError, match=r"for (server|client):1.*; allowed: auto or 2"):
+        resolve(text, has_key, wire)
+
+
+@pytest.mark.parametrize("name", ["", "web", "a.B_0-9", 64 * "w", "--"])
+def test_a_tunnel_has_a_name_or_none(name: str) -> None:
+    for kind in ("server", "client"):
+        assert parse_url(f"{kind}://:1/:2?name={name}").tunnel_name == name
 
 
 @pytest.mark.parametrize(
@@ -32,9 +111,10 @@ def test_hosts_may_be_ipv6_names_or_nothing(text: str, host: str) -> None:
 
 
 def test_an_absent_tls_and_a_clients_tls_are_warned_of() -> None:
-    assert [each.reason for each in parse_url("server://:1/:2").warnings] == ["tls_unset"]
-    assert [each.reason for each in parse_url("client://:1/:2?tls=1").warnings] == ["tls_ignored"]
-    assert not parse_url("server://:1/:2?tls=0").warnings
+    assert [each.reason for each in resolve("server://:1/:2").warnings] == ["tls_unset"]
+    assert [each.reason for each in resolve("client://:1/:2?tls=1").warnings] == ["tls_ignored"]
+    assert not resolve("server://:1/:2?tls=0").warnings
+    assert not resolve("server://:1/:2", has_key=True).warnings
 
 
 @pytest.mark.parametrize(
@@ -61,6 +141,13 @@ def test_an_absent_tls_and_a_clients_tls_are_warned_of() -> None:
         ("server://a:1/b:2?tls=1&crt=c", "tls=2 only"),
         ("server://a:1/b:2?tls=1&tls=1", "twice"),
         ("client://a:1/b:2?crt=c", "unknown parameter 'crt'"),
+        ("client://a:1/b:2?tls=3", "0, 1, 2"),
+        ("server://a:1/b:2?wire=1", "auto, 2"),
+        ("client://a:1/b:2?wire=3", "auto, 1, 2"),
+        ("server://a:1/b:2?name=a%20b", "at most 64 of A-Z"),
+        ("server://a:1/b:2?name=%C3%A4", "at most 64 of A-Z"),
+        ("client://a:1/b:2?name=-", "not - alone"),
+        (f"client://a:1/b:2?name={65 * 'w'}", "at most 64"),
     ],
 )
 def test_a_bad_url_is_refused_with_a_word_of_what_is_wrong(text: str, word: str) -> None:

@@ -1,0 +1,68 @@
+"""URLs that cannot run in one process: refused at the start, one line each.
+
+Pure functions of the URLs, with their defaults filled in, and the keys. Addresses are compared as they are written;
+what only the kernel knows to be the same fails when it is listened on. Called by `cli` and `check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from nodepass.daemon.key_file import Keys
+from nodepass.errors import ConfigError
+from nodepass.urls import ClientURL, ServerURL, TunnelURL
+
+URL = ServerURL | ClientURL
+
+
+def refuse_conflicts(urls: Sequence[URL], keys: Keys) -> None:
+    """Raise ConfigError with the first conflict."""
+    for conflict in find_conflicts(urls, keys):
+        raise ConfigError(conflict)
+
+
+def find_conflicts(urls: Sequence[URL], keys: Keys) -> Iterator[str]:
+    """What is wrong with these URLs in one process, a sentence each."""
+    if keys.names is not None:
+        for url in urls:
+            if url.tunnel_name not in keys.names:
+                yield f"{keys.place} has no key for {url.name}, {_name(url)}; allowed: a line for each tunnel"
+    servers = [url for url in urls if isinstance(url, ServerURL)]
+    clients = [url for url in urls if isinstance(url, ClientURL)]
+    for one, other in combinations(servers, 2):
+        yield from _compare_servers(one, other, keys)
+    for first, second in combinations(clients, 2):
+        if (first.tunnel, first.target) != (second.tunnel, second.target):
+            yield from _compare_keys(first, second, keys)
+
+
+def _compare_servers(one: ServerURL, other: ServerURL, keys: Keys) -> Iterator[str]:
+    if one.tunnel == other.tunnel and one.tunnel.port:
+        if one.tunnel_name == other.tunnel_name:
+            allowed = "allowed: different values of name="
+            yield f"{_two(one, other)} have the same tunnel address and {_name(one)}; {allowed}"
+            return
+        for what in ("tls", "crt", "key"):
+            mine, theirs = getattr(one, what), getattr(other, what)
+            if mine != theirs:
+                yield (
+                    f"{_two(one, other)} have the same tunnel address, but {what}={mine} and {what}={theirs};"
+                    " allowed: the same tls, crt and key"
+                )
+                return
+    yield from _compare_keys(one, other, keys)
+
+
+def _compare_keys(one: URL, other: URL, keys: Keys) -> Iterator[str]:
+    if keys.has(one.tunnel_name) and one.tunnel_name == other.tunnel_name:
+        swapped = "so a man in the middle could swap them"
+        yield f"{_two(one, other)} have the same key and {_name(one)}, {swapped}; allowed: different values of name="
+
+
+def _two(one: TunnelURL, other: TunnelURL) -> str:
+    return f"{one.name} (target {one.target}) and {other.name} (target {other.target})"
+
+
+def _name(url: TunnelURL) -> str:
+    return f"the name {url.tunnel_name!r}" if url.tunnel_name else "no name"
