@@ -76,7 +76,18 @@ def format_sockaddr(sockaddr: Sequence[object]) -> str:
 
 def plain_host(sockaddr: Sequence[object]) -> str:
     """The host of an address, IPv4-mapped IPv6 as IPv4."""
-    return str(sockaddr[0]).removeprefix("::ffff:")
+    host = str(sockaddr[0])
+    plain = host.removeprefix("::ffff:")
+    return host if ":" in plain else plain  # ::ffff:0:192.0.2.1 is another one
+
+
+def network_of(sockaddr: Sequence[object]) -> str:
+    """The network of an address, as far as one peer is likely to have all of it: an IPv4 /24, an IPv6 /64."""
+    host = plain_host(sockaddr)
+    if ":" not in host:
+        return f"{host.rpartition('.')[0]}.0/24"
+    prefix = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
+    return f"{socket.inet_ntop(socket.AF_INET6, prefix + bytes(8))}/64"
 
 
 def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:

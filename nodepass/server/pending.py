@@ -1,10 +1,10 @@
-"""Pending connections: accepted, but not yet authenticated; limited per address, per port and in the whole process.
+"""Pending connections: accepted, but not yet authenticated; limited per network, per port and in the whole process.
 
 Each of a server's own ports has a `PendingConnections`. For each connection it runs its listener's work, which finds
 out what the peer is and calls `release` once the peer has authenticated; what that means is not known here.
 
-Where one more would exceed a limit, the oldest is dropped: legitimate peers authenticate in milliseconds, so the oldest
-is the least likely to be one. Silent connections, however many, cannot block others. A peer that may be silent
+Where one more would exceed a limit, one is dropped, which `networks` chooses: of the network that has most, one that
+has said nothing, if there is one. Silent connections, however many, cannot block others. A peer that may be silent
 costs no greenlet while it is: a generator waits for its first bytes, driven by the event loop. So a crowd of silent
 peers is accepted and dropped as fast as it comes, and holds up nothing behind it in the kernel's queue.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +21,13 @@ from typing import ClassVar
 from gevent import Greenlet, get_hub
 
 from nodepass.log import Limit, Log
-from nodepass.net.sockets import Socket, plain_host
+from nodepass.net.sockets import Socket, network_of, plain_host
+from nodepass.server.networks import Networks
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer, TaskGroup, report_bug
 
 PER_PORT = 1024  # pending connections
-PER_ADDRESS = 256  # of them, from one host
+PER_NETWORK = 256  # of them, from one network: a quarter, so that three more can flood the port and leave room
 SHARE = 8  # in the whole process they take at most one in so many descriptors,
 AT_LEAST = 64  # but may be so many, as a client dials at once, where a quarter of the descriptors allows that
 QUIET = 0.25  # seconds for which a peer that must speak first may be silent; then its handshake's timeout counts
@@ -35,7 +35,7 @@ LOOK_EVERY = 1 / 16  # seconds between two looks for silences that are over
 READABLE = 1  # the event loop's flag
 
 Work = Callable[..., object]
-Steps = Generator[None, None, None]
+Steps = Generator[None, bool, None]  # resumed with whether the peer has spoken
 
 
 @dataclass(eq=False, slots=True)
@@ -44,10 +44,10 @@ class _Pending:
 
     sock: Socket
     host: str
+    network: str
     since: float  # time.monotonic()
-    silence: float  # seconds for which it may say nothing before its work begins
-    port: PendingConnections
-    steps: Steps = field(init=False)  # until its work begins
+    steps: Steps = field(init=False)  # until its first bytes
+    spoken: bool = False
     greenlet: Greenlet[..., None] | None = None  # does its work
     owned: bool = False  # the work has begun, and closes the socket
 
@@ -55,7 +55,8 @@ class _Pending:
 class PendingConnections:
     """The pending connections of one port."""
 
-    _all: ClassVar[dict[Socket, _Pending]] = {}  # in the whole process, the oldest first
+    _total: ClassVar[int] = 0  # in the whole process
+    _ports: ClassVar[dict[PendingConnections, None]] = {}  # that have some
 
     def __init__(self, port: str, log: Log, stats: Stats) -> None:
         """`port`: its name in the log."""
@@ -64,20 +65,19 @@ class PendingConnections:
         self._stats = stats
         self._in_all = pending_limit()
         self._per_port = min(PER_PORT, self._in_all)
-        self._per_address = min(PER_ADDRESS, max(AT_LEAST, self._in_all // 4))
+        self._per_network = min(PER_NETWORK, max(AT_LEAST, self._in_all // 4))
         self._tasks = TaskGroup(log, stats)
-        self._here: dict[Socket, _Pending] = {}  # the oldest first
-        # Those of them that wait for their first bytes, by how long they may, the oldest first.
-        self._silent: dict[float, dict[Socket, _Pending]] = {}
+        self._by_socket: dict[Socket, _Pending] = {}
+        self._here: Networks[_Pending] = Networks()
+        # Those whose work has not begun, by how many seconds they may be silent, the oldest first.
+        self._waiting: dict[float, dict[_Pending, None]] = {}
         self._timer = IdleTimer(LOOK_EVERY, self._end_silences)
-        self._addresses: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._here)
 
     def __repr__(self) -> str:
-        silent = sum(map(len, self._silent.values()))
-        return f"<{type(self).__name__} at the {self._port} port: {len(self)}, {silent} of them silent>"
+        return f"<{type(self).__name__} at the {self._port} port: {len(self)}, {self._here.silent} of them silent>"
 
     def accept(self, sock: Socket, work: Work, *args: object, silence: float = 0.0) -> None:
         """Run `work(sock, *args)` in a greenlet; it must close the connection or hand it on, also where it is killed.
@@ -85,73 +85,99 @@ class PendingConnections:
         It begins at the peer's first bytes, or after `silence` seconds. The values of `silence` should be few.
         """
         try:
-            host = plain_host(sock.getpeername())
+            peer = sock.getpeername()
         except OSError:
             sock.close()  # it has left already
             return
-        self._make_room(host)
-        pending = self._all[sock] = self._here[sock] = _Pending(sock, host, time.monotonic(), silence, self)
-        self._addresses[host] += 1
-        pending.steps = self._steps(pending, work, args)
+        network = network_of(peer)
+        self._make_room(network)
+        pending = _Pending(sock, plain_host(peer), network, time.monotonic())
+        self._by_socket[sock] = pending
+        self._here.add(network, pending)
+        self._ports[self] = None
+        PendingConnections._total += 1
+        pending.steps = self._steps(pending, work, args, silence)
         next(pending.steps)
 
     def time_left(self, sock: Socket, timeout: float) -> float:
         """Seconds that are left of a timeout which began when this connection was accepted."""
-        pending = self._here.get(sock)
+        pending = self._by_socket.get(sock)
         return max(0.001, pending.since + timeout - time.monotonic()) if pending else timeout
 
     def release(self, sock: Socket) -> None:
-        """This connection has authenticated, or is over, and is not pending any more; its work may go on."""
-        if pending := self._here.pop(sock, None):
-            del self._all[sock]
-            self._addresses[pending.host] -= 1
-            if not self._addresses[pending.host]:
-                del self._addresses[pending.host]
+        """Called by the work: its connection has authenticated, or is over, and is not pending any more."""
+        if pending := self._forget(sock):
+            pending.steps.close()
 
     def close(self) -> None:
         """End all, also those whose work has gone on after `release`."""
-        for pending in list(self._here.values()):
+        for pending in list(self._by_socket.values()):
             self._end(pending)
         self._tasks.kill()
         self._timer.stop()
 
-    def _steps(self, pending: _Pending, work: Work, args: tuple[object, ...]) -> Steps:
-        """Wait for the first bytes while there may be none, then begin the work. The event loop calls each step."""
+    def _steps(self, pending: _Pending, work: Work, args: tuple[object, ...], silence: float) -> Steps:
+        """Begin the work at the first bytes or after the silence, and note the first bytes. The event loop resumes it.
+
+        Where the work begins before them, it and this wait for the same bytes.
+        """
         try:
-            if pending.silence > 0:
-                with self._watching(pending):
-                    yield
-            pending.greenlet = self._tasks.spawn(f"the {self._port} port", self._run, pending, work, args)
+            with self._watching(pending):
+                if silence > 0:
+                    yield from self._wait(pending, silence)
+                pending.greenlet = self._tasks.spawn(f"the {self._port} port", self._run, pending, work, args)
+                if not pending.spoken:
+                    self._note_spoken(pending, (yield))
         except Exception as error:  # noqa: BLE001  # a bug; an exception would be lost in the event loop
             report_bug(f"a pending connection to the {self._port} port", error, self._log, self._stats)
-            self.release(pending.sock)
+            self._forget(pending.sock)
             pending.sock.close()
         yield
 
     @contextmanager
     def _watching(self, pending: _Pending) -> Iterator[None]:
-        """Have its next step called at its first bytes, or by `_end_silences`."""
+        """Have its steps resumed at its first bytes."""
         watcher = get_hub().loop.io(pending.sock.fileno(), READABLE)
-        watcher.start(pending.steps.__next__)
-        silent = self._silent.setdefault(pending.silence, {})
-        silent[pending.sock] = pending
-        self._timer.start()
+        watcher.start(pending.steps.send, True)
         try:
             yield
         finally:
-            del silent[pending.sock]
-            if not silent:
-                del self._silent[pending.silence]
             watcher.stop()
             watcher.close()
+
+    def _wait(self, pending: _Pending, silence: float) -> Steps:
+        """Wait for its first bytes, or for `_end_silences`."""
+        waiting = self._waiting.setdefault(silence, {})
+        waiting[pending] = None
+        self._timer.start()
+        try:
+            self._note_spoken(pending, (yield))
+        finally:
+            del waiting[pending]
+            if not waiting:
+                del self._waiting[silence]
+
+    def _note_spoken(self, pending: _Pending, spoken: bool) -> None:
+        if spoken:
+            pending.spoken = True
+            self._here.note_spoken(pending.network, pending)
 
     def _end_silences(self) -> bool:
         """Begin the work of those that have been silent for long enough; whether others are silent still."""
         now = time.monotonic()
-        for silence, silent in list(self._silent.items()):
-            while silent and (oldest := next(iter(silent.values()))).since + silence <= now:
-                next(oldest.steps)
-        return bool(self._silent)
+        for silence, waiting in list(self._waiting.items()):
+            while waiting and (oldest := next(iter(waiting))).since + silence <= now:
+                oldest.steps.send(False)
+        return bool(self._waiting)
+
+    def _forget(self, sock: Socket) -> _Pending | None:
+        """It is not pending any more; what it was, if it was."""
+        if pending := self._by_socket.pop(sock, None):
+            self._here.remove(pending.network, pending, pending.spoken)
+            PendingConnections._total -= 1
+            if not self._by_socket:
+                del self._ports[self]
+        return pending
 
     def _run(self, pending: _Pending, work: Work, args: tuple[object, ...]) -> None:
         pending.owned = True
@@ -159,30 +185,28 @@ class PendingConnections:
             work(pending.sock, *args)
         finally:
             self.release(pending.sock)
-            # Each refers to the pending connection, and it to them: a flood would fill memory until a collection.
-            pending.steps.close()
-            pending.greenlet = None
+            pending.greenlet = None  # which refers to this: a flood would fill memory until a collection
 
-    def _make_room(self, host: str) -> None:
-        """Drop the oldest where a limit is reached: of this address, of this port, or of the process."""
-        if self._addresses[host] >= self._per_address:
-            self._drop(next(pending for pending in self._here.values() if pending.host == host))
+    def _make_room(self, network: str) -> None:
+        """Drop one where a limit is reached: of this network, of this port, or of the process."""
+        if self._here.count(network) >= self._per_network:
+            self._drop(self._here.choose_of(network))
         elif len(self._here) >= self._per_port:
-            self._drop(next(iter(self._here.values())))
-        elif len(self._all) >= self._in_all:
-            oldest = next(iter(self._all.values()))
-            oldest.port._drop(oldest)
+            self._drop(self._here.choose())
+        elif self._total >= self._in_all:
+            port = max(self._ports, key=lambda port: port._here.most)
+            port._drop(port._here.choose())
 
     def _drop(self, pending: _Pending) -> None:
         self._stats.trouble["pending_dropped"] += 1
-        words = "too many pending connections on the %(port)s port; dropped the oldest (%(peer)s)"
-        self._log.warning("pending.dropped", words, Limit(burst=1), port=self._port, peer=pending.host)
+        words = "too many pending connections on the %(port)s port; dropped one from %(network)s (%(peer)s)"
+        network, peer = pending.network, pending.host
+        self._log.warning("pending.dropped", words, Limit(burst=1), port=self._port, network=network, peer=peer)
         self._end(pending)
 
     def _end(self, pending: _Pending) -> None:
         """Release everything that it holds, whether it waits for bytes or to be scheduled."""
         self.release(pending.sock)
-        pending.steps.close()
         if pending.greenlet:
             pending.greenlet.kill(block=False)
         if not pending.owned:

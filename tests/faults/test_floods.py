@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import ssl
 import time
@@ -16,11 +17,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from nodepass.server.pending import PER_ADDRESS, PER_PORT
+from nodepass.server.pending import PER_NETWORK, PER_PORT
 from tests.support.attack import Attack, Then
 from tests.support.proc import resident_bytes
 from tests.support.process import Environment, Nodepass
-from tests.support.sockets import Address, connect, free_port, is_silent, until
+from tests.support.sockets import Address, connect, free_port, until
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel
 from tests.support.v2_tunnel import SECRET
@@ -147,7 +148,7 @@ def test_who_behaves_is_served_during(stack: contextlib.ExitStack, name: str) ->
         during: list[float] = []
         while attack.report().opened < count or not during:
             during += time_visitors(tunnel.visitor_address, tunnel.target)
-            assert server.count_descriptors() < descriptors + PER_PORT + PER_ADDRESS
+            assert server.count_descriptors() < descriptors + PER_PORT + PER_NETWORK
         assert resident_bytes(server.pid) < memory + MEMORY
     assert_as_fast(sorted(during), before)
     server.wait_for_descriptors(descriptors + POOL)
@@ -196,34 +197,36 @@ def test_a_client_that_floods_its_server_does_not_keep_up_the_other_tunnels(
     assert server.stop() == 0
 
 
-def open_silent(stack: contextlib.ExitStack, address: Address, source: str, number: int) -> list[socket.socket]:
-    """Connections that say nothing."""
-    return [
-        stack.enter_context(socket.create_connection(address, 20, source_address=(source, 0))) for _ in range(number)
-    ]
+def open_silent(stack: contextlib.ExitStack, address: Address, network: int, number: int) -> list[socket.socket]:
+    """Connections that say nothing, from several addresses of 127.0.<network>.0/24."""
+    sources = [(f"127.0.{network}.{1 + each % 5}", 0) for each in range(number)]
+    return [stack.enter_context(socket.create_connection(address, 20, source_address=source)) for source in sources]
+
+
+def count_dropped(*peers: socket.socket) -> int:
+    """How many of these silent peers' connections the server has closed."""
+    poll = select.poll()
+    for peer in peers:
+        poll.register(peer, select.POLLIN)
+    return len(poll.poll(0))
 
 
 @pytest.mark.programs
 @pytest.mark.parametrize("port", ["tunnel", "data"])
-def test_of_too_many_silent_ones_the_oldest_is_dropped(stack: contextlib.ExitStack, port: str) -> None:
-    """First of those that come from one address, then of all."""
+def test_of_too_many_silent_ones_one_of_the_largest_network_is_dropped(stack: contextlib.ExitStack, port: str) -> None:
     tunnel = start(stack, Flood(port, 0, b"", env={**KEYED, "HANDSHAKE_TIMEOUT": "60s"}, tls=1))
     server = tunnel.our_server
     address = server.data_address if port == "data" else server.tunnel_address
     server.settled_descriptors()  # the client's own connections are pending, too, while it fills its pool
-    first, *others = open_silent(stack, address, "127.0.0.2", PER_ADDRESS)
-    assert is_silent(first, 0.1)
-    last = open_silent(stack, address, "127.0.0.2", 1)
-    assert first.recv(1) == b""
-    held = [*others, *last]
-    for source in (3, 4, 5):
-        held += open_silent(stack, address, f"127.0.0.{source}", PER_ADDRESS)
-    assert len(held) == PER_PORT
-    assert is_silent(held[0], 0.1)
-    open_silent(stack, address, "127.0.0.6", 1)
-    assert held[0].recv(1) == b""
-    assert is_silent(held[1], 0.1)
-    assert is_silent(held[-1], 0.1)
+    alone = open_silent(stack, address, 9, 1)
+    first = open_silent(stack, address, 1, PER_NETWORK + 1)
+    until(lambda: count_dropped(*first) == 1)
+    others = [peer for network in (2, 3) for peer in open_silent(stack, address, network, PER_NETWORK)]
+    fewer = open_silent(stack, address, 4, PER_NETWORK - 1)
+    assert not count_dropped(*alone, *others, *fewer)
+    last = open_silent(stack, address, 5, 1)
+    until(lambda: count_dropped(*first, *others) == 2)
+    assert not count_dropped(*alone, *fewer, *last)
     tunnel.assert_works()
 
 

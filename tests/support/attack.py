@@ -1,8 +1,8 @@
 """Peers by the thousand that mean no good, in a process of their own: `python -m tests.support.attack`.
 
 An `Attack` starts that process and ends it. Each peer connects, says its words, and then does what its kind does: it
-holds on, goes on pouring or dripping, or resets the connection and comes back. They come from many addresses of
-127.0.0.0/8, or from one.
+holds on, goes on pouring or dripping, or resets the connection and comes back. They come from many addresses in ten
+networks of 127.0.0.0/8, of which 127.0.0.0/24 is none.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ Then = Literal["hold", "pour", "drip", "reset"]
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = 256
 """Connections being made at a time."""
+
+NETWORKS = 10
+"""From which the peers come, with as many addresses each."""
 
 DRIP = 0.25
 """Seconds between two bytes of a peer that drips."""
@@ -85,7 +88,8 @@ class Swarm:
     def _begin(self) -> None:
         sock = socket.socket()
         sock.setblocking(False)
-        sock.bind((f"127.0.0.{2 + self._begun % self._sources}", 0))
+        source = self._begun % self._sources
+        sock.bind((f"127.0.{1 + source % NETWORKS}.{1 + source // NETWORKS}", 0))
         self._begun += 1
         if sock.connect_ex(self._address) not in (0, errno.EINPROGRESS):
             sock.close()

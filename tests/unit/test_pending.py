@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import gevent
 import pytest
-from gevent import socket
+from gevent import get_hub, socket
 from gevent.event import Event
 
 from nodepass.log import Log
@@ -162,7 +162,8 @@ def test_the_work_is_killed_when_all_end_also_after_it_was_released(
 
 def test_what_was_released_has_all_of_its_timeout(stack: ExitStack, pending: PendingConnections) -> None:
     """What goes on after it has authenticated is not limited by when it was accepted."""
-    peer = Peer(stack).come_to(pending)
+    peer = Peer(stack).come_to(pending, silence=0)
+    assert peer.begun.wait(10)
     pending.release(peer.accepted)
     assert pending.time_left(peer.accepted, 60) == 60
 
@@ -173,50 +174,80 @@ def test_work_that_returns_is_not_pending_any_more(stack: ExitStack, pending: Pe
     pending.accept(as_plain(stream.sock), lambda sock: sock.close())
     assert len(pending) == 1
     until(lambda: not pending._tasks)
-    assert (len(pending), len(pending._addresses)) == (0, 0)
+    assert (len(pending), len(pending._ports)) == (0, 0)
 
 
 # Limits
 
 
-def assert_first_is_dropped_for_last(peers: list[Peer], stats: Stats) -> None:
-    assert [peer.is_dropped() for peer in peers] == [True] + [False] * (len(peers) - 1)
-    assert peers[0].sock.recv(1) == b""
-    assert stats.trouble["pending_dropped"] == 1
+def assert_one_was_dropped(peers: list[Peer], last: Peer, stats: Stats) -> None:
+    """One of `peers`, for the last one."""
+    assert [peer.is_dropped() for peer in peers].count(True) == stats.trouble["pending_dropped"] == 1
+    assert not last.is_dropped()
+    dropped = next(peer for peer in peers if peer.is_dropped())
+    assert dropped.sock.recv(1) == b""
 
 
-def test_of_too_many_from_an_address_the_oldest_is_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PER_ADDRESS", 3)
+@pytest.mark.parametrize("limit", ["PER_NETWORK", "PER_PORT"])
+def test_of_too_many_one_is_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(module, limit, 3)
     stats = Stats()
     pending = make_pending(stack, stats)
-    assert_first_is_dropped_for_last([Peer(stack).come_to(pending) for _ in range(4)], stats)
+    *peers, last = [Peer(stack).come_to(pending) for _ in range(4)]
+    assert_one_was_dropped(peers, last, stats)
     assert len(pending) == 3
 
 
-def test_of_too_many_on_a_port_the_oldest_is_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PER_PORT", 3)
-    stats = Stats()
-    pending = make_pending(stack, stats)
-    assert_first_is_dropped_for_last([Peer(stack).come_to(pending) for _ in range(4)], stats)
-
-
-def test_of_too_many_in_the_process_the_oldest_is_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever port it came to."""
+def test_of_too_many_in_the_process_one_is_dropped_on_the_port_of_the_largest_network(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "pending_limit", lambda: 3)
     stats = Stats()
     first, second = make_pending(stack, stats), make_pending(stack)
-    peers = [Peer(stack).come_to(port) for port in (first, second, second, second)]
-    assert_first_is_dropped_for_last(peers, stats)
-    assert (len(first), len(second)) == (0, 3)
+    other = Peer(stack).come_to(second)
+    *peers, last = [Peer(stack).come_to(port) for port in (first, first, second)]
+    assert_one_was_dropped(peers, last, stats)
+    assert not other.is_dropped()
+    assert (len(first), len(second)) == (1, 2)
+
+
+def test_one_that_has_spoken_is_not_dropped_while_another_has_not(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where its work began with its first bytes, nor where it began before them."""
+    monkeypatch.setattr(module, "PER_PORT", 3)
+    pending = make_pending(stack)
+    spoken = [Peer(stack).come_to(pending), Peer(stack).come_to(pending, silence=0)]
+    for peer in spoken:
+        peer.sock.sendall(b"x")
+    until(lambda: pending._here.silent == 0)
+    silent = [Peer(stack).come_to(pending) for _ in range(5)]
+    assert [peer.is_dropped() for peer in silent] == [True] * 4 + [False]
+    silent[-1].sock.sendall(b"x")
+    until(lambda: pending._here.silent == 0)
+    last = Peer(stack).come_to(pending)
+    until(lambda: [peer.is_dropped() for peer in (*spoken, silent[-1])].count(True) == 1)
+    assert not last.is_dropped()
 
 
 def test_a_peer_that_has_authenticated_is_not_dropped(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PER_ADDRESS", 2)
+    monkeypatch.setattr(module, "PER_NETWORK", 1)
     pending = make_pending(stack)
     client = Peer(stack).come_to(pending, silence=0)
+    assert client.begun.wait(10)
     pending.release(client.accepted)
-    others = [Peer(stack).come_to(pending) for _ in range(3)]
-    assert [peer.is_dropped() for peer in (client, *others)] == [False, True, False, False]
+    others = [Peer(stack).come_to(pending) for _ in range(2)]
+    assert [peer.is_dropped() for peer in (client, *others)] == [False, True, False]
+
+
+def test_a_peer_that_has_authenticated_is_not_watched(stack: ExitStack, pending: PendingConnections) -> None:
+    """Its socket can be closed and its number used again."""
+    client = Peer(stack).come_to(pending, silence=0)
+    assert client.begun.wait(10)
+    loop = get_hub().loop
+    active = loop.activecnt
+    pending.release(client.accepted)
+    assert loop.activecnt == active - 1
 
 
 @pytest.mark.parametrize("state", ["silent", "scheduled", "working"])
@@ -233,7 +264,7 @@ def test_a_dropped_connection_releases_everything_at_once(
     another.come_to(pending)
     until(lambda: dropped.is_dropped() and not pending._tasks)
     assert dropped.begun.is_set() == dropped.ended.is_set() == (state == "working")
-    assert (len(pending), len(pending._silent[FOREVER])) == (1, 1)
+    assert (len(pending), len(pending._waiting[FOREVER])) == (1, 1)
 
 
 # Bugs
