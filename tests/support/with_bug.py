@@ -13,7 +13,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from gevent import monkey
+from nodepass.__main__ import main as run
+from nodepass.__main__ import patch
 
 
 class Bug(Exception):
@@ -41,14 +42,10 @@ def put_in(where: str, after: int, times: int) -> None:
 
 def main() -> int:
     """Patch as the program itself does, for its modules to be imported; then break one of them and run it."""
-    monkey.patch_socket()
-    monkey.patch_time()
-    monkey.patch_select()
+    patch()
     where, after, times = sys.argv[1:4]
     del sys.argv[1:4]
     put_in(where, int(after), int(times))
-    from nodepass.__main__ import main as run
-
     return run()
 
 

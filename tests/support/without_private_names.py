@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from gevent import monkey
+from nodepass.__main__ import main as run
+from nodepass.__main__ import patch
 
 
 class Hiding:
@@ -28,16 +29,12 @@ class Hiding:
 
 def main() -> int:
     """Patch as the program itself does, hide the names, and run it."""
-    monkey.patch_socket()
-    monkey.patch_time()
-    monkey.patch_select()
+    patch()
     names = sys.argv.pop(1)
     from OpenSSL import SSL
 
     binding: Any = SSL
     binding._lib = Hiding(binding._lib, **dict.fromkeys(names.split(",")))
-    from nodepass.__main__ import main as run
-
     return run()
 
 
