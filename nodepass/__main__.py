@@ -13,24 +13,23 @@ def main() -> int:
 
         return top(sys.argv[2:])
     try:
-        patch()
-        from nodepass.cli import main as run
+        from gevent import events, monkey
     except ImportError as error:
         sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
         return 1
-    return run(sys.argv[1:])
-
-
-def patch() -> None:
-    """Make the standard library's sockets, sleeping and polling gevent's. Raises ImportError."""
-    from gevent import events, monkey
-
     # Searching for plug-ins of the patching would import a mail parser and more: 2.7 MB.
     events.notify_and_call_entry_points = events.notify  # type: ignore[attr-defined]  # its stubs know neither
     # Not ssl, subprocess and threads: the program uses none of them, and each costs memory.
     monkey.patch_socket()
     monkey.patch_time()
     monkey.patch_select()
+
+    try:
+        from nodepass.cli import main as run
+    except ImportError as error:
+        sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
+        return 1
+    return run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def test_a_udp_port_in_use_is_told_apart_from_tcp() -> None:
 
 
 def test_ports_that_a_running_nodepass_holds_are_a_warning(stack: contextlib.ExitStack) -> None:
-    server = OurServer()
-    server.is_executed = True  # it is known by its command line
-    stack.enter_context(server)
+    server = stack.enter_context(OurServer())
     addresses = format_address(server.tunnel_address), format_address(server.visitor_address)
     done = check_of("server://{}/{}?tls=1".format(*addresses), DATA_PORT=str(server.data_address[1]))
     assert done.code == 0

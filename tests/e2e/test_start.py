@@ -195,18 +195,15 @@ def test_a_flag_wins_over_its_variable(stack: contextlib.ExitStack) -> None:
 def test_a_whole_tunnel_runs_in_one_process(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
     tunnel, visitors = ("127.0.0.1", free_port()), ("127.0.0.1", free_port())
-    both = Nodepass(
-        f"server://{format_address(tunnel)}/{format_address(visitors)}?tls=1",
-        f"client://{format_address(tunnel)}/{format_address(target.address)}",
-        env={**CALM, "TUNNEL_KEY": "a key that is long enough"},
+    both = stack.enter_context(
+        Nodepass(
+            f"server://{format_address(tunnel)}/{format_address(visitors)}?tls=1",
+            f"client://{format_address(tunnel)}/{format_address(target.address)}",
+            env=CALM,
+        )
     )
-    both.is_executed = True  # as users start it
-    stack.enter_context(both)
     both.wait_for("server.connected")
     visit(target, visitors)
-    command = Path(f"/proc/{both.pid}/cmdline").read_text()
-    assert "server://" in command
-    assert "a key" not in command
     assert both.stop() == 0
 
 

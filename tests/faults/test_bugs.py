@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.support import with_bug
 from tests.support.log import Entry
-from tests.support.process import WITH_BUG, Environment, Nodepass
+from tests.support.process import Environment, Nodepass
 from tests.support.scrape import WATCHED, get, metrics_of, reach
 from tests.support.sockets import connect, datagram_socket, format_address, free_port, until
 from tests.support.target import Target
@@ -34,7 +37,7 @@ Act = Callable[[OurServer, Target], None]
 
 def broken(where: str, after: int = 0, times: int = 1) -> tuple[str, ...]:
     """The program with a bug."""
-    return *WITH_BUG, where, str(after), str(times)
+    return sys.executable, str(Path(with_bug.__file__)), where, str(after), str(times)
 
 
 def visit(server: OurServer, _target: Target) -> None:

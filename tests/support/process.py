@@ -3,49 +3,34 @@
 A `Nodepass` is one run of `bin/nodepass`. Its log is collected by a thread, event by event, so that a test waits for
 what the program says and never for a length of time. The environment is scrubbed: no setting of the machine that runs
 the tests reaches the program, and its log is JSON unless the test says otherwise.
-
-Most runs are forked from a process that has imported the program. A command is executed as it stands, for five times
-the CPU time, if something else runs the program (`env`, `sh`), if it is `nodepass top`, which is not patched for
-gevent, or if the environment has what an interpreter or a library reads as it starts. `make coverage` executes all.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import os
 import pty
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from tests.support import with_bug
-from tests.support.forked import ForkServer, Started
 from tests.support.log import Entry, check_wanted, parse
 from tests.support.proc import count_descriptors
 from tests.support.sockets import PATIENCE, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = REPOSITORY / "bin" / "nodepass"
-WITH_BUG = (sys.executable, str(Path(with_bug.__file__)))
-"""How a command begins that runs the program with a bug."""
-
 INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "VIRTUAL_ENV")
 
 IS_MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
 """Whether coverage.py notes which lines run, in this process and in those it starts."""
-
-READ_AT_START = ("GEVENT", "LANG", "LC_", "LD_", "MALLOC", "OPENSSL", "PYTHON", "TZ")
-"""How the names begin of variables that an interpreter or a library reads once, as it starts."""
 
 SHOWN = 150
 """Lines of a log, the last ones, that a failed test shows."""
@@ -81,48 +66,16 @@ class Finished:
 
 def run(*arguments: str, env: Environment | None = None, timeout: float = PATIENCE) -> Finished:
     """Run the program to its end; it is killed, and the test fails, if it has none in time."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = start([str(PROGRAM), *arguments], scrubbed(env), output.fileno(), errors.fileno())
-        try:
-            code = process.wait(timeout)
-        finally:
-            process.kill()
-            process.wait()
-        for each in (output, errors):
-            each.seek(0)
-        return Finished(code, output.read(), errors.read())
-
-
-def start(command: Sequence[str], environment: Environment, output: int, errors: int) -> Started:
-    """Start the program by this command with nothing on its standard input. Raises OSError."""
-    if IS_MEASURED or any(name.startswith(READ_AT_START) for name, _ in environment.items() - scrubbed().items()):
-        return execute(command, environment, output, errors)
-    if command[0] == str(PROGRAM) and command[1:2] != ["top"]:
-        return _fork_server().start("nodepass.__main__", command[1:], environment, (output, errors))
-    if tuple(command[:2]) == WITH_BUG:
-        return _fork_server().start("tests.support.with_bug", command[2:], environment, (output, errors))
-    return execute(command, environment, output, errors)
-
-
-def execute(
-    command: Sequence[str], environment: Environment, output: int, errors: int, descriptors: Sequence[int] = ()
-) -> Started:
-    """Start it as a process of its own from the start, which also gets the descriptors. Raises OSError."""
-    return subprocess.Popen(
-        command,
-        env=environment,
-        pass_fds=descriptors,
+    done = subprocess.run(
+        [str(PROGRAM), *arguments],
+        env=scrubbed(env),
         stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=errors,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
-
-
-@functools.cache
-def _fork_server() -> ForkServer:
-    server = ForkServer(scrubbed())
-    atexit.register(server.close)
-    return server
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 class Nodepass:
@@ -133,9 +86,6 @@ class Nodepass:
 
     prefix: tuple[str, ...] = ()
     program: tuple[str, ...] = (str(PROGRAM),)
-
-    is_executed = False
-    """Whether the command is executed also where it could be forked: for what another process sees of it."""
 
     def __init__(self, *arguments: str, env: Environment | None = None, output: Output = "pipe") -> None:
         self.arguments = arguments
@@ -166,12 +116,14 @@ class Nodepass:
             status = os.fstat(writing)
             self._env["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
         try:
-            with open(os.devnull, "wb") as nowhere:
-                command, output = self.command(), nowhere.fileno()
-                if self.is_executed or self.descriptors:
-                    self.process: Started = execute(command, self._env, output, writing, self.descriptors)
-                else:
-                    self.process = start(command, self._env, output, writing)
+            self.process = subprocess.Popen(
+                self.command(),
+                env=self._env,
+                pass_fds=self.descriptors,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=writing,
+            )
         except OSError:
             os.close(reading)
             raise

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from nodepass.__main__ import main as run
-from nodepass.__main__ import patch
+from gevent import monkey
 
 
 class Bug(Exception):
@@ -42,10 +41,14 @@ def put_in(where: str, after: int, times: int) -> None:
 
 def main() -> int:
     """Patch as the program itself does, for its modules to be imported; then break one of them and run it."""
-    patch()
+    monkey.patch_socket()
+    monkey.patch_time()
+    monkey.patch_select()
     where, after, times = sys.argv[1:4]
     del sys.argv[1:4]
     put_in(where, int(after), int(times))
+    from nodepass.__main__ import main as run
+
     return run()
 
 

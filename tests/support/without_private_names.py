@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from nodepass.__main__ import main as run
-from nodepass.__main__ import patch
+from gevent import monkey
 
 
 class Hiding:
@@ -29,12 +28,16 @@ class Hiding:
 
 def main() -> int:
     """Patch as the program itself does, hide the names, and run it."""
-    patch()
+    monkey.patch_socket()
+    monkey.patch_time()
+    monkey.patch_select()
     names = sys.argv.pop(1)
     from OpenSSL import SSL
 
     binding: Any = SSL
     binding._lib = Hiding(binding._lib, **dict.fromkeys(names.split(",")))
+    from nodepass.__main__ import main as run
+
     return run()
 
 
