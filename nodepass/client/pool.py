@@ -19,11 +19,12 @@ visitor's first bytes, or the end of its stream, can arrive before the launch. E
     reserve                     signal reader     early or idle to reserved
     drop                        signal reader     reserved to closed
     claim                       launch handler    reserved, early or idle to claimed; waits if there are only dials
-    end_interval                report            early, for longer than LAUNCH_WITHIN, to closed
+    expire                      timer             early, for longer than LAUNCH_WITHIN, to closed
     close                       connection        idle, early and reserved to closed; no claim waits any more
 
 Where an id is given again, the older of two connections in one state is closed. What leaves `idle` is replaced, so that
-the pool stays at its capacity: `missing` says how many dials to begin.
+the pool stays at its capacity: `missing` says how many dials to begin. But all connections up to the claim are at most
+MAX_POOL_CAPACITY: a server could otherwise take every descriptor, with one byte behind each id and no launch.
 
 An end before the launch has two causes. A visitor left at once: its launch follows. Or the server closed a connection,
 most often because the client makes more than it needs: no launch follows. So an end lowers the capacity by one, and a
@@ -47,9 +48,11 @@ from nodepass.log import Log
 from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
+from nodepass.tasks import IdleTimer
 from nodepass.tunnel.pool import Capacity, Pool, Waiter
 
 LAUNCH_WITHIN = 2.0  # seconds from a session's first bytes, or its end, to its launch, which was written before
+LOOK_EVERY = LAUNCH_WITHIN / 8  # seconds between two looks for connections that have waited for longer
 YOUNG = 1.0  # seconds: the age under which an idle connection's end counts as a failure to make it
 
 S = TypeVar("S")
@@ -80,8 +83,10 @@ class ConnectionStates(Generic[S]):
 
     @property
     def missing(self) -> int:
-        """How many dials to begin."""
-        return self.capacity.size - len(self.idle) - self.dialling
+        """How many dials to begin: what the capacity lacks, as far as there is room for it."""
+        ready = len(self.idle) + self.dialling
+        room = self.capacity.highest - ready - len(self.early) - len(self.reserved)
+        return min(self.capacity.size - ready, room)
 
     def add(self, id: str, stream: S) -> Closing[S]:
         """Dialling to idle."""
@@ -124,9 +129,8 @@ class ConnectionStates(Generic[S]):
         if self.capacity.count_found_empty():
             self.capacity.end_interval()
 
-    def end_interval(self, now: float) -> Closing[S]:
+    def expire(self, now: float) -> Closing[S]:
         """Early, without a launch for too long, to closed."""
-        self.capacity.end_interval()
         overdue = [id for id, early in self.early.items() if early.since < now - LAUNCH_WITHIN]
         return [(id, early.stream) for id in overdue if (early := self._leave_early(id))]
 
@@ -185,6 +189,7 @@ class ClientPool(Pool):
         self._states: ConnectionStates[Stream] = ConnectionStates(lowest, highest, stats)
         super().__init__(self._states.capacity, self._states.idle, log, stats)
         self._waiting: dict[str, Waiter] = {}  # claims, by the id that they wait for
+        self._timer = IdleTimer(LOOK_EVERY, self._expire)
         self.wanted = Event()
         self.wanted.set()
 
@@ -252,12 +257,13 @@ class ClientPool(Pool):
                 del self._waiting[id]
 
     def end_interval(self) -> None:
-        """Re-evaluate the capacity, and close what has waited too long for its launch."""
-        overdue = self._states.end_interval(time.monotonic())
-        self._finish(overdue, "overdue", f"no launch for it within {LAUNCH_WITHIN:g}s")
+        """Re-evaluate the capacity."""
+        self._states.capacity.end_interval()
+        self._finish()
 
     def close(self, because: str) -> None:
         """Close everything; the dialer has been stopped."""
+        self._timer.stop()
         self._finish(self._states.close(), "flushed", because)
         self._fail_claims()
 
@@ -278,7 +284,14 @@ class ClientPool(Pool):
         replaced = self._states.become_early(id, has_bytes, now - added < YOUNG, now)
         words = "pool: %(id)s received bytes before its launch" if has_bytes else "pool: %(id)s closed by the server"
         self._log.debug("pool.early", words, id=id, ended=not has_bytes)
+        self._timer.start()
         self._finish(replaced, "replaced", "its id was reused")
+
+    def _expire(self) -> bool:
+        """Close what has waited too long for its launch; whether others wait."""
+        overdue = self._states.expire(time.monotonic())
+        self._finish(overdue, "overdue", f"no launch for it within {LAUNCH_WITHIN:g}s")
+        return bool(self._states.early)
 
     def _forget(self, id: str, stream: Stream) -> None:
         self._states.forget(id, stream)

@@ -1,4 +1,4 @@
-"""A server that floods its client: the other tunnels of that process go on, and its memory stays bounded."""
+"""A server that floods its client: the other tunnels of that process go on, and what it takes up stays bounded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import time
 import pytest
 
 from tests.faults.test_floods import assert_as_fast, time_visitors
-from tests.support.proc import resident_bytes
+from tests.support.proc import count_connections, resident_bytes
 from tests.support.process import Environment, Nodepass
 from tests.support.sockets import PATIENCE, until
 from tests.support.target import Target
 from tests.support.tunnel import OurServer
+from tests.support.v1_server import V1Server, random_id
 from tests.support.v2_server import V2Server
 
 MEMORY = 32 << 20
@@ -77,4 +78,42 @@ def test_a_server_that_floods_its_client_does_not_keep_up_the_other_tunnels(
         assert_as_fast(sorted(during), before)
     assert flooding.connects == 1
     assert not client.find("server.disconnected") + client.find_crashes()
+    assert client.stop() == 0
+
+
+POOL = 8
+"""Data connections at most."""
+
+
+class Talkative(V1Server):
+    """Sends a byte behind each id and never launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = 0
+
+    def admit(self, sock: socket.socket) -> None:
+        with self._changed:
+            self.taken += 1
+        sock.sendall(random_id() + b"!")
+
+
+@pytest.mark.programs
+def test_bytes_before_the_launch_do_not_take_the_clients_descriptors(stack: contextlib.ExitStack) -> None:
+    """Such connections are part of the pool, and each is replaced when its launch is overdue, not at a report."""
+    hostile, target = stack.enter_context(Talkative()), stack.enter_context(Target())
+    server = stack.enter_context(OurServer())
+    ports = hostile.tunnel_address[1], server.tunnel_address[1]
+    urls = [f"client://127.0.0.1:{port}/127.0.0.1:{target.address[1]}?log=info" for port in ports]
+    env: Environment = {"MIN_POOL_CAPACITY": "2", "MAX_POOL_CAPACITY": str(POOL), "REPORT_INTERVAL": "60s"}
+    client = stack.enter_context(Nodepass(*urls, env=env))
+    server.wait_for_client()
+
+    def has_replaced_them() -> bool:
+        done = hostile.taken > 2 * POOL
+        assert count_connections(client.pid, hostile.data_address[1]) <= POOL
+        return done
+
+    until(has_replaced_them)
+    time_visitors(server.visitor_address, target, 10)
     assert client.stop() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 from unittest import mock
@@ -20,6 +21,7 @@ from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
+from nodepass.tasks import IdleTimer
 from nodepass.tunnel import pool as tunnel_pool
 
 LOWEST, HIGHEST = 2, 6
@@ -79,6 +81,29 @@ class FakeStream:
         assert what is None or not self.watched, "the loop would call back without a pause"
 
 
+class FakeTimer(IdleTimer):
+    """An idle timer that looks when the test says so."""
+
+    __slots__ = ("_active",)
+
+    def __init__(self, period: float, look: Callable[[], bool]) -> None:
+        super().__init__(period, look)
+        self._active = False
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    def start(self) -> None:
+        self._active = True
+
+    def stop(self) -> None:
+        self._active = False
+
+    def run(self) -> None:
+        self._run()
+
+
 class States(ConnectionStates[int]):
     """The pure part of the pool, with numbers for streams."""
 
@@ -116,8 +141,8 @@ class States(ConnectionStates[int]):
             case "wait":
                 self.now += LAUNCH_WITHIN
                 closing = []
-            case "interval":
-                closing = self.end_interval(self.now + 0.1)
+            case "expire":
+                closing = self.expire(self.now + 0.1)
             case _:
                 closing = self.close()
         return [stream for _, stream in closing]
@@ -131,17 +156,17 @@ class States(ConnectionStates[int]):
         ("idle", "reserve", "reserved"),
         ("idle", "drop", "idle"),
         ("idle", "claim", "gone"),
-        ("idle", "interval", "idle"),
+        ("idle", "expire", "idle"),
         ("idle", "close", "gone"),
         ("early", "reserve", "reserved"),
         ("early", "drop", "early"),
         ("early", "claim", "gone"),
-        ("early", "interval", "gone"),
+        ("early", "expire", "gone"),
         ("early", "close", "gone"),
         ("reserved", "reserve", "reserved"),
         ("reserved", "drop", "gone"),
         ("reserved", "claim", "gone"),
-        ("reserved", "interval", "reserved"),
+        ("reserved", "expire", "reserved"),
         ("reserved", "close", "gone"),
     ],
 )
@@ -156,7 +181,7 @@ def test_an_event_moves_a_connection_to_the_state_that_the_table_says(state: str
     assert gone == ([7] if expected == "gone" else [])
 
 
-EVENTS = ("add", "first bytes", "end", "reserve", "drop", "claim", "wait", "interval", "close")
+EVENTS = ("add", "first bytes", "end", "reserve", "drop", "claim", "wait", "expire", "close")
 
 
 @given(st.lists(st.tuples(st.sampled_from(EVENTS), IDS), max_size=60))
@@ -180,8 +205,21 @@ def test_an_end_lowers_the_capacity_until_a_launch_shows_that_its_visitor_had_le
     assert states.capacity.size == 4
 
 
+def test_a_burst_of_sessions_is_replaced_at_once_up_to_the_limit() -> None:
+    """Those whose launch waits for a slot, and those whose first bytes overtook it, do not hold up the next ones."""
+    states = States()
+    for number in range(HIGHEST):
+        assert states.missing == min(LOWEST, HIGHEST - number)
+        states.happen("add", id := f"{number:08x}", number)
+        states.happen("first bytes" if number % 2 else "reserve", id, number)
+        states.capacity.size = LOWEST
+    assert states.missing == 0
+    states.happen("claim", "00000000", 0)
+    assert states.missing == 1
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Plays the filler, the signal reader, the launch handlers, the report and the event loop."""
+    """Plays the filler, the signal reader, the launch handlers, the report, the timer and the event loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,11 +227,13 @@ class PoolMachine(RuleBasedStateMachine):
         clock = SimpleNamespace(monotonic=lambda: self.now)
         quiet = mock.patch.object(logging.getLogger("nodepass"), "disabled", new=True)
         timed = [module for module in (client_pool, tunnel_pool) if hasattr(module, "time")]
-        self.patches: list[Any] = [quiet, *(mock.patch.object(module, "time", clock) for module in timed)]
+        timer = mock.patch.object(client_pool, "IdleTimer", FakeTimer)
+        self.patches: list[Any] = [quiet, timer, *(mock.patch.object(module, "time", clock) for module in timed)]
         for patch in self.patches:
             patch.start()
         self.stats = Stats()
         self.pool = ClientPool(Log("test"), self.stats, LOWEST, HIGHEST)
+        self.timer = cast(FakeTimer, self.pool._timer)
         self.streams: list[FakeStream] = []
         self.waiting: dict[str, Claim] = {}  # claims by id
         self.dialling = 0
@@ -227,9 +267,6 @@ class PoolMachine(RuleBasedStateMachine):
         """Let greenlets run."""
         for _ in range(3):
             gevent.sleep(0)
-        for stream in self.at("early"):  # an interval can end early, and takes with it what is overdue
-            if stream.closed and stream.ended < self.now - LAUNCH_WITHIN:
-                self.move(stream, "closed")
 
     def assert_failed(self, claim: Claim) -> None:
         self.settle()
@@ -259,7 +296,9 @@ class PoolMachine(RuleBasedStateMachine):
         while pool.missing > 0:
             pool.begin_dial()
             self.dialling += 1
-        assert self.dialling == before or len(pool) + self.dialling == pool.capacity
+        if self.dialling > before:
+            everything = len(self.at("idle", "early", "reserved")) + self.dialling
+            assert len(pool) + self.dialling == pool.capacity or everything == HIGHEST
 
     @precondition(lambda self: self.dialling)
     @rule(id=IDS)
@@ -377,14 +416,20 @@ class PoolMachine(RuleBasedStateMachine):
         self.settle()
         assert isinstance(claim.value, GreenletExit)
 
-    # The report, and time
+    # The report, the timer, and time
 
     @rule()
     def end_interval(self) -> None:
-        overdue = [each for each in self.at("early") if each.ended < self.now - LAUNCH_WITHIN]
         self.pool.end_interval()
+
+    @precondition(lambda self: self.timer.active)
+    @rule()
+    def look_for_those_that_are_overdue(self) -> None:
+        overdue = [each for each in self.at("early") if each.ended < self.now - LAUNCH_WITHIN]
+        self.timer.run()
         for stream in overdue:
             self.move(stream, "closed")
+        assert self.timer.active == bool(self.at("early"))
 
     @rule(seconds=st.sampled_from([0.1, YOUNG, LAUNCH_WITHIN]))
     def wait(self, seconds: float) -> None:
@@ -404,9 +449,15 @@ class PoolMachine(RuleBasedStateMachine):
         assert all(each.id in self.pool for each in self.at("idle"))
 
     @invariant()
-    def what_is_missing_is_what_capacity_and_dials_leave(self) -> None:
+    def the_timer_runs_while_a_launch_may_be_overdue(self) -> None:
+        assert self.timer.active or not self.at("early")
+
+    @invariant()
+    def what_is_missing_is_what_capacity_and_dials_leave_within_the_limit(self) -> None:
         assert LOWEST <= self.pool.capacity <= HIGHEST
-        assert self.pool.missing == self.pool.capacity - len(self.at("idle")) - self.dialling
+        ready, leaving = len(self.at("idle")) + self.dialling, len(self.at("early", "reserved"))
+        assert ready + leaving <= HIGHEST
+        assert self.pool.missing == min(self.pool.capacity - ready, HIGHEST - ready - leaving)
         assert self.pool.wanted.is_set() or self.pool.missing <= 0, "the filler sleeps though something is missing"
 
     @invariant()
