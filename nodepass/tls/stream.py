@@ -6,6 +6,11 @@ the kernel's non-blocking socket does the I/O, so waiting suspends the greenlet 
 
 Wire v2 is TLS 1.3 with the ALPN protocol `ALPN`. Wire v1 has no ALPN and allows TLS 1.2. A server's context serves
 both: what a connection speaks is known after its handshake, and the caller decides what to do with it.
+
+A client may resume a session of TLS 1.3, which saves the certificate and its verification: a resumed handshake calls no
+verification callback. So a `Session` knows for which host it was verified, and is offered for no other demand. There is
+always a new key exchange (psk_dhe_ke, the default of OpenSSL), so each connection has its own exporter, and never early
+data. `sessions` keeps them.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import functools
 import socket
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
@@ -48,10 +54,12 @@ PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSA
 class TLSStream(SocketStream):
     """A connection under TLS.
 
-    `rejection`: why the certificate of its server is rejected, where the client looked at it (`Verify`).
+    A client's has what its handshake brought. `rejection`: why the certificate is rejected, where it was looked at.
+    `verified_for`: the host for which chain and name are right; "" where they are not, or were not looked at.
+    `resumed`: whether a session was resumed, with its verdict.
     """
 
-    __slots__ = ("_connection", "_records", "rejection")
+    __slots__ = ("_connection", "_records", "rejection", "resumed", "verified_for")
 
     batch = BATCH
     plain = False
@@ -61,6 +69,8 @@ class TLSStream(SocketStream):
         self._connection = connection
         self._records = open_records(connection)
         self.rejection: Rejection | None = None
+        self.verified_for = ""
+        self.resumed = False
 
     @property
     def alpn(self) -> bytes:
@@ -74,7 +84,7 @@ class TLSStream(SocketStream):
 
     @property
     def group(self) -> str:
-        """The group of the key exchange; "" where pyOpenSSL cannot tell, before its version 25.2."""
+        """The group of the key exchange; "" where pyOpenSSL cannot tell, before its version 26.0."""
         get_name = getattr(self._connection, "get_group_name", None)
         return (get_name() or "") if get_name else ""
 
@@ -89,6 +99,15 @@ class TLSStream(SocketStream):
             return self._connection.export_keying_material(EXPORTER_LABEL, EXPORTER_LENGTH)
         except SSL.Error as error:
             raise _translated(error) from None
+
+    def session(self) -> Session | None:
+        """The session that a client's later connection may resume; None under TLS 1.2.
+
+        It can be resumed once payload has been read, which the server's tickets come before, and for as long as this
+        connection is open or its end was sent: OpenSSL forgets the session of a connection that was cut.
+        """
+        handle = self._connection.get_session() if self.version == _TLS_13 else None
+        return Session(handle, self._connection.get_context(), self.verified_for) if handle else None
 
     @property
     def pending(self) -> bool:
@@ -141,12 +160,15 @@ class TLSStream(SocketStream):
         self._records.close()
         super().close()
 
-    def handshake(self) -> None:
+    def handshake(self, is_server: bool = False) -> None:
         """Complete the handshake; its deadline is the caller's. Raises OSError, TLSError among them."""
         while True:
             try:
                 self._connection.do_handshake()
-                self._flush()
+                # Under TLS 1.3 a server has only tickets left to send. They go with its first payload, which saves it a
+                # system call, and the client a wait.
+                if not is_server or self.version != _TLS_13:
+                    self._flush()
                 self._records.finish_handshake()
                 self._records.shrink()
                 return
@@ -170,8 +192,6 @@ class TLSStream(SocketStream):
             self._flush()
         first = self._peek_raw()
         if first == _CLEAR:
-            self._close_watchers()
-            self._records.close()
             raise ClearAnswer("the server answered the ClientHello in the clear")
         if first and first[0] not in _RECORD_TYPES:
             raise ProtocolError(f"the server's answer to the ClientHello begins with {first!r}: neither TLS nor a line")
@@ -217,6 +237,18 @@ class TLSStream(SocketStream):
             raise _translated(error) from None
 
 
+class Session(NamedTuple):
+    """What a client needs to resume a session of TLS 1.3."""
+
+    handle: SSL.Session
+    context: SSL.Context  # of the connection that it comes from: OpenSSL wants the same one
+    verified_for: str  # as `TLSStream.verified_for`
+
+    def meets(self, expected: Expected) -> bool:
+        """Whether a connection that resumes it is as good as one after a full handshake."""
+        return expected.verify is Verify.IGNORE or self.verified_for == expected.host
+
+
 def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:
     """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context.
 
@@ -231,8 +263,8 @@ def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context
     except SSL.Error as error:  # too weak a key, for one
         raise ConfigError(f"the certificate cannot be used: {_translated(error)}") from None
     context.set_alpn_select_callback(_select_alpn)
-    # A data connection is never resumed, so tickets would be bytes and work for nothing.
-    context.set_options(SSL.OP_NO_TICKET)
+    # Tickets hold all that a resumption needs, so that nothing is kept here. OP_NO_TICKET would not save them: OpenSSL
+    # then sends tickets of another kind, which are shorter, cost as much time, and cannot be resumed without a cache.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     return context
 
@@ -266,18 +298,21 @@ def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
     connection = SSL.Connection(context, None)
     connection.set_accept_state()
     stream = TLSStream(sock, connection)
-    stream.handshake()
+    stream.handshake(is_server=True)
     return stream
 
 
-def connect_tls(sock: Socket, expected: Expected, v2: bool = True) -> TLSStream:
+def connect_tls(sock: Socket, expected: Expected, v2: bool = True, session: Session | None = None) -> TLSStream:
     """The client's side of a handshake; `v2`: of wire v2, which begins with a look at the first byte of the answer.
+
+    A session that does not meet what is expected is not offered to the server. Where the server does not take one, the
+    handshake is a full one.
 
     Raises OSError. ClearAnswer among them: the server does not speak TLS, and what it said is still in the socket. A
     VerificationError says which check rejected the certificate. The server learns that in the handshake, so it never
     takes a rejected connection for a ready one.
     """
-    return _connect(sock, _Judge(expected), v2)
+    return _connect(sock, _Judge(expected), v2, session if session and session.meets(expected) else None)
 
 
 def check_certificate(sock: Socket, expected: Expected, v2: bool = True) -> None:
@@ -302,10 +337,18 @@ class _Judge:
         """`accepts`: the handshake goes on with a certificate that is as expected."""
         self.expected = expected
         self._accepts = accepts
+        self.was_called = False
         self.has_passed = False
         self.rejection: Rejection | None = None
 
+    @property
+    def verified_for(self) -> str:
+        """The host for which it has found chain and name to be right; "" where they are not, or not looked at."""
+        looked = self.expected.verify is not Verify.IGNORE
+        return self.expected.host if looked and self.has_passed and not self.rejection else ""
+
     def __call__(self, _connection: SSL.Connection, certificate: X509, error: int, depth: int, ok: int) -> bool:
+        self.was_called = True
         rejection = self.expected.rejects_chain(error if not ok else 0)
         if not rejection and depth == 0:
             rejection = self.expected.rejects_leaf(certificate)
@@ -316,14 +359,8 @@ class _Judge:
         return not rejection and (self._accepts or depth > 0)
 
 
-def _connect(sock: Socket, judge: _Judge, v2: bool) -> TLSStream:
-    expected = judge.expected
-    connection = SSL.Connection(client_context(expected.verify, v2), None)
-    connection.set_connect_state()
-    if not is_ip(expected.host):
-        connection.set_tlsext_host_name(expected.host.encode("idna"))
-    if expected.verify is not Verify.IGNORE or expected.fingerprint:
-        connection.set_verify(SSL.VERIFY_PEER, judge)
+def _connect(sock: Socket, judge: _Judge, v2: bool, session: Session | None = None) -> TLSStream:
+    connection = _client_connection(judge, v2, session)
     stream = TLSStream(sock, connection)
     try:
         if v2:
@@ -336,7 +373,23 @@ def _connect(sock: Socket, judge: _Judge, v2: bool) -> TLSStream:
     if v2 and not stream.speaks_v2:
         raise TLSError(f"TLS: the server did not select the protocol {ALPN.decode()} (ALPN)")
     stream.rejection = judge.rejection
+    stream.resumed = session is not None and not judge.was_called  # pyOpenSSL has no other public sign of it
+    stream.verified_for = session.verified_for if session and stream.resumed else judge.verified_for
+    connection.set_verify(SSL.VERIFY_NONE, None)  # the callback takes more than 1 KB of an idle connection
     return stream
+
+
+def _client_connection(judge: _Judge, v2: bool, session: Session | None) -> SSL.Connection:
+    expected = judge.expected
+    connection = SSL.Connection(session.context if session else client_context(expected.verify, v2), None)
+    connection.set_connect_state()
+    if session:
+        connection.set_session(session.handle)
+    if not is_ip(expected.host):
+        connection.set_tlsext_host_name(expected.host.encode("idna"))
+    if session or expected.verify is not Verify.IGNORE or expected.fingerprint:
+        connection.set_verify(SSL.VERIFY_PEER, judge)
+    return connection
 
 
 def _select_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:

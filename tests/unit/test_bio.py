@@ -320,6 +320,7 @@ def test_too_many_key_updates_at_once_are_an_error(talk: Talk) -> None:
 def test_too_many_key_updates_one_by_one_end_an_idle_connection(talk: Talk) -> None:
     """Their answers wait for a write that does not come."""
     stream, peer, secret = talk
+    stream.write(b"tickets go with this")
     updates = key_updates(secret, UNSENT)
     size = len(updates) // UNSENT
     accepted = 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from typing import Any
 
 import gevent
 import pytest
@@ -16,7 +13,7 @@ from nodepass.errors import ClearAnswer, ProtocolError, TLSError, VerificationEr
 from nodepass.net.sockets import Socket
 from nodepass.tls import bio
 from nodepass.tls.bio import PrivateRecords, PublicRecords
-from nodepass.tls.certificates import load_pair, self_signed
+from nodepass.tls.certificates import self_signed
 from nodepass.tls.stream import (
     ALPN,
     EXPORTER_LABEL,
@@ -31,12 +28,7 @@ from nodepass.tls.stream import (
 )
 from nodepass.tls.verify import Expected, Verify
 from tests.support.certificates import Authority
-
-HOST = "tunnel.example"
-PATIENCE = 10.0
-"""Seconds for a handshake; it takes milliseconds."""
-
-Ends = tuple[TLSStream, TLSStream]
+from tests.unit.handshakes import HOST, connected, context_for, handshake, socket_pair
 
 
 @pytest.fixture(autouse=True, params=[PrivateRecords, PublicRecords], ids=["private", "public"])
@@ -62,51 +54,6 @@ def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
 def server() -> SSL.Context:
     identity = self_signed()
     return server_context(identity.chain, identity.key)
-
-
-def context_for(authority: Authority, *names: str) -> SSL.Context:
-    leaf = authority.issue(*names)
-    identity = load_pair(str(leaf.crt), str(leaf.key))
-    return server_context(identity.chain, identity.key)
-
-
-@contextmanager
-def socket_pair() -> Iterator[tuple[Socket, Socket]]:
-    ends = []
-    for end in socket.socketpair():
-        sock = Socket(end.family, end.type, end.proto, end.detach())
-        sock.setblocking(False)
-        ends.append(sock)
-    with closing(ends[0]), closing(ends[1]), gevent.Timeout(PATIENCE):
-        yield ends[0], ends[1]
-
-
-@contextmanager
-def connected(accept: Callable[[Socket], Any], connect: Callable[[Socket], Any]) -> Iterator[tuple[Any, Any]]:
-    """What both ends return; what either raises is in its place."""
-
-    def attempt(end: Callable[[Socket], Any], sock: Socket) -> Any:
-        try:
-            return end(sock)
-        except OSError as error:
-            sock.close()
-            return error
-
-    with socket_pair() as (near, far):
-        both = gevent.spawn(attempt, accept, near), gevent.spawn(attempt, connect, far)
-        gevent.joinall(both, raise_error=True)
-        results = both[0].value, both[1].value
-        yield results
-        for stream in results:
-            if isinstance(stream, TLSStream):
-                stream.close()
-
-
-@contextmanager
-def handshake(server: SSL.Context, expected: Expected, v2: bool = True) -> Iterator[tuple[Any, Any]]:
-    """The server's end and the client's."""
-    with connected(lambda sock: accept_tls(sock, server), lambda sock: connect_tls(sock, expected, v2)) as ends:
-        yield ends
 
 
 def shake_as(context: SSL.Context) -> Callable[[Socket], TLSStream]:
