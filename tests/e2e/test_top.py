@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.tools import top_scrape
+from tests.support.command import call
 from tests.support.process import PROGRAM, Nodepass, run, scrubbed
 from tests.support.scrape import WATCHED, metrics_of
 from tests.support.sockets import format_address, is_over, receive_exactly
@@ -80,20 +81,20 @@ def test_rates_are_those_between_two_looks(tunnel: Tunnel, endpoint: str) -> Non
 
 
 def test_with_interval_0_one_look_has_no_rates(tunnel: Tunnel) -> None:
-    done = run("top", "--once", "--interval", "0", f"http://{format_address(metrics_of(tunnel.our_client))}/metrics")
+    done = call("top", "--once", "--interval", "0", f"http://{format_address(metrics_of(tunnel.our_client))}/metrics")
     (row,) = cells(done.output)
     assert row["PEER"] == format_address(tunnel.our_server.tunnel_address)
     assert row["RTT"] == "-"  # the server measures it
     assert row["UP/S"] == "-"
 
 
-@pytest.mark.parametrize("prefix", ["unix:", ""])
-def test_a_unix_socket_is_looked_at_by_its_path(tmp_path_factory: pytest.TempPathFactory, prefix: str) -> None:
+def test_a_unix_socket_is_looked_at_by_its_path(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("t") / "m.sock"
     with Nodepass(ADDRESSLESS, env={**CALM, "METRICS_LISTEN": f"unix:{path}"}) as process:
         process.wait_for("server.listening")
-        (row,) = cells(run("top", "--once", *FAST, f"{prefix}{path}").output)
-        assert (row["STATE"], row["PEER"]) == ("down", "-")
+        for text in (f"unix:{path}", str(path)):
+            (row,) = cells(call("top", "--once", *FAST, text).output)
+            assert (row["STATE"], row["PEER"]) == ("down", "-")
 
 
 def test_without_a_terminal_tables_follow_each_other(endpoint: str) -> None:
@@ -126,7 +127,7 @@ def test_nobody_there_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     for text in (f"127.0.0.1:{port}", str(tmp_path / "not.sock")):
-        done = run("top", text)
+        done = call("top", text)
         assert done.code == 1
         assert len(done.lines) == 1
         assert text in done.errors
@@ -150,7 +151,7 @@ def test_somebody_else_there_is_one_line() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with contextlib.closing(server.socket):
         for path in ("", "/page", "/noise"):
-            done = run("top", "--once", f"127.0.0.1:{server.server_address[1]}{path}")
+            done = call("top", "--once", f"127.0.0.1:{server.server_address[1]}{path}")
             assert done.code == 1
             assert len(done.lines) == 1
             assert "not an endpoint of nodepass" in done.errors
@@ -217,13 +218,13 @@ def test_an_endpoint_that_goes_away_is_waited_for(tmp_path_factory: pytest.TempP
                 assert terminal.wait() == 0
 
 
-@pytest.mark.parametrize(("lines", "columns"), [(3, 20), (1, 1), (5, 40), (50, 400)])
-def test_any_size_of_terminal_will_do(endpoint: str, lines: int, columns: int) -> None:
+def test_any_size_of_terminal_will_do(endpoint: str) -> None:
     with Terminal("top", *FAST, endpoint, lines=24, columns=100) as terminal:
         terminal.wait_for("tunnels ready")
-        terminal.resize(lines, columns)
-        terminal.forget()
-        terminal.wait_for(r"\S" if columns < 20 else "nodepass")  # it draws on
+        for lines, columns in ((3, 20), (1, 1), (5, 40), (50, 400)):
+            terminal.resize(lines, columns)
+            terminal.forget()
+            terminal.wait_for(r"\S" if columns < 20 else "nodepass")  # it draws on
         terminal.press("q")
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.raw
@@ -246,7 +247,7 @@ def test_what_an_endpoint_says_cannot_command_the_terminal() -> None:
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        done = run("top", "--once", "--interval", "0", f"127.0.0.1:{port}")
+        done = call("top", "--once", "--interval", "0", f"127.0.0.1:{port}")
         thread.join()
     assert done.code == 0
     assert "[red]?]0;x?" in done.output

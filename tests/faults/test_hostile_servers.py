@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -28,15 +29,15 @@ def launches(kind: int) -> bytes:
     return b"".join(b"//%08x#%d\n" % (number, kind) for number in range(50_000))
 
 
-FLOODS = {
-    "launches for TCP": launches(1),
-    "launches for a datagram": launches(2),
-    "launches for a lane": launches(3),
-    "launches for one and the same id": b"//deadbeef#3\n" * 50_000,
-    "heartbeats": b"\n" * 5000,
-    "signals that nobody knows": b"//later#9\n" * 50_000,
-    "rubbish": b"\xff\0\xfe\n" * 50_000,
-    "a megabyte without a newline": b"a" * (1 << 20) + b"\n",
+FLOODS: dict[str, Callable[[], bytes]] = {
+    "launches for TCP": lambda: launches(1),
+    "launches for a datagram": lambda: launches(2),
+    "launches for a lane": lambda: launches(3),
+    "launches for one and the same id": lambda: b"//deadbeef#3\n" * 50_000,
+    "heartbeats": lambda: b"\n" * 5000,
+    "signals that nobody knows": lambda: b"//later#9\n" * 50_000,
+    "rubbish": lambda: b"\xff\0\xfe\n" * 50_000,
+    "a megabyte without a newline": lambda: b"a" * (1 << 20) + b"\n",
 }
 
 
@@ -65,7 +66,7 @@ def test_a_server_that_floods_its_client_does_not_keep_up_the_other_tunnels(
     until(lambda: flooding.connects, what="the flooding server has no client")
     before = time_visitors(server.visitor_address, target)
     memory, answers = resident_bytes(client.pid), flooding.answers
-    words = FLOODS[name] + b"\n"  # the answer to this last heartbeat tells that all has been read
+    words = FLOODS[name]() + b"\n"  # the answer to this last heartbeat tells that all has been read
     answers += words.split(b"\n")[:-1].count(b"")
     flooding.workers.spawn(lambda: flooding.write(words))
     during: list[float] = []

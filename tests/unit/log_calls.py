@@ -33,18 +33,33 @@ class Found:
     fields: set[str] = field(default_factory=set)
 
 
+class Module:
+    """A module, parsed, with the calls in each of its functions: searched often, and walked once."""
+
+    def __init__(self, path: Path) -> None:
+        self.functions = [(each, _calls(each)) for each in _functions(ast.parse(path.read_text()))]
+        self._callers: defaultdict[str, list[tuple[ast.Call, ast.FunctionDef]]] = defaultdict(list)
+        for around, calls in self.functions:
+            for call in calls:
+                self._callers[_name(call)].append((call, around))
+
+    def callers(self, name: str) -> list[tuple[ast.Call, ast.FunctionDef]]:
+        """Each call of a function of that name, and the function around it."""
+        return self._callers.get(name, [])
+
+
 class Package:
-    """The modules below a folder, parsed."""
+    """The modules below a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._modules = [ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))]
+        self._modules = [Module(path) for path in sorted(folder.rglob("*.py"))]
 
     def events(self) -> dict[str, Found]:
         """Every event that some call can log."""
         events: defaultdict[str, Found] = defaultdict(Found)
         for module in self._modules:
-            for function in _functions(module):
-                for call in _calls(function):
+            for function, calls in module.functions:
+                for call in calls:
                     for names, fields in self._resolve(call, function, module):
                         for name in names:
                             events[name].levels.add(LEVELS[call.func.attr])  # type: ignore[attr-defined]
@@ -52,7 +67,7 @@ class Package:
         return dict(events)
 
     def _resolve(
-        self, call: ast.Call, function: ast.FunctionDef, module: ast.Module
+        self, call: ast.Call, function: ast.FunctionDef, module: Module
     ) -> Iterator[tuple[list[str], set[str]]]:
         """The events of a log call, with the fields of each."""
         if not isinstance(call.func, ast.Attribute) or call.func.attr not in LEVELS or not call.args:
@@ -84,28 +99,26 @@ class Package:
                 assert passed, f"line {call.lineno}: fields of unknown names"
         return fields, passed
 
-    def _passed(
-        self, call: ast.Call, around: ast.FunctionDef, module: ast.Module, function: ast.FunctionDef
-    ) -> set[str]:
+    def _passed(self, call: ast.Call, around: ast.FunctionDef, module: Module, function: ast.FunctionDef) -> set[str]:
         """The fields that a call of a function hands on to the log."""
         fields, passed = self._fields(call, around)
         for caller, outer in self._callers(around, module) if passed else ():
             fields |= self._passed(caller, outer, module, around)
         return fields - _parameters(function)
 
-    def _callers(self, function: ast.FunctionDef, module: ast.Module) -> Iterator[tuple[ast.Call, ast.FunctionDef]]:
+    def _callers(self, function: ast.FunctionDef, module: Module) -> Iterator[tuple[ast.Call, ast.FunctionDef]]:
         """Where a function is called, and the function around that; a method is called in its own module."""
         is_method = bool(function.args.args) and function.args.args[0].arg == "self"
         for each in [module] if is_method else self._modules:
-            for around in _functions(each):
-                for call in _calls(around):
-                    if _name(call) == function.name and isinstance(call.func, ast.Attribute) == is_method:
-                        yield call, around
+            for call, around in each.callers(function.name):
+                if isinstance(call.func, ast.Attribute) == is_method:
+                    yield call, around
 
     def _returned_by(self, call: ast.Call) -> set[str]:
         """The keys of the dictionary that a call returns."""
         keys: set[str] = set()
-        for function in (each for module in self._modules for each in _functions(module) if each.name == _name(call)):
+        named = [each for module in self._modules for each, _ in module.functions if each.name == _name(call)]
+        for function in named:
             for node in ast.walk(function):
                 if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
                     keys |= {str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)}
@@ -121,8 +134,8 @@ def _functions(module: ast.Module) -> Iterator[ast.FunctionDef]:
     yield from (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
 
 
-def _calls(function: ast.FunctionDef) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(function) if isinstance(node, ast.Call))
+def _calls(function: ast.FunctionDef) -> list[ast.Call]:
+    return [node for node in ast.walk(function) if isinstance(node, ast.Call)]
 
 
 def _name(call: ast.Call) -> str:

@@ -292,19 +292,20 @@ def log_calls() -> Iterator[LogCall]:
                         yield LogCall(call, function, f"{path.relative_to(PACKAGE)}:{call.lineno}")
 
 
-CALLS = list(log_calls())
-
-
-def test_the_calls_of_the_log_are_found() -> None:
-    assert len(CALLS) > 50
-
-
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.where)
-def test_a_call_has_an_event_and_the_fields_of_its_sentence(call: LogCall) -> None:
-    assert call.events or call.has_more_fields, "no constant name: its function must be given it"
-    for event in call.events:
-        assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", event), event
-    assert not call.fields & set(log.RESERVED)
+def complaints(call: LogCall) -> list[str]:
+    """What is wrong with a call of the log."""
     named = set(re.findall(r"%\((\w+)\)", call.sentence.replace("%%", "")))
-    assert call.has_more_fields or named <= call.fields, named - call.fields
-    assert "%s" not in call.sentence
+    found = [
+        (not (call.events or call.has_more_fields), "no constant name: its function must be given it"),
+        (not all(re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", event) for event in call.events), f"names: {call.events}"),
+        (bool(call.fields & set(log.RESERVED)), f"reserved fields: {call.fields}"),
+        (not (call.has_more_fields or named <= call.fields), f"not given: {named - call.fields}"),
+        ("%s" in call.sentence, "%s"),
+    ]
+    return [f"{call.where}: {what}" for wrong, what in found if wrong]
+
+
+def test_each_call_has_an_event_and_the_fields_of_its_sentence() -> None:
+    calls = list(log_calls())
+    assert len(calls) > 50
+    assert not [each for call in calls for each in complaints(call)]
