@@ -3,6 +3,7 @@
 Nothing else may be imported before the patch: a socket made by an unpatched module would block the whole process.
 """
 
+import gc
 import sys
 
 
@@ -12,6 +13,7 @@ def main() -> int:
         from nodepass.tools.top import main as top
 
         return top(sys.argv[2:])
+    gc.disable()  # imports leave no garbage; `cli` enables it
     try:
         from gevent import events, monkey
     except ImportError as error:

@@ -104,6 +104,8 @@ def _flag(name: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
+    gc.freeze()  # what is imported is not collected at the exit: a fifth of the time of a run that only says something
+    gc.enable()
     parser = make_parser()
     namespace = parser.parse_args(list(arguments))
     if namespace.generate_key and namespace.urls:

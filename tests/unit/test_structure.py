@@ -26,6 +26,7 @@ from nodepass.net.sockets import Socket, reset_on_close
 from nodepass.net.stream import Data, TCPStream
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
+from tests.support.command import call
 from tests.unit.streams import receive_all, tcp_pair
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,15 @@ def stack() -> Iterator[ExitStack]:
 def greenlets() -> int:
     gc.collect()
     return sum(isinstance(each, Greenlet) and not each.dead for each in gc.get_objects())
+
+
+def test_garbage_is_collected_when_all_is_imported() -> None:
+    gc.disable()  # as the entry point does
+    try:
+        assert call("--version").code == 0
+        assert gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_quiet_session_costs_one_greenlet_and_no_buffer(stack: ExitStack) -> None:
