@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable
 from glob import glob
 
-from tests.support import box, cgroup, v2_network
+from tests.support import box, cgroup, delay_line, v2_network
 
 FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
 DAEMONS = "/usr/sbin:/usr/local/sbin:/sbin"
@@ -42,6 +42,7 @@ def _compose() -> str:
 
 CAPABILITIES: dict[str, Callable[[], str]] = {
     "a box": box.why_not,
+    "delay line": delay_line.why_not,
     "docker compose": _compose,
     "faketime": _faketime,
     "memory cgroups": cgroup.why_not,
