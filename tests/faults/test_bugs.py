@@ -29,6 +29,8 @@ COOLDOWN = 0.5
 
 SETTINGS: Environment = {"SERVICE_COOLDOWN": f"{COOLDOWN:g}s", "REPORT_INTERVAL": "500ms"}
 
+SELDOM: Environment = {**SETTINGS, "REPORT_INTERVAL": "1h"}
+
 BUG = 3
 """Exit status."""
 
@@ -86,9 +88,13 @@ IN_A_SESSION: dict[str, tuple[str, Act]] = {
     "making a data connection": ("nodepass.client.data_dialer:Route.make", wait),
     "hearing the target's datagrams": ("nodepass.client.udp_flows:TargetFlows._pass_back", ask),
     "looking at the certificate when asked": ("nodepass.server.server:Server.reload", hang_up),
-    "describing the tunnel": ("nodepass.client.client:Client.describe", dump),
     "a timer of the event loop": ("nodepass.tasks:WorkerPool._release_surplus", stay_for_a_moment),
 }
+
+WHEN_ASKED: dict[str, tuple[str, Act]] = {
+    "describing the tunnel": ("nodepass.client.client:Client.describe", dump),
+}
+"""What a loop does as well, with each report."""
 
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
     "accepting visitors": ("server", "nodepass.server.visitor_listener:VisitorListener._wait_at_limit", visit),
@@ -106,11 +112,11 @@ IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
 }
 
 
-def start(stack: contextlib.ExitStack, where: str) -> tuple[OurServer, Target]:
+def start(stack: contextlib.ExitStack, where: str, env: Environment = SETTINGS) -> tuple[OurServer, Target]:
     """One process with both ends of a tunnel and the bug; its ports stay when an end starts again."""
     port = free_port(2)
     target = stack.enter_context(Target())
-    both = OurServer(log="info", tunnel=f"127.0.0.1:{port}", target=f"127.0.0.1:{port + 1}", env=SETTINGS)
+    both = OurServer(log="info", tunnel=f"127.0.0.1:{port}", target=f"127.0.0.1:{port + 1}", env=env)
     both.arguments += (f"client://127.0.0.1:{port}/{format_address(target.address)}?log=info",)
     both.program = broken(where)
     return stack.enter_context(both), target
@@ -131,21 +137,25 @@ def is_served(target: Target, server: OurServer) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", IN_A_SESSION)
+@pytest.mark.parametrize("bugs", [IN_A_SESSION, WHEN_ASKED], ids=["in a session", "when asked"])
 def test_a_bug_in_a_session_ends_that_session_with_a_traceback_in_the_log(
-    stack: contextlib.ExitStack, name: str
+    stack: contextlib.ExitStack, bugs: dict[str, tuple[str, Act]]
 ) -> None:
-    where, act = IN_A_SESSION[name]
-    run, target = start(stack, where)
+    """One process survives them all, one after the other."""
+    run, target = start(
+        stack, ",".join(where for where, _ in bugs.values()), SELDOM if bugs is WHEN_ASKED else SETTINGS
+    )
     run.wait_for_client()
-    until(lambda: act(run, target) or find_bug(run, where), what="no traceback in the log")
-    assert len(run.find_crashes()) == 1
+    for name, (where, act) in bugs.items():
+        until(lambda act=act, where=where: act(run, target) or find_bug(run, where), what=f"no traceback of {name}")
+        assert len(find_bug(run, where)) == 1, name
     target.drain()
     until(lambda: is_served(target, run), what="serves nobody afterwards")
+    assert len(run.find_crashes()) == len(bugs)
     assert not run.find("tunnel.crashed")
     mark = run.mark()
     run.send(signal.SIGUSR1)
-    run.wait_for("process.bugs", after=mark, bugs=1)
+    run.wait_for("process.bugs", after=mark, bugs=len(bugs))
     assert run.stop() == BUG
 
 

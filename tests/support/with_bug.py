@@ -1,7 +1,7 @@
 """Runs the program with a bug in it: `with_bug.py nodepass.client.connector:Connector._connect 2 1 ARGUMENTS...`.
 
-The function that is named raises on so many calls (the 1), after so many that go well (the 2). The program itself has
-no place where a fault could be put in.
+The function that is named raises on so many calls (the 1), after so many that go well (the 2); several are separated by
+commas. The program itself has no place where a fault could be put in.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> int:
     monkey.patch_select()
     where, after, times = sys.argv[1:4]
     del sys.argv[1:4]
-    put_in(where, int(after), int(times))
+    for each in where.split(","):
+        put_in(each, int(after), int(times))
     from nodepass.__main__ import main as run
 
     return run()
