@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -119,43 +118,33 @@ class PendingConnections:
     def _steps(self, pending: _Pending, work: Work, args: tuple[object, ...], silence: float) -> Steps:
         """Begin the work at the first bytes or after the silence, and note the first bytes. The event loop resumes it.
 
-        Where the work begins before them, it and this wait for the same bytes.
+        Where the work begins before them, it and this wait for the same bytes. All in one generator: a flood has many.
         """
         try:
-            with self._watching(pending):
+            watcher = get_hub().loop.io(pending.sock.fileno(), READABLE)
+            watcher.start(pending.steps.send, True)
+            try:
                 if silence > 0:
-                    yield from self._wait(pending, silence)
+                    waiting = self._waiting.setdefault(silence, {})
+                    waiting[pending] = None
+                    self._timer.start()
+                    try:
+                        self._note_spoken(pending, (yield))
+                    finally:
+                        del waiting[pending]
+                        if not waiting:
+                            del self._waiting[silence]
                 pending.greenlet = self._tasks.spawn(f"the {self._port} port", self._run, pending, work, args)
                 if not pending.spoken:
                     self._note_spoken(pending, (yield))
+            finally:
+                watcher.stop()
+                watcher.close()
         except Exception as error:  # noqa: BLE001  # a bug; an exception would be lost in the event loop
             report_bug(f"a pending connection to the {self._port} port", error, self._log, self._stats)
             self._forget(pending.sock)
             pending.sock.close()
         yield
-
-    @contextmanager
-    def _watching(self, pending: _Pending) -> Iterator[None]:
-        """Have its steps resumed at its first bytes."""
-        watcher = get_hub().loop.io(pending.sock.fileno(), READABLE)
-        watcher.start(pending.steps.send, True)
-        try:
-            yield
-        finally:
-            watcher.stop()
-            watcher.close()
-
-    def _wait(self, pending: _Pending, silence: float) -> Steps:
-        """Wait for its first bytes, or for `_end_silences`."""
-        waiting = self._waiting.setdefault(silence, {})
-        waiting[pending] = None
-        self._timer.start()
-        try:
-            self._note_spoken(pending, (yield))
-        finally:
-            del waiting[pending]
-            if not waiting:
-                del self._waiting[silence]
 
     def _note_spoken(self, pending: _Pending, spoken: bool) -> None:
         if spoken:
