@@ -150,8 +150,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _start_log(urls: Sequence[ServerURL | ClientURL], settings: Settings, warnings: Sequence[Notice]) -> None:
-    """Log from now on, at the level of the most verbose URL, and log the warnings about key and URLs."""
+    """Log from now on, at the level of the most verbose URL, and log the warnings about the keys."""
     log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ, style=settings.log_format)
-    for tunnel, notices in (("nodepass", warnings), *((url.name, url.warnings) for url in urls)):
-        for each in notices:
-            log.Log(tunnel).warning("config.warning", "%(warning)s", reason=each.reason, warning=each.words)
+    for each in warnings:
+        log.Log("nodepass").warning("config.warning", "%(warning)s", reason=each.reason, warning=each.words)

@@ -45,7 +45,7 @@ class ClearAnswer(NodepassError, ConnectionError):
 
 
 class VerificationError(TLSError):
-    """The server's certificate was rejected; `check` is what failed: chain, expired, name or fingerprint."""
+    """The server's certificate was rejected; `check` is what failed: chain, expired or name."""
 
     def __init__(self, text: str, check: str = "") -> None:
         super().__init__(text)

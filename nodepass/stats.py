@@ -19,13 +19,18 @@ TCP_OUTCOMES = ("completed", "reset", "cut", "unserved", "unreachable")
 UDP_OUTCOMES = ("completed", "evicted", "lost", "unserved", "unanswered")
 CONTROL_FAILURES = (
     "busy",
+    "certificate",
     "closed",
     "key_mismatch",
     "key_required",
+    "no_tls",
     "other",
     "protocol",
     "shutdown",
+    "silent",
     "timeout",
+    "tls",
+    "unknown_name",
     "unreachable",
     "version",
 )
@@ -38,6 +43,7 @@ DATA_FAILURES = (
     "wrong_address",
     "timeout",
     "tls",
+    "unknown_sid",
     "unreachable",
 )
 UDP_DROPS = (

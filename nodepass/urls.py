@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import unquote, urlsplit
 
-from nodepass.config import Notice, Settings
+from nodepass.config import Settings
 from nodepass.errors import ConfigError
 from nodepass.hostport import split_host_port
 
@@ -25,13 +25,6 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
 NAMELESS = "-"  # stands for the empty name where a word is needed
 _FORM = "server://HOST:PORT/HOST:PORT?tls=0|1|2 or client://HOST:PORT/HOST:PORT"
 _ALLOWED = "allowed: auto or 2"
-_UNSET = (
-    Notice(
-        "tls_unset",
-        "tls is not given: data connections are not encrypted (tls=0); set tls=0 to silence this, or tls=1 to encrypt",
-    ),
-)
-_IGNORED = (Notice("tls_ignored", "tls on a client URL is ignored: the client adopts the server's choice"),)
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,6 @@ class TunnelURL:
     tunnel: Address
     target: Address
     log: str = "info"
-    warnings: tuple[Notice, ...] = ()
     tunnel_name: str = field(default="", kw_only=True)  # tells the tunnels of one key or one tunnel port apart
     wire: str | None = field(default=None, kw_only=True)  # auto, 1 or 2; None: as the setting WIRE says
 
@@ -149,10 +141,8 @@ def with_defaults(url: ServerURL | ClientURL, has_key: bool, settings: Settings)
     wire = "2" if has_key else wire
     if isinstance(url, ClientURL):
         tls = 1 if url.tls is None and has_key else url.tls
-        return replace(url, wire=wire, tls=tls, warnings=_IGNORED if url.tls else ())
-    if url.is_tls_given:
-        return replace(url, wire=wire)
-    return replace(url, wire=wire, tls=int(has_key), warnings=() if has_key else _UNSET)
+        return replace(url, wire=wire, tls=tls)
+    return replace(url, wire=wire, tls=url.tls if url.is_tls_given else int(has_key))
 
 
 def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:

@@ -6,6 +6,8 @@ the sessions, and `udp_flows` the datagrams. The process calls a client as `tunn
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from gevent.event import AsyncResult
 
 from nodepass.client.connector import Connector
@@ -17,8 +19,10 @@ from nodepass.log import Log, literal
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import ClientControl
+from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import View, report_fields
 from nodepass.tunnel.part import Common, Part, stop_parts
+from nodepass.tunnel.security import summarize
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
 
@@ -26,16 +30,28 @@ from nodepass.wire.auth import Key
 class Client:
     """One tunnel's client: `start`, `run`, then `stop` and `close`; `interface.Tunnel` says who calls what."""
 
-    def __init__(self, url: ClientURL, settings: Settings, key: Key | None, log: Log, stats: Stats) -> None:
+    def __init__(
+        self,
+        url: ClientURL,
+        id: str,
+        keys: Callable[[], Sequence[Key]],
+        settings: Settings,
+        log: Log,
+        stats: Stats,
+    ) -> None:
+        """`id`: what the client calls itself; `keys`: those that its tunnel has now, of which it proves the first."""
         self.log = log
         self.stats = stats
+        self._url = url
+        self._id = id
+        self._keys = keys
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
         common = Common(settings, log, stats, TaskGroup(log, stats, on_crash=self._failed.set_exception))
         target = Target(url.target)
         self._flows = TargetFlows(common, target)
         launches = Launches(common, target, self._flows)
-        self._connector = Connector(common, url.tunnel, key, target, launches, self._log_statistics)
+        self._connector = Connector(common, url, Terms.of(url, id, keys()), target, launches, self._log_statistics)
         self._parts: list[Part] = [self._connector, launches, self._flows]  # in the order in which they stop
         self.sessions = launches.sessions
         self.ready = self._connector.ready
@@ -50,6 +66,7 @@ class Client:
 
     def run(self) -> None:
         """Connect, serve, and connect again, until `close`; raises what crashed one of the loops."""
+        self._connector.security.report(None)
         for part in self._parts:
             part.start()
         self._failed.get()
@@ -65,7 +82,10 @@ class Client:
         self._failed.set(None)
 
     def reload(self) -> None:
-        """A client has no files of its own."""
+        """Take the key that the tunnel has now; where that is another one, connect again with it."""
+        keys = self._keys()
+        if keys:  # else the server decides; a client that had a key does not go on without
+            self._connector.set_terms(Terms.of(self._url, self._id, keys))
 
     def describe(self) -> str:
         """One line for an operator: its status and its counters."""
@@ -78,7 +98,8 @@ class Client:
             server = f"server {connection.control.describe()}, {connection.pool}"
         else:
             server = f"not connected: {self._connector.failure}"
-        return f"{server}, {len(self.sessions)} sessions, {len(self._flows)} flows"
+        security = summarize(self._connector.security.of(self.control))
+        return f"{server}, {len(self.sessions)} sessions, {len(self._flows)} flows, security: {security}"
 
     def unhealthy_reason(self) -> str:
         """Why a restart is needed, or ""."""
@@ -100,6 +121,7 @@ class Client:
             slots=self._settings.semaphore_limit,
             flows=len(self._flows),
             certificate_expiry=None,
+            security=self._connector.security.of(self.control),
         )
 
     def _log_statistics(self) -> None:

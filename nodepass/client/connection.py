@@ -21,7 +21,7 @@ from nodepass.client.pool import ClientPool
 from nodepass.log import Limit
 from nodepass.tunnel.control import STOPPING, ClientControl
 from nodepass.tunnel.part import Common, Loop, Part
-from nodepass.wire.signals import KIND_NAMES, LANE, Launch
+from nodepass.wire.signals import KIND_NAMES, LANE, Beat, Launch
 
 LAUNCHES_WAITING = 1024  # launches that may wait for a slot, at least
 LAST_LAUNCHES = 1.0  # seconds for launches that were read before the end to begin
@@ -42,6 +42,7 @@ class Connection(Part):
         settings = common.settings
         self.control = control
         self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
+        self._route = route
         self._launches = launches
         self._log_statistics = log_statistics
         # With the time at which each was read; None is the end.
@@ -71,6 +72,7 @@ class Connection(Part):
         super().close()
         for part in self._parts:
             part.close()
+        self._route.close()
         self.pool.close("the control connection ended")
 
     def find_ended(self) -> str:
@@ -84,7 +86,10 @@ class Connection(Part):
         return self.find_ended() or self.control.unhealthy_reason()
 
     def _read_signals(self) -> None:
-        for launch in self.control.launches():
+        for launch in self.control.signals(self._launches.target_answers):
+            if isinstance(launch, Beat):
+                self.pool.compare(launch.idle)
+                continue
             self._log.debug(
                 "launch.received", "received launch %(id)s (%(kind)s)", id=launch.id, kind=KIND_NAMES[launch.kind]
             )

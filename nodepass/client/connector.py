@@ -6,6 +6,7 @@ are repeated with growing pauses until `stop`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,15 +18,17 @@ from nodepass.client.connection import Connection
 from nodepass.client.data_dialer import Backoff, Route
 from nodepass.client.launches import Launches
 from nodepass.client.target import Target
-from nodepass.errors import RefusedError, reason
+from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Limit
-from nodepass.net.sockets import as_blocking, dial, resolve
+from nodepass.net.sockets import dial, resolve
+from nodepass.net.stream import TCPStream
 from nodepass.stats import failure
-from nodepass.tunnel.control import STOPPING, Agreement, ClientControl
-from nodepass.tunnel.handshake import connect_to_server
+from nodepass.tunnel.control import STOPPING, Agreement, ClientControl, Ending
+from nodepass.tunnel.handshake import Terms, connect_to_server
 from nodepass.tunnel.part import Common, Part
-from nodepass.urls import Address
-from nodepass.wire.auth import Key
+from nodepass.tunnel.security import SecurityLog, security_of
+from nodepass.urls import ClientURL
+from nodepass.wire.signals import BUSY, BYES, RELOAD, REPLACED, SHUTDOWN
 
 SETTLED = 1.0  # seconds that a control connection must last for the next reconnect to begin with the shortest pause
 REPEAT_WARNING = 60.0  # seconds between two warnings about the same failure to connect
@@ -38,8 +41,8 @@ class Connector(Part):
     def __init__(
         self,
         common: Common,
-        server: Address,
-        key: Key | None,
+        url: ClientURL,
+        terms: Terms,
         target: Target,
         launches: Launches,
         log_statistics: Callable[[], None],
@@ -49,8 +52,9 @@ class Connector(Part):
         self.failure = "not connected yet"  # why there is none
         self.ready = Event()  # a handshake has succeeded
         self._common = common
-        self._server = server
-        self._key = key
+        self.security = SecurityLog(security_of(url, bool(terms.key)), common.log)
+        self._server = url.tunnel
+        self._terms = terms
         self._target = target
         self._launches = launches
         self._log_statistics = log_statistics
@@ -62,6 +66,14 @@ class Connector(Part):
         """The control connection to the server, while there is one."""
         return self.connection.control if self.connection else None
 
+    def set_terms(self, terms: Terms) -> None:
+        """Demand this from the next connection on, which begins at once where it is something else."""
+        if terms == self._terms:
+            return
+        self._terms = terms
+        if self.control:
+            self.control.finish(Ending(RELOAD, BYES[RELOAD]), RELOAD)
+
     def start(self) -> None:
         self._start_loop("stay connected", self._stay_connected)
 
@@ -69,7 +81,7 @@ class Connector(Part):
         """Leave the server; launches that it has already sent are still served."""
         self._stopping.set()
         if self.control:
-            self.control.finish()
+            self.control.finish(STOPPING, SHUTDOWN)
         self._ended.wait(min(FAREWELL, timeout))
 
     def close(self) -> None:
@@ -92,11 +104,15 @@ class Connector(Part):
                     control, agreement = self._connect()
                 except OSError as error:
                     self._report_failure(error)
+                    told = error.reason if isinstance(error, RefusedError) else ""
                 else:
                     self._serve(control, agreement)
+                    told = control.ending.reason
                     if time.monotonic() - began > SETTLED:
                         backoff.reset()
-                self._stopping.wait(backoff.pause())
+                # Two clients with one key must not throw each other out as fast as they can.
+                pause = self._settings.service_cooldown if told in (BUSY, REPLACED) else backoff.pause()
+                self._stopping.wait(pause)
         finally:
             self._ended.set()
 
@@ -108,21 +124,22 @@ class Connector(Part):
         except OSError as error:
             words = "target: %(error)s; it will be resolved again for each session"
             self._log.warning("target.unresolved", words, error=error)
-        sock = as_blocking(dial(resolve(self._server), timeout))
-        try:
-            control = ClientControl(sock, self._settings.report_interval, self._log, self._stats)
+        self._terms.prepare()
+        stream = TCPStream(dial(resolve(self._server), timeout))
+        with contextlib.ExitStack() as failed:
+            failed.callback(stream.close)
+            control = ClientControl(stream, self._settings.report_interval, self._log, self._stats)
+            failed.callback(control.hang_up)
             late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s")
             with gevent.Timeout(timeout, late):
-                agreement = connect_to_server(control, self._key)
-        except BaseException:
-            sock.close()
-            raise
+                agreement = connect_to_server(control, self._terms)
+            failed.pop_all()
         return control, agreement
 
     def _report_failure(self, error: OSError) -> None:
         """Count and log why there is no connection; the same reason again only after REPEAT_WARNING."""
         self._stats.control_failures[token := failure(error)] += 1
-        refused = isinstance(error, RefusedError)
+        refused = isinstance(error, RefusedError | VerificationError)
         level, what = (logging.ERROR, "handshake failed with") if refused else (logging.WARNING, "cannot reach")
         why = reason(error)
         self.failure = f"{what} the server {self._server}: {why}"
@@ -133,6 +150,7 @@ class Connector(Part):
             Limit(why, REPEAT_WARNING, 1),
             server=self._server,
             reason=token,
+            check=error.check if isinstance(error, VerificationError) else "",
             error=why,
         )
 
@@ -143,7 +161,8 @@ class Connector(Part):
             return
         self._stats.connects += 1
         self._log_connected(control, agreement)
-        route = self._route(control, agreement)
+        self.security.report(control)
+        route = Route.of(control, agreement, self._terms.host, self._settings.handshake_timeout)
         self.connection = Connection(self._common, control, route, self._launches, self._log_statistics)
         self.ready.set()
         try:
@@ -171,17 +190,6 @@ class Connector(Part):
             tls=offer.tls,
             wire=offer.version,
         )
-
-    def _route(self, control: ClientControl, agreement: Agreement) -> Route:
-        """Data connections go to the address at which the server was reached, on the port that it offered."""
-        offer = agreement.offer
-        reached = control.endpoint
-        return Route(
-            endpoint=reached if offer.mux else reached.with_port(offer.data_port),
-            host=self._server.host or "localhost",
-            timeout=self._settings.handshake_timeout,
-            tls=offer.tls,
-            session=agreement.session,
-            shared_port=offer.mux,
-            fingerprint=offer.fingerprint if agreement.session else "",
-        )
+        if offer.tls and offer.version == 1:
+            words = "the signals of this wire v1 server are not encrypted; only data connections are"
+            self._log.warning("server.clear_signals", words, server=control.peer)

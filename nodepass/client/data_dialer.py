@@ -11,19 +11,25 @@ import logging
 import time
 from dataclasses import dataclass
 from random import uniform
+from typing import TYPE_CHECKING
 
 import gevent
 
 from nodepass.client.pool import ClientPool
-from nodepass.errors import ClosedError, VerificationError, reason
+from nodepass.errors import ClosedError, ProtocolError, VerificationError, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import Endpoint, Socket, dial
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.stats import failure
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.control import Agreement, Control
 from nodepass.tunnel.part import Common, Part
-from nodepass.wire.auth import SessionKey
-from nodepass.wire.signals import DATA_PREFIX, ID_LENGTH, parse_id
+from nodepass.wire.auth import PROOF_LENGTH, same
+from nodepass.wire.signals import ID_LENGTH, DataHello, parse_id
+
+if TYPE_CHECKING:
+    from nodepass.tls.sessions import Sessions
+    from nodepass.tls.verify import Expected
 
 DIALS_AT_ONCE = 64
 SAME_MOMENT = 0.1  # seconds: a server that goes away refuses dials, too; then its going is logged, and this is not
@@ -113,43 +119,79 @@ class Route:
     endpoint: Endpoint
     host: str  # of the server, as it was given: the name that its certificate must have
     timeout: float  # seconds for each connection to become ready
-    tls: int  # 0: none; 2: the certificate's chain and name are verified
-    session: SessionKey | None  # None without a key
-    shared_port: bool  # with the control connection: a prefix says that this is none
-    fingerprint: str  # that the certificate must have; "" for any
+    agreement: Agreement
+    sessions: Sessions | None  # to resume TLS from; None without TLS and in wire v1
+
+    @classmethod
+    def of(cls, control: Control, agreement: Agreement, host: str, timeout: float) -> Route:
+        """To the address at which the server was reached, on the port that it offered."""
+        offer, reached = agreement.offer, control.endpoint
+        endpoint = reached if offer.mux else reached.with_port(offer.data_port)
+        sessions = _open_sessions(control, agreement, host) if offer.tls and offer.version > 1 else None
+        return cls(endpoint, host, timeout, agreement, sessions)
+
+    def close(self) -> None:
+        """The control connection has ended: its TLS sessions are forgotten."""
+        if self.sessions:
+            self.sessions.forget()
 
     def make(self) -> tuple[str, Stream]:
-        """Dial, TLS, read the id, prove the key. Raises OSError."""
-        with gevent.Timeout(self.timeout) as late:
+        """Dial, TLS, say whose it is, read the id, prove the key. Raises OSError."""
+        late = TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s")
+        with gevent.Timeout(self.timeout, late):
             sock = dial([self.endpoint], self.timeout)
             try:
                 return self._prepare(sock)
-            except BaseException as error:
+            except BaseException:
                 sock.close()
-                if error is late:
-                    raise TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s") from None
                 raise
 
     def _prepare(self, sock: Socket) -> tuple[str, Stream]:
         plain = TCPStream(sock)
-        stream: Stream = plain
-        if self.shared_port:
-            stream.write(DATA_PREFIX)
-        if self.tls:
-            from nodepass.tls.stream import connect_tls
-            from nodepass.tls.verify import Expected, Verify
-
-            verify = Verify.ENFORCE if self.tls == 2 else Verify.IGNORE
-            stream = connect_tls(sock, Expected(self.host, verify, self.fingerprint), v2=False)
-        else:
+        stream: Stream = self._encrypted(sock) if self.agreement.offer.tls else plain
+        if sid := self.agreement.offer.sid:
+            stream.write(DataHello(sid).encode())
+        if stream is plain:
             plain.wait_readable()  # the id takes a round trip, and a read that fails costs more than this wait
         try:
             id = parse_id(recv_exactly(stream, ID_LENGTH))
+            self._prove(stream, id)
         except ClosedError:
             words = "closed by the server before it sent an id: its pool is full (MAX_POOL_CAPACITY), or see its log"
             raise ClosedError(words) from None
-        if self.session:
-            stream.write(self.session.data_proof(id))
+        if self.sessions and not stream.plain:
+            self.sessions.offer(stream)
         # If this process is killed while the launch is in transit, the end must not look like the target's.
         stream.reset_on_close(True)
         return id, stream
+
+    def _encrypted(self, sock: Socket) -> Stream:
+        from nodepass.tls.stream import connect_tls
+
+        session = self.sessions.take() if self.sessions else None
+        return connect_tls(sock, _expected(self.agreement, self.host), self.agreement.version > 1, session)
+
+    def _prove(self, stream: Stream, id: str) -> None:
+        """With a key: check that the server has it and prove the same, on this very channel."""
+        session = self.agreement.session
+        if not session:
+            return
+        channel = stream.exporter()
+        if not same(recv_exactly(stream, PROOF_LENGTH), session.id_proof(id, channel)):
+            raise ProtocolError("wrong proof of the key behind the id (possible man in the middle)")
+        stream.write(session.data_proof(id, channel))
+
+
+def _expected(agreement: Agreement, host: str) -> Expected:
+    """What a data connection's certificate must be: the control connection's has been judged already."""
+    from nodepass.tls.verify import Expected, Verify
+
+    return Expected(host, Verify.ENFORCE if agreement.offer.tls == 2 else Verify.IGNORE)
+
+
+def _open_sessions(control: Control, agreement: Agreement, host: str) -> Sessions:
+    from nodepass.tls.sessions import Sessions
+
+    sessions = Sessions(_expected(agreement, host))
+    sessions.offer(control.stream)
+    return sessions

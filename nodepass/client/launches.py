@@ -38,6 +38,10 @@ class Launches(Part):
         # Apart from the sessions: a lane does not end by itself, so a shutdown does not wait for it.
         self._lanes = TaskGroup(self._log, self._stats)
 
+    def target_answers(self) -> bool:
+        """Whether the last session reached the target."""
+        return self._target.answers
+
     def close(self) -> None:
         """End everything at once."""
         super().close()

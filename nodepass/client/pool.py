@@ -22,7 +22,7 @@ visitor's first bytes, or the end of its stream, can arrive before the launch. E
     expire                      timer             early, for longer than LAUNCH_WITHIN, to closed
     close                       connection        idle, early and reserved to closed; no claim waits any more
 
-Where an id is given again, the older of two connections in one state is closed. What leaves `idle` is replaced, so that
+A connection whose id the pool already has is closed by `add`. What leaves `idle` is replaced, so that
 the pool stays at its capacity: `missing` says how many dials to begin. But all connections up to the claim are at most
 MAX_POOL_CAPACITY: a server could otherwise take every descriptor, with one byte behind each id and no launch.
 
@@ -38,6 +38,8 @@ does what follows: watch, unwatch, close, log, hand over to a claim that waits, 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -54,6 +56,11 @@ from nodepass.tunnel.pool import Capacity, Pool, Waiter
 LAUNCH_WITHIN = 2.0  # seconds from a session's first bytes, or its end, to its launch, which was written before
 LOOK_EVERY = LAUNCH_WITHIN / 8  # seconds between two looks for connections that have waited for longer
 YOUNG = 1.0  # seconds: the age under which an idle connection's end counts as a failure to make it
+
+OLD = 3  # heartbeats for which a connection must have been idle for its absence at the server to mean something,
+IN_A_ROW = 3  # and in which the server must have had fewer
+MAKE_UP = 8  # then at most one in so many of the capacity is dialled beyond it,
+MAKE_UP_EVERY = 10.0  # seconds apart
 
 S = TypeVar("S")
 Closing = list[tuple[str, S]]  # connections, with their ids, that the caller must close
@@ -77,6 +84,7 @@ class ConnectionStates(Generic[S]):
         self.idle: dict[str, S] = {}
         self.early: dict[str, Early[S]] = {}
         self.reserved: dict[str, S] = {}
+        self.extra = 0  # beyond the capacity, for idle ones that the server does not have
         self._closed_young: set[str] = (
             set()
         )  # ids of connections that ended soon after they were made, no launch so far
@@ -86,35 +94,39 @@ class ConnectionStates(Generic[S]):
         """How many dials to begin: what the capacity lacks, as far as there is room for it."""
         ready = len(self.idle) + self.dialling
         room = self.capacity.highest - ready - len(self.early) - len(self.reserved)
-        return min(self.capacity.size - ready, room)
+        return min(self.capacity.size + self.extra - ready, room)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self.idle or id in self.early or id in self.reserved
 
     def add(self, id: str, stream: S) -> Closing[S]:
-        """Dialling to idle."""
+        """Dialling to idle; to closed where the id is taken: a replay must not throw out the real connection."""
+        if id in self:
+            return [(id, stream)]
         self.capacity.count_created()
-        replaced = _pop(self.idle, id)
         self.idle[id] = stream
-        return replaced
+        return []
 
-    def become_early(self, id: str, has_bytes: bool, young: bool, now: float) -> Closing[S]:
+    def become_early(self, id: str, has_bytes: bool, young: bool, now: float) -> None:
         """Idle to early: by its first bytes, or by its end, soon after it was made if `young`."""
-        replaced = [(id, old.stream)] if (old := self._leave_early(id)) else []
-        lowered = 0 if has_bytes else min(1, self.capacity.size - self.capacity.lowest)
+        lowered = 0
+        if not has_bytes and self.extra:
+            self.extra -= 1
+        elif not has_bytes:
+            lowered = min(1, self.capacity.size - self.capacity.lowest)
         self.early[id] = Early(self.idle.pop(id), now, lowered)
         self.capacity.size -= lowered
         if has_bytes:
             self._count_taken()
         elif young:
             self._closed_young.add(id)
-        return replaced
 
-    def reserve(self, id: str) -> tuple[S | None, Closing[S]]:
+    def reserve(self, id: str) -> S | None:
         """Early or idle to reserved; the connection, if there is one of this id."""
         stream = self._find(id)
-        if stream is None:
-            return None, []
-        replaced = _pop(self.reserved, id)
-        self.reserved[id] = stream
-        return stream, replaced
+        if stream is not None:
+            self.reserved[id] = stream
+        return stream
 
     def drop(self, id: str) -> Closing[S]:
         """Reserved to closed."""
@@ -182,6 +194,30 @@ def _pop(states: dict[str, S], id: str) -> Closing[S]:
     return [(id, states.pop(id))] if id in states else []
 
 
+class Comparison:
+    """Finds out from heartbeats that the server has fewer idle connections than this end.
+
+    One that only this end has is dead, since a firewall forgot it for example, and the kernel finds that in a minute at
+    best. It cannot be told which one it is, and a close could cross a launch: so others are dialled beside them.
+    """
+
+    def __init__(self) -> None:
+        self._before: deque[frozenset[str]] = deque(maxlen=OLD)  # what was idle at the last heartbeats
+        self._in_a_row = 0
+        self._next = 0.0  # time.monotonic()
+
+    def count_missing(self, idle: Iterable[str], known: int, capacity: int, now: float) -> int:
+        """How many to dial beyond the capacity, given the ids that are idle here and the server's number of them."""
+        present = frozenset(idle)
+        old = len(present & self._before[0]) if len(self._before) == OLD else 0
+        self._before.append(present)
+        self._in_a_row = self._in_a_row + 1 if old > known else 0
+        if self._in_a_row < IN_A_ROW or now < self._next:
+            return 0
+        self._in_a_row, self._next = 0, now + MAKE_UP_EVERY
+        return min(old - known, max(1, capacity // MAKE_UP))
+
+
 class ClientPool(Pool):
     """The pool as the rest of the client sees it; `wanted` is set while a connection is missing."""
 
@@ -189,6 +225,7 @@ class ClientPool(Pool):
         self._states: ConnectionStates[Stream] = ConnectionStates(lowest, highest, stats)
         super().__init__(self._states.capacity, self._states.idle, log, stats)
         self._waiting: dict[str, Waiter] = {}  # claims, by the id that they wait for
+        self._comparison = Comparison()
         self._timer = IdleTimer(LOOK_EVERY, self._expire)
         self.wanted = Event()
         self.wanted.set()
@@ -212,9 +249,10 @@ class ClientPool(Pool):
             self._states.capacity.count_created()
             waiter.give(id, stream)
         else:
-            replaced = self._states.add(id, stream)
-            self._start_watching(id, stream, self._watch(id, stream, time.monotonic()))
-            self._finish(replaced, "replaced", "its id was reused")
+            refused = self._states.add(id, stream)
+            if not refused:
+                self._start_watching(id, stream, self._watch(id, stream, time.monotonic()))
+            self._finish(refused, "duplicate", "its id is another connection's")
 
     def end_dial(self) -> None:
         """A connection has been added, or could not be made."""
@@ -225,10 +263,10 @@ class ClientPool(Pool):
 
     def reserve(self, id: str) -> None:
         """Keep the connection of a launch that has been read until it is claimed, however long that takes."""
-        stream, replaced = self._states.reserve(id)
+        stream = self._states.reserve(id)
         if stream is not None:
             stream.unwatch()
-            self._finish(replaced, "replaced", "its id was reused")
+            self._finish()
 
     def drop(self, id: str) -> None:
         """Close the connection of a launch that cannot be served, so that the server's visitor is not left waiting."""
@@ -256,6 +294,18 @@ class ClientPool(Pool):
             if self._waiting.get(id) is waiter:
                 del self._waiting[id]
 
+    def compare(self, known: int) -> None:
+        """A heartbeat says how many idle connections the server has."""
+        states = self._states
+        missing = self._comparison.count_missing(self._idle, known, self.capacity, time.monotonic())
+        if missing:
+            states.extra = min(states.extra + missing, states.capacity.highest - self.capacity)
+            words = "pool: the server lacks %(missing)d idle connections; dialling as many"
+            self._log.info("pool.dead_connections", words, missing=missing)
+            self._finish()
+        elif known >= len(self._idle):
+            states.extra = 0
+
     def end_interval(self) -> None:
         """Re-evaluate the capacity."""
         self._states.capacity.end_interval()
@@ -281,11 +331,11 @@ class ClientPool(Pool):
 
     def _become_early(self, id: str, has_bytes: bool, added: float) -> None:
         now = time.monotonic()
-        replaced = self._states.become_early(id, has_bytes, now - added < YOUNG, now)
+        self._states.become_early(id, has_bytes, now - added < YOUNG, now)
         words = "pool: %(id)s received bytes before its launch" if has_bytes else "pool: %(id)s closed by the server"
         self._log.debug("pool.early", words, id=id, ended=not has_bytes)
         self._timer.start()
-        self._finish(replaced, "replaced", "its id was reused")
+        self._finish()
 
     def _expire(self) -> bool:
         """Close what has waited too long for its launch; whether others wait."""

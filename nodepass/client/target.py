@@ -17,6 +17,7 @@ class Target:
     """One address, and the endpoints that its name resolved to, the best first."""
 
     def __init__(self, address: Address) -> None:
+        self.answers = True  # the last dial reached it; heartbeats tell the server
         self._address = address
         self._endpoints: list[Endpoint] = []
 
@@ -29,6 +30,15 @@ class Target:
 
     def dial(self, timeout: float) -> Socket:
         """A TCP connection to the target. Raises OSError, after a second attempt if its endpoints have changed."""
+        try:
+            sock = self._dial_twice(timeout)
+        except OSError:
+            self.answers = False
+            raise
+        self.answers = True
+        return sock
+
+    def _dial_twice(self, timeout: float) -> Socket:
         known = self._endpoints
         try:
             return self._dial(timeout)

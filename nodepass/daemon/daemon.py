@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import gevent
+from gevent.lock import Semaphore
 from gevent.queue import SimpleQueue
 from gevent.util import format_run_info
 
@@ -26,12 +27,14 @@ from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError, StartError
 from nodepass.log import Log, literal
-from nodepass.net.activation import Inherited, Share
+from nodepass.net.activation import Inherited
 from nodepass.server.server import Server
+from nodepass.server.tunnel_port import TunnelPort
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
 from nodepass.urls import ClientURL, ServerURL, may_need_tls
+from nodepass.wire.auth import new_client_id
 
 if TYPE_CHECKING:
     from nodepass.metrics.endpoint import MetricsEndpoint
@@ -65,15 +68,12 @@ class Daemon:
         self._failure: StartError | None = None
         self._limits = survey(settings, len(urls), may_need_tls(urls))
         self._settings = settings = self._limits.settings
+        self._keys = keys
+        self._names = [url.tunnel_name for url in urls]
+        self._reloading = Semaphore()
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
-        self._tunnels = [
-            Supervisor(
-                partial(make_tunnel, url, settings, keys, Log(name), Stats(), self._inherited.share()),
-                settings.service_cooldown,
-                self._tasks,
-            )
-            for url, name in zip(urls, name_tunnels(urls), strict=True)
-        ]
+        makers = make_tunnels(urls, settings, keys, self._inherited)
+        self._tunnels = [Supervisor(make, settings.service_cooldown, self._tasks) for make in makers]
         self._notifier = Notifier(manager, self._tunnels, settings, self._log, self._stats, self._fail)
         # In the order of starting. All stop at once; the endpoint answers until it is closed, while tunnels drain.
         self._endpoint = self._make_endpoint()
@@ -191,10 +191,28 @@ class Daemon:
                 self._tasks.spawn("dump", self._dump)
 
     def _reload(self) -> None:
-        self._log.info("process.reloading", "SIGHUP: checking the certificate files")
-        self._notifier.begin_reload()
-        gevent.joinall([self._tasks.spawn("reload", each.tunnel.reload) for each in self._tunnels])
-        self._notifier.end_reload()
+        with self._reloading:
+            self._log.info("process.reloading", "SIGHUP: reading the certificates and the keys file")
+            self._notifier.begin_reload()
+            self._reload_keys()
+            gevent.joinall([self._tasks.spawn("reload", each.tunnel.reload) for each in self._tunnels])
+            self._notifier.end_reload()
+
+    def _reload_keys(self) -> None:
+        """Read the keys file again, in a thread, because deriving keys takes long."""
+        outcome = gevent.get_hub().threadpool.apply(self._keys.try_reload)
+        if isinstance(outcome, ConfigError):
+            self._log.error("keys.reload_failed", "%(error)s; the keys stay as they were", error=outcome)
+            return
+        if not outcome:
+            return
+        self._log.info("keys.reloaded", "%(place)s has changed", place=self._keys.place)
+        for notice in self._keys.notices:
+            self._log.warning("config.warning", "%(warning)s", reason=notice.reason, warning=notice.words)
+        for tunnel, name in zip(self._tunnels, self._names, strict=True):
+            if not self._keys.secrets(name):
+                words = "%(place)s has no key for this tunnel any more, so it has no peer"
+                tunnel.log.warning("keys.missing", words, place=self._keys.place)
 
     def _dump(self) -> None:
         """Write what SIGUSR1 asks for."""
@@ -213,14 +231,27 @@ class Daemon:
         report_bug(f"{context!r:.200}", (error or kind()).with_traceback(trace), self._log, self._stats)
 
 
-def make_tunnel(
-    url: ServerURL | ClientURL, settings: Settings, keys: Keys, log: Log, stats: Stats, share: Share
-) -> Tunnel:
-    """The tunnel that a URL describes. Raises ConfigError where its certificate is not usable."""
-    key = next(iter(keys.keys_for(url.tunnel_name)), None)
-    if isinstance(url, ServerURL):
-        return Server(url, settings, key, log, stats, share)
-    return Client(url, settings, key, log, stats)
+def make_tunnels(
+    urls: Sequence[ServerURL | ClientURL], settings: Settings, keys: Keys, inherited: Inherited
+) -> list[Callable[[], Tunnel]]:
+    """How to make the tunnel of each URL, again after a crash. Raises ConfigError where a certificate is not usable.
+
+    A tunnel's log and counters outlive it, and so does the tunnel port that servers share.
+    """
+    makers: list[Callable[[], Tunnel]] = []
+    ports: dict[object, TunnelPort] = {}
+    for url, name in zip(urls, name_tunnels(urls), strict=True):
+        log, stats, tunnel_keys = Log(name), Stats(), partial(keys.keys_for, url.tunnel_name)
+        if isinstance(url, ClientURL):
+            makers.append(partial(Client, url, new_client_id(), tunnel_keys, settings, log, stats))
+            continue
+        share = inherited.share()
+        address: object = url.tunnel if url.tunnel.port else object()  # a port that the kernel chooses is not shared
+        if address not in ports:
+            sharing = [other for other in urls if isinstance(other, ServerURL) and other.tunnel == url.tunnel]
+            ports[address] = TunnelPort(sharing if url.tunnel.port else [url], settings, log, stats, share)
+        makers.append(partial(Server, url, ports[address], settings, tunnel_keys, log, stats, share))
+    return makers
 
 
 def name_tunnels(urls: Sequence[ServerURL | ClientURL]) -> list[str]:

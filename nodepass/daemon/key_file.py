@@ -1,8 +1,9 @@
 """Where the tunnels' keys come from: files, the environment, or systemd's credentials, and never the command line.
 
 A process has no key, one secret for all its tunnels (TUNNEL_KEY, TUNNEL_KEY_FILE), or a file with a line for each
-(TUNNEL_KEYS_FILE). `cli` and `check` make `Keys` once at the start. `wire.auth.Key` is derived from a secret and a
-tunnel's name; the secret itself leaves this module only towards it, and no error or warning repeats a part of one.
+(TUNNEL_KEYS_FILE). `cli` and `check` make `Keys` once at the start, and `daemon` lets it read the keys file again at
+SIGHUP. `wire.auth.Key` is derived from a secret and a tunnel's name; the secret itself leaves this module only towards
+it, and no error or warning repeats a part of one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import base64
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nodepass.config import Notice
@@ -43,7 +44,10 @@ class Keys:
         self.notices: list[Notice] = []
         self._common = common
         self._by_name = by_name
+        self._file = self._credentials = ""  # of a keys file
+        self._used: set[str] = set()  # names that have been asked for
         self._derived: dict[tuple[str, str], Key] = {}  # by secret and name
+        self._unprovable: Key | None = None  # of tunnels whose line is gone
 
     @classmethod
     def find(cls, key_file: str | None, keys_file: str | None, environ: Mapping[str, str]) -> Keys:
@@ -66,6 +70,7 @@ class Keys:
             place = f"TUNNEL_KEYS_FILE={keys_file}"
             text = _read(keys_file, place, folder, notices)
             keys = cls(by_name=_parse_lines(text, place, notices), place=place)
+            keys._file, keys._credentials = keys_file, folder
         elif key_file is not None:
             place = f"TUNNEL_KEY_FILE={key_file}"
             keys = cls(_parse_one(_read(key_file, place, folder, notices), place, notices), place=place)
@@ -93,15 +98,51 @@ class Keys:
         return self._by_name is not None or bool(self.secrets(name))
 
     def keys_for(self, name: str) -> tuple[Key, ...]:
-        """The keys of the tunnel of this name. Each takes tens of milliseconds when it is asked for first."""
-        return tuple(self._derive(secret, name) for secret in self.secrets(name))
+        """The keys of the tunnel of this name. Each takes tens of milliseconds when it is asked for first.
 
-    def _derive(self, secret: str, name: str) -> Key:
+        None at all where the tunnel needs no key; one that no peer can prove where its line is gone from the keys file.
+        """
+        if not self.has(name):
+            return ()
+        from nodepass.wire.auth import unknown_key
+
+        self._used.add(name)
+        self._unprovable = self._unprovable or unknown_key()
+        return self._derive(name, self.secrets(name), self._derived) or (self._unprovable,)
+
+    def reload(self) -> bool:
+        """Read the keys file again, if there is one; whether it has changed.
+
+        Raises ConfigError where it cannot be used, and keeps the keys. Derives new keys of tunnels in use, which takes
+        tens of milliseconds each: to be called in a thread.
+        """
+        if not self._file:
+            return False
+        fresh = Keys.find(None, self._file, {"CREDENTIALS_DIRECTORY": self._credentials})
+        known = dict(self._derived)
+        for name in tuple(self._used):
+            self._derive(name, fresh.secrets(name), known)
+        changed = fresh._by_name != self._by_name
+        self._by_name, self.notices = fresh._by_name, fresh.notices
+        self._derived = {each: key for each, key in known.items() if each[0] in fresh.secrets(each[1])}
+        return changed
+
+    def try_reload(self) -> bool | ConfigError:
+        """`reload`, with its error as a result: in gevent's threads an exception is printed."""
+        try:
+            return self.reload()
+        except ConfigError as error:
+            return error
+
+    @staticmethod
+    def _derive(name: str, secrets: Sequence[str], known: dict[tuple[str, str], Key]) -> tuple[Key, ...]:
+        """The keys of these secrets; new ones are added to those that are known."""
         from nodepass.wire.auth import Key
 
-        if (secret, name) not in self._derived:
-            self._derived[secret, name] = Key(secret)
-        return self._derived[secret, name]
+        for secret in secrets:
+            if (secret, name) not in known:
+                known[secret, name] = Key(secret, name)
+        return tuple(known[secret, name] for secret in secrets)
 
 
 def _credential(folder: str, name: str) -> str | None:
@@ -120,7 +161,7 @@ def _read(file: str, place: str, credentials: str, notices: list[Notice]) -> str
     except ValueError:
         raise ConfigError(f"{place}: cannot be read: not a path") from None
     _judge_access(status, file, place)
-    is_systemds = credentials and os.path.dirname(os.path.abspath(file)) == os.path.abspath(credentials)
+    is_systemds = credentials and os.path.dirname(os.path.realpath(file)) == os.path.realpath(credentials)
     if status.st_mode & _MAY_READ and not is_systemds:  # systemd lets in the service's user by an ACL, shown as a group
         notices.append(Notice("key_readable", f"{place}: readable by group or others; run chmod 600 {file}"))
     if len(content) > LARGEST:

@@ -105,6 +105,14 @@ def _peer(watched: Watched) -> Samples:
     return [((view.peer, str(view.wire)), 1)] if view.peer else []
 
 
+def _info(watched: Watched) -> Samples:
+    view, security = watched.view, watched.view.security
+    mode = "" if security.tls is None else str(security.tls)
+    key = "yes" if security.has_key else "no"
+    wire = str(view.wire) if view.wire else ""
+    return [((view.role, security.name, key, mode, security.tls_version, security.group, wire), 1)]
+
+
 def _pool_waits(watched: Watched) -> Distributions:
     return [((), watched.stats.pool_waits)] if watched.view.role == "server" else []
 
@@ -116,7 +124,12 @@ def _dials(watched: Watched) -> Distributions:
 
 
 FAMILIES: tuple[Number | Distribution, ...] = (
-    Gauge("nodepass_tunnel_info", "Role of this end of the tunnel.", ("role",), lambda w: [((w.view.role,), 1)]),
+    Gauge(
+        "nodepass_tunnel_info",
+        "Role and name of this end of the tunnel, and what protects it.",
+        ("role", "name", "key", "tls", "tls_version", "group", "wire"),
+        _info,
+    ),
     Gauge("nodepass_ready", "1 if a session could be served now.", (), lambda w: _one(not w.view.unready)),
     Gauge("nodepass_peer_info", "The other end, while it is connected.", ("peer", "wire"), _peer),
     Gauge(

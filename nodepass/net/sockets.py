@@ -74,6 +74,11 @@ def format_sockaddr(sockaddr: Sequence[object]) -> str:
     return f"[{host}]:{sockaddr[1]}" if ":" in host else f"{host}:{sockaddr[1]}"
 
 
+def format_without_zone(sockaddr: Sequence[Any]) -> str:
+    """As `format_sockaddr`, without the zone of a link-local address, which means nothing on another machine."""
+    return format_sockaddr((str(sockaddr[0]).partition("%")[0], sockaddr[1]))
+
+
 def plain_host(sockaddr: Sequence[object]) -> str:
     """The host of an address, IPv4-mapped IPv6 as IPv4."""
     host = str(sockaddr[0])
@@ -149,6 +154,17 @@ def as_plain(sock: socket.socket) -> Socket:
     return Socket(sock.family, sock.type, sock.proto, sock.detach())
 
 
+def peek_byte(sock: Socket) -> int | None:
+    """The first byte that waits to be read; None where none does, -1 where the connection is over."""
+    try:
+        data = sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return -1
+    return data[0] if data else -1
+
+
 def wait_readable(sock: Any) -> None:
     """Wait until there is something to read, at least for one iteration of the event loop. Raises OSError.
 
@@ -171,14 +187,14 @@ def set_stream_options(sock: Socket) -> None:
     set_keepalive(sock, *KEEPALIVE)
 
 
-def bound_failure_detection(sock: socket.socket, seconds: float) -> None:
+def bound_failure_detection(sock: Socket, seconds: float) -> None:
     """Let the kernel give up a peer that acknowledges nothing for about `seconds`, also while nothing is sent."""
     step = min(max(1, round(seconds / 3)), _MOST_KEEPALIVE)
     set_keepalive(sock, step, step, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
 
 
-def acknowledged(sock: socket.socket) -> bool | None:
+def acknowledged(sock: Socket) -> bool | None:
     """Whether the peer's kernel has acknowledged everything sent (TCP_INFO); None where the connection is over."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     return not _UNACKED.unpack_from(info)[0] if info[0] == _TCP_ESTABLISHED else None

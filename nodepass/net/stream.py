@@ -12,6 +12,7 @@ The bytes are the payload's, whatever carries them: `tls.stream` has the stream 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 import gevent
 
-from nodepass.errors import ClosedError
+from nodepass.errors import ClosedError, ProtocolError
 from nodepass.net.sockets import Socket, reset_on_close
 
 Data = bytes | memoryview
@@ -42,7 +43,13 @@ class Stream(Protocol):
     def plain(self) -> bool:
         """Whether the bytes of the stream are those of the socket, so that the kernel can move them by itself."""
 
+    def exporter(self) -> bytes:
+        """32 bytes that only the two ends of this TLS connection know (RFC 9266); none without TLS."""
+
     # Blocking
+
+    def wait_readable(self) -> None:
+        """Wait until the socket has something to read."""
 
     def recv_into(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 at the end of the stream. No other greenlet runs between the read and the return."""
@@ -212,6 +219,9 @@ class TCPStream(SocketStream):
     plain = True
     pending = False
 
+    def exporter(self) -> bytes:
+        return b""
+
     @property
     def read(self) -> Any:
         """The socket's own method: no Python call per read where it is kept, no memory in a stream that only waits."""
@@ -235,6 +245,42 @@ class TCPStream(SocketStream):
             return None
         except OSError:
             return False
+
+
+def read_only_line(stream: Stream, longest: int) -> bytes:
+    """Read one line, without its newline, behind which the peer must wait for an answer.
+
+    Raises ProtocolError where it is longer than `longest` bytes, or where something follows; ClosedError at the end.
+    """
+    data = bytearray(longest + 1)
+    view = memoryview(data)
+    size = 0
+    while b"\n" not in data[:size]:
+        if size > longest:
+            raise ProtocolError(f"a line longer than {longest} bytes")
+        received = stream.recv_into(view[size:])
+        if not received:
+            raise ClosedError("closed by the peer")
+        size += received
+    line, _, rest = bytes(data[:size]).partition(b"\n")
+    if rest:
+        raise ProtocolError(f"{len(rest)} bytes or more follow a line that must be answered first")
+    return line
+
+
+def close_gently(stream: Stream, seconds: float = 1.0, most: int = 65536) -> None:
+    """Send the end of the stream and read to the peer's, so that no reset overtakes what was written; then close.
+
+    It takes at most `seconds` and `most` bytes.
+    """
+    waste = memoryview(bytearray(4096))
+    try:
+        with contextlib.suppress(OSError), gevent.Timeout(seconds, TimeoutError()):
+            stream.half_close()
+            while most > 0 and (received := stream.recv_into(waste)):
+                most -= received
+    finally:
+        stream.close()
 
 
 def recv_exactly(stream: Stream, size: int) -> bytes:

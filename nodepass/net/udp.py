@@ -31,6 +31,14 @@ class ReplyAddress:
     def __str__(self) -> str:
         return format_sockaddr(self.sockaddr)
 
+    def local(self, port: int) -> tuple[object, ...]:
+        """The local address, as far as the kernel has reported it, with this port."""
+        for level, _, data in self.control:
+            if level == socket.IPPROTO_IP:
+                return socket.inet_ntop(socket.AF_INET, _IN_PKTINFO.unpack(data)[1]), port
+            return socket.inet_ntop(socket.AF_INET6, _IN6_PKTINFO.unpack(data)[0]), port
+        return "::", port
+
 
 def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
     """Wait for one datagram of any size. Raises OSError.

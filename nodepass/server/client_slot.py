@@ -1,57 +1,85 @@
-"""The slot: a server's place for its client, which one client has at a time.
+"""The slot: a tunnel's place for its client on the server, which one client has at a time.
 
 It keeps what belongs to that client: the control connection while there is one, the pool, and the flows of UDP. The
-slot and the listeners outlive the client, so sessions and visitors pass over a reconnect. It is filled by `admission`
-and emptied by `release`, and nowhere else. A second client would be a second slot.
+slot and the listeners outlive the client, so sessions and visitors pass over a reconnect. It is filled by `admission`,
+or by `promote` for a v1 client on trial, and emptied by `release`, and nowhere else. A second client would be a second
+slot. Which slot a connection belongs to is decided by `tunnel_port`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from gevent.event import Event
 from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, NoDataConnection, RefusedError
-from nodepass.net.sockets import Endpoint, acknowledged
+from nodepass.net.sockets import Endpoint, Socket, acknowledged, format_without_zone
 from nodepass.net.stream import Stream
 from nodepass.server.pool import ServerPool
+from nodepass.server.trial import Trial
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.tunnel.control import STOPPING, Agreement, Ending, ServerControl
+from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
-from nodepass.wire.auth import Key
-from nodepass.wire.signals import BUSY, LANE, Launch
+from nodepass.wire.auth import Key, unknown_key
+from nodepass.wire.signals import BUSY, BYES, KEY_MISMATCH, LANE, RELOAD, REPLACED, SHUTDOWN, Launch
 
-LIFE_SIGN_WITHIN = 1.0  # seconds for a client to react when another asks for its slot
+LIFE_SIGN_WITHIN = 1.0  # seconds for a client to react when another asks for its slot, at least
+ROUND_TRIPS = 4  # measured ones for the same, where that is longer
 
 
 class ClientSlot(Part):
     """One client's place; `control` is None while no client is connected."""
 
-    def __init__(self, common: Common, key: Key | None) -> None:
+    def __init__(
+        self, common: Common, name: str = "", keys: Sequence[Key] = (), on_client: Callable[[], object] = int
+    ) -> None:
+        """`name`: of the tunnel; `keys`: each of which a client may prove, none where the tunnel has no key.
+
+        `on_client` is called when a client is served.
+        """
         super().__init__(common)
+        self.on_client = on_client
         settings = common.settings
-        self.key = key
+        self.name = name
+        self.keys = tuple(keys)
         self.control: ServerControl | None = None
         self.pool = ServerPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
         self.flows = VisitorFlows(common, self.launch)
+        self.trials: list[Trial] = []  # the youngest last
         self._admitting = Semaphore()
         self._connected = Event()
+        self._left = Event()  # the opposite
+        self._left.set()
+        self._is_stopping = False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.control or 'free'}>"
+        return f"<{type(self).__name__} {self.name!r} {self.control or 'free'}>"
+
+    def stop(self, timeout: float) -> None:  # noqa: ARG002
+        """Refuse clients from now on; the connected one stays."""
+        self._is_stopping = True
 
     def close(self) -> None:
         super().close()
+        self._is_stopping = True
+        for trial in self.trials:
+            trial.end(False)
         if self.control:
-            self.release(self.control, STOPPING)
+            self.release(self.control, STOPPING, SHUTDOWN)
 
     @property
     def version(self) -> int:
         """The wire's version that the client speaks, 0 while none is connected."""
         return self.control.version if self.control else 0
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """What was agreed with the connected client."""
+        return self.control.agreement if self.control else None
 
     def wait_for_client(self, timeout: float) -> bool:
         """Whether a client is connected now or within `timeout` seconds."""
@@ -63,63 +91,157 @@ class ClientSlot(Part):
 
     def agreement_with(self, peer: Endpoint) -> Agreement | None:
         """The agreement that a data connection belongs to; without a key it must come from the client's address."""
-        return self.control.agreement if self.control and (self.key or self.is_client(peer)) else None
+        agreement = self.agreement
+        return agreement if agreement and (agreement.session or self.is_client(peer)) else None
+
+    def trial_of(self, peer: Endpoint) -> Trial | None:
+        """The youngest v1 client on trial from this address that the place is free for."""
+        for trial in reversed(self.trials):
+            if trial.control.endpoint.host == peer.host and self.control in (None, trial.replaces):
+                return trial
+        return None
 
     @contextlib.contextmanager
-    def admission(self, control: ServerControl, proven: bool) -> Iterator[None]:
+    def admission(self, candidate: Candidate) -> Iterator[None]:
         """Hold the slot for a client while it is sent the offer; then it is the connected client.
 
-        A client that has proven the key takes over at once, one without a key only from a client that does not respond.
-        Raises OSError, RefusedError among them.
+        The same client takes its own place again at once, another one only from a client that does not respond. Raises
+        OSError, RefusedError among them.
         """
+        control = candidate.control
         with self._admitting:
+            self._find_place(candidate)
+            if candidate.key not in (self.keys or (None,)):
+                raise RefusedError(KEY_MISMATCH, "the tunnel's keys have changed since the client was challenged")
             if acknowledged(control.sock) is None:
                 raise ClosedError("disconnected while waiting for its turn")
             if self.control:
-                self._replace(self.control, control, proven)
+                self._replace(self.control, candidate)
             yield
             self.control = control
+            self.flows.sends_addresses = bool(control.agreement and control.agreement.wants_addresses)
             self._connected.set()
+            self._left.clear()
 
-    def _replace(self, incumbent: ServerControl, control: ServerControl, proven: bool) -> None:
-        """Free the slot from the client that has it. Raises RefusedError where that one may stay."""
-        if proven:
-            words = "client %(client)s authenticated with the key and replaces %(incumbent)s"
-            self._log.warning("client.replaced", words, client=control.peer, incumbent=incumbent.peer)
-            self.release(incumbent, Ending("replaced", f"replaced by {control.peer}"))
-        elif incumbent.shows_life(LIFE_SIGN_WITHIN):
-            raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and responding")
+    @contextlib.contextmanager
+    def trial(self, control: ServerControl, agreement: Agreement) -> Iterator[Trial]:
+        """A v1 client that may become the connected client. Raises RefusedError where no place is free."""
+        with self._admitting:
+            self._find_place(Candidate(control, "", None))
+            trial = Trial(control, agreement, self.control)
+        self.trials.append(trial)
+        try:
+            yield trial
+        except BaseException:
+            self.release(control, STOPPING)  # it may be the client since this very moment
+            raise
+        finally:
+            self.trials.remove(trial)
+            trial.end(False)
+
+    def promote(self, trial: Trial) -> bool:
+        """Make a client on trial the connected client, unless the place has been taken meanwhile; whether it is now."""
+        if self.control is trial.control:
+            return True
+        is_free = self.control in (None, trial.replaces)
+        if self.control and self.control.shows_life_since(trial.began):
+            is_free = False  # it was only slow to respond
+        if self._is_stopping or self.keys or trial.is_over or not is_free:
+            trial.end(False)
+            return False
+        if self.control:
+            self._replace(self.control, Candidate(trial.control, "", None))
+        self.control = trial.control
+        self._connected.set()
+        self._left.clear()
+        trial.end(True)
+        return True
+
+    def dismiss(self, timeout: float) -> None:
+        """Tell the client that the server stops, and wait until it has left, so that no reset overtakes that."""
+        if self.control and self.version > 1:
+            self.control.finish(STOPPING, SHUTDOWN)
+            self._left.wait(timeout)
+
+    def _find_place(self, candidate: Candidate) -> None:
+        """Return where a place is free or would be given up. Raises RefusedError."""
+        while not self._is_stopping and (incumbent := self.control) and not self._is_same(incumbent, candidate):
+            patience = max(LIFE_SIGN_WITHIN, ROUND_TRIPS * (incumbent.round_trip or 0.0))
+            is_alive = incumbent.shows_life(patience)
+            if self.control is not incumbent:
+                continue  # meanwhile it has left, or a client on trial has taken its place
+            if is_alive:
+                raise RefusedError(BUSY, f"another client, {incumbent.peer}, is connected and responding")
+            break
+        if self._is_stopping:
+            raise RefusedError(SHUTDOWN, "the server is shutting down")
+
+    def _is_same(self, incumbent: ServerControl, candidate: Candidate) -> bool:
+        """Whether it is the connected client itself that has come again."""
+        agreement = incumbent.agreement
+        known = bool(agreement and agreement.client and agreement.client == candidate.client)
+        return known and (candidate.key is not None or self.is_client(candidate.control.endpoint))
+
+    def _replace(self, incumbent: ServerControl, candidate: Candidate) -> None:
+        """Free the slot from the client that has it."""
+        peer = candidate.control.peer
+        if self._is_same(incumbent, candidate):
+            words = "client %(client)s has connected again and takes its place back from %(incumbent)s"
+            self._log.info("client.returned", words, client=peer, incumbent=incumbent.peer)
+            ending = Ending("returned", f"the same client has connected again from {peer}")
         else:
+            words = "client %(client)s replaces %(incumbent)s, which does not respond"
+            self._log.warning("client.replaced", words, client=peer, incumbent=incumbent.peer)
             incumbent.vanished = True
-            self.release(incumbent, Ending("silent", f"not responding; replaced by {control.peer}"))
+            ending = Ending("silent", f"not responding; replaced by {peer}")
+        self.release(incumbent, ending, REPLACED)
 
-    def release(self, control: ServerControl, ending: Ending) -> None:
-        """Close a control connection, and free the slot if it is this client's: its sessions run on.
+    def set_keys(self, keys: Sequence[Key]) -> bool:
+        """Take other keys, and end a client that has proven one that is gone; whether that has happened.
 
-        Its idle data connections are closed. Lanes of a client that has vanished are dead, too, and end; their flows
-        begin again with the next client. Lanes of a client that was replaced go on while it takes their datagrams.
+        A tunnel that had keys and has none any more is closed to everyone, and not open.
         """
-        control.close(ending)
+        self.keys = tuple(keys) or ((unknown_key(),) if self.keys else ())
+        agreement = self.agreement
+        if not self.control or not agreement or agreement.key in (self.keys or (None,)):
+            return False
+        self.release(self.control, Ending(RELOAD, "its key has been removed"), RELOAD)
+        self.flows.end_all()
+        return True
+
+    def release(self, control: ServerControl, ending: Ending, bye: str = "") -> None:
+        """End a control connection, and free the slot if it is this client's: its sessions run on.
+
+        With a `bye` (one of BYES) the client is told why. Its idle data connections are closed. Lanes of a client that
+        has vanished are dead, too, and end; their flows begin again with the next client. Lanes of a client that was
+        replaced go on while it takes their datagrams.
+        """
+        if bye in BYES and control.version > 1:
+            control.finish(ending, bye)
+        else:
+            control.close(ending)
         if self.control is control:
             self.control = None
             self._connected.clear()
+            self._left.set()
             self.pool.flush("its client disconnected")
             if control.vanished:
                 self.flows.end_all()
             else:
                 self.flows.abandon()
 
-    def launch(self, kind: int, timeout: float) -> tuple[str, Stream]:
+    def launch(self, kind: int, timeout: float, visitor: Socket | None = None) -> tuple[str, Stream]:
         """A data connection that the client has been told to use for a session, and its id; it is the caller's now.
 
-        Where the client goes away meanwhile, a connection of the next one serves as well. Raises NoDataConnection.
+        A client that wants them is told the visitor's addresses. Where the client goes away meanwhile, a connection of
+        the next one serves as well. Raises NoDataConnection.
         """
         deadline = time.monotonic() + timeout
         while True:
             id, stream = self.pool.take(max(0.0, deadline - time.monotonic()))
             try:
                 # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
-                if stream.sock.fileno() >= 0 and self._send_launch(id, kind):
+                if stream.sock.fileno() >= 0 and self._send_launch(id, kind, visitor):
                     return id, stream
             except BaseException:
                 stream.close()
@@ -128,13 +250,23 @@ class ClientSlot(Part):
             if time.monotonic() >= deadline:
                 raise NoDataConnection("the client disconnected")
 
-    def _send_launch(self, id: str, kind: int) -> bool:
+    def _send_launch(self, id: str, kind: int, visitor: Socket | None) -> bool:
         """Whether a client could be told. Raises NoDataConnection where the connected one has no such sessions."""
-        if not self.control:
+        agreement = self.agreement
+        if not self.control or not agreement:
             return False
-        if kind == LANE and self.control.version < 2:
+        if kind == LANE and agreement.version < 2:
             raise NoDataConnection("the client now connected speaks wire v1, which has no lanes")
+        addresses = _addresses(visitor) if visitor and agreement.wants_addresses else ()
         with contextlib.suppress(OSError):
-            self.control.send(Launch(id, kind))
+            self.control.send(Launch(id, kind, *addresses))
             return True
         return False
+
+
+def _addresses(visitor: Socket) -> tuple[str, str] | tuple[()]:
+    """The visitor's address and the one that it connected to; none where it has left."""
+    try:
+        return format_without_zone(visitor.getpeername()), format_without_zone(visitor.getsockname())
+    except OSError:
+        return ()

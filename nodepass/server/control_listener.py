@@ -1,143 +1,224 @@
-"""Accepts connections to the tunnel port, and serves the one that becomes the control connection of the client.
+"""Accepts connections to the tunnel port, and serves each that becomes the control connection of a client.
 
-Each pending connection has a greenlet of its own, which shakes hands, and stays with the client that is admitted until
-it is gone. Where data connections come to the same port (DATA_PORT=tunnel), they are told apart by their first bytes
-and handed to `data_listener`. Which client is admitted is decided by `client_slot`.
+Each pending connection has a greenlet of its own once it has spoken, or may be wire v1. It finds out what the
+connection is (`opening`), shakes hands, and stays with the client that is admitted until it is gone. Data connections
+are handed to `data_listener`. Which tunnel a client is for is decided by `tunnel_port`, which client is admitted by
+`client_slot`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import socket
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Iterator
+from socket import socket
 
 import gevent
 
-from nodepass.errors import RefusedError, reason
+from nodepass.errors import ProtocolError, RefusedError, reason
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever
-from nodepass.net.sockets import Endpoint, as_blocking, as_plain
+from nodepass.net.sockets import Endpoint, Socket, peek_byte
+from nodepass.net.stream import Stream, close_gently
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.data_listener import DataListener
-from nodepass.server.pending import QUIET, PendingConnections
+from nodepass.server.opening import SILENCE_OF_V1_DATA, Opening
+from nodepass.server.pending import PendingConnections
+from nodepass.server.tunnel_port import TunnelPort
 from nodepass.stats import failure
-from nodepass.tunnel.control import STOPPING, ServerControl
-from nodepass.tunnel.handshake import accept_client
+from nodepass.tunnel.control import STOPPING, Agreement, ServerControl
+from nodepass.tunnel.handshake import Candidate, accept_client
 from nodepass.tunnel.part import Common, Part
-from nodepass.wire.signals import DATA_PREFIX, SHUTDOWN, TLS_RECORD, Offer, Refusal
+from nodepass.wire.signals import BUSY, KEY_REQUIRED, SLASH, TLS_HANDSHAKE, VERSION, DataHello, Hello, Refusal
 
-FIRST_BYTES_WITHIN = 0.25  # seconds; silence is a control connection of wire v1
-_STEP = 0.005  # seconds between two looks at the beginning of DATA_PREFIX
+# Seconds of silence after which a connection is one of wire v1.
+SILENCE = 0.25
+SILENCE_AFTER_LATE_HELLO = 2.0  # where one from the same address was taken for v1 too early
+
+_SPOKEN = (SLASH, TLS_HANDSHAKE)  # first bytes of wire v2
 
 
 class ControlListener(Part):
-    """Admits clients; from `stop` on it refuses them, and the connected one stays."""
+    """Accepts for all tunnels of a port."""
 
-    def __init__(
-        self,
-        common: Common,
-        listeners: list[socket.socket],
-        slot: ClientSlot,
-        data_listener: DataListener,
-        offer: Offer,
-    ) -> None:
-        """`offer`: what an admitted client is told."""
+    def __init__(self, common: Common, port: TunnelPort, data_listener: DataListener) -> None:
         super().__init__(common)
-        self._listeners = listeners
-        self._slot = slot
+        self._port = port
         self._data_listener = data_listener
-        self._offer = offer
         self._pending = PendingConnections("tunnel", self._log, self._stats)
-        self._is_stopping = False
 
     def start(self) -> None:
-        for listener in self._listeners:
+        for listener in self._port.tunnel:
             self._start_loop("accept clients", self._accept, listener)
-
-    def stop(self, timeout: float) -> None:  # noqa: ARG002
-        self._is_stopping = True
 
     def close(self) -> None:
         super().close()
         self._pending.close()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket) -> None:
         """Accept until the listener is closed."""
         for sock, peer in accept_forever(listener, self._log):
-            if self._offer.mux and self._slot.version == 1 and self._slot.is_client(peer):
-                self._data_listener.admit(sock, peer)  # a v1 client does not mark them
-            else:
-                # Without a key, a peer that says nothing is a v1 client that waits for the server to speak first.
-                silence = QUIET if self._slot.key else 0.0
-                self._pending.accept(as_blocking(sock), self._serve, peer, silence=silence)
+            self._pending.accept(sock, self._serve, peer, silence=self._patience(peer))
 
-    def _serve(self, sock: socket.socket, peer: Endpoint) -> None:
-        """One connection: a data connection is handed on, another may become the client's."""
-        with contextlib.closing(sock):
-            try:
-                if self._offer.mux and is_data_connection(sock):
-                    self._pending.release(sock)
-                    self._data_listener.admit(as_plain(sock), peer)
-                    return
-                control = ServerControl(sock, self._settings.report_interval, self._log, self._stats)
-                admitted = self._shake_hands(control)
-            except OSError as error:
-                self._stats.control_failures[why := failure(error)] += 1
-                words = "control handshake failed: %(error)s"
-                self._log.debug("client.handshake_failed", words, reason=why, error=reason(error))
-                return
-            if admitted:
-                self._pending.release(sock)
-                self._stay_with(control)
+    def _patience(self, peer: Endpoint) -> float:
+        """Seconds for which a connection may be silent before its greenlet begins."""
+        if self._may_be_v1_data(peer):
+            return 0.0
+        if not self._port.v1_slot:
+            return self._settings.handshake_timeout
+        patience = SILENCE_AFTER_LATE_HELLO if self._port.was_late(peer) else SILENCE
+        return min(patience, self._settings.handshake_timeout)
 
-    def _shake_hands(self, control: ServerControl) -> bool:
-        """Whether it is the client's control connection now; one that is refused is told why. Raises OSError."""
-        left = self._pending.time_left(control.sock, self._settings.handshake_timeout)
+    def _may_be_v1_data(self, peer: Endpoint) -> bool:
+        """Whether silence is a v1 client's data connection."""
+        return self._port.mux and not self._port.certificate and self._port.find_v1(peer) is not None
+
+    def _serve(self, sock: Socket, peer: Endpoint) -> None:
+        """One connection, until it is handed over or ends."""
+        opening = Opening(sock, self._port.certificate)
         try:
-            accept_client(control, self._slot.key, self._offer, left, partial(self._admission, control))
+            self._open(opening, sock, peer)
         except RefusedError as error:
-            self._stats.control_failures[why := failure(error)] += 1
-            words = "rejected client %(client)s: %(error)s"
-            self._log.warning("client.rejected", words, Limit(), client=control.peer, reason=why, error=error)
-            with contextlib.suppress(OSError):  # it has been counted already
-                control.send(Refusal(error.reason))
-            return False
-        return True
+            self._reject(opening, peer, error)
+        except OSError as error:
+            common = self._common_of(opening)
+            common.stats.control_failures[why := failure(error)] += 1
+            words = "control handshake failed: %(error)s"
+            common.log.debug("client.handshake_failed", words, reason=why, error=reason(error), client=peer)
+            opening.stream.close()
+        except BaseException:
+            opening.stream.close()
+            raise
 
-    def _admission(self, control: ServerControl, proven: bool) -> AbstractContextManager[None]:
-        if self._is_stopping:
-            raise RefusedError(SHUTDOWN, "the server is shutting down")
-        return self._slot.admission(control, proven)
+    def _open(self, opening: Opening, sock: Socket, peer: Endpoint) -> None:
+        """Find out what a connection is, and serve it. Raises OSError, RefusedError among them."""
+        with self._deadline(sock) as deadline:
+            if self._may_be_v1_data(peer):
+                opening.wait(SILENCE_OF_V1_DATA)
+            opening.read()
+            if isinstance(opening.said, Hello):
+                self._shake_hands(opening, sock, opening.said, deadline)
+                return
+        if isinstance(opening.said, DataHello) or (self._port.mux and opening.secured) or self._may_be_v1_data(peer):
+            self._data_listener.take(opening, sock, peer, self._pending)
+        elif opening.secured:
+            raise ProtocolError("TLS without ALPN, and no v1 client sends its data connections here")
+        elif slot := self._port.v1_slot:
+            self._try_v1(opening, sock, slot, peer)
+        else:
+            timeout = self._settings.handshake_timeout
+            raise RefusedError(KEY_REQUIRED, f"no hello within {timeout:.3g}s (wire v1, or a silent peer)")
 
-    def _stay_with(self, control: ServerControl) -> None:
-        """Serve the client that is connected now until it is gone."""
-        self._stats.connects += 1
-        words = "client connected from %(client)s: wire v%(wire)d"
-        self._log.info("client.connected", words, client=control.peer, wire=control.version)
-        beat = self._group.spawn("send heartbeats", control.beat)
+    @contextlib.contextmanager
+    def _deadline(self, sock: Socket) -> Iterator[gevent.Timeout]:
+        """HANDSHAKE_TIMEOUT, from the accept on; a client that must prove a key and does not is refused."""
+        timeout = self._settings.handshake_timeout
+        left = self._pending.time_left(sock, timeout)
+        with gevent.Timeout(left) as deadline:
+            try:
+                yield deadline
+            except gevent.Timeout as late:
+                if late is not deadline:
+                    raise
+                if self._port.v1_slot:
+                    raise TimeoutError(f"no handshake within {timeout:.3g}s") from None
+                raise RefusedError(KEY_REQUIRED, f"no handshake within {timeout:.3g}s") from None
+
+    def _shake_hands(self, opening: Opening, sock: Socket, hello: Hello, deadline: gevent.Timeout) -> None:
+        """A v2 client: admit it, and stay with it. Raises OSError, RefusedError among them."""
+        if hello.version != "2":
+            raise RefusedError(VERSION, f"unsupported wire version {hello.version[:8]!r}; this server supports 1 and 2")
+        slot = self._port.find(hello)
+        control = self._control(opening.stream, slot)
+
+        @contextlib.contextmanager
+        def admission(candidate: Candidate) -> Iterator[None]:
+            assert slot, "an unknown tunnel's key cannot be proven"
+            try:
+                with slot.admission(candidate):
+                    deadline.close()  # the place is free now, so what is left is not to be cut in two
+                    yield
+            except gevent.Timeout as late:
+                if late is not deadline:
+                    raise
+                raise RefusedError(BUSY, "it is still being found out whether another client is alive") from None
+
+        keys = self._port.keys_of(slot)
         try:
-            control.wait_until_ended()
+            accept_client(control, hello, opening.line, keys, self._port.offer(2), admission)
+        except RefusedError as error:
+            if slot:
+                raise
+            raise RefusedError(error.reason, f"there is no tunnel {hello.name!r} at this port") from None
+        assert slot
+        self._pending.release(sock)
+        self._stay_with(control, slot)
+
+    def _common_of(self, opening: Opening) -> Common:
+        """That of the tunnel that a client has asked for, else the port's."""
+        for slot in self._port.slots:
+            if isinstance(opening.said, Hello) and opening.said.name == slot.name:
+                return slot.common
+        return self.common
+
+    def _control(self, stream: Stream, slot: ClientSlot | None) -> ServerControl:
+        common = slot.common if slot else None
+        log, stats = (common.log, common.stats) if common else (self._log, self._stats)
+        return ServerControl(stream, self._settings.report_interval, log, stats)
+
+    def _try_v1(self, opening: Opening, sock: Socket, slot: ClientSlot, peer: Endpoint) -> None:
+        """A v1 client: it gets its line, and is the client from its first data connection on."""
+        control = self._control(opening.stream, slot)
+        left = self._pending.time_left(sock, self._settings.handshake_timeout)
+        offer = self._port.offer(1)
+        with slot.trial(control, control.agree(Agreement(offer))) as trial:
+            control.send(offer)
+            is_client = trial.wait(left)
+        if is_client:
+            self._pending.release(sock)
+            self._stay_with(control, slot)
+            return
+        first = peek_byte(sock)
+        if first in _SPOKEN:
+            self._port.remember_late_hello(peer)
+        did = "opened no data connection" if first is None else "left" if first < 0 else "began to speak"
+        slot.common.stats.control_failures["silent"] += 1
+        words = "control handshake failed: %(error)s"
+        error = f"it was silent, as clients of wire v1 are, and then {did}"
+        slot.common.log.debug("client.handshake_failed", words, reason="silent", error=error, client=peer)
+        control.stream.close()
+
+    def _stay_with(self, control: ServerControl, slot: ClientSlot) -> None:
+        """Serve the client that is connected now until it is gone."""
+        log, stats = slot.common.log, slot.common.stats
+        stats.connects += 1
+        words = "client connected from %(client)s: wire v%(wire)d"
+        log.info("client.connected", words, client=control.peer, wire=control.version)
+        slot.on_client()
+        beat = slot.common.loops.spawn("send heartbeats", control.beat, slot.pool.__len__)
+        try:
+            if control.version > 1:
+                control.wait_until_ended()
+            elif control.wait_for_byte() in _SPOKEN:
+                self._port.remember_late_hello(control.endpoint)
         finally:
             beat.kill(block=False)
-            self._slot.release(control, STOPPING)
+            slot.release(control, STOPPING)
             ending = control.ending
             words = "client disconnected: %(error)s (%(client)s)"
-            self._log.info("client.disconnected", words, client=control.peer, reason=ending.reason, error=ending.words)
+            log.info("client.disconnected", words, client=control.peer, reason=ending.reason, error=ending.words)
+            control.close(ending)
 
-
-def is_data_connection(sock: socket.socket) -> bool:
-    """Whether its first bytes are those of a data connection: DATA_PREFIX, which is read, or a TLS record's.
-
-    Anything else stays to be read. Raises OSError.
-    """
-    begin = b""
-    with contextlib.suppress(TimeoutError), gevent.Timeout(FIRST_BYTES_WITHIN, TimeoutError()):
-        begin = sock.recv(len(DATA_PREFIX), socket.MSG_PEEK)
-        while begin and begin != DATA_PREFIX and DATA_PREFIX.startswith(begin):
-            gevent.sleep(_STEP)
-            begin = sock.recv(len(DATA_PREFIX), socket.MSG_PEEK)
-    if begin == DATA_PREFIX:
-        sock.recv(len(DATA_PREFIX))
-        return True
-    return begin.startswith(TLS_RECORD)
+    def _reject(self, opening: Opening, peer: Endpoint, error: RefusedError) -> None:
+        """Count, log and tell the peer why, where it can read that."""
+        common = self._common_of(opening)
+        common.stats.control_failures[why := failure(error)] += 1
+        words = "rejected client %(client)s: %(error)s"
+        common.log.warning("client.rejected", words, Limit(), client=peer, reason=why, error=error)
+        stream = opening.stream
+        try:
+            with contextlib.suppress(OSError):  # it has been counted already
+                if opening.may_be_told:
+                    stream.write(Refusal(error.reason).encode())
+                    close_gently(stream)
+        finally:
+            stream.close()

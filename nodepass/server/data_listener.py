@@ -1,133 +1,200 @@
-"""Accepts data connections and prepares each for the pool: TLS, an id, and the proof of the key where there is one.
+"""Accepts data connections and prepares each for its pool: TLS, whose it is, an id, and the proofs of the key.
 
-Only connections of the connected client are taken, and `client_slot` says which those are. Each is prepared in a
-greenlet of its own, so that a silent peer holds up no other. `control_listener` hands over those that come to the
-tunnel port (DATA_PORT=tunnel).
+In the usual case (a data port of its own, one tunnel, no TLS, no key) eight bytes are written at the accept, and no
+greenlet is needed. Else each is prepared in a greenlet of its own, so that a silent peer holds up no other. Which
+client one belongs to is decided by `tunnel_port`. `control_listener` hands over those that come to the tunnel port.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
-from typing import TYPE_CHECKING
+from socket import socket
 
 import gevent
 
-from nodepass.errors import ProtocolError, reason
+from nodepass.errors import ProtocolError, RefusedError, reason
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.server.client_slot import ClientSlot
-from nodepass.server.pending import QUIET, PendingConnections
+from nodepass.server.opening import SILENCE_OF_V1_DATA, Opening
+from nodepass.server.pending import PendingConnections
+from nodepass.server.tunnel_port import Membership, TunnelPort
 from nodepass.stats import failure
-from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import PROOF_LENGTH, same
-from nodepass.wire.signals import ID_LENGTH
+from nodepass.wire.signals import ID_LENGTH, DataHello
 
-if TYPE_CHECKING:
-    from nodepass.tls.certificates import ServerCertificate
+# Most often the last ones of a client that has just left, which is no reason for a warning.
+LEFT_OVER = ("no_client", "unknown_sid")
 
 
 class DataListener(Part):
-    """Fills the server's pool with what its client dials."""
+    """Fills the pools of a port's tunnels with what their clients dial."""
 
-    def __init__(
-        self,
-        common: Common,
-        listeners: list[socket.socket],
-        slot: ClientSlot,
-        certificate: ServerCertificate | None,
-    ) -> None:
-        """`listeners` are none where data connections come to the tunnel port; `certificate` is None without TLS."""
+    def __init__(self, common: Common, port: TunnelPort) -> None:
         super().__init__(common)
-        self._listeners = listeners
-        self._slot = slot
-        self._pool = slot.pool
-        self._certificate = certificate
+        self._port = port
         self._pending = PendingConnections("data", self._log, self._stats)
 
     def start(self) -> None:
-        for listener in self._listeners:
+        for listener in self._port.data:
             self._start_loop("accept data connections", self._accept, listener)
 
     def close(self) -> None:
         super().close()
         self._pending.close()
 
-    def admit(self, sock: Socket, peer: Endpoint) -> None:
-        """Prepare one connection for the pool, which owns it from then on."""
-        agreement = self._slot.agreement_with(peer)
-        if agreement is None:
-            self._reject_other(sock, peer)
-        elif self._pool.full:
-            self._reject(sock, peer, "pool_full", "the pool is full")
-        elif self._certificate or agreement.session:
-            self._pending.accept(sock, self._prepare, peer, agreement, silence=QUIET if self._certificate else 0.0)
-        else:
-            self._add(sock, peer)
+    def take(self, opening: Opening, sock: Socket, peer: Endpoint, pending: PendingConnections) -> None:
+        """Prepare a connection that came to the tunnel port and has said what it is; its pool owns it from then on."""
+        self._prepare_within(opening, peer, pending.time_left(sock, self._settings.handshake_timeout))
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket) -> None:
         """Accept until the listener is closed."""
         for sock, peer in accept_forever(listener, self._log):
-            self.admit(sock, peer)
+            slot = self._port.only_slot
+            if slot and not self._port.certificate:
+                self._admit_at_once(sock, peer, slot)
+            elif not self._port.expects(peer):
+                self._reject_other(TCPStream(sock), peer)
+            elif slot and slot.pool.full:
+                self._reject(TCPStream(sock), peer, "pool_full", "the pool is full")
+            else:
+                may_be_v1 = not self._port.certificate and self._port.find_v1(peer) is not None
+                silence = 0.0 if may_be_v1 else self._settings.handshake_timeout
+                self._pending.accept(sock, self._serve, peer, may_be_v1, silence=silence)
 
-    def _add(self, sock: Socket, peer: Endpoint) -> None:
+    def _admit_at_once(self, sock: Socket, peer: Endpoint, slot: ClientSlot) -> None:
+        """Without TLS and for one tunnel it is plain whose connection it is, and the server speaks first."""
+        member = self._port.membership(slot, peer)
+        if not member:
+            self._reject_other(TCPStream(sock), peer)
+        elif slot.pool.full:
+            self._reject(TCPStream(sock), peer, "pool_full", "the pool is full")
+        elif member.agreement.session:
+            self._pending.accept(sock, self._serve_keyed, peer, member)
+        else:
+            self._add(sock, peer, member)
+
+    def _add(self, sock: Socket, peer: Endpoint, member: Membership) -> None:
         """Eight bytes into a new connection need neither a wait nor a greenlet."""
-        id, stream = self._new_id(), TCPStream(sock)
+        id, stream = _new_id(member.slot), TCPStream(sock)
         try:
             stream.write(id.encode())
         except OSError as error:
-            self._reject(sock, peer, failure(error), reason(error))
+            self._reject(stream, peer, failure(error), reason(error))
         else:
-            self._pool.add(id, stream)
+            self._give(id, stream, peer, member)
 
-    def _prepare(self, sock: Socket, peer: Endpoint, agreement: Agreement) -> None:
-        """Shake hands, send the id, check the proof of the key, and give the connection to the pool."""
-        timeout = self._settings.handshake_timeout
-        late = TimeoutError(f"not ready within {timeout:g}s")
+    def _serve_keyed(self, sock: Socket, peer: Endpoint, member: Membership) -> None:
+        """As `_admit_at_once`, with a key."""
+        opening = Opening(sock, None)
+        self._prepare_within(opening, peer, self._pending.time_left(sock, self._settings.handshake_timeout), member)
+
+    def _serve(self, sock: Socket, peer: Endpoint, may_be_v1: bool) -> None:
+        """Find out what a connection is, and prepare it; `may_be_v1`: a v1 client may have opened it, without TLS."""
+        opening, timeout = Opening(sock, self._port.certificate), self._settings.handshake_timeout
         try:
-            with gevent.Timeout(self._pending.time_left(sock, timeout), late):
-                stream = self._encrypted(sock) if self._certificate else TCPStream(sock)
-                id = self._new_id()
-                stream.write(id.encode())
-                if agreement.session:
-                    verify_proof(recv_exactly(stream, PROOF_LENGTH), agreement.session.data_proof(id))
+            with gevent.Timeout(self._pending.time_left(sock, timeout), _late(timeout)):
+                if may_be_v1:
+                    opening.wait(SILENCE_OF_V1_DATA)
+                opening.read(has_line=self._port.uses_sid)
+                if opening.is_silent and not may_be_v1:
+                    raise _late(timeout)
         except OSError as error:
-            self._reject(sock, peer, failure(error), reason(error))
+            why = "tls" if isinstance(error, RefusedError) else failure(error)  # such a peer is told nothing here
+            self._reject(opening.stream, peer, why, reason(error))
         except BaseException:
-            sock.close()
+            opening.stream.close()
             raise
         else:
-            if self._slot.agreement_with(peer) is agreement:
-                self._pool.add(id, stream)
-            else:
-                stream.close()  # the client has changed meanwhile
+            self._prepare_within(opening, peer, self._pending.time_left(sock, timeout))
 
-    def _encrypted(self, sock: Socket) -> Stream:
-        from nodepass.tls.stream import accept_tls
+    def _prepare_within(
+        self, opening: Opening, peer: Endpoint, seconds: float, member: Membership | None = None
+    ) -> None:
+        """Write the id, exchange the proofs of the key, and give the connection to the pool."""
+        stream = opening.stream
+        try:
+            with gevent.Timeout(seconds, _late(self._settings.handshake_timeout)):
+                member = member or self._find_member(opening, peer)
+                id = self._prepare(stream, member)
+        except RefusedError as error:
+            self._reject(stream, peer, error.reason, str(error), member)
+        except OSError as error:
+            self._reject(stream, peer, failure(error), reason(error), member)
+        except BaseException:
+            stream.close()
+            raise
+        else:
+            self._give(id, stream, peer, member)
 
-        assert self._certificate
-        return accept_tls(sock, self._certificate.context)
+    def _find_member(self, opening: Opening, peer: Endpoint) -> Membership:
+        """Whose connection it is. Raises RefusedError, with one of DATA_FAILURES, where it is no client's."""
+        if isinstance(opening.said, DataHello):
+            member = self._port.find_sid(opening.said.sid)
+            if not member:
+                raise RefusedError("unknown_sid", "its sid is not a connected client's")
+            if not member.agreement.session and not member.slot.is_client(peer):
+                raise RefusedError("wrong_address", "not from the connected client's address")
+        elif opening.said:
+            raise ProtocolError("a hello at the data port")
+        elif opening.version == 1:
+            member = self._port.find_v1(peer) if opening.secured == bool(self._port.certificate) else None
+        else:
+            slot = self._port.only_slot
+            agreement = slot.agreement_with(peer) if slot else None
+            member = Membership(slot, agreement) if slot and agreement and agreement.version == 2 else None
+        if not member:
+            raise RefusedError("no_client", "no client is connected that it could belong to")
+        if member.slot.pool.full:
+            raise RefusedError("pool_full", "the pool is full")
+        return member
 
-    def _new_id(self) -> str:
-        while (id := os.urandom(ID_LENGTH // 2).hex()) in self._pool:
-            pass
+    def _prepare(self, stream: Stream, member: Membership) -> str:
+        """The id of a connection that is ready. Raises OSError."""
+        id, session = _new_id(member.slot), member.agreement.session
+        if not session:
+            stream.write(id.encode())
+            return id
+        channel = stream.exporter()
+        stream.write(id.encode() + session.id_proof(id, channel))
+        verify_proof(recv_exactly(stream, PROOF_LENGTH), session.data_proof(id, channel))
         return id
 
-    def _reject_other(self, sock: Socket, peer: Endpoint) -> None:
-        if self._slot.control:
-            self._reject(sock, peer, "wrong_address", "not from the connected client's address")
-        else:  # most often the last ones of a client that has just left, which is no reason for a warning
-            self._reject(sock, peer, "no_client", "no client is connected", logging.DEBUG)
+    def _give(self, id: str, stream: Stream, peer: Endpoint, member: Membership) -> None:
+        """To the pool, unless the client has changed meanwhile."""
+        if member.holds():
+            member.slot.pool.add(id, stream)
+        else:
+            self._reject(stream, peer, "no_client", "its client has left meanwhile", member)
 
-    def _reject(self, sock: Socket, peer: Endpoint, why: str, because: str, level: int = logging.WARNING) -> None:
-        self._stats.data_failures[why] += 1
+    def _reject_other(self, stream: Stream, peer: Endpoint) -> None:
+        if any(slot.control for slot in self._port.slots):
+            self._reject(stream, peer, "wrong_address", "not from the connected client's address")
+        else:
+            self._reject(stream, peer, "no_client", "no client is connected")
+
+    def _reject(self, stream: Stream, peer: Endpoint, why: str, because: str, member: Membership | None = None) -> None:
+        """Close it, counted and logged with the tunnel that it is for, as far as that is known."""
+        common = member.slot.common if member else self.common
+        common.stats.data_failures[why] += 1
+        level = logging.DEBUG if why in LEFT_OVER else logging.WARNING
         words = "rejected data connection from %(peer)s: %(error)s"
-        self._log.log(level, "data.rejected", words, Limit(because), peer=peer, reason=why, error=because)
-        sock.close()
+        common.log.log(level, "data.rejected", words, Limit(why), peer=peer, reason=why, error=because)
+        stream.close()
+
+
+def _new_id(slot: ClientSlot) -> str:
+    while (id := os.urandom(ID_LENGTH // 2).hex()) in slot.pool:
+        pass
+    return id
+
+
+def _late(seconds: float) -> TimeoutError:
+    return TimeoutError(f"not ready within {seconds:g}s")
 
 
 def verify_proof(proof: bytes, expected: bytes) -> None:

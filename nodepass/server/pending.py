@@ -20,8 +20,8 @@ from typing import ClassVar
 from gevent import Greenlet, get_hub
 
 from nodepass.log import Limit, Log
+from nodepass.net.networks import Networks
 from nodepass.net.sockets import Socket, network_of, plain_host
-from nodepass.server.networks import Networks
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer, TaskGroup, report_bug
 

@@ -1,15 +1,16 @@
 """The server: opens the listeners of one tunnel, makes the parts that serve them, and starts, stops and closes those.
 
-Clients come to `control_listener`, their data connections to `data_listener`, visitors to `visitor_listener` and
-`datagram_listener`; what they meet in is `client_slot`. The process calls a server as `tunnel.interface` says.
+Its client and that one's data connections come through `tunnel_port`, which tunnels of different names share; visitors
+come to `visitor_listener` and `datagram_listener`; what they meet in is `client_slot`. The process calls a server as
+`tunnel.interface` says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import gevent
 from gevent.event import AsyncResult, Event
@@ -17,79 +18,56 @@ from gevent.event import AsyncResult, Event
 from nodepass.config import Settings
 from nodepass.log import Log, literal
 from nodepass.net.activation import Share
-from nodepass.net.listen import close_all, listen_both, listen_in_range, listen_tcp, port_of
+from nodepass.net.listen import close_all, listen_both, port_of
 from nodepass.net.sockets import format_sockaddr
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.control_listener import ControlListener
 from nodepass.server.data_listener import DataListener
 from nodepass.server.datagram_listener import DatagramListener
+from nodepass.server.tunnel_port import TunnelPort
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
-from nodepass.tunnel.control import ServerControl
-from nodepass.tunnel.interface import DATA, TARGET, TUNNEL, View, report_fields
+from nodepass.tunnel.control import GOODBYE, ServerControl
+from nodepass.tunnel.interface import TARGET, View, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, stop_parts
-from nodepass.urls import ServerURL
+from nodepass.tunnel.security import SecurityLog, security_of, summarize
+from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
-from nodepass.wire.signals import Offer
-
-if TYPE_CHECKING:
-    from nodepass.tls.certificates import ServerCertificate
-
-
-@dataclass(frozen=True)
-class Listeners:
-    """The sockets that a server listens on."""
-
-    tunnel: list[socket.socket]
-    data: list[socket.socket]  # none where data connections come to the tunnel port
-    visitors: list[socket.socket]
-    datagrams: list[socket.socket]  # from visitors
-
-    @classmethod
-    def open(cls, url: ServerURL, settings: Settings, share: Share) -> Listeners:
-        """Open all, or none. Raises ListenError."""
-        with contextlib.ExitStack() as opened:
-            tunnel = listen_tcp(url.tunnel, "tunnel address", share.of(TUNNEL))
-            opened.callback(close_all, tunnel)
-            data: list[socket.socket] = []
-            if not settings.data_port.tunnel:
-                data = listen_in_range(url.tunnel.host, settings.data_port, "data port", share.of(DATA))
-                opened.callback(close_all, data)
-            visitors, datagrams = listen_both(url.target, "target address", share.of(TARGET))
-            opened.pop_all()
-        return cls(tunnel, data, visitors, datagrams)
-
-    def close(self) -> None:
-        """Close all."""
-        for sockets in (self.tunnel, self.data, self.visitors, self.datagrams):
-            close_all(sockets)
 
 
 class Server:
     """One tunnel's server: `start`, `run`, then `stop` and `close`; `interface.Tunnel` says who calls what."""
 
     def __init__(
-        self, url: ServerURL, settings: Settings, key: Key | None, log: Log, stats: Stats, share: Share
+        self,
+        url: ServerURL,
+        port: TunnelPort,
+        settings: Settings,
+        keys: Callable[[], Sequence[Key]],
+        log: Log,
+        stats: Stats,
+        share: Share,
     ) -> None:
+        """`port`: the tunnel port that this tunnel will join; `keys`: each of which its client may prove now."""
         self.url = url
         self.log = log
         self.stats = stats
         self.ready = Event()  # every listener is open
         self.sessions = WorkerPool(log, stats, settings.semaphore_limit)
         self._settings = settings
+        self._port = port
+        self._keys = keys
         self._share = share
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
         self._common = Common(settings, log, stats, loops)
-        self._slot = ClientSlot(self._common, key)
-        self._listeners: Listeners | None = None
+        present = keys()
+        self._security = SecurityLog(security_of(url, bool(present)), log)
+        self._slot = ClientSlot(self._common, url.tunnel_name, present, self._report_security)
+        self._visitors: list[socket.socket] = []  # listeners
+        self._datagrams: list[socket.socket] = []  # sockets
         self._parts: list[Part] = []  # from `start` on
-        self._certificate: ServerCertificate | None = None
-        if url.tls:
-            from nodepass.tls.certificates import ServerCertificate
-
-            self._certificate = ServerCertificate(url.crt, url.key, log)
 
     @property
     def control(self) -> ServerControl | None:
@@ -98,16 +76,23 @@ class Server:
 
     def start(self) -> None:
         """Open every listener. Raises ListenError."""
-        listeners = self._listeners = Listeners.open(self.url, self._settings, self._share)
+        self._port.join(self._slot, self._failed.set_exception)
+        try:
+            self._visitors, self._datagrams = listen_both(self.url.target, "target address", self._share.of(TARGET))
+        except BaseException:
+            self._port.leave(self._slot)
+            raise
         if not self.url.tunnel.port:
-            self.log.tunnel = f"server:{port_of(listeners.tunnel)}"
-        self._parts = self._make_parts(listeners)
+            tunnel = Address(self.url.tunnel.host, port_of(self._port.tunnel))
+            self.log.tunnel = replace(self.url, tunnel=tunnel).name
+        self._parts = self._make_parts()
         self.ready.set()
 
     def run(self) -> None:
         """Serve until `close`; raises what crashed one of the loops."""
-        assert self._listeners, "it has been started"
-        self._log_listening(self._listeners)
+        self._log_listening()
+        self._report_security()
+        self._port.run(make_port_parts)
         for part in self._parts:
             part.start()
         self._failed.get()
@@ -117,60 +102,50 @@ class Server:
 
         The connected client and the UDP sockets stay for as long as sessions need them.
         """
-        return stop_parts(self._parts, self.sessions, timeout)
+        cut = stop_parts(self._parts, self.sessions, timeout)
+        self._slot.dismiss(GOODBYE)
+        return cut
 
     def close(self) -> None:
-        """End everything at once."""
-        for part in self._parts:
-            part.close()
-        self.sessions.kill()
-        if self._listeners:
-            self._listeners.close()
-        self._failed.set(None)
+        """End everything at once; the client is told."""
+        with contextlib.ExitStack() as closing:  # where one step crashes the others follow; the last one is first here
+            closing.callback(self._failed.set, None)
+            closing.callback(close_all, self._datagrams)
+            closing.callback(close_all, self._visitors)
+            closing.callback(self._port.leave, self._slot)
+            closing.callback(self.sessions.kill)
+            for part in reversed(self._parts):
+                closing.callback(part.close)
 
-    def _make_parts(self, listeners: Listeners) -> list[Part]:
+    def _make_parts(self) -> list[Part]:
         """All parts, in the order in which they stop: first what lets in clients, then what lets in visitors."""
-        common, slot, certificate = self._common, self._slot, self._certificate
-        data_listener = DataListener(common, listeners.data, slot, certificate)
-        parts: list[Part] = [
-            ControlListener(common, listeners.tunnel, slot, data_listener, self._offer(listeners)),
-            data_listener,
-            *(DatagramListener(common, sock, slot, self.sessions) for sock in listeners.datagrams),
-            VisitorListener(common, listeners.visitors, slot, self.sessions),
+        common, slot = self._common, self._slot
+        return [
             slot,
+            *(DatagramListener(common, sock, slot, self.sessions) for sock in self._datagrams),
+            VisitorListener(common, self._visitors, slot, self.sessions),
             slot.flows,
             Loop(common, "report", self._report),
         ]
-        if certificate:
-            interval = self._settings.reload_interval
-            parts.append(Loop(common, "watch certificate", lambda: certificate.watch(interval)))
-        return parts
 
-    def _offer(self, listeners: Listeners) -> Offer:
-        """What an admitted client is told; a certificate made in memory stays the same."""
-        return Offer(
-            port_of(listeners.data or listeners.tunnel),
-            self.url.tls,
-            heartbeat=max(1, round(1000 * self._settings.report_interval)),
-            mux=not listeners.data,
-            fingerprint=self._certificate.identity.fingerprint if self._certificate and self.url.tls == 1 else "",
-        )
-
-    def _log_listening(self, listeners: Listeners) -> None:
+    def _log_listening(self) -> None:
         self.log.info(
             "server.listening",
             "listening: tunnel %(tunnel_address)s, data %(data_address)s, target %(target_address)s (tcp, udp),"
             " tls %(tls)d",
-            tunnel_address=_addresses(listeners.tunnel),
-            data_address=_addresses(listeners.data or listeners.tunnel),
-            target_address=_addresses(listeners.visitors),
+            tunnel_address=_addresses(self._port.tunnel),
+            data_address=_addresses(self._port.data or self._port.tunnel),
+            target_address=_addresses(self._visitors),
             tls=self.url.tls,
         )
 
     def reload(self) -> None:
-        """Read the certificate files again."""
-        if self._certificate:
-            self._certificate.reload(asked=True)
+        """Read the certificate files again, and take the keys that the tunnel has now."""
+        if self._slot.set_keys(self._keys()):
+            words = "cut %(sessions)d sessions of the client whose key has been removed"
+            self.log.warning("client.revoked", words, sessions=self.sessions.kill())
+        if self._port.certificate:
+            self._port.certificate.reload(asked=True)
 
     def describe(self) -> str:
         """One line for an operator: its status and its counters."""
@@ -180,11 +155,12 @@ class Server:
         """How it is now, for an operator: its client, its pool, its sessions and flows."""
         slot = self._slot
         client = slot.control.describe() if slot.control else "none"
-        return f"client {client}, {slot.pool}, {len(self.sessions)} sessions, {len(slot.flows)} flows"
+        sessions = f"{len(self.sessions)} sessions, {len(slot.flows)} flows"
+        return f"client {client}, {slot.pool}, {sessions}, security: {summarize(self._security.of(slot.control))}"
 
     def unhealthy_reason(self) -> str:
         """Why a restart is needed, or ""."""
-        ended = next(filter(None, (part.find_ended() for part in self._parts)), "")
+        ended = next(filter(None, (part.find_ended() for part in self._parts)), "") or self._port.find_ended()
         return ended or (self.control.unhealthy_reason() if self.control else "")
 
     def view(self) -> View:
@@ -201,8 +177,12 @@ class Server:
             slots_used=len(self.sessions),
             slots=self._settings.semaphore_limit,
             flows=len(self._slot.flows),
-            certificate_expiry=self._certificate.identity.expiry if self._certificate else None,
+            certificate_expiry=self._port.certificate.identity.expiry if self._port.certificate else None,
+            security=self._security.of(control),
         )
+
+    def _report_security(self) -> None:
+        self._security.report(self.control)
 
     def _report(self) -> None:
         while True:
@@ -210,6 +190,16 @@ class Server:
             self._slot.pool.end_interval()
             self.log.report_suppressed()
             self.log.debug("tunnel.report", literal(self.describe()), **report_fields(self.view(), self.stats))
+
+
+def make_port_parts(common: Common, port: TunnelPort) -> list[Part]:
+    """What serves a tunnel port, whichever of its tunnels runs first."""
+    data_listener = DataListener(common, port)
+    parts: list[Part] = [ControlListener(common, port, data_listener), data_listener]
+    if certificate := port.certificate:
+        interval = common.settings.reload_interval
+        parts.append(Loop(common, "watch certificate", lambda: certificate.watch(interval)))
+    return parts
 
 
 def _addresses(listeners: list[socket.socket]) -> str:

@@ -14,6 +14,7 @@ from itertools import count
 
 from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Limit
+from nodepass.net.sockets import format_without_zone
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, send_datagram
 from nodepass.tasks import TaskGroup
@@ -39,6 +40,7 @@ class VisitorFlows(Part):
     def __init__(self, common: Common, launch: Callable[[int, float], tuple[str, Stream]]) -> None:
         super().__init__(common)
         settings = common.settings
+        self.sends_addresses = False  # the connected client wants the addresses of visitors
         self._launch = launch
         self._tasks = TaskGroup(self._log, self._stats)
         self._table: FlowTable[VisitorFlow] = FlowTable(
@@ -88,6 +90,11 @@ class VisitorFlows(Part):
         flow.lane.flows += 1
         self._table.add(visitor, flow)
         self._by_number[number] = flow
+        if self.sends_addresses:
+            local = visitor.local(sock.getsockname()[1])
+            if not flow.lane.announce(number, format_without_zone(visitor.sockaddr), format_without_zone(local)):
+                words = "the addresses of flow %(flow)d: the lane is full"
+                drop_datagram(self._log, self._stats, "lane_full", words, flow=number)
         self._stats.udp.begin()
         words = "flow %(flow)d opened: visitor %(visitor)s, %(flows)d flows"
         self._log.debug("flow.opened", words, flow=number, visitor=visitor, flows=len(self))

@@ -69,7 +69,7 @@ class VisitorListener(Part):
         """One visitor: launch a data connection, relay until both have ended, close both."""
         visitor = TCPStream(sock, resets=True)  # see listen_both
         try:
-            id, data = self._slot.launch(TCP, self._settings.pool_get_timeout)
+            id, data = self._slot.launch(TCP, self._settings.pool_get_timeout, sock)
             try:
                 log = self._log.session(id)
                 log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)

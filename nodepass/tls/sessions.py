@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from nodepass.net.stream import Stream
 from nodepass.tls.stream import Session, TLSStream
 from nodepass.tls.verify import Expected
 
@@ -23,9 +24,9 @@ class Sessions:
         self._kept: deque[Session] = deque(maxlen=MOST)
         self._is_over = False
 
-    def offer(self, stream: TLSStream) -> None:
+    def offer(self, stream: Stream) -> None:
         """Keep the session of a connection from which payload has been read, unless it is not as good as expected."""
-        session = stream.session()
+        session = stream.session() if isinstance(stream, TLSStream) else None
         if session and session.meets(self._expected) and not self._is_over:
             self._kept.append(session)
 

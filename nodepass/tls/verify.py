@@ -36,7 +36,7 @@ _MALFORMED = (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameTy
 
 
 class Rejection(NamedTuple):
-    """Which check rejects a certificate (chain, expired, name or fingerprint), and why in words."""
+    """Which check rejects a certificate (chain, expired or name), and why in words."""
 
     check: str
     words: str
@@ -52,14 +52,10 @@ class Verify(Enum):
 
 @dataclass(frozen=True)
 class Expected:
-    """The host whose name the certificate must have, and what follows; with a `fingerprint` it must have that one.
-
-    The fingerprint is the SHA-256 of the certificate in DER, as 64 hex digits.
-    """
+    """The host whose name the certificate must have, and what follows."""
 
     host: str
     verify: Verify = Verify.IGNORE
-    fingerprint: str = ""
 
     def rejects_chain(self, error: int) -> Rejection | None:
         """Why the chain is rejected, given OpenSSL's X509_V_ERR_*; None when it is not."""
@@ -73,10 +69,6 @@ class Expected:
         if self.verify is not Verify.IGNORE and not _is_valid_for(certificate, self.host):
             names = shown_names(names_of(certificate.to_cryptography())) or "no name"
             return Rejection("name", f"name mismatch for {self.host!r}: the certificate is for {names}")
-        shown = certificate.digest("sha256").replace(b":", b"").decode().lower()
-        if self.fingerprint and shown != self.fingerprint:
-            words = f"fingerprint mismatch: expected {self.fingerprint}, got {shown} (possible man in the middle)"
-            return Rejection("fingerprint", words)
         return None
 
 

@@ -29,6 +29,7 @@ from nodepass.tools.check_client import check_client
 from nodepass.tools.check_ports import try_to_listen, try_unix
 from nodepass.tools.report import BAD_INPUT, Report
 from nodepass.tunnel.interface import DATA, LISTENER_ROLES, TARGET, TUNNEL
+from nodepass.tunnel.security import Security, describe, find_weakness, security_of
 from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url, with_defaults
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ def run(
     with ExitStack() as held:  # until all are checked: two URLs may have the same port
         if settings.metrics_listen:
             _metrics(settings.metrics_listen, report, held)
+        ports: dict[Address, ServerURL] = {}  # tunnel ports, and the URL that has opened each
         for url in servers:
-            _Server(url, settings, report, inherited.share(), held).check()
+            first = ports.setdefault(url.tunnel, url) if url.tunnel.port else url
+            _Server(url, settings, report, inherited.share(), held).check(first)
     for url in urls:
         if isinstance(url, ClientURL):
             key = next(iter(keys.keys_for(url.tunnel_name)), None)
@@ -117,11 +120,17 @@ def _with_defaults(urls: Sequence[URL], settings: Settings, keys: Keys, report: 
         except ConfigError as error:
             report.bad(url.name, str(error))
             continue
-        for warning in resolved[-1].warnings:
-            report.warn(url.name, f"url: {warning.words}")
+        _security(security_of(resolved[-1], keys.has(url.tunnel_name)), url.name, report)
     for conflict in find_conflicts(resolved, keys):
         report.bad("url", conflict)
     return resolved
+
+
+def _security(security: Security, name: str, report: Report) -> None:
+    """What protects the tunnel; a warning where it is weak, unless a client's URL leaves it to the server by tls=0."""
+    adopts_quietly = security.role == "client" and security.is_chosen and not (security.demand or security.has_key)
+    is_weak = bool(find_weakness(security)) and not adopts_quietly
+    (report.warn if is_weak else report.ok)(name, f"security: {describe(security)}")
 
 
 def _mode(path: str) -> str:
@@ -171,20 +180,27 @@ class _Server:
         self._share = share
         self._listen = partial(try_to_listen, report, held, url.name)
 
-    def check(self) -> None:
-        """Load the certificate and listen on every address."""
-        url, ports = self._url, self._ports
+    def check(self, first: ServerURL) -> None:
+        """Load the certificate and listen on every address, but on a tunnel port only for the first URL that has it."""
+        url = self._url
+        if url is first:
+            self._check_port()
+        else:
+            self._report.ok(url.name, f"tunnel address {url.tunnel}: shared with {first.name}")
+        tcp, udp, share = "target address (tcp)", "target address (udp)", self._share.of(TARGET)
+        self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
+        self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share), socket.SOCK_DGRAM)
+
+    def _check_port(self) -> None:
+        """What all tunnels of the port share."""
+        url, ports, share = self._url, self._ports, self._share
         if url.tls == 2:
             self._check_certificate()
-        share = self._share
         self._listen("tunnel address", url.tunnel, lambda: listen_tcp(url.tunnel, "tunnel address", share.of(TUNNEL)))
         if not ports.tunnel:
             host = url.tunnel.host
             data = Address(host, ports.last)
             self._listen("data port", data, lambda: listen_in_range(host, ports, "data port", share.of(DATA)))
-        tcp, udp, share = "target address (tcp)", "target address (udp)", share.of(TARGET)
-        self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
-        self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share), socket.SOCK_DGRAM)
 
     def _check_certificate(self) -> None:
         from nodepass.tls.certificates import load_pair

@@ -1,9 +1,8 @@
 """The part of `nodepass --check` about a client: its target, its server, their handshake, the data port.
 
-A check is non-disruptive. If this machine already has a connection to the server, which is a running client's, the
-check does not authenticate, because that would replace the running client. It completes no data connection, because the
-server would give it to a visitor: it opens one up to the server's certificate, or connects to the data port after it
-has left, when the server accepts no data connection into its pool.
+A check is non-disruptive: a server that has a client which responds does not give its place away. The check completes
+no data connection, because the server would give it to a visitor: it connects to the data port after it has left, when
+the server accepts no data connection into its pool.
 """
 
 from __future__ import annotations
@@ -17,18 +16,17 @@ import gevent
 from nodepass.config import Settings
 from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Log
-from nodepass.net.sockets import Endpoint, as_blocking, dial, resolve
+from nodepass.net.sockets import Endpoint, dial, resolve
 from nodepass.net.stream import TCPStream
 from nodepass.stats import Stats
 from nodepass.tools.check_ports import is_connected
 from nodepass.tools.report import Report
-from nodepass.tunnel.control import Agreement, ClientControl
-from nodepass.tunnel.handshake import connect_to_server
+from nodepass.tunnel.control import STOPPING, Agreement, ClientControl
+from nodepass.tunnel.handshake import Terms, connect_to_server
 from nodepass.urls import ClientURL
-from nodepass.wire.auth import Key
-from nodepass.wire.signals import BUSY, DATA_PREFIX, KEY_REQUIRED, Offer
+from nodepass.wire.auth import Key, new_client_id
+from nodepass.wire.signals import BUSY, SHUTDOWN
 
-FAREWELL = 1.0  # seconds for the server to notice that the check has left
 _LOCAL = ("", "localhost", "127.0.0.1", "::1")
 
 
@@ -40,17 +38,19 @@ def check_client(
     if url.tunnel.port in own_ports and url.tunnel.host in _LOCAL:
         report.ok(url.name, f"server {url.tunnel}: another URL of this command; not tried")
         return
+    terms = Terms.of(url, new_client_id(), [key] if key else [])
+    terms.prepare()
     try:
         endpoints = resolve(url.tunnel)
         already_connected = is_connected(endpoints)
-        sock = as_blocking(dial(endpoints, settings.handshake_timeout))
+        sock = dial(endpoints, settings.handshake_timeout)
     except OSError as error:
         report.fail(url.name, f"server {url.tunnel}: cannot be reached: {reason(error)}")
         return
     with contextlib.closing(sock):
-        control = ClientControl(sock, settings.report_interval, Log(url.name), Stats())
+        control = ClientControl(TCPStream(sock), settings.report_interval, Log(url.name), Stats())
         report.ok(url.name, f"server {url.tunnel}: reached at {control.endpoint}")
-        _ServerCheck(url, settings, key, report, control, already_connected).run()
+        _ServerCheck(url, settings, terms, report, control, already_connected).run()
 
 
 def _check_target(url: ClientURL, settings: Settings, report: Report) -> None:
@@ -69,17 +69,17 @@ class _ServerCheck:
 
     url: ClientURL
     settings: Settings
-    key: Key | None
+    terms: Terms
     report: Report
     control: ClientControl
     already_connected: bool  # this machine is, so a client of this server may be running
 
     def run(self) -> None:
-        """Complete the handshake, unless that would replace a running client; check the data port; disconnect."""
+        """Complete the handshake, check the data port, disconnect."""
         timeout = self.settings.handshake_timeout
         try:
             with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:g}s")):
-                agreement = connect_to_server(self.control, None if self.already_connected else self.key)
+                agreement = connect_to_server(self.control, self.terms)
         except RefusedError as error:
             self._report_refusal(error)
         except TimeoutError as error:
@@ -96,70 +96,53 @@ class _ServerCheck:
 
     def _report_refusal(self, error: RefusedError) -> None:
         if error.reason == BUSY:
-            self._warn(f"{error}; expected if that is this tunnel's client")
-        elif self.already_connected and self.key and error.reason == KEY_REQUIRED:
-            self._warn(
-                "it asks for the key, which was not compared: this machine is already connected to it, and"
-                " authenticating replaces the running client"
-            )
+            proven = "; the key matches" if self.terms.key else ""
+            self._warn(f"{error}{proven}; expected if that is this tunnel's client")
         else:
             self._fail(f"handshake failed: {error}")
 
     def _check_agreement(self, agreement: Agreement) -> None:
-        offer, authenticated = agreement.offer, bool(agreement.session)
-        if self.already_connected and self.key:
-            words = "the server has no key and this client requires one; set the same TUNNEL_KEY_FILE on both ends"
-            self._fail(f"handshake failed: {words}")
-            return
+        offer = agreement.offer
         port = "the tunnel port" if offer.mux else f"port {offer.data_port}"
-        proven = ", both ends authenticated with the key" if authenticated else ""
+        proven = ", both ends authenticated with the key" if agreement.session else ""
         self._ok(f"handshake complete: wire v{offer.version}, tls {offer.tls}, data connections to {port}{proven}")
         endpoint = self.control.endpoint if offer.mux else self.control.endpoint.with_port(offer.data_port)
-        if offer.tls == 2 or offer.fingerprint:
-            self._check_certificate(endpoint, offer, authenticated)
         if offer.version == 1:
+            if offer.tls == 2:
+                self._check_v1_certificate(endpoint)
             words = "a NodePass v1.0.4 server notices only at its next heartbeat that this check has left"
             self._warn(f"{words}; a client started before then waits for it")
             return
+        if offer.tls == 2:
+            self._ok(f"certificate verified for {self.terms.host!r}")
         self._leave()
-        if not offer.tls and not offer.mux:
+        if not offer.mux:
             self._check_data_port(endpoint)
 
-    def _check_certificate(self, endpoint: Endpoint, offer: Offer, authenticated: bool) -> None:
+    def _check_v1_certificate(self, endpoint: Endpoint) -> None:
+        """In wire v1 only data connections show the certificate."""
         from nodepass.tls.stream import check_certificate
         from nodepass.tls.verify import Expected, Verify
 
         timeout = self.settings.handshake_timeout
-        host = self.url.tunnel.host or "localhost"
-        expected = Expected(host, Verify.ENFORCE if offer.tls == 2 else Verify.IGNORE, offer.fingerprint)
         try:
             with (
                 gevent.Timeout(timeout, TimeoutError(f"{endpoint}: no TLS handshake within {timeout:g}s")),
                 contextlib.closing(dial([endpoint], timeout)) as sock,
             ):
-                if offer.mux:
-                    TCPStream(sock).write(DATA_PREFIX)
-                check_certificate(sock, expected, v2=False)
+                check_certificate(sock, Expected(self.terms.host, Verify.ENFORCE), v2=False)
         except VerificationError as error:
             self._fail(f"data port {endpoint}: {error}")
-            return
         except OSError as error:
             self._fail_data(error)
-            return
-        if offer.tls == 2:
-            self._ok(f"data port {endpoint}: certificate verified for {host!r}")
-        elif authenticated:
-            self._ok(f"data port {endpoint}: certificate is the one the server authenticated with the key")
         else:
-            self._ok(f"data port {endpoint}: certificate is the announced one; without a key it is not authenticated")
+            self._ok(f"data port {endpoint}: certificate verified for {self.terms.host!r}")
 
     def _leave(self) -> None:
         """End the control connection, and wait until the server has noticed: then it accepts the next client."""
-        self.control.finish()
-        self.control.sock.settimeout(None)  # a heartbeat's timeout may be shorter
-        with contextlib.suppress(TimeoutError), gevent.Timeout(FAREWELL, TimeoutError()):
-            for _ in self.control.launches():
-                pass
+        self.control.finish(STOPPING, SHUTDOWN)
+        for _ in self.control.signals(lambda: True):
+            pass
 
     def _check_data_port(self, endpoint: Endpoint) -> None:
         """Connect, after `_leave`: without a client the server accepts no connection into its pool."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from nodepass.errors import ConfigError, NodepassError
 from nodepass.hostport import split_host_port
+from nodepass.tunnel.security import abbreviate
 from nodepass.urls import Address
 
 TIMEOUT = 5.0  # seconds for one response
@@ -121,6 +122,7 @@ class Tunnel:
     name: str
     ready: bool = False
     peer: str = ""
+    security: str = ""  # as `security.abbreviate` has it
     round_trip: float | None = None  # seconds
     pool_idle: int = 0
     pool_capacity: int = 0
@@ -205,6 +207,9 @@ def _add(tunnel: Tunnel, name: str, labels: dict[str, str], value: float) -> Non
         setattr(tunnel, labels["direction"], getattr(tunnel, labels["direction"]) + value)
     elif name == "ready":
         tunnel.ready = value == 1
+    elif name == "tunnel_info" and "key" in labels:
+        mode = int(labels["tls"]) if labels.get("tls") in ("0", "1", "2") else None
+        tunnel.security = abbreviate(labels["key"] == "yes", mode)
     elif name == "peer_info":
         tunnel.peer = labels.get("peer", "")
     elif name == "round_trip_seconds":

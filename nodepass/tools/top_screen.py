@@ -21,6 +21,7 @@ from rich.text import Text
 
 from nodepass.tools.top_scrape import Scrape, Source
 from nodepass.tools.top_table import COLUMNS, NOTHING, Watch, fit, sparkline
+from nodepass.tunnel.security import NONE
 
 GRAPH = "UP+DOWN"
 SMALLEST_GRAPH = 8  # characters; with less room there is no graph
@@ -104,7 +105,7 @@ class Screen:
 def _coloured(title: str, cell: str) -> Text:
     if title == "STATE":
         return Text(cell, style="green" if cell == "ready" else "bold red")
-    if title in ("FAIL/S", "DROP/S") and cell not in ("0", NOTHING):
+    if (title in ("FAIL/S", "DROP/S") and cell not in ("0", NOTHING)) or (title, cell) == ("SECURITY", NONE):
         return Text(cell, style="yellow")
     return Text(cell)
 

@@ -1,24 +1,25 @@
-"""How a control connection begins: the two ends agree on a version, prove the key, and the server says where data goes.
+"""How a control connection begins: the ends agree on a version and on TLS, prove the key, and the server offers.
 
 Each side of docs/protocol.md's negotiation is one function, and the two mirror each other. Nothing here listens, dials
 or logs: a refusal is a RefusedError whose text is plain words. The server's `control_listener` and the client's
-`client` call it.
+`connector` call it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import gevent
-
-from nodepass.errors import ProtocolError, RefusedError
-from nodepass.tunnel.control import Agreement, Control
-from nodepass.wire.auth import Key, SessionKey, new_nonce, same
+from nodepass.errors import ClearAnswer, ClosedError, ProtocolError, RefusedError, VerificationError
+from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
+from nodepass.urls import ClientURL
+from nodepass.wire.auth import Key, SessionKey, Transcript, new_nonce, same
 from nodepass.wire.signals import (
     KEY_MISMATCH,
     KEY_REQUIRED,
+    NO_TLS,
     REASONS,
     VERSION,
     Auth,
@@ -26,101 +27,232 @@ from nodepass.wire.signals import (
     Hello,
     Offer,
     Refusal,
+    StartTLS,
     parse_auth,
-    parse_hello,
     parse_opening,
+    printable,
+    without_mac,
 )
 
-HELLO_WITHIN = 0.25  # seconds that a server without a key waits for a hello before it takes the client for v1
-_SILENT = Hello("", "1")  # what a v1 client is taken to have said
+if TYPE_CHECKING:
+    from nodepass.tls.verify import Expected
 
-Admission = Callable[[bool], AbstractContextManager[None]]
+SAME_KEY = "set the same key on both ends"
 
 
-def accept_client(control: Control, key: Key | None, offer: Offer, timeout: float, admission: Admission) -> Agreement:
-    """The server's side: read the hello, check the proof of the key, admit the client, send the offer.
+@dataclass(frozen=True)
+class Candidate:
+    """A client that asks for a place: what it calls itself, and the key that it has proven."""
 
-    The client has `timeout` seconds to identify itself. `admission`, given whether the client has proven a key, raises
-    RefusedError where another client stays connected; else it holds the slot until the offer has been sent. Raises
-    OSError, RefusedError among them.
+    control: ServerControl
+    client: str
+    key: Key | None
+
+
+Admission = Callable[[Candidate], AbstractContextManager[None]]
+
+
+def accept_client(
+    control: ServerControl, hello: Hello, line: bytes, keys: Sequence[Key], offer: Offer, admission: Admission
+) -> Agreement:
+    """The server's side after the hello, whose text is `line`: check the proof of a key, admit the client, offer.
+
+    `keys` are those of the tunnel, none where it has no key. `admission` raises RefusedError where no place is free;
+    else it holds the place until the offer has been sent. The deadline for what the client must say is the caller's.
+    Raises OSError, RefusedError among them.
     """
-    challenge = ""
-    with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:.3g}s")):
-        hello = _read_hello(control, key, timeout)
-        if key:
-            challenge = new_nonce()
-            control.send(Challenge(challenge))
-            _check_client(control, key.client_proof(hello.nonce, challenge), timeout)
-    with admission(bool(challenge)):
-        if hello is _SILENT:
-            offer = Offer(offer.data_port, offer.tls)
+    key, transcript = None, Transcript(line, b"", control.channel)
+    if keys:
+        challenge = Challenge(new_nonce())
+        control.send(challenge)
+        transcript = replace(transcript, challenge=challenge.encode()[:-1])
+        key = _find_key(_read_proof(control), keys, transcript)
+    with admission(Candidate(control, hello.client, key)):
         session = None
         if key:
-            offer = replace(offer, mac=key.server_proof(hello.nonce, challenge, offer))
-            session = key.session(hello.nonce, challenge, offer)
+            text = offer.encode()[:-1]
+            offer = replace(offer, mac=key.server_proof(transcript, text))
+            session = key.session(transcript, text)
         control.send(offer)
-        return control.agree(Agreement(offer, session))
+        return control.agree(Agreement(offer, session, key, hello.client, hello.wants_addresses))
 
 
-def connect_to_server(control: Control, key: Key | None) -> Agreement:
-    """The client's side: send the hello, prove the key, check the server's proof, take the offer.
+def _read_proof(control: ServerControl) -> str:
+    """The client's proof of a key. Raises RefusedError where it does not come."""
+    try:
+        return parse_auth(control.read_line()).mac
+    except ProtocolError as error:
+        raise RefusedError(KEY_MISMATCH, f"invalid answer to the challenge: {error}") from None
+    except ClosedError:
+        words = "client disconnected after the challenge (no key, or a different one)"
+        raise RefusedError(KEY_REQUIRED, words) from None
 
-    The deadline is the caller's. Raises OSError, RefusedError among them.
+
+def _find_key(proof: str, keys: Sequence[Key], transcript: Transcript) -> Key:
+    """Which of the tunnel's keys the client has proven: during a rotation there are two."""
+    for key in keys:
+        if same(proof, key.client_proof(transcript)):
+            return key
+    raise RefusedError(KEY_MISMATCH, "the client's key for this tunnel is not the server's, or something was changed")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client's URL and key demand; nothing that the server says weakens it."""
+
+    host: str  # of the server, as it was given: the name that its certificate must have in mode 2
+    tls: int = 0  # the least mode that is accepted; 0: the server's choice
+    wire: str = "auto"  # auto, 1 or 2
+    name: str = ""  # of the tunnel
+    client: str = ""  # what this client calls itself
+    key: Key | None = None
+
+    @classmethod
+    def of(cls, url: ClientURL, client: str, keys: Sequence[Key]) -> Terms:
+        """Those of a client URL whose defaults are filled in; of several keys the client proves the first."""
+        host = url.tunnel.host or "localhost"
+        return cls(host, url.demand, url.wire or "auto", url.tunnel_name, client, next(iter(keys), None))
+
+    def prepare(self) -> None:
+        """Do before the connect what the first byte would wait for: a server takes long silence for wire v1."""
+        if self.tls and self.wire != "1":
+            from nodepass.tls.stream import client_context
+
+            client_context(self.expected().verify)
+
+    def expected(self) -> Expected:
+        """What the certificate must be: where mode 2 is not demanded, it is judged when the server offers that mode."""
+        from nodepass.tls.verify import Expected, Verify
+
+        return Expected(self.host, Verify.ENFORCE if self.tls == 2 else Verify.KEEP)
+
+
+def connect_to_server(control: ClientControl, terms: Terms) -> Agreement:
+    """The client's side: speak first, go over to TLS, prove the key, check the server's proof, take the offer.
+
+    The deadline is the caller's. Raises OSError, RefusedError and VerificationError among them.
     """
-    nonce, challenge = new_nonce(), ""
-    control.send(Hello(nonce))
-    opening = parse_opening(control.read_line())
+    if terms.wire == "1":
+        return _take_v1(control, _expect_offer(parse_opening(control.read_line())), terms)
+    if terms.tls:
+        line = _start_tls(control, terms)
+        if line is not None:
+            return _take_v1(control, _expect_offer(parse_opening(line)), terms)
+    agreement = _negotiate(control, terms)
+    if agreement is None:  # the server answered //tls
+        if not control.stream.plain:
+            raise ProtocolError("the server asked for TLS inside TLS")
+        if control.has_unread:
+            raise ProtocolError("the server sent bytes in the clear where TLS must begin (possible man in the middle)")
+        if _start_tls(control, terms) is not None:
+            raise ProtocolError("the server announced TLS and then answered in the clear (possible man in the middle)")
+        agreement = _negotiate(control, terms)
+    if agreement is None:
+        raise ProtocolError("the server asked for TLS inside TLS")
+    return agreement
+
+
+def _start_tls(control: ClientControl, terms: Terms) -> bytes | None:
+    """Go over to TLS; where the server answers the ClientHello in the clear, the line that it sent."""
+    from nodepass.tls.stream import connect_tls
+
+    try:
+        control.secure(connect_tls(control.sock, terms.expected()))
+    except ClearAnswer:
+        return control.read_line()
+    return None
+
+
+def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
+    """Hello to offer, on the present channel; None where the server wants TLS first."""
+    hello = Hello(new_nonce(), terms.client, terms.name)
+    control.send(hello)
+    line = control.read_line()
+    opening = parse_opening(line)
+    challenge = b""
+    if isinstance(opening, StartTLS):
+        return None
     if isinstance(opening, Challenge):
-        if not key:
+        if not terms.key:
             raise RefusedError(KEY_REQUIRED, REASONS[KEY_REQUIRED])
-        challenge = opening.nonce
-        control.send(Auth(key.client_proof(nonce, challenge)))
-        opening = parse_opening(control.read_line())
+        challenge = line
+        transcript = Transcript(hello.encode()[:-1], challenge, control.channel)
+        control.send(Auth(terms.key.client_proof(transcript)))
+        line = control.read_line()
+        opening = parse_opening(line)
+    offer = _expect_offer(opening)
+    if offer.version == 1:
+        if not control.stream.plain:
+            raise ProtocolError("an offer of wire v1 inside TLS")
+        return _take_v1(control, offer, terms)
+    _check_tls(control, offer, terms)
+    if not terms.key:
+        return control.agree(Agreement(offer))
+    transcript = Transcript(hello.encode()[:-1], challenge, control.channel)
+    return control.agree(Agreement(offer, _check_server(offer, line, terms.key, transcript), terms.key))
+
+
+def _expect_offer(opening: Challenge | Refusal | Offer | StartTLS) -> Offer:
+    """The offer, if that is what the server said. Raises RefusedError, ProtocolError."""
     if isinstance(opening, Refusal):
         raise RefusedError(opening.reason, REASONS.get(opening.reason, ""))
     if not isinstance(opening, Offer):
-        raise ProtocolError("the server sent two challenges")
-    session = _check_server(opening, key, nonce, challenge) if key else None
-    return control.agree(Agreement(opening, session))
+        raise ProtocolError(f"neither an offer nor a rejection: {printable(opening.encode()[:-1])}")
+    return opening
 
 
-def _read_hello(control: Control, key: Key | None, timeout: float) -> Hello:
-    """The client's hello; `_SILENT` where none comes and no key is required."""
-    try:
-        with gevent.Timeout(timeout if key else min(timeout, HELLO_WITHIN), TimeoutError()):
-            hello = parse_hello(control.read_line())
-    except TimeoutError:
-        if key:
-            words = "no hello (wire v1, or a silent peer), and this server requires a key"
-            raise RefusedError(KEY_REQUIRED, words) from None
-        return _SILENT
-    if hello.version != "2":
-        raise RefusedError(VERSION, f"unsupported wire version {hello.version[:8]!r}; this server supports 1 and 2")
-    return hello
+def _check_tls(control: ClientControl, offer: Offer, terms: Terms) -> None:
+    """Whether the offer's mode is the one that this connection has, and enough. Raises RefusedError."""
+    secured = not control.stream.plain
+    if bool(offer.tls) != secured:
+        words = (
+            f"the server offers tls={offer.tls} {'inside' if secured else 'outside'} TLS (possible man in the middle)"
+        )
+        raise RefusedError(NO_TLS, words)
+    if offer.tls < terms.tls:
+        raise RefusedError(NO_TLS, f"the server offers tls={offer.tls} and this client requires tls={terms.tls}")
+    if offer.tls == 2:
+        _check_certificate(control, terms.host)
 
 
-def _check_client(control: Control, expected: str, timeout: float) -> None:
-    """Read the client's proof of the key. Raises RefusedError where it is missing or wrong."""
-    try:
-        auth = parse_auth(control.read_line())
-    except ProtocolError as error:
-        raise RefusedError(KEY_MISMATCH, f"invalid answer to the challenge: {error}") from None
-    except TimeoutError:
-        raise RefusedError(KEY_REQUIRED, f"no proof of the key within {timeout:.3g}s") from None
-    except ConnectionError:
-        words = "client disconnected after the challenge (no key, or a different one)"
-        raise RefusedError(KEY_REQUIRED, words) from None
-    if not same(auth.mac, expected):
-        raise RefusedError(KEY_MISMATCH, "the client's key does not match this server's")
+def _check_certificate(control: ClientControl, host: str) -> None:
+    """Whether the handshake has verified the certificate for this host. Raises VerificationError."""
+    from nodepass.tls.stream import TLSStream
+
+    stream = control.stream
+    assert isinstance(stream, TLSStream), "an offer outside TLS has been refused"
+    if stream.rejection:
+        raise VerificationError(f"certificate {stream.rejection.words}", stream.rejection.check)
+    if stream.verified_for != host:
+        raise VerificationError(f"the certificate has not been verified for {host!r}")
 
 
-def _check_server(offer: Offer, key: Key, nonce: str, challenge: str) -> SessionKey:
-    """The session's key. Raises RefusedError where the server has not proven that it has the client's key."""
-    if offer.version == 1:
+def _take_v1(control: ClientControl, offer: Offer, terms: Terms) -> Agreement:
+    """Go on with a v1 server, which has no key, and signals in the clear. Raises RefusedError where it may not be."""
+    if offer.version > 1:
+        raise RefusedError(VERSION, "the server offered wire v2 in the clear before it was asked")
+    if terms.key:
         raise RefusedError(KEY_MISMATCH, "the server speaks wire v1, which has no key, and this client requires one")
-    if not challenge or not offer.mac:
-        words = "the server has no key and this client requires one; set the same TUNNEL_KEY_FILE on both ends"
+    if terms.wire == "2":
+        raise RefusedError(VERSION, "the server speaks wire v1 and this client requires v2 (wire=2)")
+    if offer.tls < terms.tls:
+        words = f"the server speaks wire v1 and offers tls={offer.tls}, and this client requires tls={terms.tls}"
+        raise RefusedError(NO_TLS, words)
+    if terms.tls == 2 and terms.wire != "1":
+        words = (
+            "the server speaks wire v1, whose signals are in the clear, and this client requires tls=2; allowed: wire=1"
+        )
+        raise RefusedError(VERSION, words)
+    return control.agree(Agreement(offer))
+
+
+def _check_server(offer: Offer, line: bytes, key: Key, transcript: Transcript) -> SessionKey:
+    """The session's key. Raises RefusedError where the server has not proven that it has the client's key."""
+    if not transcript.challenge or not offer.mac:
+        words = f"the server has no key for this tunnel and this client requires one; {SAME_KEY}"
         raise RefusedError(KEY_MISMATCH, words)
-    if not same(offer.mac, key.server_proof(nonce, challenge, offer)):
-        raise RefusedError(KEY_MISMATCH, "the server's key does not match this client's (possible man in the middle)")
-    return key.session(nonce, challenge, offer)
+    text = without_mac(line, offer.mac)
+    if not same(offer.mac, key.server_proof(transcript, text)):
+        words = "the server's key does not match this client's, or something was changed (possible man in the middle)"
+        raise RefusedError(KEY_MISMATCH, words)
+    return key.session(transcript, text)

@@ -15,6 +15,7 @@ from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.control import Control
+from nodepass.tunnel.security import Security, summarize
 
 # What a server listens for. A socket unit of systemd may name its sockets so (FileDescriptorName=).
 TUNNEL, DATA, TARGET = LISTENER_ROLES = ("tunnel", "data", "target")
@@ -35,6 +36,7 @@ class View:
     slots: int
     flows: int  # of UDP
     certificate_expiry: float | None  # Unix time
+    security: Security
 
 
 def report_fields(view: View, stats: Stats) -> dict[str, object]:
@@ -47,6 +49,7 @@ def report_fields(view: View, stats: Stats) -> dict[str, object]:
         "pool_capacity": view.pool_capacity,
         "sessions": view.slots_used,
         "flows": view.flows,
+        "security": summarize(view.security),
         "counters": stats.snapshot(),
     }
 
@@ -102,7 +105,7 @@ class Tunnel(Observed, Protocol):
         """End everything at once."""
 
     def reload(self) -> None:
-        """Read files again."""
+        """Read files again, and take the keys that the tunnel has now; a peer whose key is gone is ended at once."""
 
     def describe(self) -> str:
         """One line for an operator."""

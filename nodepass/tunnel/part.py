@@ -32,6 +32,7 @@ class Part:
     """One part of an end: `start` is called at most once, then perhaps `stop`, then `close` in any case."""
 
     def __init__(self, common: Common) -> None:
+        self.common = common
         self._settings = common.settings
         self._log = common.log
         self._stats = common.stats

@@ -31,7 +31,7 @@ from nodepass.log import Limit, Log
 from nodepass.net.sockets import stalled
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
-from nodepass.wire.frames import FrameBuffer, encode_frame
+from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 
 QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds of delay
 OVERHEAD = 64  # bytes of memory that a queued frame takes beyond its own
@@ -67,7 +67,13 @@ class Lane:
 
     def send(self, flow: int, payload: bytes) -> bool:
         """Queue one datagram; False if the lane cannot take it. Never blocks."""
-        frame = encode_frame(flow, payload)
+        return self._queue(encode_frame(flow, payload))
+
+    def announce(self, flow: int, visitor: str, local: str) -> bool:
+        """Queue the addresses of a flow, in front of its first datagram; as `send`."""
+        return self._queue(encode_addresses(flow, visitor, local))
+
+    def _queue(self, frame: bytes) -> bool:
         if self.ended or self._queued + len(frame) > QUEUE:
             return False
         self._frames.append(frame)

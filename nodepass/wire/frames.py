@@ -1,6 +1,8 @@
 """Frames of a UDP lane (wire v2): `flow` (u32), `length` (u16), payload, big-endian. No I/O.
 
-Either end sends one for each datagram; `tunnel.udp` carries them.
+Either end sends one for each datagram; `tunnel.udp` carries them. A length that no datagram has means text about the
+flow instead: a second length (u16) and `from=<addr>&to=<addr>`, which a server sends in front of a flow's first
+datagram where the client wants it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import struct
 from collections.abc import Iterator
 
 HEADER = struct.Struct(">IH")
+TEXT = 0xFFFF  # in place of a length: no datagram is so long
+_TEXT_LENGTH = struct.Struct(">H")
 
 
 def encode_frame(flow: int, payload: bytes) -> bytes:
@@ -16,8 +20,14 @@ def encode_frame(flow: int, payload: bytes) -> bytes:
     return HEADER.pack(flow, len(payload)) + payload
 
 
+def encode_addresses(flow: int, visitor: str, local: str) -> bytes:
+    """Where a flow's datagrams come from, and where the visitor sent them: `ip:port` each."""
+    text = f"from={visitor}&to={local}".encode()
+    return HEADER.pack(flow, TEXT) + _TEXT_LENGTH.pack(len(text)) + text
+
+
 class FrameBuffer:
-    """Splits a byte stream into frames. It holds less than one frame, 64 KiB at most."""
+    """Splits a byte stream into frames. It holds less than one frame, 64 KiB at most. Text is skipped."""
 
     def __init__(self) -> None:
         self._held = b""
@@ -29,9 +39,16 @@ class FrameBuffer:
         start, size, header = 0, len(data), HEADER.size
         while size - start >= header:
             flow, length = HEADER.unpack_from(data, start)
-            end = start + header + length
+            begin = start + header
+            if length == TEXT:
+                begin += _TEXT_LENGTH.size
+                if begin > size:
+                    break
+                (length,) = _TEXT_LENGTH.unpack_from(data, begin - _TEXT_LENGTH.size)
+            end = begin + length
             if end > size:
                 break
-            yield flow, data[start + header : end]
+            if begin == start + header:
+                yield flow, data[begin:end]
             start = end
         self._held = data[start:]

@@ -15,8 +15,8 @@ from tests.support.sockets import PATIENCE, Address, datagram_socket, is_silent
 from tests.support.target import Target
 from tests.support.tunnel import STEADY, OurClient, OurServer, Tunnel
 from tests.support.v2_echo import ROOM, DatagramEcho
-from tests.support.v2_lane import LARGEST
 from tests.support.v2_tunnel import V2Pair, V2Side, open_v2_tunnel
+from tests.support.wire2.lane import LARGEST
 
 SIZES = (0, 1, 1472, 1473, 9000, LARGEST)
 SIDES: tuple[tuple[V2Side, V2Side], ...] = (("ours", "ours"), ("ours", "v2"), ("v2", "ours"))

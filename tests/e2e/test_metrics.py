@@ -13,6 +13,7 @@ import pytest
 from cryptography import x509
 
 from nodepass import __version__
+from nodepass.daemon.key_file import generate
 from tests.support.certificates import Authority
 from tests.support.scrape import (
     WATCHED,
@@ -39,8 +40,6 @@ from tests.support.sockets import (
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
-from tests.support.v2_client import V2Client
-from tests.support.v2_tunnel import SECRET
 
 ENDED = "nodepass_sessions_total"
 
@@ -271,15 +270,15 @@ def test_a_reconnect_is_counted() -> None:
     with Target() as target, OurServer(env=WATCHED) as server:
         place = metrics_of(server)
         for reconnects in range(2):
-            with V2Client(server.tunnel_address, target.address) as client:
+            with V1Client(server.tunnel_address, target.address) as client:
                 client.wait_until_full()
                 wait_for_value(place, reconnects, "nodepass_reconnects_total")
             until(lambda: get(place, "/readyz").status == 503, what="the client is gone")
 
 
 def test_who_is_turned_away_is_counted_by_reason(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer(env={**WATCHED, "TUNNEL_KEY": SECRET}))
-    other = {**WATCHED, "TUNNEL_KEY": "another horse, another staple"}
+    server = stack.enter_context(OurServer(1, env={**WATCHED, "TUNNEL_KEY": generate()}))
+    other = {**WATCHED, "TUNNEL_KEY": generate()}
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=other))
     for run in (server, client):
         place = metrics_of(run)
@@ -301,8 +300,7 @@ def test_a_refused_certificate_is_counted(authority: Authority) -> None:
         env = {**WATCHED, "SSL_CERT_FILE": str(authority.crt)}
         with OurClient(server.tunnel_address, ("127.0.0.1", 9), env=env) as client:
             failures = "nodepass_handshake_failures_total"
-            wait_for_more(metrics_of(client), 0, failures, connection="data", reason="certificate")
-            wait_for_more(metrics_of(server), 0, failures, connection="data", reason="tls")
+            wait_for_more(metrics_of(client), 0, failures, connection="control", reason="certificate")
 
 
 def test_several_tunnels_are_told_apart() -> None:
@@ -310,7 +308,9 @@ def test_several_tunnels_are_told_apart() -> None:
         samples = scrape(metrics_of(server))
         names = {each.labels["tunnel"] for each in samples if each.name == "nodepass_tunnel_info"}
         assert len(names) == 2
-        assert all(each.labels["role"] == "server" for each in samples if each.name == "nodepass_tunnel_info")
+        infos = [each.labels for each in samples if each.name == "nodepass_tunnel_info"]
+        expected = {"role": "server", "name": "", "key": "no", "tls": "0", "tls_version": "", "group": "", "wire": ""}
+        assert [each | expected for each in infos] == infos
         lines = get(metrics_of(server), "/readyz").body.splitlines()
         assert {line.rpartition(": ")[0] for line in lines} == names
         assert format_address(server.tunnel_address).rpartition(":")[2] in " ".join(names)

@@ -16,9 +16,11 @@ from tests.support.sockets import connect, is_over, reset
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Pair, Tunnel, assert_connected, open_tunnel
 from tests.support.v1_client import V1Client
-from tests.support.v2_client import V2Client
-from tests.support.v2_middle import Forwarder
 from tests.support.v2_tunnel import KEYED, SECRET, V2Pair, open_v2_tunnel
+from tests.support.wire2.client import V2Client
+from tests.support.wire2.client_side import ClientSide
+from tests.support.wire2.middle import Forwarder
+from tests.support.wire2.ours import OurClients, OurServers
 
 ONE_PORT: Environment = {"DATA_PORT": "tunnel"}
 ENV: Environment = {**CALM, **ONE_PORT}
@@ -28,9 +30,10 @@ STRANGERS = {
     "garbage": bytes(range(256)),
     "an HTTP request": b"GET / HTTP/1.1\r\nHost: example.test\r\n\r\n",
     "a TLS record that is none": b"\x16\x03\x01\x00\x05hello",
-    "half a marker": b"//da",
-    "a marker that goes on": b"//database\n",
-    "a marker and nothing more": b"//data\n",
+    "half a line": b"//da",
+    "a line that goes on": b"//database\n",
+    "a data connection without a sid": b"//data\n",
+    "a data connection of another server": b"//data?sid=" + b"0" * 32 + b"\n",
     "a long line": b"//hello?" + b"x" * 9000,
     "nothing": b"",
 }
@@ -57,12 +60,12 @@ def test_a_v2_tunnel_works_on_one_port(one_port: Tunnel) -> None:
     assert_all_works(one_port)
 
 
-def test_the_signal_names_the_tunnel_port_and_says_so(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer(env=ENV))
-    client = stack.enter_context(V2Client(server.tunnel_address, automatic=False))
-    client.connect()
-    assert client.is_mux
-    assert int(client.signal.host) == server.tunnel_address[1]
+def test_the_offer_names_the_tunnel_port_and_says_so() -> None:
+    with OurServer(env=ENV) as server, ClientSide(server.tunnel_address) as client:
+        client.connect()
+        assert client.is_mux
+        assert client.sid
+        assert int(client.offer.host) == server.tunnel_address[1]
 
 
 def test_our_client_connects_nowhere_else(stack: contextlib.ExitStack) -> None:
@@ -84,7 +87,8 @@ def test_a_mapped_port_works(stack: contextlib.ExitStack, tls: int, keyed: bool)
     server = stack.enter_context(OurServer(tls, env=env))
     target = stack.enter_context(Target())
     mapped = stack.enter_context(Forwarder(server.tunnel_address))
-    client = stack.enter_context(OurClient(mapped.address, target.address, env=env))
+    client = stack.enter_context(OurClient(mapped.address, target.address, query=f"tls={tls}", env=env))
+    client.wait_until_connected()
     assert_all_works(Tunnel(server, client, target))
 
 
@@ -141,7 +145,7 @@ def test_silent_strangers_by_the_hundred_do_not_keep_data_connections_out(stack:
     env = {**KEYED, **ONE_PORT, "HANDSHAKE_TIMEOUT": "60s"}
     server = stack.enter_context(OurServer(env=env))
     target = stack.enter_context(Target())
-    client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, query="tls=0", env=env))
     client.wait_until_connected()
     for _ in range(200):
         talk_to(server, b"", stack)
@@ -153,6 +157,29 @@ def talk_to(server: OurServer, begin: bytes, stack: contextlib.ExitStack) -> soc
     stranger = stack.enter_context(connect(server.tunnel_address))
     stranger.sendall(begin)
     return stranger
+
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.mark.parametrize(("tls", "ports"), [(0, "0"), (1, "tunnel"), (2, "0")])
+def test_tunnels_of_many_names_share_a_tunnel_port_and_keep_apart(
+    authority: Authority, stack: contextlib.ExitStack, tls: int, ports: str
+) -> None:
+    env = {**KEYED, "DATA_PORT": ports, "SSL_CERT_FILE": str(authority.crt)}
+    queries = {name: f"tls={tls}&name={name}" for name in NAMES}
+    servers = stack.enter_context(OurServers(queries, authority.local, env=env, shares_port=True))
+    assert len({servers[name].tunnel for name in NAMES}) == 1
+    targets = {name: stack.enter_context(Target()) for name in NAMES}
+    where = {name: (servers[name].tunnel, queries[name]) for name in NAMES}
+    addresses = {name: target.address for name, target in targets.items()}
+    clients = stack.enter_context(OurClients(where, addresses, env=env))
+    for name in NAMES:
+        clients.wait_in(name, "server.connected", wire=2, tls=tls)
+    for _ in range(10):
+        for name in NAMES:
+            with connect(servers[name].visitors) as visitor, targets[name].accept() as service:
+                assert_connected(visitor, service)
 
 
 def assert_is_closed(stranger: socket.socket) -> None:

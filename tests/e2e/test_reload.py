@@ -10,7 +10,6 @@ import pytest
 
 from tests.support.certificates import Authority, Certificate
 from tests.support.process import Environment
-from tests.support.sockets import connect
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
@@ -127,6 +126,6 @@ def test_a_renewal_that_expires_soon_is_warned_about(
 def test_sighup_without_certificate_files_is_survived(stack: contextlib.ExitStack, tls: int) -> None:
     server = stack.enter_context(OurServer(tls))
     server.send(signal.SIGHUP)
-    with connect(server.tunnel_address):
+    with V1Client(server.tunnel_address):
         server.wait_for_client()
     assert server.is_running

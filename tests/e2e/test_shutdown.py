@@ -117,10 +117,10 @@ def test_a_server_is_stopped_while_a_visitor_waits() -> None:
 def test_the_client_notices_that_its_server_has_stopped(tunnel: TunnelFactory) -> None:
     started = tunnel()
     assert started.our_server.stop() == 0
-    started.our_client.wait_for("server.disconnected", reason="closed")
+    started.our_client.wait_for("server.disconnected", reason="shutdown")
 
 
 def test_the_server_notices_that_its_client_has_stopped(tunnel: TunnelFactory) -> None:
     started = tunnel()
     assert started.our_client.stop() == 0
-    started.our_server.wait_for("client.disconnected", reason="closed")
+    started.our_server.wait_for("client.disconnected", reason="shutdown")

@@ -32,7 +32,7 @@ def refusal(stack: contextlib.ExitStack, leaf: Certificate, env: dict[str, str])
     server = stack.enter_context(OurServer(2, leaf))
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=env))
-    entry = client.wait_for("data.dial_failed", level="error", reason="certificate")
+    entry = client.wait_for("server.rejected", level="error", reason="certificate")
     with connect(server.visitor_address) as visitor:
         visitor.settimeout(0.2)
         with contextlib.suppress(TimeoutError):
@@ -143,21 +143,12 @@ def lenient() -> ssl.SSLContext:
     return context
 
 
-def test_a_client_ignores_a_tls_of_its_own_with_a_warning(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer(1))
-    target = stack.enter_context(Target())
-    url = f"client://127.0.0.1:{server.tunnel_address[1]}/127.0.0.1:{target.address[1]}?tls=0"
-    client = stack.enter_context(Nodepass(url))
-    client.wait_for("config.warning", level="warn", reason="tls_ignored")
-    client.wait_for("server.connected", tls=1)
-
-
 def test_a_server_without_tls_says_that_the_tunnel_is_in_the_clear(
     stack: contextlib.ExitStack,
 ) -> None:
     server = stack.enter_context(Nodepass("server://127.0.0.1:0/127.0.0.1:0"))
     server.wait_for("server.listening", tls=0)
-    server.wait_for("config.warning", level="warn", reason="tls_unset")
+    server.wait_for("tunnel.security", level="warn", tls=0, key=False)
 
 
 @pytest.mark.parametrize("tls", [0, 1])

@@ -56,6 +56,7 @@ def test_once_prints_a_table_that_a_script_can_read(tunnel: Tunnel, endpoint: st
     assert row["TUNNEL"] == f"server:{tunnel.our_server.tunnel_address[1]}"
     assert row["STATE"] == "ready"
     assert row["PEER"] == "127.0.0.1"
+    assert row["SECURITY"] == "none"
     assert re.fullmatch(r"\d+/\d+", row["POOL"])
     assert row["UP/S"] == "0 B"
     assert "\x1b" not in done.output

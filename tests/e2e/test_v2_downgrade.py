@@ -1,149 +1,218 @@
-"""A client with a key: no server without it, none in the middle and none of an older version is used."""
+"""A client of ours with a key: no server without it, none in the middle and none of an older version is used."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
 from tests.support.certificates import Authority
-from tests.support.log import loud, one_of
-from tests.support.process import Environment, Nodepass
-from tests.support.sockets import connect, format_address, is_silent
-from tests.support.target import Target
-from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
+from tests.support.log import one_of
+from tests.support.process import Environment
+from tests.support.tunnel import CALM, OurClient
 from tests.support.v1_server import V1Server
-from tests.support.v2_control import Conversation, ScriptedServer
-from tests.support.v2_crypto import Transcript
-from tests.support.v2_middle import TLSMiddle
-from tests.support.v2_tunnel import KEYED, SECRET
+from tests.support.wire2 import lines
+from tests.support.wire2.ours import OurServers
+from tests.support.wire2.proofs import SECRET, sign, stretch
+from tests.support.wire2.server_side import Script, ServerSide, Terms
+from tests.support.wire2.stage import Scripts, played
 
-NONCE = "f0e0d0c0b0a090807060504030201000"
-
-
-def without_challenge(talk: Conversation, _: str, port: int) -> None:
-    talk.say(f"//{port}?v=2&hb=200#0")
+OTHER_SECRET = "another secret that is long enough"
+CHALLENGE = b"//challenge?nonce=f0e0d0c0b0a090807060504030201000"
 
 
-def made_up_mac(talk: Conversation, _: str, port: int) -> None:
-    talk.say(f"//{port}?v=2&hb=200&mac={'0' * 64}#0")
+@pytest.fixture(scope="module")
+def env(authority: Authority) -> Environment:
+    return {**CALM, "SSL_CERT_FILE": str(authority.crt), "TUNNEL_KEY": SECRET}
 
 
-def v1_at_once(talk: Conversation, _: str, port: int) -> None:
-    talk.say(f"//{port}#0")
+def ends(side: ServerSide) -> None:
+    """The client has to say nothing more and leave."""
+    with contextlib.suppress(ConnectionError):
+        assert side.talk.rest() == b"", "it goes on"
 
 
-def v1_after_the_proof(talk: Conversation, nonce: str, port: int) -> None:
-    challenge(talk, nonce, port)
-    talk.say(f"//{port}#0")
+def without_challenge(side: ServerSide) -> None:
+    side.hear_hello()
+    side.talk.say(side.make_offer())
+    ends(side)
 
 
-def challenge(talk: Conversation, nonce: str, port: int) -> Transcript:
-    """Challenge the client and hear its right proof; what both ends would agree on."""
-    talk.say(f"//challenge?nonce={NONCE}")
-    agreed = Transcript(SECRET, nonce, NONCE, port)
-    assert talk.hear().line.decode() == f"//auth?mac={agreed.client_proof()}"
-    return agreed
+def with_a_made_up_mac(side: ServerSide) -> None:
+    side.hear_hello()
+    side.talk.say(lines.with_mac(side.make_offer(), "0" * 64))
+    ends(side)
 
 
-def no_mac(talk: Conversation, nonce: str, port: int) -> None:
-    challenge(talk, nonce, port)
-    talk.say(f"//{port}?v=2&hb=200#0")
+def v1_at_once(side: ServerSide) -> None:
+    side.talk.say(f"//9#{side.terms.tls}")
+    side.talk.end()
+    with contextlib.suppress(ConnectionError):
+        side.talk.rest()
 
 
-def with_mac(change: Callable[[Transcript], str]) -> Callable[[Conversation, str, int], None]:
-    """A server that challenges and then shows this proof."""
+def v1_inside(side: ServerSide) -> None:
+    side.hear_hello()
+    side.talk.say(f"//9#{side.terms.tls}")
+    ends(side)
 
-    def script(talk: Conversation, nonce: str, port: int) -> None:
-        talk.say(f"//{port}?v=2&hb=200&mac={change(challenge(talk, nonce, port))}#0")
+
+def after_the_proof(say: Callable[[ServerSide], bytes]) -> Script:
+    """A server that challenges, hears the right proof, and then says this."""
+
+    def script(side: ServerSide) -> None:
+        side.hear_hello()
+        side.challenge(CHALLENGE)
+        side.hear_auth()
+        side.talk.say(say(side))
+        ends(side)
 
     return script
 
 
-SCRIPTS: dict[str, Callable[[Conversation, str, int], None]] = {
-    "no challenge": without_challenge,
-    "no challenge, a mac": made_up_mac,
-    "v1 at once": v1_at_once,
-    "v1 after the proof": v1_after_the_proof,
-    "no mac": no_mac,
-    "empty mac": with_mac(lambda _: ""),
-    "mac of zeros": with_mac(lambda _: "0" * 64),
-    "truncated mac": with_mac(lambda agreed: agreed.server_proof()[:32]),
-    "mac that is not hex": with_mac(lambda _: "%C3%A9" * 10),
-    "client's proof sent back": with_mac(lambda agreed: agreed.client_proof()),
-    "mac of another key": with_mac(lambda agreed: replace(agreed, secret="another").server_proof()),
-    "mac of another nonce": with_mac(lambda agreed: replace(agreed, client_nonce=NONCE).server_proof()),
-    "mac for another port": with_mac(lambda agreed: replace(agreed, port=1).server_proof()),
-    "mac for another tls": with_mac(lambda agreed: replace(agreed, tls=1).server_proof()),
-    "mac for a fingerprint": with_mac(lambda agreed: replace(agreed, fingerprint="00" * 32).server_proof()),
+def with_mac(mac: Callable[[ServerSide], str]) -> Script:
+    """A server with the right offer and this proof."""
+    return after_the_proof(lambda side: lines.with_mac(side.make_offer(), mac(offered(side))))
+
+
+def offered(side: ServerSide) -> ServerSide:
+    """The side as if the right offer had been made."""
+    side.agreement = replace(side.agreement, offer=side.make_offer())
+    return side
+
+
+def of(**changes: object) -> Callable[[ServerSide], str]:
+    """The proof of a server that believes something else."""
+    return lambda side: replace(side.agreement, **changes).server_proof()  # type: ignore[arg-type]
+
+
+def for_offer(**changes: object) -> Callable[[ServerSide], str]:
+    """The proof of another offer than the one that is made."""
+
+    def mac(side: ServerSide) -> str:
+        given = {"port": side.port, "tls": side.terms.tls, "hb": side.terms.hb, **changes}
+        return replace(side.agreement, offer=lines.make_offer(**given)).server_proof()  # type: ignore[arg-type]
+
+    return mac
+
+
+def labelled(label: bytes) -> Callable[[ServerSide], str]:
+    """HMAC of the right text under another label."""
+    return lambda side: sign(stretch(SECRET, side.terms.name), label + side.agreement._terms).hex()
+
+
+WRONG_MACS: dict[str, Callable[[ServerSide], str]] = {
+    "zeros": lambda _: "0" * 64,
+    "the client's sent back": lambda side: side.agreement.client_proof(),
+    "another secret": of(secret=OTHER_SECRET),
+    "another name": of(name="other"),
+    "another hello": of(hello=lines.make_hello()),
+    "another challenge": of(challenge=b"//challenge?nonce=" + b"0" * 32),
+    "another channel": of(channel="00" * 32),
+    "another port": for_offer(port=1),
+    "another tls": for_offer(tls=2),
+    "another hb": for_offer(hb=60000),
+    "a sid": for_offer(sid="0" * 32),
+    "one port": for_offer(mux=True),
+    "the client's label": labelled(b"client\n"),
+    "no label": labelled(b""),
+}
+
+MALFORMED: dict[str, Callable[[ServerSide], bytes]] = {
+    "no mac": ServerSide.make_offer,
+    "an empty mac": lambda side: lines.with_mac(side.make_offer(), ""),
+    "half a mac": lambda side: lines.with_mac(side.make_offer(), offered(side).agreement.server_proof()[:32]),
+    "a mac in upper case": lambda side: lines.with_mac(
+        side.make_offer(), offered(side).agreement.server_proof().upper()
+    ),
+    "a mac that is not hex": lambda side: lines.with_mac(side.make_offer(), "%C3%A9" * 10),
+    "a mac before the rest": lambda side: lines.make(
+        str(side.port),
+        [("v", 2), ("mac", offered(side).agreement.server_proof()), ("hb", 5000)],
+        side.terms.tls,
+    ),
+    "v1": lambda side: b"//9#%d" % side.terms.tls,
+    "another challenge": lambda _: b"//challenge?nonce=" + b"0" * 32,
+    "a heartbeat": lambda _: b"//beat?idle=0",
 }
 
 
-def test_a_server_that_does_not_prove_the_key_is_refused(stack: contextlib.ExitStack) -> None:
-    servers = {name: stack.enter_context(ScriptedServer()) for name in SCRIPTS}
-    data = stack.enter_context(ScriptedServer())
-    urls = [f"client://{format_address(server.address)}/127.0.0.1:9?log=debug" for server in servers.values()]
-    client = stack.enter_context(Nodepass(*urls, env=KEYED))
-    for name, server in servers.items():
-        talk = server.accept()
-        hello = talk.hear()
-        SCRIPTS[name](talk, hello.parameters["nonce"], data.address[1])
-        assert talk.is_ended_by_peer(), name
-    for server in servers.values():
-        client.wait_for(tunnel=f"client:{server.address[1]}", level=loud, reason=one_of("key_mismatch", "protocol"))
-    assert not client.find("server.connected") + client.find_crashes()
-    assert client.is_running
-    data.stop_waiting()
-    with pytest.raises(TimeoutError):
-        data.accept()
+LIES: list[Script] = [
+    without_challenge,
+    with_a_made_up_mac,
+    v1_at_once,
+    v1_inside,
+    *map(with_mac, WRONG_MACS.values()),
+    *map(after_the_proof, MALFORMED.values()),
+]
+"""Every way to be the wrong server."""
+
+CLIENTS = 4
+"""Share the lies; each has a name of its own, as one key's tunnels must."""
 
 
-def test_the_right_proof_is_believed() -> None:
-    with (
-        ScriptedServer() as server,
-        ScriptedServer() as data,
-        OurClient(server.address, ("127.0.0.1", 9), env=KEYED) as client,
-        server.accept() as talk,
-    ):
-        nonce = talk.hear().parameters["nonce"]
-        with_mac(lambda agreed: agreed.server_proof())(talk, nonce, data.address[1])
-        client.wait_until_connected(wire=2)
-        data.accept()
+@pytest.mark.parametrize("tls", [0, 1])
+def test_a_server_that_does_not_prove_the_key_is_refused(authority: Authority, env: Environment, tls: int) -> None:
+    scripts: Scripts = {
+        f"n{number}": (
+            Terms(tls, authority.local, SECRET, f"n{number}"),
+            f"name=n{number}&tls={tls}",
+            LIES[number::CLIENTS],
+        )
+        for number in range(CLIENTS)
+    }
+    with played(scripts, {**env, "SERVICE_COOLDOWN": "20ms"}) as clients:
+        for label in scripts:
+            clients.wait_in(label, "server.rejected", level="error", reason="key_mismatch")
+        assert not clients.find("server.connected")
 
 
-def test_a_v1_server_is_refused_by_name() -> None:
-    with V1Server() as server, OurClient(server.tunnel_address, ("127.0.0.1", 9), env=KEYED) as client:
-        client.wait_for("server.rejected", level="error", reason="key_mismatch")
+def test_with_a_key_tls_is_the_default_of_a_client(authority: Authority, env: Environment) -> None:
+    """And what a key's client shows to a server without TLS is a ClientHello, never a proof."""
+
+    def begins_with_tls(side: ServerSide) -> None:
+        assert side.talk.first_byte() == b"\x16"
+        side.talk.say("//9?v=2&hb=5000#0")
+        side.talk.end()
+        with contextlib.suppress(ConnectionError):
+            side.talk.rest()
+
+    scripts: Scripts = {"default": (Terms(1, authority.local, SECRET), "", begins_with_tls)}
+    with played(scripts, env) as clients:
+        clients.wait_in("default", level="error", server=lambda _: True)
+
+
+@pytest.mark.parametrize("tls", [0, 1, 2])
+def test_the_right_proof_is_believed(authority: Authority, env: Environment, tls: int) -> None:
+    def serve(side: ServerSide) -> None:
+        side.negotiate()
+        side.beat()
+        side.hear_answer()
+
+    terms = Terms(tls, authority.local, SECRET, "web")
+    with played({"right": (terms, f"name=web&tls={tls}", serve)}, env) as clients:
+        clients.wait_in("right", "server.connected", wire=2, tls=tls)
+
+
+def test_a_v1_server_is_refused_by_name(env: Environment) -> None:
+    with V1Server() as server, OurClient(server.tunnel_address, ("127.0.0.1", 9), query="", env=env) as client:
+        client.wait_for("server.rejected", level="error", reason=one_of("key_mismatch", "version"))
         assert not client.find("server.connected")
         assert server.idle == 0
 
 
-def test_our_server_without_a_key_is_refused_by_our_client_with_one() -> None:
-    with OurServer() as server, OurClient(server.tunnel_address, ("127.0.0.1", 9), env=KEYED) as client:
-        client.wait_for("server.rejected", level="error", reason="key_mismatch")
-        assert not client.find("server.connected")
-        with connect(server.visitor_address) as visitor:
-            assert is_silent(visitor, 0.3)
+@pytest.fixture(scope="module")
+def unkeyed(authority: Authority) -> Iterator[OurServers]:
+    with OurServers({"clear": "tls=0", "tls": "tls=1"}, authority.local) as running:
+        yield running
 
 
-@pytest.mark.parametrize("env", [CALM, KEYED], ids=["without a key", "with a key"])
-def test_a_man_in_the_middle_who_ends_tls_is_refused_with_a_key_only(
-    stack: contextlib.ExitStack, authority: Authority, env: Environment
+@pytest.mark.parametrize("label", ["clear", "tls"])
+def test_our_server_without_a_key_is_refused_by_our_client_with_one(
+    unkeyed: OurServers, env: Environment, label: str
 ) -> None:
-    """That he is let through without a key shows that he would be good enough."""
-    server = stack.enter_context(OurServer(1, env=env))
-    target = stack.enter_context(Target())
-    ports = server.tunnel_address[1], server.data_address[1]
-    middle = stack.enter_context(TLSMiddle(*ports, authority.issue("middle.example")))
-    client = stack.enter_context(OurClient(middle.address, target.address, env=env))
-    if env is CALM:
-        Tunnel(server, client, target).assert_works()
-        assert middle.seen
-    else:
-        client.wait_for("data.dial_failed", level="error", check="fingerprint")
-        with connect(server.visitor_address), pytest.raises(TimeoutError):
-            target.accept(timeout=0.5)
-        assert not middle.seen
-        assert client.is_running
+    with OurClient(unkeyed[label].tunnel, ("127.0.0.1", 9), query="", env=env) as client:
+        client.wait_for("server.rejected", level="error", reason=one_of("key_mismatch", "no_tls"))
+        assert not client.find("server.connected")

@@ -11,14 +11,13 @@ import pytest
 
 from tests.support.log import Entry
 from tests.support.process import Nodepass
-from tests.support.sockets import datagram_socket, until
+from tests.support.sockets import datagram_socket, format_address, until
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer
-from tests.support.v1_stream import Stream
-from tests.support.v2_client import V2Client
-from tests.support.v2_lane import LARGEST, Lane, make_frame
-from tests.support.v2_server import V2Server
-from tests.support.v2_tunnel import SECRET
+from tests.support.wire2.client_side import ClientSide
+from tests.support.wire2.lane import LANE, LARGEST, Lane, make_announcement, make_frame
+from tests.support.wire2.server import V2Server
+from tests.support.wire2.talk import Talk
 
 VISITORS = 12
 BURST = 40
@@ -28,12 +27,14 @@ BURST = 40
 class LedLanes:
     """A v2 client led by the test: which lane each launch has opened."""
 
-    def __init__(self, client: V2Client, connections: int) -> None:
+    def __init__(self, client: ClientSide, connections: int) -> None:
         self._client = client
-        self._streams: dict[str, Stream] = dict(client.open_data() for _ in range(connections))
+        self._talks: dict[str, Talk] = dict(client.open_data() for _ in range(connections))
 
-    def next(self) -> Lane:
-        return self._client.next_lane(self._streams)
+    def next(self, timeout: float | None = None) -> Lane:
+        launch = self._client.hear_launch(timeout)
+        assert launch.raw == f"//{launch.host}#{LANE}".encode()
+        return Lane(self._talks.pop(launch.host))
 
 
 @pytest.fixture
@@ -43,14 +44,14 @@ def server() -> Iterator[OurServer]:
 
 
 @pytest.fixture
-def client(server: OurServer) -> Iterator[V2Client]:
-    with V2Client(server.tunnel_address, automatic=False) as led:
+def client(server: OurServer) -> Iterator[ClientSide]:
+    with ClientSide(server.tunnel_address) as led:
         led.connect()
         yield led
 
 
 def test_lanes_are_opened_as_flows_come_and_shared_when_there_are_enough(
-    server: OurServer, client: V2Client, stack: contextlib.ExitStack
+    server: OurServer, client: ClientSide, stack: contextlib.ExitStack
 ) -> None:
     ready = LedLanes(client, 8)
     visitors = [stack.enter_context(datagram_socket()) for _ in range(VISITORS)]
@@ -74,7 +75,7 @@ def test_lanes_are_opened_as_flows_come_and_shared_when_there_are_enough(
         assert visitor.recv(100) == b"answer %d" % number
 
 
-def test_a_flow_stays_on_its_lane(server: OurServer, client: V2Client, stack: contextlib.ExitStack) -> None:
+def test_a_flow_stays_on_its_lane(server: OurServer, client: ClientSide, stack: contextlib.ExitStack) -> None:
     ready = LedLanes(client, 8)
     visitors = [stack.enter_context(datagram_socket()) for _ in range(2)]
     lanes, flows = [], []
@@ -88,7 +89,7 @@ def test_a_flow_stays_on_its_lane(server: OurServer, client: V2Client, stack: co
             assert lane.receive() == (flow, b"again")
 
 
-def test_frames_for_flows_that_nobody_has_are_dropped_and_harm_nobody(server: OurServer, client: V2Client) -> None:
+def test_frames_for_flows_that_nobody_has_are_dropped_and_harm_nobody(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 4)
     with datagram_socket() as visitor:
         visitor.sendto(b"hello", server.visitor_address)
@@ -101,7 +102,7 @@ def test_frames_for_flows_that_nobody_has_are_dropped_and_harm_nobody(server: Ou
     assert not server.find("client.disconnected") + server.find_crashes()
 
 
-def test_frames_may_come_in_any_pieces(server: OurServer, client: V2Client) -> None:
+def test_frames_may_come_in_any_pieces(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 4)
     with datagram_socket() as visitor:
         visitor.sendto(b"hello", server.visitor_address)
@@ -114,7 +115,7 @@ def test_frames_may_come_in_any_pieces(server: OurServer, client: V2Client) -> N
         assert [visitor.recv(LARGEST) for _ in range(3)] == [b"one", b"", b"x" * 3000]
 
 
-def test_a_lane_that_ends_in_the_middle_of_a_frame_is_replaced(server: OurServer, client: V2Client) -> None:
+def test_a_lane_that_ends_in_the_middle_of_a_frame_is_replaced(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 8)
     with datagram_socket() as visitor:
         visitor.sendto(b"hello", server.visitor_address)
@@ -124,12 +125,10 @@ def test_a_lane_that_ends_in_the_middle_of_a_frame_is_replaced(server: OurServer
         assert visitor.recv(100) == b"whole"
         lane.stream.abort()
 
-        client.interval = 0.1
-
         def lane_again() -> Lane | None:
             visitor.sendto(b"again", server.visitor_address)
             with contextlib.suppress(TimeoutError):
-                return ready.next()
+                return ready.next(0.1)
             return None
 
         replaced = until(lane_again)
@@ -143,9 +142,9 @@ def test_a_lane_that_ends_in_the_middle_of_a_frame_is_replaced(server: OurServer
 def test_after_a_takeover_new_flows_go_to_the_new_client_and_old_ones_stay_while_their_lane_lives(
     stack: contextlib.ExitStack,
 ) -> None:
-    server = stack.enter_context(OurServer(env={**CALM, "TUNNEL_KEY": SECRET}))
+    server = stack.enter_context(OurServer())
     visitors = [stack.enter_context(datagram_socket()) for _ in range(2)]
-    clients = [V2Client(server.tunnel_address, secret=SECRET, automatic=False) for _ in range(2)]
+    clients = [ClientSide(server.tunnel_address, identity="0" * 16) for _ in range(2)]
     lanes = []
     for visitor, client in zip(visitors, clients, strict=True):
         stack.enter_context(client)
@@ -180,7 +179,7 @@ def numbered(number: int) -> bytes:
 
 
 def test_what_a_stuck_lane_cannot_take_is_dropped_counted_and_logged_by_our_server(
-    server: OurServer, client: V2Client
+    server: OurServer, client: ClientSide
 ) -> None:
     ready = LedLanes(client, 4)
     with datagram_socket() as visitor:
@@ -259,3 +258,49 @@ def test_our_client_keeps_one_socket_for_each_flow(stack: contextlib.ExitStack) 
     for flow, source in sources.items():
         target.udp.sendto(b"to %d" % flow, source)
         assert lanes[flow % 2].receive() == (flow, b"to %d" % flow)
+
+
+def test_a_client_that_wants_addresses_is_told_those_of_each_flow(server: OurServer) -> None:
+    """Before the flow's first datagram, and once."""
+    with ClientSide(server.tunnel_address, wants=True) as client, datagram_socket() as visitor:
+        client.connect()
+        ready = LedLanes(client, 4)
+        visitor.sendto(b"one", server.visitor_address)
+        lane = ready.next()
+        flow, payload = lane.receive()
+        assert payload == b"one"
+        source, target = (format_address(each) for each in (visitor.getsockname(), server.visitor_address))
+        assert lane.announced == {flow: f"from={source}&to={target}"}
+        visitor.sendto(b"two", server.visitor_address)
+        assert lane.receive() == (flow, b"two")
+
+
+def test_a_client_that_does_not_want_addresses_is_told_none(server: OurServer, client: ClientSide) -> None:
+    ready = LedLanes(client, 4)
+    with datagram_socket() as visitor:
+        visitor.sendto(b"hello", server.visitor_address)
+        lane = ready.next()
+        assert lane.receive()[1] == b"hello"
+        assert not lane.announced
+
+
+def test_addresses_of_a_flow_are_no_datagram_for_our_client(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(V2Server())
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address))
+    client.wait_until_connected()
+    lane, _ = server.open_lane()
+    lane.write(make_announcement(7, "from=192.0.2.7:1&to=192.0.2.1:2") + make_frame(7, b"hello"))
+    assert target.udp.recvfrom(100)[0] == b"hello"
+    lane.write(make_announcement(8, "rubbish") + make_announcement(9, "") + make_frame(8, b"world"))
+    assert target.udp.recvfrom(100)[0] == b"world"
+
+
+def test_an_announcement_of_a_client_is_no_datagram_for_our_server(server: OurServer, client: ClientSide) -> None:
+    ready = LedLanes(client, 4)
+    with datagram_socket() as visitor:
+        visitor.sendto(b"hello", server.visitor_address)
+        lane = ready.next()
+        flow, _ = lane.receive()
+        lane.write(make_announcement(flow, "from=192.0.2.7:1&to=192.0.2.1:2") + make_frame(flow, b"for you"))
+        assert visitor.recv(100) == b"for you"

@@ -18,7 +18,10 @@ from tests.support.tunnel import Tunnel, assert_connected
 from tests.support.v2_tunnel import V2Pair, V2Side, open_v2_tunnel
 
 SIDES: tuple[tuple[V2Side, V2Side], ...] = (("ours", "ours"), ("ours", "v2"), ("v2", "ours"))
-PAIRS = [V2Pair(*sides, tls, keyed) for sides in SIDES for tls in (0, 1, 2) for keyed in (False, True)]
+PAIRS = [
+    *(V2Pair("ours", "ours", tls, keyed) for tls in (0, 1, 2) for keyed in (False, True)),
+    *(V2Pair(*sides, tls, tls > 0) for sides in SIDES[1:] for tls in (0, 1, 2)),
+]
 DIAGONAL = [V2Pair("ours", "ours", 1, True), V2Pair("ours", "v2", 2), V2Pair("v2", "ours", 0, True)]
 
 every_pair = pytest.mark.parametrize("v2_tunnel", PAIRS, indirect=True, ids=str, scope="module")

@@ -14,9 +14,12 @@ from tests.support.log import Entry
 from tests.support.process import Nodepass, run
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
-from tests.support.v2_client import V2Client
-from tests.support.v2_crypto import stretch
-from tests.support.v2_tunnel import KEYED, SECRET
+from tests.support.wire2.client import V2Client
+from tests.support.wire2.client_side import ClientSide
+from tests.support.wire2.proofs import stretch
+
+SECRET = generate()
+KEYED = {**CALM, "TUNNEL_KEY": SECRET}
 
 
 @pytest.fixture
@@ -103,24 +106,25 @@ def command_line(process: Nodepass) -> bytes:
     return Path(f"/proc/{process.pid}/cmdline").read_bytes()
 
 
-def secrets_of(client: V2Client) -> list[str]:
+def secrets_of(side: ClientSide) -> list[str]:
     """Everything that must stay between the two ends."""
-    agreed = client.transcript
+    agreed = side.agreement
     return [SECRET, stretch(SECRET).hex(), agreed.session_key().hex(), agreed.client_proof(), agreed.server_proof()]
 
 
 def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer(1, env=KEYED))
-    with OurClient(
-        server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": (other := generate())}
-    ) as wrong:
+    other = generate()
+    with OurClient(server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": other}) as wrong:
         wrong.wait_for("server.rejected", reason="key_mismatch")
         assert not any(other in line for line in wrong.lines)
-    with V2Client(server.tunnel_address, secret=SECRET, automatic=False) as peer:
+    with ClientSide(server.tunnel_address, secret=SECRET, demand=1) as peer:
         peer.connect()
         hidden = secrets_of(peer)
-        peer.open_data(prove=lambda _: bytes(32))
+        peer.open_data(prove=lambda *_: bytes(32))
+        server.wait_for("data.rejected", reason="protocol")
+    server.wait_for("client.disconnected")
     ours = stack.enter_context(OurClient(server.tunnel_address, target.address, env=KEYED))
     ours.wait_until_connected()
     Tunnel(server, ours, target).assert_works()

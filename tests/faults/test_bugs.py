@@ -99,7 +99,7 @@ WHEN_ASKED: dict[str, tuple[str, Act]] = {
 IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
     "accepting visitors": ("server", "nodepass.server.visitor_listener:VisitorListener._wait_at_limit", visit),
     "accepting clients": ("server", "nodepass.server.pending:PendingConnections.accept", wait),
-    "accepting data connections": ("server", "nodepass.server.data_listener:DataListener.admit", wait),
+    "accepting data connections": ("server", "nodepass.server.data_listener:DataListener._admit_at_once", wait),
     "receiving datagrams": ("server", "nodepass.server.datagram_listener:DatagramListener._begin", ask),
     "heartbeats": ("server", "nodepass.tunnel.control:ServerControl._beat_once", wait),
     "the server's report": ("server", "nodepass.server.pool:ServerPool.end_interval", wait),

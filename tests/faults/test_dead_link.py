@@ -20,9 +20,9 @@ from tests.support.tunnel import OurClient, OurServer, assert_connected
 from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
 from tests.support.v1_stream import is_readable
-from tests.support.v2_control import dial
 from tests.support.v2_network import SERVER, Namespace, Network
 from tests.support.v2_tunnel import SECRET
+from tests.support.wire2.talk import dial
 
 INTERVAL = 0.3
 """Seconds between heartbeats."""
@@ -192,7 +192,7 @@ def test_a_v1_client_that_reappears_is_not_turned_away_for_its_own_ghost(place: 
     become_the_client(server, ghost)
     place.network.replace_client()
     with place.network.client.inside(lambda: dial(server.tunnel_address)) as talk:
-        assert talk.hear_line() == b"//%d#0" % server.data_address[1]
+        assert talk.read_line() == b"//%d#0" % server.data_address[1]
 
 
 @pytest.mark.parametrize(("first", "second"), FOLLOWERS)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
 from typing import Any, cast
 from unittest import mock
 
-from nodepass.errors import ClosedError, ProtocolError
+from nodepass.errors import ClosedError, ProtocolError, TLSError
 from nodepass.net.stream import TCPStream, recv_exactly
 from nodepass.net.udp import receive_datagram
-from nodepass.server import control_listener as sorting
 from nodepass.server.data_listener import verify_proof
+from nodepass.server.opening import Opening
+from nodepass.tls import stream as tls
+from nodepass.tls.certificates import ServerCertificate
 from nodepass.tunnel.udp import SPLIT_FROM, read_datagram
 from nodepass.wire.auth import PROOF_LENGTH, SessionKey
-from nodepass.wire.frames import HEADER, FrameBuffer, encode_frame
-from nodepass.wire.signals import DATA_PREFIX, TLS_RECORD
-from tests.fuzz.scripted import PEER, ScriptedSocket
+from nodepass.wire.frames import HEADER, FrameBuffer
+from nodepass.wire.signals import MAX_OPENING, Hello, parse_first
+from tests.fuzz.scripted import PEER, ScriptedSocket, assert_plain
 from tests.fuzz.scripts import LONG, Script, pieces
 
 LARGEST = 8192
@@ -28,82 +29,70 @@ def check_frames(data: bytes) -> None:
     """Frames are the same however they arrive; what was not given out is less than one and still held."""
     script = Script(data)
     sizes, stream = script.sizes(), script.rest().replace(LONG, b"x" * 1000)
-    whole = list(FrameBuffer().feed(stream))
+    whole, rest = _split_frames(stream)
     buffer, got = FrameBuffer(), []
     for piece in pieces(stream, sizes):
         got += list(buffer.feed(memoryview(bytearray(piece))))
-        assert len(buffer._held) < HEADER.size + 65535
+        assert len(buffer._held) < HEADER.size + 2 + 65535
     assert got == whole
-    assert b"".join(encode_frame(*frame) for frame in got) + buffer._held == stream
+    assert buffer._held == rest
 
 
-class Arrival:
-    """A connection whose bytes arrive in time, as its script says; its clock, gevent's here, moves only by waiting."""
-
-    def __init__(self, script: Script) -> None:
-        self.now = 0.0
-        self.taken = b""
-        self._deadline = float("inf")
-        self._late = TimeoutError()
-        self._arrivals: list[tuple[float, bytes]] = []
-        moment = 0.0
-        while script and len(self._arrivals) < 16:
-            moment += script.number() / 500
-            self._arrivals.append((moment, script.take(script.number() % 9)))
-
-    @contextlib.contextmanager
-    def Timeout(self, seconds: float, late: TimeoutError) -> Iterator[None]:  # noqa: N802  # gevent's name
-        """Raise an error where what is inside takes longer."""
-        self._deadline, self._late = self.now + seconds, late
-        try:
-            yield
-        finally:
-            self._deadline = float("inf")
-
-    def sleep(self, seconds: float) -> None:
-        self._wait_until(self.now + seconds)
-
-    def _wait_until(self, moment: float) -> None:
-        self.now = min(moment, self._deadline)
-        if moment > self._deadline:
-            raise self._late
-
-    def arrived(self, now: float) -> bytes:
-        """What has come so far."""
-        return b"".join(data for moment, data in self._arrivals if moment <= now)
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        if not (data := self.arrived(self.now)[len(self.taken) :]):
-            soon = [moment for moment, data in self._arrivals if data and moment > self.now]
-            if not soon and self._arrivals and len(self._arrivals) % 2:
-                return b""  # its end of stream
-            assert self._deadline < float("inf"), "it would wait forever"
-            self._wait_until(soon[0] if soon else float("inf"))
-            data = self.arrived(self.now)[len(self.taken) :]
-        if not flags & socket.MSG_PEEK:
-            self.taken += data[:size]
-        return data[:size]
+def _split_frames(stream: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
+    """The datagrams in a stream, and the part of a frame at its end, by slicing."""
+    frames = []
+    while len(stream) >= 6:
+        is_text = stream[4:6] == b"\xff\xff"
+        begin = 8 if is_text else 6
+        end = begin + int.from_bytes(stream[begin - 2 : begin], "big")
+        if len(stream) < max(begin, end):
+            break
+        if not is_text:
+            frames.append((int.from_bytes(stream[:4], "big"), stream[begin:end]))
+        stream = stream[end:]
+    return frames, stream
 
 
 def check_sorting(data: bytes) -> None:
-    """What begins as a data connection is one, nothing else is, and only the prefix is read, all in good time."""
-    arrival = Arrival(Script(data))
-    with mock.patch.object(sorting, "gevent", arrival):
-        is_data = sorting.is_data_connection(cast(socket.socket, arrival))
-    assert arrival.now <= sorting.FIRST_BYTES_WITHIN
-    begin = arrival.arrived(arrival.now)
-    marked, records = begin.startswith(DATA_PREFIX), begin.startswith(TLS_RECORD)
-    assert arrival.taken == (DATA_PREFIX if is_data and not records else b"")
-    assert not is_data or marked or records
-    in_time = arrival.arrived(sorting.FIRST_BYTES_WITHIN - 2 * sorting._STEP)
-    assert is_data or not in_time.startswith((DATA_PREFIX, TLS_RECORD))
+    """The first byte and the first line say what a connection is; nothing else is taken, nor read any further."""
+    script = Script(data)
+    certificate = cast(ServerCertificate, mock.Mock()) if script.number() % 2 else None
+    sizes, said = script.sizes(), script.rest().replace(LONG, b"x" * 1000)
+    arriving = pieces(said, sizes)
+    sock = ScriptedSocket(lambda: next(arriving, b""))
+    opening = Opening(cast(Any, sock), certificate)
+    accept = mock.Mock(side_effect=TLSError("no TLS"))
+    try:
+        with mock.patch.object(tls, "accept_tls", accept):
+            opening.read()
+    except OSError as error:
+        assert_plain(error)
+    else:
+        line, _, behind = said.partition(b"\n")
+        assert not certificate, "in the clear it serves no connection"
+        assert opening.version == 2
+        assert (opening.line, sock.heard) == (line, line + b"\n")
+        assert opening.said == parse_first(line)
+        assert not behind or len(sizes) > 1 or sizes[0] <= len(line) + 1
+    assert len(sock.heard) <= MAX_OPENING + 1
+    assert said[:1] == b"/" or not sock.heard
+    started = _is_hello(sock.heard)
+    assert sock.sent == (b"//tls\n" if certificate and started else b"")
+    assert accept.called == bool(certificate and (said[:1] == b"\x16" or started))
+
+
+def _is_hello(heard: bytes) -> bool:
+    """Whether one whole line was read, and it is a hello."""
+    with contextlib.suppress(ProtocolError):
+        return heard.find(b"\n") == len(heard) - 1 and isinstance(parse_first(heard[:-1]), Hello)
+    return False
 
 
 def check_proof(data: bytes) -> None:
     """A data connection's proof is right, wrong or cut, however it arrives; no byte behind it is read."""
     script = Script(data)
     session, id = SessionKey(b"k" * PROOF_LENGTH), "deadbeef"
-    right = session.data_proof(id)
+    right = session.data_proof(id, b"x" * 32)
     is_right, sizes = script.number() % 2, script.sizes()
     said = (right if is_right else b"") + script.rest()
     parts = pieces(said, sizes)

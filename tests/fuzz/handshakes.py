@@ -1,56 +1,75 @@
 """Both sides of the handshake, and the reader behind it, against peers that do as a script says.
 
 A peer of the script knows the wire: it says hello, challenges and proves when told to, so that a few bytes of script
-reach every state; or it says anything else.
+reach every state; or it says anything else. TLS is fuzzed in `records`; here a ClientHello is answered in the clear.
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from typing import Any, cast
+from unittest import mock
 
-from nodepass.errors import ProtocolError, RefusedError
+from nodepass.errors import ClearAnswer, ProtocolError, RefusedError
 from nodepass.log import Log
+from nodepass.net.stream import read_only_line
 from nodepass.stats import Stats
-from nodepass.tunnel.control import Agreement, ClientControl
-from nodepass.tunnel.handshake import accept_client, connect_to_server
-from nodepass.wire.auth import Key
+from nodepass.tls import stream as tls
+from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
+from nodepass.tunnel.handshake import Candidate, Terms, accept_client, connect_to_server
+from nodepass.wire.auth import Key, Transcript
 from nodepass.wire.signals import (
+    BYES,
     MAX_LINE,
+    MAX_OPENING,
     REASONS,
     Auth,
+    Beat,
+    BeatAnswer,
+    Bye,
     Challenge,
-    Heartbeat,
     Hello,
     Launch,
     Offer,
     Refusal,
+    Signal,
+    StartTLS,
     Unknown,
-    parse_hello,
+    parse_first,
     parse_opening,
     parse_signal,
+    parse_v1_signal,
+    without_mac,
 )
-from tests.fuzz.scripted import ScriptedSocket, assert_plain, plain_log
+from tests.fuzz.scripted import ScriptedSocket, ScriptedStream, assert_plain, plain_log
 from tests.fuzz.scripts import Script
 
-NONCE = "0123456789abcdef" * 2
-TUNNEL = Offer(10102, 1, 5000, True, "f" * 64)
+NONCE, CLIENT = "0123456789abcdef" * 2, "0011223344556677"
+HELLO = Hello(NONCE, CLIENT, "web")
+OFFER = Offer(10102, 0, 5000, "f" * 32, True)
+CHALLENGE = Challenge(NONCE)
+WIRES = ("auto", "1", "2")
 
 
 @cache
 def key() -> Key:
-    return Key("correct horse battery staple")
+    return Key("correct horse battery staple", "web")
 
 
 class Peer:
-    """Says what its script says; `sock` is what the program talks to it through."""
+    """Says what its script says; `stream` is what the program talks to it through."""
 
     def __init__(self, script: Script) -> None:
         self._script = script
         self.sock = ScriptedSocket(self._act)
-        self.control = ClientControl(cast(Any, self.sock), 5.0, Log("fuzz"), Stats())
+        self.stream = ScriptedStream(cast(Any, self.sock))
+
+    def client_control(self) -> ClientControl:
+        """The program's client that talks to it."""
+        return ClientControl(self.stream, 5.0, Log("fuzz"), Stats())
 
     def _act(self) -> bytes:
         if not self._script:
@@ -68,28 +87,36 @@ class Peer:
     def _sentences(self) -> list[bytes]:
         return []
 
-    def _said(self, name: bytes) -> str:
-        """The nonce that the program has sent in a line of this name."""
-        found = [line for line in self.sock.sent.split(b"\n") if line.startswith(name)]
-        return found[-1].rpartition(b"nonce=")[2].decode() if found else NONCE
+
+def line_of(said: bytes, name: bytes) -> bytes:
+    """The last whole line of this name, without its newline."""
+    found = [line for line in said.split(b"\n")[:-1] if line.startswith(name)]
+    return found[-1] if found else b""
 
 
 class ScriptedClient(Peer):
     """What a server may meet."""
 
+    @property
+    def transcript(self) -> Transcript:
+        return Transcript(self.sock.heard.partition(b"\n")[0], line_of(self.sock.sent, b"//challenge"), b"")
+
     def _sentences(self) -> list[bytes]:
-        proof = key().client_proof(NONCE, self._said(b"//challenge"))
-        return [Hello(NONCE).encode(), Auth(proof).encode(), Auth("0" * 64).encode(), b"\n", Hello("", "3").encode()]
+        proof = key().client_proof(self.transcript)
+        other = Hello("", version="3")
+        return [HELLO.encode(), Auth(proof).encode(), Auth("0" * 64).encode(), b"\n", other.encode()]
 
 
 class ScriptedServer(Peer):
     """What a client may meet."""
 
     def _sentences(self) -> list[bytes]:
-        proof = key().server_proof(self._said(b"//hello"), NONCE, TUNNEL)
-        tunnels = [Offer(**{**vars(TUNNEL), "mac": mac}) for mac in (proof, "", "0" * 64)]
-        others: list[Challenge | Refusal | Offer] = [Challenge(NONCE), Refusal("busy"), Offer(80, 0)]
-        return [each.encode() for each in chain(tunnels, others)]
+        transcript = Transcript(line_of(self.sock.sent, b"//hello"), CHALLENGE.encode()[:-1], b"")
+        proof = key().server_proof(transcript, OFFER.encode()[:-1])
+        offers = [replace(OFFER, mac=mac) for mac in (proof, "", "0" * 64)]
+        v1 = [Offer(80, tls) for tls in (0, 1, 2)]
+        others: list[Challenge | Refusal | Offer | StartTLS] = [CHALLENGE, Refusal("busy"), *v1, StartTLS()]
+        return [each.encode() for each in chain(offers, others)]
 
 
 def check_server_handshake(data: bytes) -> None:
@@ -99,13 +126,18 @@ def check_server_handshake(data: bytes) -> None:
     client = ScriptedClient(script)
     admitted: list[bool] = []
 
-    def admit(proven: bool) -> contextlib.nullcontext[None]:
+    def admit(candidate: Candidate) -> contextlib.nullcontext[None]:
         _assert_told_nothing(client.sock.sent, mine)
-        admitted.append(proven)
+        admitted.append(bool(candidate.key))
         return contextlib.nullcontext()
 
     try:
-        agreement = accept_client(client.control, mine, TUNNEL, 5.0, admit)
+        line = read_only_line(client.stream, MAX_OPENING)
+        hello = parse_first(line)
+        if not isinstance(hello, Hello) or hello.version != "2":
+            return
+        control = ServerControl(client.stream, 5.0, Log("fuzz"), Stats())
+        agreement = accept_client(control, hello, line, [mine] if mine else [], OFFER, admit)
     except OSError as error:
         assert_plain(error)
         _assert_known(error)
@@ -113,19 +145,13 @@ def check_server_handshake(data: bytes) -> None:
         assert not admitted
         return
     assert admitted == [mine is not None]
-    assert client.control.agreement is agreement
+    assert control.agreement is agreement
+    assert (agreement.key, agreement.client) == (mine, hello.client)
     if mine:
-        assert agreement.version == 2
-        proof = mine.client_proof(_nonce(client.sock.heard), client._said(b"//challenge"))
-        assert proof.encode() in client.sock.heard
+        assert mine.client_proof(client.transcript).encode() in client.sock.heard
     assert parse_opening(client.sock.sent.split(b"\n")[-2]) == agreement.offer
     assert (agreement.session is None) == (mine is None)
     assert bool(agreement.offer.mac) == (mine is not None)
-
-
-def _nonce(heard: bytes) -> str:
-    """The nonce of the hello that was read."""
-    return parse_hello(heard.split(b"\n")[0]).nonce
 
 
 def _assert_known(error: OSError) -> None:
@@ -138,29 +164,43 @@ def _assert_told_nothing(sent: bytes, mine: Key | None) -> None:
 
 
 def check_client_handshake(data: bytes) -> None:
-    """A client with a key accepts no server that has not proven it; one without a key sends only its hello."""
+    """A client accepts no less than it demands (a key, TLS, the wire's version), and sends only what it must."""
     script = Script(data)
-    mine = key() if script.number() % 2 else None
+    choice = script.number()
+    terms = Terms(
+        "tunnel.example", choice // 8 % 3, WIRES[choice // 2 % 3], "web", CLIENT, key() if choice % 2 else None
+    )
     server = ScriptedServer(script)
+    in_the_clear = mock.Mock(side_effect=ClearAnswer("a line in the clear"))
     try:
-        agreement = connect_to_server(server.control, mine)
+        with mock.patch.object(tls, "connect_tls", in_the_clear):
+            agreement = connect_to_server(server.client_control(), terms)
     except OSError as error:
         assert_plain(error)
     else:
-        tunnel = agreement.offer
-        assert (agreement.session is None) == (mine is None)
-        if mine:
-            assert tunnel.version == 2
-            assert tunnel.mac in {
-                mine.server_proof(server._said(b"//hello"), nonce, tunnel) for nonce in _challenges(server)
-            }
+        _check_agreement(agreement, terms, server)
     names = [line.partition(b"?")[0] for line in server.sock.sent.split(b"\n")[:-1]]
-    assert names in ([b"//hello"], [b"//hello", b"//auth"][: 2 if mine else 1])
+    assert names in ([], [b"//hello"], [b"//hello", b"//auth"][: 2 if terms.key else 1])
+    assert not names or not (terms.tls or terms.wire == "1")
 
 
-def _challenges(server: Peer) -> list[str]:
-    lines = server.sock.heard.split(b"\n")
-    return [line.partition(b"nonce=")[2][:32].decode("latin-1") for line in lines if b"//challenge" in line]
+def _check_agreement(agreement: Agreement, terms: Terms, server: Peer) -> None:
+    offer = agreement.offer
+    assert agreement.key is terms.key
+    assert (agreement.session is None) == (terms.key is None)
+    if offer.version == 1:
+        assert terms.key is None
+        assert terms.wire != "2"
+        assert offer.tls >= terms.tls
+        assert terms.tls < 2 or terms.wire == "1"
+        return
+    assert terms.wire != "1"
+    assert offer.tls == terms.tls == 0
+    if terms.key:
+        heard = server.sock.heard
+        transcript = Transcript(line_of(server.sock.sent, b"//hello"), line_of(heard, b"//challenge"), b"")
+        text = without_mac(line_of(heard, b"//%d" % offer.data_port) or heard.split(b"\n")[1], offer.mac)
+        assert terms.key.server_proof(transcript, text) == offer.mac
 
 
 def check_reader(data: bytes) -> None:
@@ -168,24 +208,25 @@ def check_reader(data: bytes) -> None:
     script = Script(data)
     version = script.number() % 2 + 1
     peer = Peer(script)
-    control = peer.control
-    control.agree(Agreement(TUNNEL if version > 1 else Offer(80, 0)))
+    control = peer.client_control()
+    control.agree(Agreement(OFFER if version > 1 else Offer(80, 0)))
     with plain_log():
-        launches = list(control.launches())
-    assert control.ending.reason in ("closed", "failed", "silent")
+        signals = list(control.signals(lambda: True))
+    assert control.ending.reason in ("closed", "failed", "silent", *BYES)
     assert control.ending.words
     lines = peer.sock.heard.split(b"\n")[:-1]
-    kinds = [_kind(line) for line in lines if len(line) <= MAX_LINE]
-    assert launches == [kind for kind in kinds if isinstance(kind, Launch)]
-    answered = sum(isinstance(kind, Heartbeat) for kind in kinds) if version > 1 else 0
-    assert peer.sock.sent == b"\n" * answered
+    kinds = [_kind(line, version) for line in lines if len(line) <= MAX_LINE]
+    assert signals == [kind for kind in kinds if isinstance(kind, Launch | Beat)]
+    assert peer.sock.sent == b"//beat?ok=1\n" * sum(isinstance(kind, Beat) for kind in kinds)
     trouble = control._stats.trouble
     assert trouble["signals_malformed"] == kinds.count(None)
-    assert trouble["signals_unknown"] == sum(isinstance(kind, Unknown) for kind in kinds)
+    assert trouble["signals_unknown"] == sum(isinstance(kind, Unknown | BeatAnswer) for kind in kinds)
+    byes = [kind.reason for kind in kinds if isinstance(kind, Bye)]
+    assert not byes or control.ending.reason == (byes[0] if byes[0] in BYES else "closed")
 
 
-def _kind(line: bytes) -> Launch | Heartbeat | Unknown | None:
+def _kind(line: bytes, version: int) -> Signal | None:
     try:
-        return parse_signal(line)
+        return parse_signal(line) if version > 1 else parse_v1_signal(line)
     except ProtocolError:
         return None

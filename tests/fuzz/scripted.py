@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from nodepass.net.stream import TCPStream
+
 PEER = ("192.0.2.7", 4711)
 
 Reply = Callable[[], bytes]
@@ -30,11 +32,13 @@ class ScriptedSocket:
     def _wait(self, event: object) -> None:
         """As gevent's sockets wait: here there is always something to read."""
 
-    def recv(self, size: int) -> bytes:
+    def recv(self, size: int, flags: int = 0) -> bytes:
         if not self._held:
             self._held = self._reply()
-        data, self._held = self._held[:size], self._held[size:]
-        self.heard += data
+        data = self._held[:size]
+        if not flags & socket.MSG_PEEK:
+            self._held = self._held[size:]
+            self.heard += data
         return data
 
     def recv_into(self, buffer: memoryview) -> int:
@@ -60,6 +64,15 @@ class ScriptedSocket:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class ScriptedStream(TCPStream):
+    """The program's stream on such a socket, which always has something to read."""
+
+    __slots__ = ()
+
+    def wait_readable(self) -> None:
+        """No event loop looks at it."""
 
 
 class PlainHandler(logging.Handler):

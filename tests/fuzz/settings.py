@@ -34,11 +34,15 @@ def check_url(data: bytes) -> None:
 
 
 def _written(url: ServerURL | ClientURL) -> str:
-    where = f"//{_address(url.tunnel)}/{_address(url.target)}?log={url.log}"
-    if isinstance(url, ClientURL):
-        return f"client:{where}"
-    files = f"&crt={quote(url.crt, '')}&key={quote(url.key, '')}" if url.tls == 2 else ""
-    return f"server:{where}&tls={url.tls}{files}"
+    given: dict[str, str | None] = {"log": url.log, "name": url.tunnel_name, "wire": url.wire}
+    if isinstance(url, ServerURL):
+        scheme, tls = "server", url.tls if url.is_tls_given else None
+        given.update(crt=url.crt, key=url.key)
+    else:
+        scheme, tls = "client", url.tls
+    given["tls"] = None if tls is None else str(tls)
+    query = "&".join(f"{name}={quote(value, '')}" for name, value in given.items() if value)
+    return f"{scheme}://{_address(url.tunnel)}/{_address(url.target)}?{query}"
 
 
 def _address(address: Address) -> str:
@@ -62,6 +66,10 @@ def check_setting(data: bytes) -> None:
         return
     if value is None or isinstance(value, Listen):
         assert value is None or value.path or 0 <= value.port <= 65535
+        return
+    if isinstance(value, str):
+        assert value == text
+        assert value in row.kind.allowed
         return
     assert math.isfinite(value)
     assert value >= 0

@@ -11,10 +11,12 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from glob import glob
+from pathlib import Path
 
 from tests.support import box, cgroup, delay_line, v2_network
 
 FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
+STREAM_MODULE = "/usr/lib/nginx/modules/ngx_stream_module.so"
 DAEMONS = "/usr/sbin:/usr/local/sbin:/sbin"
 """Directories that are often not on the PATH of a user."""
 
@@ -26,6 +28,10 @@ def program(name: str) -> str | None:
 
 def _faketime() -> str:
     return "" if glob(FAKETIME) else "not installed: faketime"
+
+
+def _stream_module() -> str:
+    return "" if Path(STREAM_MODULE).exists() else "not installed: libnginx-mod-stream"
 
 
 def _mounts() -> str:
@@ -47,6 +53,7 @@ CAPABILITIES: dict[str, Callable[[], str]] = {
     "faketime": _faketime,
     "memory cgroups": cgroup.why_not,
     "mount namespaces": _mounts,
+    "nginx's stream module": _stream_module,
     "network namespaces": v2_network.why_not,
 }
 """What is more than a program on the PATH: each returns the reason why it is not there, or an empty string."""

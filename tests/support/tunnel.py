@@ -73,11 +73,13 @@ class OurServer(Nodepass):
         tunnel: str = "127.0.0.1:0",
         target: str = "127.0.0.1:0",
         log: str = "debug",
+        query: str = "",
         env: Environment | None = None,
         flags: tuple[str, ...] = (),
         output: Output = "pipe",
     ) -> None:
-        url = f"server://{tunnel}/{target}?tls={tls}&log={log}"
+        """query: more of the URL's, such as `name=web`."""
+        url = f"server://{tunnel}/{target}?tls={tls}&log={log}" + (f"&{query}" if query else "")
         if tls == 2:
             assert certificate is not None, "tls=2 needs a certificate"
             url += f"&crt={certificate.crt}&key={certificate.key}"
@@ -106,10 +108,12 @@ class OurClient(Nodepass):
         target: Address,
         *,
         log: str = "debug",
+        query: str = "tls=0",
         env: Environment | None = None,
         flags: tuple[str, ...] = (),
     ) -> None:
-        url = f"client://{format_address(tunnel)}/{format_address(target)}?log={log}"
+        """query: more of the URL's, such as `tls=1`; unless given, the server's mode is accepted, also with a key."""
+        url = f"client://{format_address(tunnel)}/{format_address(target)}?log={log}" + (f"&{query}" if query else "")
         super().__init__(*flags, url, env=CALM if env is None else env)
 
     def __enter__(self) -> OurClient:

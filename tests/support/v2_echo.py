@@ -7,7 +7,7 @@ import threading
 from types import TracebackType
 
 from tests.support.sockets import Address, datagram_socket
-from tests.support.v2_lane import LARGEST
+from tests.support.wire2.lane import LARGEST
 
 ROOM = 4 << 20
 """Bytes of receive buffer that are asked for: a test's burst must not be lost in the kernel."""

@@ -16,8 +16,8 @@ from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
 from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
-from tests.support.v2_client import V2Client
-from tests.support.v2_server import V2Server
+from tests.support.wire2.client import V2Client
+from tests.support.wire2.server import V2Server
 
 V2Side = Literal["ours", "v2"]
 
@@ -42,6 +42,11 @@ class V2Pair:
         """The key of the peers."""
         return SECRET if self.is_keyed else ""
 
+    @property
+    def client_query(self) -> str:
+        """What our client's URL demands: with a key the mode, without one nothing, so that it adopts the server's."""
+        return f"tls={self.tls}" if self.is_keyed else ""
+
     def env(self, extra: Environment) -> dict[str, str]:
         """The environment of our program."""
         return {**(KEYED if self.is_keyed else CALM), **extra}
@@ -59,8 +64,15 @@ def v2_client(
 ) -> AbstractContextManager[OurClient | V1Client]:
     """The client side, not yet started; it trusts the authority."""
     if pair.client == "ours":
-        return OurClient(tunnel, target, env={**pair.env(extra), "SSL_CERT_FILE": str(authority.crt)})
-    return V2Client(tunnel, target, secret=pair.secret, cafile=authority.crt, server_name="127.0.0.1")
+        env = {**pair.env(extra), "SSL_CERT_FILE": str(authority.crt)}
+        return OurClient(tunnel, target, query=pair.client_query, env=env)
+    return V2Client(
+        tunnel,
+        target,
+        secret=pair.secret,
+        demand=pair.tls if pair.is_keyed else 0,
+        cafile=authority.crt if pair.tls == 2 else None,
+    )
 
 
 @contextlib.contextmanager

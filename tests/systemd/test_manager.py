@@ -165,7 +165,7 @@ def create(box: ManagedBox) -> None:
     assert f'NODEPASS_URL="{SERVER}"\nDATA_PORT="tunnel"\n' in box.read(ENV)
     assert (box.root / ENV[1:]).stat().st_mode & 0o777 == 0o640
     assert (box.root / KEY[1:]).stat().st_mode & 0o777 == 0o600
-    assert re.search(rf"web +active +enabled +{re.escape(SERVER)}", box.do("list"))
+    assert re.search(rf"web +active +enabled +key, tls \d +{re.escape(SERVER)}", box.do("list"))
     assert "already exists" in box.refuse("create", "web", "--url", SERVER)
     said = box.refuse("create", "twin", "--url", SERVER, "--set", "SEMAFORE_LIMIT=3")
     assert "SEMAFORE_LIMIT is not a setting of nodepass" in said
@@ -351,6 +351,49 @@ def test_a_socket_unit_opens_what_the_urls_name_where_that_is_needed_or_wanted(
 ) -> None:
     variables = {"NODEPASS_URL": urls, "DATA_PORT": data_port}
     assert manager.listen_lines(variables, wanted) == [f"Listen{line}" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        ("", "-"),
+        ("client none, pool 0 idle of 16, 0 sessions, 0 flows, security: none", "none"),
+        ("server:1: 0 flows, security: key, tls 1; server:2: 0 flows, security: key, tls 1", "key, tls 1"),
+        (
+            "stopping: server:1: 0 flows, security: none; client:2: 0 flows, security: key, tls 2 (TLS 1.3)",
+            "none; key, tls 2 (TLS 1.3)",
+        ),
+    ],
+)
+def test_the_list_shows_what_protects_the_tunnels_of_an_instance(manager: ModuleType, status: str, shown: str) -> None:
+    assert manager.security_of(status) == shown
+
+
+def test_a_check_reads_the_keys_where_the_unit_will_find_them(
+    manager: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(manager, "CREDENTIALS", tmp_path)
+    own, kept = "/run/nodepass/web/tunnel-keys", tmp_path / "nodepass.web.tunnel-keys"
+    assert manager.with_keys("web", {}) == {}
+    assert manager.with_keys("web", {"TUNNEL_KEYS_FILE": own}) == {"TUNNEL_KEYS_FILE": str(kept)}
+    kept.write_text("- key")
+    assert manager.with_keys("web", {}) == {"TUNNEL_KEYS_FILE": str(kept)}
+    assert manager.with_keys("other", {}) == {}
+    for given in ({"TUNNEL_KEY": "x"}, {"TUNNEL_KEY_FILE": "/srv/key"}):
+        assert manager.with_keys("web", given) == given
+
+
+def test_the_key_of_a_file_that_will_be_copied_is_checked_by_itself(
+    manager: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(manager, "CREDENTIALS", tmp_path)
+    file, own = tmp_path / "mine", "/run/credentials/nodepass@web.service/tunnel-key"
+    file.write_text("secret")
+    for given in ({}, {"TUNNEL_KEY_FILE": own}):
+        assert manager.with_keys("web", given, file) == {"TUNNEL_KEY": "secret"}
+    file.write_bytes(b"\xff")
+    with pytest.raises(manager.Problem, match="cannot be read"):
+        manager.with_keys("web", {}, file)
 
 
 def test_a_name_where_systemd_takes_addresses_only_is_refused(manager: ModuleType) -> None:

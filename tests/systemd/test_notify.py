@@ -19,7 +19,7 @@ from tests.support.sockets import free_port
 from tests.support.systemd import NotifySocket
 from tests.support.target import Target
 from tests.support.tunnel import BRISK, CALM, STEADY, OurClient, OurServer, Tunnel
-from tests.support.v2_server import V2Server
+from tests.support.wire2.server import V2Server
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_status_names_peer_round_trip_pool_and_sessions(
     stack: contextlib.ExitStack, notified: NotifySocket
 ) -> None:
     server = stack.enter_context(OurServer(env=told(notified, **STEADY)))
-    assert notified.wait_for("STATUS=") == "STATUS=client none, pool 0 idle of 16, 0 sessions, 0 flows"
+    assert notified.wait_for("STATUS=") == "STATUS=client none, pool 0 idle of 16, 0 sessions, 0 flows, security: none"
     target = stack.enter_context(Target())
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     full = r"client 127\.0\.0\.1:\d+ \(wire v2, round trip [\d.]+ ms\), pool 16 idle of 16, "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from nodepass.daemon.key_file import generate
 from tests.support.box import UNITS, BootError, Box, Unit
 from tests.support.certificates import Authority, Certificate
 from tests.support.sockets import PATIENCE, connect, datagram_socket, is_silent, receive_all, until
@@ -23,6 +24,7 @@ needs_box = pytest.mark.programs("a box")
 
 TUNNEL, VISITORS = ("127.0.0.1", 10101), ("127.0.0.1", 443)
 SERVER = "server://:10101/:443?tls=0"
+KEYED = "server://:10101/:443"
 SETTINGS = {"REPORT_INTERVAL": "1s", "SERVICE_COOLDOWN": "500ms", "DATA_PORT": "tunnel"}
 
 
@@ -79,7 +81,7 @@ def test_a_server_is_started_when_it_listens_and_its_status_is_kept_up(stack: co
     server = activated(stack, box, "status")
     server.start()
     assert server.show("ActiveState") == "active"
-    assert server.show("StatusText") == "client none, pool 0 idle of 16, 0 sessions, 0 flows"
+    assert server.show("StatusText") == "client none, pool 0 idle of 16, 0 sessions, 0 flows, security: none"
     client(stack, box, service(stack, box))
     server.wait_for_status(r"client 127\.0\.0\.1:\d+ \(wire v2, round trip [\d.]+ ms\), pool 16 idle of 16, 0 sessions")
     assert not server.errors()
@@ -256,15 +258,31 @@ def store(box: Box, name: str, text: str) -> None:
 
 @needs_box
 def test_a_key_is_a_credential(stack: contextlib.ExitStack, box: Box) -> None:
-    key = "a key that both ends have been given"
+    key = generate()
     store(box, "keyed.tunnel-key", key)
-    activated(stack, box, "keyed")
+    activated(stack, box, "keyed", KEYED)
     target = service(stack, box)
     stranger = OurClient(TUNNEL, target.address, env=SETTINGS)
     box.inside(lambda: stack.enter_context(stranger))
     stranger.wait_for("server.rejected", reason="key_required")
     client(stack, box, target, {"TUNNEL_KEY": key})
     assert_works(stack, box, target)
+
+
+@needs_box
+def test_a_reload_brings_new_keys_that_only_root_can_read(stack: contextlib.ExitStack, box: Box) -> None:
+    old, new = generate(), generate()
+    store(box, "rotated.tunnel-keys", f"- {old}\n")
+    server = activated(stack, box, "rotated", KEYED, TUNNEL_KEYS_FILE="/run/nodepass/rotated/tunnel-keys")
+    target = service(stack, box)
+    first = client(stack, box, target, {"TUNNEL_KEY": old})
+    server.wait_for_status(r", security: key, tls 1 \(TLS 1\.3.*\)")
+    store(box, "rotated.tunnel-keys", f"- {new}\n")
+    box.systemctl("reload", server.name)
+    first.wait_for("server.rejected", reason="key_mismatch")
+    client(stack, box, target, {"TUNNEL_KEY": new})
+    assert_works(stack, box, target)
+    assert not server.errors()
 
 
 def renew(box: Box, certificate: Certificate) -> None:

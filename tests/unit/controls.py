@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
 
 import gevent
 from gevent import Greenlet, socket
+from OpenSSL import SSL
 
 from nodepass.log import Log
+from nodepass.net.stream import Stream, TCPStream
 from nodepass.stats import Stats
+from nodepass.tls.certificates import self_signed
+from nodepass.tls.stream import TLSStream, accept_tls, connect_tls, server_context
+from nodepass.tls.verify import Expected
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
 from nodepass.wire.signals import Offer
 from tests.unit.streams import tcp_pair
@@ -28,16 +35,20 @@ class Ends:
     server: socket.socket
     client: socket.socket
 
-    def server_control(self, agreement: Agreement | None = None, interval: float = INTERVAL) -> ServerControl:
-        """The program's server at its end; without an agreement its handshake is still to come."""
-        control = ServerControl(self.server, interval, Log("server"), Stats())
+    def server_control(
+        self, agreement: Agreement | None = None, interval: float = INTERVAL, stream: Stream | None = None
+    ) -> ServerControl:
+        """The program's server at its end, in the clear unless it has a stream; without an agreement not agreed yet."""
+        control = ServerControl(stream or TCPStream(self.server), interval, Log("server"), Stats())
         if agreement:
             control.agree(agreement)
         return control
 
-    def client_control(self, agreement: Agreement | None = None, interval: float = INTERVAL) -> ClientControl:
+    def client_control(
+        self, agreement: Agreement | None = None, interval: float = INTERVAL, stream: Stream | None = None
+    ) -> ClientControl:
         """The program's client at its end."""
-        control = ClientControl(self.client, interval, Log("client"), Stats())
+        control = ClientControl(stream or TCPStream(self.client), interval, Log("client"), Stats())
         if agreement:
             control.agree(agreement)
         return control
@@ -48,6 +59,23 @@ def connect_ends(stack: ExitStack) -> Ends:
     stream, client = stack.enter_context(tcp_pair())
     assert isinstance(stream.sock, socket.socket)
     return Ends(stream.sock, client)
+
+
+def run_tls(stack: ExitStack, ends: Ends, context: SSL.Context | None = None) -> tuple[TLSStream, TLSStream]:
+    """Both ends under TLS, the server's with this context or with one of its own."""
+    context = context or self_signed_context()
+    accepting = run(stack, accept_tls, ends.server, context)
+    client = connect_tls(cast(Any, ends.client), Expected("localhost"))
+    server = accepting.get()
+    assert isinstance(server, TLSStream)
+    return server, client
+
+
+@cache
+def self_signed_context() -> SSL.Context:
+    """A server's in TLS mode 1."""
+    identity = self_signed()
+    return server_context(identity.chain, identity.key)
 
 
 def run(stack: ExitStack, work: Callable[..., object], *args: object) -> Greenlet[..., object]:

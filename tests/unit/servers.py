@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import gevent
 import pytest
 from gevent import socket
 
-from nodepass.config import Settings
+from nodepass.config import Ports, Settings
 from nodepass.log import Log
 from nodepass.net import listen, sockets
+from nodepass.net.activation import NOTHING
 from nodepass.net.listen import close_all, listen_tcp
 from nodepass.net.sockets import as_plain
 from nodepass.net.stream import TCPStream
 from nodepass.server import control_listener
 from nodepass.server.client_slot import ClientSlot
+from nodepass.server.control_listener import ControlListener
+from nodepass.server.data_listener import DataListener
+from nodepass.server.server import make_port_parts
+from nodepass.server.tunnel_port import TunnelPort
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
-from nodepass.tunnel import handshake
 from nodepass.tunnel.control import Agreement, ServerControl
+from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
-from nodepass.urls import Address
+from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
-from tests.unit.controls import V2, Ends, connect_ends
+from tests.unit.controls import V2, Ends, connect_ends, read_line
 from tests.unit.streams import tcp_pair
 
 PATIENT = 10.0
 """Seconds for what should happen at once."""
+
+SOON = 0.05
+"""Seconds for what never happens."""
 
 
 @contextmanager
@@ -40,8 +48,7 @@ def a_server_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
     """
     monkeypatch.setattr(sockets, "socket", socket)
     monkeypatch.setattr(listen, "socket", socket)
-    monkeypatch.setattr(control_listener, "FIRST_BYTES_WITHIN", PATIENT)
-    monkeypatch.setattr(handshake, "HELLO_WITHIN", PATIENT)
+    monkeypatch.setattr(control_listener, "SILENCE", PATIENT)
     with ExitStack() as stack, gevent.Timeout(20):
         yield stack
 
@@ -58,15 +65,21 @@ def make_common(stack: ExitStack, **settings: Any) -> Common:
     return Common(Settings(**settings), log, stats, TaskGroup(log, stats, on_crash=crashes.append))
 
 
-def make_slot(stack: ExitStack, key: Key | None = None, **settings: Any) -> tuple[Common, ClientSlot]:
+def make_slot(stack: ExitStack, *keys: Key, **settings: Any) -> tuple[Common, ClientSlot]:
     """A slot without a client, and its flows."""
     common = make_common(stack, **settings)
-    slot = ClientSlot(common, key)
+    return common, start_slot(stack, ClientSlot(common, "", keys))
+
+
+def start_slot(stack: ExitStack, slot: ClientSlot) -> ClientSlot:
+    """Start a slot and its flows, and close them with `stack`."""
     start(stack, slot.flows)
-    return common, start(stack, slot)
+    start(stack, slot)
+    return slot
 
 
 AnyPart = Any
+AnyListener = TypeVar("AnyListener", ControlListener, DataListener)
 
 
 def start(stack: ExitStack, part: AnyPart) -> AnyPart:
@@ -81,19 +94,91 @@ def listen_on(stack: ExitStack, host: str = "127.0.0.1") -> socket.socket:
     """A listener of the program on a free port."""
     listeners = listen_tcp(Address(host, 0), "tunnel")
     stack.callback(close_all, listeners)
-    return listeners[0]  # type: ignore[return-value]  # patched
+    return listeners[0]
 
 
-def connect(stack: ExitStack, listener: socket.socket, source: str = "127.0.0.1") -> socket.socket:
+def connect(stack: ExitStack, listener: Any, source: str = "127.0.0.1") -> socket.socket:
     """A peer's connection to a listener."""
     return stack.enter_context(socket.create_connection(listener.getsockname(), PATIENT, (source, 0)))
+
+
+def server_url(name: str = "", tls: int = 0, wire: str = "auto", port: int = 0) -> ServerURL:
+    """A server on this machine."""
+    tunnel = Address("127.0.0.1", port)
+    return ServerURL(tunnel, Address("127.0.0.1", 0), tls=tls, tunnel_name=name, wire=wire)
+
+
+class OpenPort:
+    """A tunnel port that is served, the slots of its tunnels, and what connects to it."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        *keys: Key,
+        tunnels: Mapping[str, Sequence[Key]] | None = None,
+        tls: int = 0,
+        wire: str = "auto",
+        mux: bool = False,
+        **settings: Any,
+    ) -> None:
+        """`keys`: of the one tunnel, which has no name, unless `tunnels` says which there are."""
+        self._stack = stack
+        self.common = make_common(stack, data_port=Ports(0, 0, tunnel=mux), **settings)
+        keys_by_name = {"": keys} if tunnels is None else tunnels
+        urls = [server_url(name, tls, wire) for name in keys_by_name]
+        common = self.common
+        self.port = TunnelPort(urls, common.settings, common.log, common.stats, NOTHING)
+        self.crashes: list[Exception] = []
+        self.slots = [ClientSlot(common, name, its_keys) for name, its_keys in keys_by_name.items()]
+        for slot in self.slots:
+            self.port.join(slot, self.crashes.append)
+            stack.callback(self.port.leave, slot)
+            start_slot(stack, slot)
+        self.slot = self.slots[0]
+        self.port.run(make_port_parts)
+        self.control_listener, self.data_listener = self._find(ControlListener), self._find(DataListener)
+
+    def _find(self, kind: type[AnyListener]) -> AnyListener:
+        [found] = [part for part in self.port._parts if isinstance(part, kind)]
+        return found
+
+    def connect(self, *lines: bytes, source: str = "127.0.0.1") -> socket.socket:
+        """A peer at the tunnel port that has said something."""
+        return self._say(connect(self._stack, self.port.tunnel[0], source), lines)
+
+    def connect_data(self, *lines: bytes, source: str = "127.0.0.1") -> socket.socket:
+        """A peer at the port for data connections that has said something."""
+        return self._say(connect(self._stack, (self.port.data or self.port.tunnel)[0], source), lines)
+
+    def _say(self, peer: socket.socket, lines: Sequence[bytes]) -> socket.socket:
+        for line in lines:
+            peer.sendall(line)
+        return peer
+
+    def try_v1(self, monkeypatch: pytest.MonkeyPatch, source: str = "127.0.0.1") -> socket.socket:
+        """A v1 client on trial, that has got its line."""
+        with monkeypatch.context() as brief:
+            brief.setattr(control_listener, "SILENCE", SOON)
+            client = self.connect(source=source)
+            assert read_line(client) == self.port.offer(1).encode()
+            return client
+
+    @property
+    def control_failures(self) -> dict[str, int]:
+        """Which clients have been rejected, by reason."""
+        return {why: number for why, number in self.common.stats.control_failures.items() if number}
+
+    @property
+    def data_failures(self) -> dict[str, int]:
+        """Which data connections have been rejected, by reason."""
+        return {why: number for why, number in self.common.stats.data_failures.items() if number}
 
 
 def occupy(stack: ExitStack, slot: ClientSlot, agreement: Agreement = V2) -> tuple[Ends, ServerControl]:
     """Put a client into a slot."""
     ends = connect_ends(stack)
     control = ends.server_control()
-    with slot.admission(control, bool(slot.key)):
+    with slot.admission(Candidate(control, agreement.client, agreement.key)):
         control.agree(agreement)
     return ends, control
 

@@ -25,7 +25,22 @@ def test_the_urls_of_the_environment_are_checked_as_well() -> None:
     done = check_here(NODEPASS_URL="server://127.0.0.1:0/127.0.0.1:0 server://127.0.0.1:0/127.0.0.1:0?tls=0")
     assert done.code == 0
     assert len(re.findall("can be listened on", done.output)) == 8
-    assert found(done, "warn", "tls is not given")
+    assert len(re.findall("^warn server:0: security: none: anyone who reaches the tunnel port", done.output, re.M)) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "keyed", "level", "said"),
+    [
+        ("server://127.0.0.1:0/127.0.0.1:0", True, "ok", "security: key, tls 1$"),
+        ("server://127.0.0.1:0/127.0.0.1:0?tls=1", False, "warn", "security: no key, tls 1: protects only against"),
+        ("server://127.0.0.1:0/127.0.0.1:0?tls=0", True, "warn", "security: key, tls 0: without TLS, a man"),
+        ("client://127.0.0.1:9/127.0.0.1:9", False, "warn", "security: no key, tls as the server says: the server's"),
+        ("client://127.0.0.1:9/127.0.0.1:9?tls=0", False, "ok", "security: no key, tls as the server says: the server"),
+        ("client://127.0.0.1:9/127.0.0.1:9?tls=2", False, "ok", "security: no key, tls 2 at least$"),
+    ],
+)
+def test_what_protects_a_tunnel_is_told(url: str, keyed: bool, level: str, said: str) -> None:
+    assert found(check_here(url, **({"TUNNEL_KEY": generate()} if keyed else {})), level, said)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +82,15 @@ def test_urls_that_cannot_run_in_one_process_are_bad_input() -> None:
     done = check_here(*["server://127.0.0.1:10101/127.0.0.1:0?tls=1"] * 2)
     assert (done.code, len(trouble(done))) == (2, 1)
     assert found(done, "fail", "url: .*have the same tunnel address and no name; allowed: different values of name=")
+
+
+@pytest.mark.parametrize("data_port", ["tunnel", "0", "fixed"])
+def test_tunnels_that_share_a_port_open_it_once(data_port: str) -> None:
+    port, fixed = free_port(), free_port()
+    urls = [f"server://127.0.0.1:{port}/127.0.0.1:0?tls=1&name={name}" for name in ("web", "ssh")]
+    done = check_here(*urls, DATA_PORT=data_port if data_port != "fixed" else str(fixed))
+    assert (done.code, trouble(done)) == (0, [])
+    assert found(done, "ok", f"server:{port}/ssh: tunnel address 127.0.0.1:{port}: shared with server:{port}/web")
 
 
 def test_a_keys_file_is_checked(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nodepass.client import pool as client_pool
-from nodepass.client.pool import LAUNCH_WITHIN, YOUNG, ClientPool, ConnectionStates
+from nodepass.client.pool import LAUNCH_WITHIN, MAKE_UP_EVERY, YOUNG, ClientPool, Comparison, ConnectionStates
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.stream import Stream
@@ -130,9 +130,12 @@ class States(ConnectionStates[int]):
             case "add":
                 closing = self.add(id, stream)
             case "first bytes" | "end":
-                closing = self.become_early(id, event == "first bytes", False, self.now) if id in self.idle else []
+                closing = []
+                if id in self.idle:
+                    self.become_early(id, event == "first bytes", False, self.now)
             case "reserve":
-                closing = self.reserve(id)[1]
+                closing = []
+                self.reserve(id)
             case "drop":
                 closing = self.drop(id)
             case "claim":
@@ -181,6 +184,16 @@ def test_an_event_moves_a_connection_to_the_state_that_the_table_says(state: str
     assert gone == ([7] if expected == "gone" else [])
 
 
+@pytest.mark.parametrize("state", ["idle", "early", "reserved"])
+def test_a_connection_whose_id_is_taken_is_closed_and_the_other_stays(state: str) -> None:
+    """Else a replayed id would throw out the real connection."""
+    states = States()
+    for before in {"idle": ["add"], "early": ["add", "end"], "reserved": ["add", "reserve"]}[state]:
+        states.happen(before, "00000001", 7)
+    assert states.happen("add", "00000001", 8) == [8]
+    assert (states.state_of(7), states.state_of(8)) == (state, "gone")
+
+
 EVENTS = ("add", "first bytes", "end", "reserve", "drop", "claim", "wait", "expire", "close")
 
 
@@ -218,6 +231,68 @@ def test_a_burst_of_sessions_is_replaced_at_once_up_to_the_limit() -> None:
     assert states.missing == 1
 
 
+# The server's count
+
+CAPACITY = 32
+
+
+def beats(comparison: Comparison, mine: int, known: int, count: int, now: float = 1000.0) -> list[int]:
+    """What so many heartbeats find missing, with the same connections here all the time."""
+    return [comparison.count_missing(map(str, range(mine)), known, CAPACITY, now) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("mine", "known", "missing"),
+    [(10, 10, 0), (10, 11, 0), (0, 0, 0), (10, 9, 1), (10, 6, 4), (10, 5, 4), (32, 0, 4)],
+)
+def test_what_the_server_lacks_three_times_in_a_row_is_dialled_up_to_an_eighth_of_the_pool(
+    mine: int, known: int, missing: int
+) -> None:
+    """A connection counts once it has been there for three heartbeats."""
+    assert beats(Comparison(), mine, known, 6) == [0] * 5 + [missing]
+
+
+def test_one_heartbeat_with_as_many_begins_the_row_again() -> None:
+    comparison = Comparison()
+    assert beats(comparison, 10, 9, 5) == [0] * 5
+    assert beats(comparison, 10, 10, 1) == [0]
+    assert beats(comparison, 10, 9, 3) == [0, 0, 1]
+
+
+def test_connections_that_come_and_go_are_not_compared() -> None:
+    """As in a busy pool, where the server's number is always a moment old."""
+    comparison = Comparison()
+    for turn in range(20):
+        young = [f"{turn}-{number}" for number in range(10)]
+        assert comparison.count_missing(young, 0, CAPACITY, 1000.0) == 0
+
+
+def test_what_is_missing_is_dialled_once_in_ten_seconds() -> None:
+    comparison = Comparison()
+    assert beats(comparison, 10, 9, 6)[-1] == 1
+    assert not any(beats(comparison, 10, 9, 20, 1000.0 + MAKE_UP_EVERY - 0.1))
+    assert beats(comparison, 10, 9, 1, 1000.0 + MAKE_UP_EVERY) == [1]
+
+
+def test_a_small_pool_dials_one() -> None:
+    comparison = Comparison()
+    found = [comparison.count_missing(["a", "b"], 0, 2, 1000.0) for _ in range(6)]
+    assert found[-1] == 1
+
+
+def test_what_is_dialled_beyond_the_capacity_is_given_back_by_the_ends_of_dead_connections() -> None:
+    """The capacity stays, which other ends lower."""
+    states = States()
+    states.capacity.size, states.extra = 4, 1
+    for number in range(5):
+        states.happen("add", f"{number:08x}", number)
+    assert states.missing == 0
+    states.happen("end", "00000000", 0)
+    assert (states.extra, states.capacity.size, states.missing) == (0, 4, 0)
+    states.happen("end", "00000001", 1)
+    assert (states.extra, states.capacity.size) == (0, 3)
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Plays the filler, the signal reader, the launch handlers, the report, the timer and the event loop."""
 
@@ -242,6 +317,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     # The model
 
+    @property
+    def extra(self) -> int:
+        return self.pool._states.extra
+
     def at(self, *places: str) -> list[FakeStream]:
         return [each for each in self.streams if each.place in places]
 
@@ -250,9 +329,7 @@ class PoolMachine(RuleBasedStateMachine):
         return next((each for place in places for each in self.at(place) if each.id == id), None)
 
     def move(self, stream: FakeStream, place: str) -> None:
-        """Move a connection; one of the same id that is there already is closed."""
-        if place in ("idle", "early", "reserved") and (old := self.find(stream.id, place)):
-            self.move(old, "closed")
+        """Move a connection to another state."""
         if stream.place == "early":
             self.young.discard(stream.id)
         stream.place = place
@@ -298,7 +375,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.dialling += 1
         if self.dialling > before:
             everything = len(self.at("idle", "early", "reserved")) + self.dialling
-            assert len(pool) + self.dialling == pool.capacity or everything == HIGHEST
+            assert len(pool) + self.dialling == pool.capacity + self.extra or everything == HIGHEST
 
     @precondition(lambda self: self.dialling)
     @rule(id=IDS)
@@ -308,7 +385,7 @@ class PoolMachine(RuleBasedStateMachine):
         if claim:
             stream.place = "claimed"
         else:
-            self.move(stream, "idle")
+            stream.place = "closed" if self.find(id, "idle", "early", "reserved") else "idle"
         self.streams.append(stream)
         self.pool.add(id, cast(Stream, stream))
         self.pool.end_dial()
@@ -418,6 +495,12 @@ class PoolMachine(RuleBasedStateMachine):
 
     # The report, the timer, and time
 
+    @rule(known=st.integers(0, HIGHEST))
+    def hear_how_many_the_server_has(self, known: int) -> None:
+        before = self.extra
+        self.pool.compare(known)
+        assert self.extra in (0, before, before + 1), "an eighth of the capacity, which is one here"
+
     @rule()
     def end_interval(self) -> None:
         self.pool.end_interval()
@@ -457,7 +540,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert LOWEST <= self.pool.capacity <= HIGHEST
         ready, leaving = len(self.at("idle")) + self.dialling, len(self.at("early", "reserved"))
         assert ready + leaving <= HIGHEST
-        assert self.pool.missing == min(self.pool.capacity - ready, HIGHEST - ready - leaving)
+        assert self.pool.missing == min(self.pool.capacity + self.extra - ready, HIGHEST - ready - leaving)
         assert self.pool.wanted.is_set() or self.pool.missing <= 0, "the filler sleeps though something is missing"
 
     @invariant()

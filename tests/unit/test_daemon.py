@@ -9,22 +9,27 @@ import gevent
 import pytest
 from gevent.event import Event
 
+from nodepass.client.client import Client
 from nodepass.config import Settings
 from nodepass.daemon import daemon
-from nodepass.daemon.daemon import Daemon, name_tunnels
+from nodepass.daemon.daemon import Daemon, make_tunnels, name_tunnels
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ListenError, StartError
 from nodepass.log import Log
+from nodepass.net.activation import Inherited
+from nodepass.server.server import Server
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.interface import Tunnel, View
-from nodepass.urls import parse_url
+from nodepass.tunnel.security import security_of
+from nodepass.urls import ClientURL, ServerURL, parse_url
+from nodepass.wire.auth import Key
 from tests.unit.records import recorded
 
-VIEW = View("server", "", "", 0, None, 0, 0, 0, 1, 0, None)
 URLS = [parse_url(f"server://:{port}/:2?tls=0") for port in (1, 3)]
+VIEW = View("server", "", "", 0, None, 0, 0, 0, 1, 0, None, security_of(URLS[0], has_key=False))
 
 
 class Stub:
@@ -186,10 +191,12 @@ def make_daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Daemon, 
         calls: list[str] = []
         left = list(crashes)
 
-        def make_tunnel(_url: object, _settings: object, _key: object, log: Log, stats: Stats, _share: object) -> Stub:
+        def make_server(
+            _url: object, _port: object, _settings: object, _keys: object, log: Log, stats: Stats, _share: object
+        ) -> Stub:
             return Stub(log.tunnel, stats, calls, left)
 
-        monkeypatch.setattr(daemon, "make_tunnel", make_tunnel)
+        monkeypatch.setattr(daemon, "Server", make_server)
         settings = Settings(shutdown_timeout=4, service_cooldown=0.01, start_timeout=start_timeout)
         made = Daemon(URLS, settings, Keys(), ServiceManager())
         return made, calls
@@ -236,3 +243,64 @@ def test_a_start_that_takes_too_long_ends_the_process_with_what_is_not_ready(mak
 
 def test_tunnels_of_one_port_are_numbered() -> None:
     assert name_tunnels([URLS[0], URLS[1], URLS[0], URLS[0]]) == ["server:1", "server:3", "server:1#2", "server:1#3"]
+
+
+# Tunnels of URLs
+
+
+def make(*texts: str, keys: Keys | None = None) -> list[Any]:
+    """The tunnels of these URLs, whose defaults are filled in."""
+    urls: list[ServerURL | ClientURL] = [parse_url(text) for text in texts]
+    return [make() for make in make_tunnels(urls, Settings(), keys or Keys(), Inherited())]
+
+
+def test_servers_of_one_address_share_a_tunnel_port_and_others_do_not() -> None:
+    first, second, other, address = make(
+        "server://:10101/:1?tls=0",
+        "server://:10101/:2?tls=0&name=web",
+        "server://:10102/:3?tls=0",
+        "server://127.0.0.1:10101/:4?tls=0",
+    )
+    assert first._port is second._port
+    assert len({each._port for each in (first, other, address)}) == 3
+    assert [each._port.uses_sid for each in (first, other, address)] == [True, False, False]
+
+
+def test_servers_whose_port_the_kernel_chooses_share_none() -> None:
+    """Also where their URLs are the same."""
+    first, second = make("server://127.0.0.1:0/127.0.0.1:0?tls=0", "server://127.0.0.1:0/127.0.0.1:0?tls=0")
+    assert first._port is not second._port
+    assert not first._port.uses_sid
+
+
+def test_a_tunnel_is_made_again_with_its_own_log_counters_and_port() -> None:
+    urls = [
+        cast(ServerURL, parse_url(f"server://:10101/:{port}?tls=0&name={name}")) for port, name in ((1, ""), (2, "web"))
+    ]
+    makers = make_tunnels(urls, Settings(), Keys(), Inherited())
+    first, again, other = cast(list[Server], [makers[0](), makers[0](), makers[1]()])
+    assert first is not again
+    assert (first.log, first.stats, first._port) == (again.log, again.stats, again._port)
+    assert first._port is other._port
+    assert other.stats is not first.stats
+    assert [each.log.tunnel for each in (first, other)] == ["server:10101", "server:10101/web"]
+
+
+def test_each_tunnel_has_the_keys_of_its_name() -> None:
+    keys = Keys(by_name={"": ("one secret of a tunnel",), "web": ("one of web's secrets", "another of web's secrets")})
+    first, web, client = make(
+        "server://:10101/:1?tls=0",
+        "server://:10101/:2?tls=0&name=web",
+        "client://localhost:10101/localhost:1?name=web",
+        keys=keys,
+    )
+    assert first._slot.keys == (Key("one secret of a tunnel"),)
+    assert web._slot.keys == (Key("one of web's secrets", "web"), Key("another of web's secrets", "web"))
+    assert isinstance(client, Client)
+
+
+def test_a_client_calls_itself_the_same_after_a_crash_and_differently_from_every_other() -> None:
+    urls = [cast(ClientURL, parse_url(f"client://localhost:10101/localhost:{port}?tls=0")) for port in (1, 2)]
+    makers = make_tunnels(urls, Settings(), Keys(), Inherited())
+    first, again, other = (cast(Any, make())._connector for make in (makers[0], makers[0], makers[1]))
+    assert first._terms.client == again._terms.client != other._terms.client

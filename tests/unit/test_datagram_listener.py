@@ -14,9 +14,11 @@ from nodepass.server import datagram_listener as module
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.datagram_listener import DatagramListener
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common
 from nodepass.urls import Address
-from nodepass.wire.frames import FrameBuffer, encode_frame
+from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
+from nodepass.wire.signals import Offer
 from tests.unit.controls import V1, V2, read_line, until
 from tests.unit.servers import PATIENT, a_server_room, fill, make_slot, occupy, start
 
@@ -177,6 +179,23 @@ def test_with_a_v2_client_datagrams_go_on_a_lane_and_take_no_session(stack: Exit
     for flow, _ in got:
         data.sendall(encode_frame(flow, b"answer %d" % flow))
     assert {visitor.recv(100) for visitor in visitors} == {b"answer %d" % flow for flow, _ in got}
+
+
+@pytest.mark.parametrize("wants", [True, False])
+def test_a_flow_begins_with_its_addresses_where_the_client_wants_them(stack: ExitStack, wants: bool) -> None:
+    port = Port(stack)
+    occupy(stack, port.slot, Agreement(Offer(10102, 0, 5000), wants_addresses=wants))
+    [data] = fill(stack, port.slot, "00000001")
+    visitor = port.visitor()
+    source, target = (f"127.0.0.1:{name[1]}" for name in (visitor.getsockname(), visitor.getpeername()))
+    expected = encode_addresses(1, source, target) if wants else b""
+    for payload in (b"one", b"two"):
+        visitor.send(payload)
+        expected += encode_frame(1, payload)
+    received = b""
+    while len(received) < len(expected):
+        received += data.recv(1000)
+    assert received == expected
 
 
 # Stop

@@ -5,22 +5,34 @@ What is tried is the same in every run, so that a commit passes or fails for its
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nodepass.wire.signals import (
-    KIND_NAMES,
+    HEARTBEATS,
+    LANE,
+    MAX_OPENING,
+    TCP,
+    UDP,
     Auth,
+    Beat,
+    BeatAnswer,
+    Bye,
     Challenge,
+    DataHello,
     Hello,
     Launch,
     Offer,
     Refusal,
     parse_auth,
-    parse_hello,
+    parse_first,
     parse_opening,
     parse_signal,
+    parse_v1_signal,
+    without_mac,
 )
 from tests.fuzz.targets import SEEDS, TARGETS, seeds
 
@@ -75,33 +87,68 @@ def digits(size: int) -> st.SearchStrategy[str]:
     return st.text("0123456789abcdef", min_size=size, max_size=size)
 
 
-tunnels = st.builds(
+names = st.text("ABCXYZabcxyz019._-", max_size=64)
+offers = st.builds(
     Offer,
     data_port=st.integers(1, 65535),
     tls=st.integers(0, 2),
-    heartbeat=st.integers(1, 10**9 - 1),
+    heartbeat=st.integers(*HEARTBEATS),
+    sid=st.one_of(st.just(""), digits(32)),
     mux=st.booleans(),
-    fingerprint=st.one_of(st.just(""), digits(64)),
     mac=st.one_of(st.just(""), digits(64)),
 )
-old_tunnels = st.builds(Offer, st.integers(1, 65535), st.integers(0, 2))
-refusals = st.builds(Refusal, st.text("abcdefghijklmnopqrstuvwxyz-", min_size=1, max_size=32))
+v1_offers = st.builds(Offer, st.integers(1, 65535), st.integers(0, 2))
+tokens = st.text("abcdefghijklmnopqrstuvwxyz-", min_size=1, max_size=32)
+openings = st.one_of(offers, v1_offers, st.builds(Refusal, tokens), st.builds(Challenge, digits(32)))
+addresses = st.builds(
+    lambda host, port: f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+    st.ip_addresses().map(str),
+    st.integers(0, 65535),
+)
+launches = st.one_of(
+    st.builds(Launch, digits(8), st.sampled_from([TCP, LANE])),
+    st.builds(Launch, digits(8), st.sampled_from([TCP, LANE]), addresses, addresses),
+)
+signals = st.one_of(
+    launches,
+    st.builds(Beat, st.integers(0, 10**9 - 1)),
+    st.builds(BeatAnswer, st.booleans()),
+    st.builds(Bye, tokens),
+)
 
 
 @reproducible
-@given(st.one_of(tunnels, old_tunnels, refusals, st.builds(Challenge, digits(32))))
+@given(openings)
 def test_what_a_server_writes_in_the_handshake_is_what_a_client_reads(signal: Challenge | Refusal | Offer) -> None:
-    assert parse_opening(signal.encode()) == signal
+    line = signal.encode()
+    assert parse_opening(line[:-1]) == signal
+    assert len(line) <= MAX_OPENING
+    if isinstance(signal, Offer) and signal.mac and signal.version == 2:
+        assert without_mac(line[:-1], signal.mac) + b"\n" == replace(signal, mac="").encode()
 
 
 @reproducible
-@given(st.builds(Hello, digits(32)), st.builds(Auth, digits(64)))
-def test_what_a_client_writes_in_the_handshake_is_what_a_server_reads(hello: Hello, auth: Auth) -> None:
-    assert parse_hello(hello.encode()) == hello
-    assert parse_auth(auth.encode()) == auth
+@given(
+    st.builds(Hello, digits(32), digits(16), names, st.booleans()),
+    st.builds(DataHello, digits(32)),
+    st.builds(Auth, digits(64)),
+)
+def test_what_a_client_writes_in_the_handshake_is_what_a_server_reads(
+    hello: Hello, data: DataHello, auth: Auth
+) -> None:
+    for first in (hello, data):
+        assert parse_first(first.encode()[:-1]) == first
+        assert len(first.encode()) <= MAX_OPENING
+    assert parse_auth(auth.encode()[:-1]) == auth
 
 
 @reproducible
-@given(st.builds(Launch, digits(8), st.sampled_from(sorted(KIND_NAMES))))
-def test_a_launch_is_read_as_it_was_written(launch: Launch) -> None:
-    assert parse_signal(launch.encode()) == launch
+@given(signals)
+def test_a_signal_is_read_as_it_was_written(signal: Launch | Beat | BeatAnswer | Bye) -> None:
+    assert parse_signal(signal.encode()[:-1]) == signal
+
+
+@reproducible
+@given(st.builds(Launch, digits(8), st.sampled_from([TCP, UDP])))
+def test_a_launch_of_v1_is_read_as_it_was_written(launch: Launch) -> None:
+    assert parse_v1_signal(launch.encode()[:-1]) == launch

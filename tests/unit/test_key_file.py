@@ -84,6 +84,34 @@ def test_a_key_is_derived_once_for_each_name() -> None:
     assert web is not other
 
 
+def test_a_changed_keys_file_is_read_again_and_its_old_keys_stay_what_they_are(tmp_path: Path) -> None:
+    web, new, ssh = generate(), generate(), generate()
+    keys = Keys.find(None, write(tmp_path / "keys", f"web {web}\nssh {ssh}"), {})
+    before = {name: keys.keys_for(name) for name in ("web", "ssh")}
+    assert not keys.reload()
+    write(tmp_path / "keys", f"web {new}\nweb {web}")
+    assert keys.reload()
+    assert keys.secrets("web") == (new, web)
+    assert keys.keys_for("web")[1] is before["web"][0]
+    (unprovable,) = keys.keys_for("ssh")
+    assert unprovable != before["ssh"][0]
+
+
+def test_a_keys_file_that_became_unusable_changes_nothing(tmp_path: Path) -> None:
+    secret = generate()
+    keys = Keys.find(None, write(tmp_path / "keys", f"web {secret}"), {})
+    write(tmp_path / "keys", "web short")
+    assert isinstance(keys.try_reload(), ConfigError)
+    assert keys.secrets("web") == (secret,)
+
+
+def test_one_key_for_all_is_not_read_again(tmp_path: Path) -> None:
+    keys = Keys.find(write(tmp_path / "key", secret := generate()), None, {})
+    write(tmp_path / "key", generate())
+    assert not keys.reload()
+    assert keys.secrets("") == (secret,)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

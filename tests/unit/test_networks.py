@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from nodepass.net.networks import Networks
 from nodepass.net.sockets import network_of
-from nodepass.server.networks import Networks
 
 NETWORKS = st.sampled_from(["198.51.100.0/24", "203.0.113.0/24", "2001:db8::/64"])
 

@@ -206,19 +206,17 @@ def test_a_server_that_ends_what_was_just_made_is_given_a_rest(client: ClientPoo
 
 
 @pytest.mark.parametrize("place", ["idle", "early", "reserved"])
-def test_a_connection_whose_id_is_given_again_is_closed(
-    client: ClientPool, connections: Connections, place: str
-) -> None:
-    first, second = connections.make(), connections.make()
-    for stream, peer in (first, second):
-        client.add("00000000", stream)
-        if place == "early":
-            peer.sendall(b"first bytes")
-            gevent.wait(timeout=0.05)
-        if place == "reserved":
-            client.reserve("00000000")
-    assert first[0].sock.fileno() < 0
-    assert client.claim("00000000", 1) is second[0]
+def test_a_connection_whose_id_is_anothers_is_closed(client: ClientPool, connections: Connections, place: str) -> None:
+    (first, peer), (second, _) = connections.make(), connections.make()
+    client.add("00000000", first)
+    if place == "early":
+        peer.sendall(b"first bytes")
+        gevent.wait(timeout=0.05)
+    if place == "reserved":
+        client.reserve("00000000")
+    client.add("00000000", second)
+    assert second.sock.fileno() < 0
+    assert client.claim("00000000", 1) is first
 
 
 def test_the_filler_is_woken_for_a_visitor_that_left_before_its_launch(

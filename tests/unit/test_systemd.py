@@ -18,6 +18,7 @@ from nodepass.log import Log
 from nodepass.net.activation import Inherited, PassedSocket, Share
 from nodepass.net.listen import close_all, port_of
 from nodepass.server.server import Server
+from nodepass.server.tunnel_port import TunnelPort
 from nodepass.stats import Stats
 from nodepass.tunnel.interface import LISTENER_ROLES, Observed
 from nodepass.urls import Address, ServerURL
@@ -113,9 +114,10 @@ def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_
     tunnel, _, target, datagrams = passed
     inherited = Inherited([PassedSocket(UNIT, each) for each in (tunnel, target, datagrams)], LISTENER_ROLES)
     url = ServerURL(*(Address("127.0.0.1", port_of([each])) for each in (tunnel, target)))
-    share = inherited.share()
+    share, log, stats = inherited.share(), Log("test"), Stats()
+    port = TunnelPort([url], Settings(), log, stats, share)
     for _ in range(3):
-        server = Server(url, Settings(), None, Log("test"), Stats(), share)
+        server = Server(url, port, Settings(), tuple, log, stats, share)
         server.start()
         assert not inherited.unused()
         server.close()

@@ -74,7 +74,14 @@ def test_columns_go_one_by_one_and_the_name_stays() -> None:
 
 def test_a_plain_table_is_aligned() -> None:
     watch = Watch()
-    watch.add(scrape(1, Tunnel("a-long-name-of-a-tunnel", ready=True), Tunnel("b", round_trip=0.0123, peer="h:1")))
+    watch.add(
+        scrape(
+            1,
+            Tunnel("a-long-name-of-a-tunnel", ready=True),
+            Tunnel("b", round_trip=0.0123, peer="h:1", security="key tls1"),
+        )
+    )
     head, first, second = plain(watch.rows()).splitlines()
+    assert head.index("SECURITY") == second.index("key tls1")
     assert head.index("STATE") == first.index("ready") == second.index("down")
     assert "12.3ms" in second

@@ -17,7 +17,7 @@ def test_a_server_url_says_everything() -> None:
     url = parse_url("server://0.0.0.0:10101/127.0.0.1:8080?log=debug&tls=2&crt=/a+b%20c.crt&key=k.pem&name=web&wire=2")
     tunnel, target = Address("0.0.0.0", 10101), Address("127.0.0.1", 8080)
     files = ("/a+b c.crt", "k.pem")
-    assert url == ServerURL(tunnel, target, "debug", (), 2, *files, is_tls_given=True, tunnel_name="web", wire="2")
+    assert url == ServerURL(tunnel, target, "debug", 2, *files, is_tls_given=True, tunnel_name="web", wire="2")
     assert url.name == "server:10101/web"
 
 
@@ -30,7 +30,7 @@ def test_a_client_url_has_defaults() -> None:
 def test_a_client_url_says_everything() -> None:
     url = parse_url("client://example.com:1/:65535?tls=2&wire=1&name=a.B_0-9&log=warn")
     tunnel, target = Address("example.com", 1), Address("", 65535)
-    assert url == ClientURL(tunnel, target, "warn", (), tls=2, tunnel_name="a.B_0-9", wire="1")
+    assert url == ClientURL(tunnel, target, "warn", tls=2, tunnel_name="a.B_0-9", wire="1")
     assert url.name == "client:1/a.B_0-9"
 
 
@@ -108,13 +108,6 @@ def test_a_tunnel_has_a_name_or_none(name: str) -> None:
 def test_hosts_may_be_ipv6_names_or_nothing(text: str, host: str) -> None:
     url = parse_url(f"server://{text}:1/{text}:2?tls=0")
     assert (url.tunnel, url.target) == (Address(host, 1), Address(host, 2))
-
-
-def test_an_absent_tls_and_a_clients_tls_are_warned_of() -> None:
-    assert [each.reason for each in resolve("server://:1/:2").warnings] == ["tls_unset"]
-    assert [each.reason for each in resolve("client://:1/:2?tls=1").warnings] == ["tls_ignored"]
-    assert not resolve("server://:1/:2?tls=0").warnings
-    assert not resolve("server://:1/:2", has_key=True).warnings
 
 
 @pytest.mark.parametrize(

@@ -74,13 +74,3 @@ def test_an_unreadable_name_rejects_the_certificate() -> None:
     rejection = Expected("tunnel.example", Verify.ENFORCE).rejects_leaf(shown)
     assert rejection
     assert rejection.words.endswith(" no name")
-
-
-def test_a_fingerprint_is_that_of_the_certificate_in_der() -> None:
-    shown = certificate(x509.DNSName("tunnel.example"))
-    fingerprint = shown.to_cryptography().fingerprint(hashes.SHA256()).hex()
-    assert not Expected("tunnel.example", fingerprint=fingerprint).rejects_leaf(shown)
-    rejection = Expected("tunnel.example", fingerprint="0" * 64).rejects_leaf(shown)
-    assert rejection
-    assert rejection.check == "fingerprint"
-    assert fingerprint in rejection.words

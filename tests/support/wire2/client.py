@@ -8,7 +8,7 @@ from typing import Any
 from tests.support.sockets import PATIENCE, Address
 from tests.support.v1_client import V1Client
 from tests.support.v1_stream import Stream
-from tests.support.wire2.client_side import ClientSide
+from tests.support.wire2.client_side import ClientSide, GoodbyeError
 from tests.support.wire2.lane import Lane, TargetFlows
 from tests.support.wire2.lines import Line
 from tests.support.wire2.talk import Rejected, Talk, dial
@@ -60,6 +60,7 @@ class V2Client(V1Client):
         self._flow_timeout = flow_timeout
         self.launches: list[Line] = []
         self.rejections: list[str] = []
+        self.goodbyes: list[str] = []
 
     def __enter__(self) -> V2Client:
         super().__enter__()
@@ -81,7 +82,11 @@ class V2Client(V1Client):
 
     def next_launch(self) -> tuple[str, int]:
         """The id and the kind of the next launch; heartbeats are answered on the way."""
-        line = self.side.hear_launch()
+        try:
+            line = self.side.hear_launch()
+        except GoodbyeError as goodbye:
+            self.goodbyes.append(str(goodbye))
+            raise
         self.launches.append(line)
         return line.host, int(line.fragment)
 

@@ -27,6 +27,10 @@ SIDS = re.compile(r"[0-9a-f]{32}")
 IDS = re.compile(rb"[0-9a-f]{8}")
 
 
+class GoodbyeError(ConnectionError):
+    """The server has said that it ends the connection; its text is the token of the reason."""
+
+
 class ClientSide:
     """One client; a context manager that closes every connection that it has made."""
 
@@ -196,8 +200,11 @@ class ClientSide:
         self.idle = int(line.parameters["idle"])
 
     def hear_launch(self, timeout: float | None = None, *, answers: bool = True) -> Line:
-        """The next launch, checked to the letter."""
+        """The next launch, checked to the letter. Raises GoodbyeError where the server says bye instead."""
         line = self.hear_signal(timeout, answers=answers)
+        if line.host == "bye":
+            assert line.names == ["reason"], line.raw
+            raise GoodbyeError(line.parameters["reason"])
         assert re.fullmatch("[0-9a-f]{8}", line.host), f"not a launch: {line.raw!r}"
         assert line.fragment in ("1", "3"), line.raw
         assert line.names == (["from", "to"] if self.wants and line.fragment == "1" else []), line.raw

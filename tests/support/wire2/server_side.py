@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 import secrets
+import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
+
+from OpenSSL import SSL
 
 from tests.support.certificates import Certificate
 from tests.support.sockets import PATIENCE, Address, abort
@@ -38,6 +41,14 @@ class Terms:
     """Milliseconds between two heartbeats, as they are offered."""
     has_sid: bool = False
     mux: bool = False
+    context: SSL.Context | None = None
+    """How TLS is done, where it is not as every server with this certificate does it."""
+
+    @property
+    def tls_context(self) -> SSL.Context:
+        """How TLS is done."""
+        assert self.certificate
+        return self.context or server_context(self.certificate)
 
 
 def make_id() -> bytes:
@@ -73,8 +84,7 @@ class ServerSide:
 
     def secure(self) -> None:
         """Go on inside TLS 1.3 with the protocol of v2."""
-        assert self.terms.certificate
-        self.talk.become_server(server_context(self.terms.certificate))
+        self.talk.become_server(self.terms.tls_context)
         if not self.talk.secure.alpn:
             raise ConnectionError("TLS without the protocol of v2")
         if self.talk.secure.version != "TLSv1.3":
@@ -173,8 +183,7 @@ class ServerSide:
         """A data connection of this client up to its line, where the offer has a sid; right behind TLS where not."""
         talk = Talk(sock)
         if self.terms.tls:
-            assert self.terms.certificate
-            talk.become_server(server_context(self.terms.certificate))
+            talk.become_server(self.terms.tls_context)
             assert talk.secure.alpn, "TLS without the protocol of v2"
         if self.sid:
             line = talk.hear(longest=LONGEST)
@@ -240,6 +249,10 @@ class Listener:
         sock.settimeout(PATIENCE)
         self.accepted.append(sock)
         return sock
+
+    def has_more(self) -> bool:
+        """Whether a connection waits to be accepted."""
+        return bool(select.select([self._listener], [], [], 0)[0])
 
     def accept(self, port: int = 9) -> ServerSide:
         """The server's side of the next connection; `port`: the data port that is offered."""

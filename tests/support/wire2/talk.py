@@ -17,6 +17,9 @@ from tests.support.v1_stream import CHUNK, PlainStream
 from tests.support.wire2.lines import LONGEST_SIGNAL, Line, parse
 from tests.support.wire2.tls import SecureStream
 
+LOOK = 0.5
+"""Seconds that a wait lasts at most before the socket is looked at again."""
+
 
 class Rejected(ConnectionError):
     """The peer has rejected us; its text is the token of the reason."""
@@ -111,13 +114,17 @@ class Talk:
         self._buffered += data
 
     def _wait(self, deadline: float | None) -> None:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if self.sock.fileno() < 0:
-            raise ConnectionError("the connection is closed")
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        if not poll.poll(None if left is None else left * 1000):
-            raise TimeoutError("nothing was said in time")
+        """Return once there is something to read; a look now and then finds out that another thread has closed it."""
+        while True:
+            left = LOOK if deadline is None else min(LOOK, max(0.0, deadline - time.monotonic()))
+            if self.sock.fileno() < 0:
+                raise ConnectionError("the connection is closed")
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            if poll.poll(left * 1000):
+                return
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError("nothing was said in time")
 
     def hear(self, timeout: float | None = PATIENCE, longest: int = LONGEST_SIGNAL) -> Line:
         """The next line as a signal. Raises Rejected where it is an error."""

@@ -56,7 +56,12 @@ def client_context(
 
 
 @functools.cache
-def server_context(certificate: Certificate, alpn: bytes = ALPN, highest: int = SSL.TLS1_3_VERSION) -> SSL.Context:
+def server_context(certificate: Certificate) -> SSL.Context:
+    """How the servers with this certificate do TLS; one of them resumes another's sessions."""
+    return make_server_context(certificate)
+
+
+def make_server_context(certificate: Certificate, alpn: bytes = ALPN, highest: int = SSL.TLS1_3_VERSION) -> SSL.Context:
     """How a server does TLS: a client that offers other protocols only gets the alert, one that offers none goes on."""
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_max_proto_version(highest)
@@ -205,7 +210,10 @@ class SecureStream:
         with self._writing:
             for start in range(0, len(data), RECORD):
                 with self._state:
-                    self.connection.sendall(data[start : start + RECORD])
+                    try:
+                        self.connection.sendall(data[start : start + RECORD])
+                    except SSL.Error as error:  # this end has been ended meanwhile
+                        raise ConnectionError(f"TLS: {error}") from None
                 self._send_encrypted()
 
     def _send_encrypted(self) -> None:

@@ -4,8 +4,8 @@ A network is what one attacker can easily have: 256 IPv4 addresses, or a /64 of 
 therefore drops its own connections and not those of other peers, however long these take to authenticate. Which one is
 a matter of chance: of the oldest, a flood would drop exactly those whose peers are far away.
 
-Counts only, in constant time, and no I/O: members are any objects. `pending` adds its connections, and drops what
-`choose` returns.
+Counts only, in constant time, and no I/O: members are any objects. `server.pending` adds its connections, and drops
+what `choose` returns.
 """
 
 from __future__ import annotations

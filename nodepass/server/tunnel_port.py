@@ -1,0 +1,229 @@
+"""A tunnel port: the listeners of one tunnel address and its data port, shared by the tunnels of different names.
+
+It opens and closes the listeners, has the certificate, and knows the tunnels by name; a connection's opening says which
+of them it is for. `control_listener` and `data_listener` serve its connections and ask it what they are for; `server`
+makes those two, joins with its `client_slot` and leaves again. The port opens with the first tunnel and closes with the
+last one. What happens before a connection has said which tunnel it is for is counted and logged with the tunnel that
+opened the port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from nodepass.config import Settings
+from nodepass.errors import RefusedError
+from nodepass.log import Log
+from nodepass.net.activation import Share
+from nodepass.net.listen import close_all, listen_in_range, listen_tcp, port_of
+from nodepass.net.sockets import Endpoint
+from nodepass.server.client_slot import ClientSlot
+from nodepass.server.trial import Trial
+from nodepass.stats import Stats
+from nodepass.tasks import TaskGroup
+from nodepass.tunnel.control import Agreement
+from nodepass.tunnel.interface import DATA, TUNNEL
+from nodepass.tunnel.part import Common, Part
+from nodepass.urls import ServerURL
+from nodepass.wire.auth import Key, unknown_key
+from nodepass.wire.signals import HEARTBEATS, UNKNOWN_NAME, Hello, Offer
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from nodepass.tls.certificates import ServerCertificate
+
+LATE_HELLOS = 256  # addresses that are remembered
+LATE_HELLO = 600.0  # seconds for which they are
+
+
+class Membership(NamedTuple):
+    """What a data connection belongs to: a tunnel's slot, and its client or a v1 client on trial."""
+
+    slot: ClientSlot
+    agreement: Agreement
+    trial: Trial | None = None
+
+    def holds(self) -> bool:
+        """Whether that client is still the connected one; a client on trial becomes it now."""
+        if self.trial:
+            return self.slot.promote(self.trial)
+        return self.slot.agreement is self.agreement
+
+
+class TunnelPort:
+    """One tunnel port of the process; its tunnels have the same tls, crt, key and DATA_PORT."""
+
+    def __init__(self, urls: Sequence[ServerURL], settings: Settings, log: Log, stats: Stats, share: Share) -> None:
+        """`urls`: of all tunnels that will join. Raises ConfigError where the certificate is not usable."""
+        self.url = urls[0]
+        self.certificate: ServerCertificate | None = None
+        self.tunnel: list[socket] = []  # its listeners, while it is open
+        self.data: list[socket] = []  # none where data connections come to the tunnel port
+        self._is_shared = len(urls) > 1
+        self._serves_v1 = any(not url.tunnel_name and url.wire != "2" for url in urls)
+        self._settings = settings
+        self._log = log
+        self._stats = stats
+        self._share = share
+        self._members: dict[ClientSlot, Callable[[Exception], object]] = {}
+        self._parts: list[Part] = []
+        self._has_crashed = False
+        self._late_hellos: dict[str, float] = {}  # by address: time.monotonic() at which they are forgotten
+        self._unknown_key = unknown_key()
+        if self.url.tls:
+            from nodepass.tls.certificates import ServerCertificate
+
+            self.certificate = ServerCertificate(self.url.crt, self.url.key, log)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url.tunnel}, {len(self._members)} tunnels>"
+
+    @property
+    def mux(self) -> bool:
+        """Whether data connections come to the tunnel port."""
+        return self._settings.data_port.tunnel
+
+    @property
+    def uses_sid(self) -> bool:
+        """Whether data connections say which client they belong to, because it is not plain."""
+        return self.mux or self._is_shared
+
+    @property
+    def slots(self) -> list[ClientSlot]:
+        """Those of the tunnels that have joined."""
+        return list(self._members)
+
+    @property
+    def only_slot(self) -> ClientSlot | None:
+        """The one tunnel's, where it is plain that a data connection is for it."""
+        return None if self.uses_sid else next(iter(self._members), None)
+
+    @property
+    def v1_slot(self) -> ClientSlot | None:
+        """The tunnel that v1 clients are for: the one without a name, if it has no key and WIRE allows it."""
+        if not self._serves_v1:
+            return None
+        return next((slot for slot in self._members if not slot.name and not slot.keys), None)
+
+    # Tunnels
+
+    def join(self, slot: ClientSlot, fail: Callable[[Exception], object]) -> None:
+        """Serve this tunnel, too; `fail` is called with a crash of the port. Raises ListenError at the first one."""
+        if self._has_crashed or not self._members:
+            self._close()
+            self._open()
+        self._members[slot] = fail
+
+    def run(self, make_parts: Callable[[Common, TunnelPort], list[Part]]) -> None:
+        """Begin to accept, unless it does so already, with the parts that are made then."""
+        if not self._parts:
+            loops = TaskGroup(self._log, self._stats, on_crash=self._fail)
+            self._parts = make_parts(Common(self._settings, self._log, self._stats, loops), self)
+            for part in self._parts:
+                part.start()
+
+    def leave(self, slot: ClientSlot) -> None:
+        """The reverse of `join`."""
+        if self._members.pop(slot, None) and not self._members:
+            self._close()
+
+    def find_ended(self) -> str:
+        """Which loop has ended although the port is open; empty while all run."""
+        return next(filter(None, (part.find_ended() for part in self._parts)), "")
+
+    def _open(self) -> None:
+        self._has_crashed = False
+        with contextlib.ExitStack() as opened:
+            self.tunnel = listen_tcp(self.url.tunnel, "tunnel address", self._share.of(TUNNEL))
+            opened.callback(close_all, self.tunnel)
+            if not self.mux:
+                host, ports = self.url.tunnel.host, self._settings.data_port
+                self.data = listen_in_range(host, ports, "data port", self._share.of(DATA))
+            opened.pop_all()
+
+    def _close(self) -> None:
+        parts, self._parts = self._parts, []
+        for part in parts:
+            part.close()
+        close_all(self.tunnel)
+        close_all(self.data)
+
+    def _fail(self, error: Exception) -> None:
+        self._has_crashed = True  # a tunnel that comes back does not wait for one that has not left yet
+        for fail in list(self._members.values()):
+            fail(error)
+
+    # What a connection is for
+
+    def find(self, hello: Hello) -> ClientSlot | None:
+        """The tunnel that a client asks for; None for an unknown one that is challenged all the same.
+
+        Raises RefusedError where no tunnel of the port has a key, so that nothing is given away.
+        """
+        for slot in self._members:
+            if slot.name == hello.name:
+                return slot
+        if any(slot.keys for slot in self._members):
+            return None
+        raise RefusedError(UNKNOWN_NAME, f"there is no tunnel {hello.name!r} at this port")
+
+    def keys_of(self, slot: ClientSlot | None) -> Sequence[Key]:
+        """What a client must prove; an unknown tunnel has a random key."""
+        return slot.keys if slot else (self._unknown_key,)
+
+    def offer(self, version: int) -> Offer:
+        """What an admitted client is told, but for the proof of a key."""
+        port = port_of(self.data or self.tunnel)
+        if version == 1:
+            return Offer(port, self.url.tls)
+        lowest, highest = HEARTBEATS
+        heartbeat = min(highest, max(lowest, round(1000 * self._settings.report_interval)))
+        return Offer(port, self.url.tls, heartbeat, os.urandom(16).hex() if self.uses_sid else "", self.mux)
+
+    def membership(self, slot: ClientSlot, peer: Endpoint) -> Membership | None:
+        """What a connection from this address belongs to, where it is plain that it is for this tunnel."""
+        agreement = slot.agreement_with(peer)
+        if slot.trial_of(peer) or not agreement:
+            return self.find_v1(peer)
+        return Membership(slot, agreement)
+
+    def find_sid(self, sid: str) -> Membership | None:
+        """The client whose offer had this sid."""
+        for slot in self._members:
+            agreement = slot.agreement
+            if agreement and agreement.offer.sid == sid:
+                return Membership(slot, agreement)
+        return None
+
+    def find_v1(self, peer: Endpoint) -> Membership | None:
+        """The v1 client, on trial or not, that a connection from this address belongs to."""
+        slot = self.v1_slot
+        if not slot:
+            return None
+        if trial := slot.trial_of(peer):  # before the client, which does not respond then
+            return Membership(slot, trial.agreement, trial)
+        if slot.version == 1 and slot.agreement and slot.is_client(peer):
+            return Membership(slot, slot.agreement)
+        return None
+
+    def expects(self, peer: Endpoint) -> bool:
+        """Whether a data connection from this address can belong to a client; one with a key may come from anywhere."""
+        return any(slot.agreement_with(peer) for slot in self._members) or self.find_v1(peer) is not None
+
+    # Clients whose hello was late
+
+    def remember_late_hello(self, peer: Endpoint) -> None:
+        """A connection that was taken for v1 has begun to speak: this address gets more time from now on."""
+        self._late_hellos.pop(peer.host, None)
+        while len(self._late_hellos) >= LATE_HELLOS:
+            del self._late_hellos[next(iter(self._late_hellos))]
+        self._late_hellos[peer.host] = time.monotonic() + LATE_HELLO
+
+    def was_late(self, peer: Endpoint) -> bool:
+        """Whether that has happened lately."""
+        return self._late_hellos.get(peer.host, 0.0) > time.monotonic()

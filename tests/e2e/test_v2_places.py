@@ -1,0 +1,274 @@
+"""Which client a server of ours serves: the same one again at once, another one only from an incumbent that is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.process import Environment
+from tests.support.sockets import abort, connect, is_silent
+from tests.support.target import Target
+from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
+from tests.support.v1_client import V1Client
+from tests.support.wire2 import lines
+from tests.support.wire2.client import V2Client
+from tests.support.wire2.client_side import ClientSide, GoodbyeError
+from tests.support.wire2.middle import Forwarder
+from tests.support.wire2.ours import OurClients
+from tests.support.wire2.proofs import SECRET
+from tests.support.wire2.talk import Rejected, Talk, dial
+
+PROBE = 1.0
+"""Seconds that an incumbent has to show life."""
+
+MARGIN = 6.0
+"""Seconds that a loaded machine may add."""
+
+SLOW: Environment = {"REPORT_INTERVAL": "30s", "SERVICE_COOLDOWN": "300ms"}
+"""With these no heartbeat finds anybody dead during a test, or keeps anybody alive."""
+
+ANY = re.compile("")
+
+KEYS = {"without a key": "", "with a key": SECRET}
+
+
+@pytest.fixture(params=KEYS)
+def secret(request: pytest.FixtureRequest) -> str:
+    return KEYS[request.param]
+
+
+@pytest.fixture
+def server(secret: str) -> Iterator[OurServer]:
+    with OurServer(env={**SLOW, "TUNNEL_KEY": secret} if secret else SLOW) as running:
+        yield running
+        assert not running.find_crashes()
+
+
+@contextlib.contextmanager
+def connected(server: OurServer, secret: str, **given: object) -> Iterator[ClientSide]:
+    with ClientSide(server.tunnel_address, secret=secret, **given) as client:  # type: ignore[arg-type]
+        client.connect()
+        yield client
+
+
+@contextlib.contextmanager
+def answering(client: ClientSide) -> Iterator[list[str]]:
+    """Let a client answer heartbeats, in a thread; what it is told at the end."""
+    told: list[str] = []
+
+    def answer() -> None:
+        try:
+            client.hear_launch(timeout=30)
+        except GoodbyeError as goodbye:
+            told.append(str(goodbye))
+        except OSError:
+            told.append("")
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        yield told
+    finally:
+        with contextlib.suppress(OSError):
+            client.talk.sock.shutdown(2)
+        thread.join(30)
+
+
+def what_is_left(talk: Talk) -> list[bytes]:
+    """The lines of a connection up to its end, which has to come."""
+    return talk.rest().splitlines()
+
+
+def test_the_same_client_takes_its_place_again_at_once(server: OurServer, secret: str) -> None:
+    """And is not asked for a sign of life before: the old connection may be dead without a word."""
+    with connected(server, secret) as old:
+        identity, talk = old.open_data()
+        visitor = connect(server.visitor_address)
+        assert old.hear_launch().host == identity
+        began = time.monotonic()
+        with visitor, connected(server, secret, identity=old.identity) as new:
+            assert time.monotonic() - began < PROBE
+            assert b"//beat" not in b"".join(what_is_left(old.talk))
+            visitor.sendall(b"runs on")
+            assert talk.receive_exactly(7) == b"runs on"
+            identity, talk = new.open_data()
+            with connect(server.visitor_address):
+                assert new.hear_launch().host == identity
+        server.wait_for("client.returned", incumbent=ANY)
+    server.wait_for("client.disconnected", reason="returned")
+
+
+def test_the_old_control_connection_has_ended_before_the_new_offer_is_written(server: OurServer, secret: str) -> None:
+    with connected(server, secret) as old, connected(server, secret, identity=old.identity):
+        old.talk.sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            what_is_left(old.talk)
+
+
+def test_data_connections_of_the_old_connection_are_closed(server: OurServer, secret: str) -> None:
+    with connected(server, secret) as old:
+        _, idle = old.open_data()
+        with connected(server, secret, identity=old.identity):
+            assert idle.rest() == b""
+
+
+def test_another_client_is_busy_while_the_incumbent_answers(server: OurServer, secret: str) -> None:
+    with connected(server, secret) as incumbent, answering(incumbent) as told:
+        began = time.monotonic()
+        with ClientSide(server.tunnel_address, secret=secret, demand=incumbent.tls) as other:
+            with pytest.raises(Rejected, match="busy"):
+                other.connect()
+            assert other.talk.is_ended_by_peer()
+        assert time.monotonic() - began < PROBE + MARGIN
+        assert not told
+        server.wait_for("client.rejected", level="warn", reason="busy")
+        assert not server.find("client.disconnected")
+
+
+def test_another_client_replaces_an_incumbent_that_gives_no_sign_of_life(server: OurServer, secret: str) -> None:
+    with connected(server, secret) as silent:
+        identity, talk = silent.open_data()
+        visitor = connect(server.visitor_address)
+        assert silent.hear_launch().host == identity
+        with visitor, connected(server, secret) as other:
+            left = what_is_left(silent.talk)
+            assert left[0].startswith(b"//beat?idle=")
+            assert left[-1] == b"//bye?reason=replaced"
+            visitor.sendall(b"runs on")
+            assert talk.receive_exactly(7) == b"runs on"
+            identity, _ = other.open_data()
+            with connect(server.visitor_address):
+                assert other.hear_launch().host == identity
+        server.wait_for("client.replaced", level="warn")
+    server.wait_for("client.disconnected", reason="silent", error=re.compile("replaced"))
+
+
+def test_a_newcomer_that_is_gone_by_then_changes_nothing(server: OurServer, secret: str) -> None:
+    with connected(server, secret) as incumbent:
+        with ClientSide(server.tunnel_address, secret=secret, demand=incumbent.tls) as other:
+            other.begin()
+            if secret:
+                other.hear_challenge()
+                other.authenticate()
+            incumbent.take_beat(incumbent.talk.hear())
+        assert incumbent.talk.is_silent(PROBE + 0.3), "it was replaced for a client that has gone"
+        incumbent.talk.say("//beat?ok=1")
+        identity, _ = incumbent.open_data()
+        with connect(server.visitor_address):
+            assert incumbent.hear_launch().host == identity
+        assert not server.find("client.disconnected")
+
+
+def test_without_a_key_another_address_is_another_client() -> None:
+    """Whoever has read a hello could say `client=` as well."""
+    with OurServer(env=SLOW) as server, connected(server, "") as incumbent, answering(incumbent) as told:
+        copy = ClientSide(server.tunnel_address, identity=incumbent.identity, source="127.0.0.2")
+        with copy, pytest.raises(Rejected, match="busy"):
+            copy.connect()
+        assert not told
+
+
+def test_with_a_key_the_same_client_may_come_from_another_address() -> None:
+    with OurServer(env={**SLOW, "TUNNEL_KEY": SECRET}) as server, connected(server, SECRET) as old:
+        began = time.monotonic()
+        with connected(server, SECRET, identity=old.identity, source="127.0.0.2"):
+            assert time.monotonic() - began < PROBE
+            old.talk.rest()
+
+
+def test_a_client_that_does_not_prove_the_key_takes_no_place() -> None:
+    with OurServer(env={**SLOW, "TUNNEL_KEY": SECRET}) as server, connected(server, SECRET) as incumbent:
+        wrong = ClientSide(server.tunnel_address, secret="another secret that is long", identity=incumbent.identity)
+        with wrong, pytest.raises(Rejected, match="key-mismatch"):
+            wrong.connect()
+        assert incumbent.talk.is_silent(0.2)
+
+
+def test_our_second_client_says_that_another_one_is_connected_and_comes_again(secret: str, server: OurServer) -> None:
+    env = {**SLOW, "TUNNEL_KEY": secret} if secret else SLOW
+    where = {"": (server.tunnel_address, "tls=0")}
+    with (
+        Target() as target,
+        OurClients(where, target.address, env=env) as first,
+        contextlib.ExitStack() as stack,
+    ):
+        first.wait_for("server.connected")
+        second = stack.enter_context(OurClients(where, target.address, env=env))
+        second.wait_for("server.rejected", level="error", reason="busy")
+        server.wait_for("client.rejected", level="warn", reason="busy")
+        assert not first.find("server.disconnected")
+        mark = second.mark()
+        first.stop()
+        second.wait_for("server.connected", after=mark)
+        with connect(server.visitor_address) as visitor, target.accept() as service:
+            assert_connected(visitor, service)
+
+
+def test_our_client_comes_back_to_its_own_place() -> None:
+    """What is left of a connection that was cut on the way does not keep it out."""
+    with OurServer(env=SLOW) as server, Target() as target, Cut(server.tunnel_address) as way:
+        client = OurClient(way.address, target.address, env=SLOW)
+        with client:
+            client.wait_until_connected()
+            mark = client.mark()
+            way.cut()
+            client.wait_until_connected(after=mark)
+            server.wait_for("client.returned")
+            assert not client.find("server.rejected")
+
+
+class Cut(Forwarder):
+    """A forwarder whose near side can be cut while its far side stays as it is: the server is not told."""
+
+    def forward(self, near: socket.socket) -> None:
+        far = self.workers.own(connect(self._behind))
+        far.settimeout(None)
+        self.workers.spawn(lambda: pump(far, near))
+        pump(near, far)
+
+    def cut(self) -> None:
+        """End every connection of the client, and no connection to the server."""
+        for sock in self.near:
+            abort(sock)
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    """Copy, and tell the other side nothing of an end."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+
+
+@pytest.mark.parametrize("newcomer", ["silent", "hello"])
+def test_a_v1_client_is_protected_by_the_acknowledgements_of_tcp(newcomer: str) -> None:
+    with (
+        OurServer(env=SLOW) as server,
+        Target() as target,
+        V1Client(server.tunnel_address, target.address) as first,
+    ):
+        first.wait_until_full()
+        with dial(server.tunnel_address) as second:
+            if newcomer == "hello":
+                second.say(lines.make_hello())
+            assert second.rejection(PROBE + MARGIN) == "busy"
+        Tunnel(server, first, target).assert_works()
+        assert first.connects == 1
+
+
+def test_sessions_of_a_client_that_lost_its_place_run_on() -> None:
+    with OurServer(env=SLOW) as server, Target() as target, connected(server, "") as first:
+        identity, talk = first.open_data()
+        with connect(server.visitor_address) as visitor:
+            assert first.hear_launch().host == identity
+            with V2Client(server.tunnel_address, target.address) as second:
+                second.wait_until_full()
+                Tunnel(server, second, target).assert_works()
+                visitor.sendall(b"ping")
+                assert talk.receive_exactly(4) == b"ping"
+                assert is_silent(visitor, 0.05)
