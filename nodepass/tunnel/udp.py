@@ -38,7 +38,11 @@ OVERHEAD = 64  # bytes of memory that a queued frame takes beyond its own
 UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is in transit, for the same reason
 STALLED = 1.0  # seconds without an acknowledgement after which the lane of a replaced client is lost
 SWEEP = 1.0  # seconds between two looks for silent flows, at most
-READS_PER_TURN = 16  # of a lane, before other greenlets get their turn
+READS_PER_TURN = 16  # of a lane, before others get their turn,
+FRAMES_PER_TURN = 64  # and frames: one that begins a flow takes some 50 microseconds
+TURN = (
+    1e-9  # seconds: one iteration of the event loop; `gevent.sleep(0)` would let 50 turns pass before others' sockets
+)
 
 # Wire v1: a datagram is what one read returns.
 SPLIT_FROM = 1000  # bytes: a first read of this size can be the beginning of a datagram (Go's first TLS records)
@@ -136,13 +140,16 @@ class Lane:
 
     def _read(self, stream: Stream, deliver: Callable[[int, bytes], object]) -> None:
         buffer, frames = _shared[: stream.batch], FrameBuffer()
-        reads = 0
+        reads = count = 0
         while received := stream.recv_into(buffer):
             for flow, payload in frames.feed(buffer[:received]):
                 deliver(flow, payload)
+                count += 1
+                if count % FRAMES_PER_TURN == 0:
+                    gevent.sleep(TURN)
             reads += 1
             if reads % READS_PER_TURN == 0:
-                gevent.sleep(0)
+                gevent.sleep(TURN)
 
 
 class FlowLike(Protocol):

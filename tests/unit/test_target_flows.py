@@ -99,6 +99,29 @@ def test_a_lane_that_ended_before_its_connection_came_closes_it(stack: ExitStack
     assert not lane.send(1, b"late")
 
 
+def test_the_frames_of_one_read_do_not_hold_up_the_event_loop(stack: ExitStack) -> None:
+    """One read can bring 40,000 frames, each of which may begin a flow."""
+    count, in_a_row, longest = 0, 0, 0
+    stream, peer = stack.enter_context(tcp_pair())
+
+    def deliver(flow: int, payload: bytes) -> None:  # noqa: ARG001
+        nonlocal count, in_a_row
+        count, in_a_row = count + 1, in_a_row + 1
+
+    def tick() -> None:  # the event loop's turn
+        nonlocal in_a_row, longest
+        in_a_row, longest = 0, max(longest, in_a_row)
+
+    timer = gevent.get_hub().loop.prepare()
+    timer.start(tick)
+    stack.callback(timer.close)
+    run(stack, Lane().run, stream, deliver)
+    peer.sendall(encode_frame(1, b"") * 5000)
+    until(lambda: count == 5000)
+    tick()
+    assert longest <= 2 * lanes.FRAMES_PER_TURN
+
+
 class Client:
     """The client's flows with one lane, and a target."""
 
