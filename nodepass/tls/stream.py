@@ -34,6 +34,7 @@ from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
 from nodepass.tls.verify import Expected, Rejection, Verify, is_ip
+from nodepass.wire.signals import printable
 
 ALPN = b"nodepass/2"
 EXPORTER_LABEL = b"EXPORTER-nodepass-2"
@@ -395,7 +396,7 @@ def _client_connection(judge: _Judge, v2: bool, session: Session | None) -> SSL.
 def _select_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
     """Called where the client offers protocols. What it raises ends the handshake with an alert."""
     if ALPN not in offered:
-        raise SSL.Error(f"the client offers other protocols (ALPN): {b', '.join(offered)!r}")
+        raise SSL.Error(f"the client offers other protocols (ALPN): {printable(b', '.join(offered))}")
     return ALPN
 
 
