@@ -16,6 +16,7 @@ from gevent.event import Event
 from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, NoDataConnection, RefusedError
+from nodepass.log import Limit
 from nodepass.net.sockets import Endpoint, Socket, acknowledged, format_without_zone
 from nodepass.net.stream import Stream
 from nodepass.server.pool import ServerPool
@@ -187,11 +188,11 @@ class ClientSlot(Part):
         peer = candidate.control.peer
         if self._is_same(incumbent, candidate):
             words = "client %(client)s has connected again and takes its place back from %(incumbent)s"
-            self._log.info("client.returned", words, client=peer, incumbent=incumbent.peer)
+            self._log.info("client.returned", words, Limit(), client=peer, incumbent=incumbent.peer)
             ending = Ending("returned", f"the same client has connected again from {peer}")
         else:
             words = "client %(client)s replaces %(incumbent)s, which does not respond"
-            self._log.warning("client.replaced", words, client=peer, incumbent=incumbent.peer)
+            self._log.warning("client.replaced", words, Limit(), client=peer, incumbent=incumbent.peer)
             incumbent.vanished = True
             ending = Ending("silent", f"not responding; replaced by {peer}")
         self.release(incumbent, ending, REPLACED)

@@ -192,7 +192,7 @@ class ControlListener(Part):
         log, stats = slot.common.log, slot.common.stats
         stats.connects += 1
         words = "client connected from %(client)s: wire v%(wire)d"
-        log.info("client.connected", words, client=control.peer, wire=control.version)
+        log.info("client.connected", words, Limit(), client=control.peer, wire=control.version)
         slot.on_client()
         beat = slot.common.loops.spawn("send heartbeats", control.beat, slot.pool.__len__)
         try:
@@ -205,7 +205,8 @@ class ControlListener(Part):
             slot.release(control, STOPPING)
             ending = control.ending
             words = "client disconnected: %(error)s (%(client)s)"
-            log.info("client.disconnected", words, client=control.peer, reason=ending.reason, error=ending.words)
+            why, because = ending.reason, ending.words
+            log.info("client.disconnected", words, Limit(), client=control.peer, reason=why, error=because)
             control.close(ending)
 
     def _reject(self, opening: Opening, peer: Endpoint, error: RefusedError) -> None:

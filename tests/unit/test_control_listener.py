@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -11,6 +13,7 @@ import pytest
 from gevent import socket
 
 from nodepass.errors import TLSError
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import Endpoint
 from nodepass.server import client_slot, control_listener
 from nodepass.server import opening as opening_module
@@ -135,6 +138,22 @@ def test_the_same_client_is_admitted_again_at_once_after_its_old_connection_has_
     assert old.recv(1) == b""
     assert port.slot.control
     assert port.slot.control.endpoint.sockaddr == new.getsockname()
+
+
+def test_clients_that_come_and_go_do_not_fill_the_log(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a key, anyone can be such a client, thousands of times in a second."""
+    written: Counter[str] = Counter()
+    logger = logging.getLogger("nodepass")
+    stack.callback(logger.setLevel, logger.level)
+    logger.setLevel(logging.INFO)
+    monkeypatch.setattr(Log, "_write", lambda _self, _level, event, *_: written.update([event]))
+    port = OpenPort(stack)
+    for _ in range(4 * Limit.burst):
+        take_offer(client := port.connect(hello()))
+        client.shutdown(socket.SHUT_WR)  # type: ignore[union-attr]
+    until(lambda: port.common.stats.connects == 4 * Limit.burst and written["client.disconnected"])
+    for event in ("client.connected", "client.disconnected"):
+        assert 0 < written[event] <= 2 * Limit.burst  # two seconds may have passed
 
 
 @pytest.mark.parametrize(
