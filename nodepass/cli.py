@@ -136,8 +136,9 @@ def main(arguments: Sequence[str]) -> int:
         _start_log(urls, settings, keys.notices)
         for url in urls:
             keys.keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
-        gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
         daemon = Daemon(urls, settings, keys, manager)
+        gc.collect()
+        gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
         daemon.run()
     except ConfigError as error:
         sys.stderr.write(f"nodepass: {error}\n")

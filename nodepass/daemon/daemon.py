@@ -18,7 +18,6 @@ from gevent.lock import Semaphore
 from gevent.queue import SimpleQueue
 from gevent.util import format_run_info
 
-from nodepass.client.client import Client
 from nodepass.config import Settings, format_duration
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
@@ -28,8 +27,6 @@ from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError, StartError
 from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited
-from nodepass.server.server import Server
-from nodepass.server.tunnel_port import TunnelPort
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
@@ -38,6 +35,7 @@ from nodepass.wire.auth import new_client_id
 
 if TYPE_CHECKING:
     from nodepass.metrics.endpoint import MetricsEndpoint
+    from nodepass.server.tunnel_port import TunnelPort
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -243,8 +241,13 @@ def make_tunnels(
     for url, name in zip(urls, name_tunnels(urls), strict=True):
         log, stats, tunnel_keys = Log(name), Stats(), partial(keys.keys_for, url.tunnel_name)
         if isinstance(url, ClientURL):
+            from nodepass.client.client import Client  # here, because most processes are one end only
+
             makers.append(partial(Client, url, new_client_id(), tunnel_keys, settings, log, stats))
             continue
+        from nodepass.server.server import Server
+        from nodepass.server.tunnel_port import TunnelPort
+
         share = inherited.share()
         address: object = url.tunnel if url.tunnel.port else object()  # a port that the kernel chooses is not shared
         if address not in ports:

@@ -11,7 +11,6 @@ from gevent.event import Event
 
 from nodepass.client.client import Client
 from nodepass.config import Settings
-from nodepass.daemon import daemon
 from nodepass.daemon.daemon import Daemon, make_tunnels, name_tunnels
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.supervisor import Supervisor
@@ -19,6 +18,7 @@ from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ListenError, StartError
 from nodepass.log import Log
 from nodepass.net.activation import Inherited
+from nodepass.server import server
 from nodepass.server.server import Server
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
@@ -196,7 +196,7 @@ def make_daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Daemon, 
         ) -> Stub:
             return Stub(log.tunnel, stats, calls, left)
 
-        monkeypatch.setattr(daemon, "Server", make_server)
+        monkeypatch.setattr(server, "Server", make_server)
         settings = Settings(shutdown_timeout=4, service_cooldown=0.01, start_timeout=start_timeout)
         made = Daemon(URLS, settings, Keys(), ServiceManager())
         return made, calls

@@ -40,6 +40,7 @@ import contextlib, runpy, sys
 sys.argv = ["nodepass", "--version"]
 with contextlib.suppress(SystemExit):
     runpy.run_module("nodepass", run_name="__main__")
+import nodepass.client.client, nodepass.server.server
 print(*sys.modules, sep="\\n")
 """
 
