@@ -92,13 +92,6 @@ def test_a_mapped_port_works(stack: contextlib.ExitStack, tls: int, keyed: bool)
     assert_all_works(Tunnel(server, client, target))
 
 
-@pytest.mark.parametrize("tls", [0, 1, 2])
-def test_a_v1_client_works_on_one_port(tls: int, authority: Authority) -> None:
-    with open_tunnel(Pair("ours", "v1", tls), authority, server_env=ENV) as tunnel:
-        assert tunnel.v1_client.data_address == tunnel.server.tunnel_address
-        assert_all_works(tunnel)
-
-
 def test_a_v1_client_on_one_port_comes_back(authority: Authority) -> None:
     with open_tunnel(Pair("ours", "v1", 1), authority, server_env=ENV) as tunnel:
         before = tunnel.v1_client.connects

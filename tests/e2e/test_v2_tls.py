@@ -126,14 +126,17 @@ def max_early_data(session: SSL.Session) -> int:
 
 
 def dials(side: ServerSide, data: Listener) -> Iterator[tuple[client_hello.ClientHello, Talk]]:
-    """Data connections of our client: what each shows on the path, and the connection once it is admitted."""
+    """Data connections of our client: what each shows on the path, and the connection once it is admitted.
+
+    What is left of an earlier control connection's ends before that.
+    """
     while True:
         sock = data.accept_socket()
-        shown = client_hello.peek(sock)
-        talk = side.begin_data(sock)
-        identity = side.give_id(talk)
-        side.check_proof(talk, identity)
-        talk.write(b"")
+        try:
+            shown = client_hello.peek(sock)
+            _, talk = side.admit(sock)
+        except ConnectionError:
+            continue
         yield shown, talk
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
 from tests.support.certificates import Authority
 from tests.support.log import one_of
 from tests.support.process import Environment
+from tests.support.sockets import until
 from tests.support.target import Target
-from tests.support.tunnel import CALM, OurClient, Tunnel
+from tests.support.tunnel import CALM, Tunnel
 from tests.support.v1_server import V1Server
+from tests.support.wire2.ours import OurClients
+from tests.support.wire2.proofs import SECRET
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +25,18 @@ def env(authority: Authority) -> Environment:
 
 
 @contextlib.contextmanager
-def at_v1_server(authority: Authority, env: Environment, tls: int, query: str) -> Iterator[Tunnel]:
-    with (
-        V1Server(tls, authority.local) as server,
-        Target() as target,
-        OurClient(server.tunnel_address, target.address, query=query, env=env) as client,
-    ):
-        yield Tunnel(server, client, target)
+def at_v1_servers(
+    authority: Authority, env: Environment, cases: Mapping[str, tuple[int, str]]
+) -> Iterator[tuple[OurClients, dict[str, tuple[V1Server, Target]]]]:
+    """One process with a client for each case, each with a v1 server and a target of its own."""
+    with contextlib.ExitStack() as stack:
+        servers = {label: stack.enter_context(V1Server(tls, authority.local)) for label, (tls, _) in cases.items()}
+        targets = {label: stack.enter_context(Target()) for label in cases}
+        where = {label: (servers[label].tunnel_address, query) for label, (_, query) in cases.items()}
+        addresses = {label: target.address for label, target in targets.items()}
+        clients = stack.enter_context(OurClients(where, addresses, env=env))
+        yield clients, {label: (servers[label], targets[label]) for label in cases}
+        assert not clients.find_crashes()
 
 
 SERVED = {
@@ -44,18 +52,16 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize("case", SERVED)
-def test_a_v1_server_is_used_on_the_connection_on_which_it_was_asked(
-    authority: Authority, env: Environment, case: str
-) -> None:
+def test_a_v1_server_is_used_on_the_connection_on_which_it_was_asked(authority: Authority, env: Environment) -> None:
     """It answers a ClientHello in the clear: it has sent its line before it could read anything."""
-    tls, query = SERVED[case]
-    with at_v1_server(authority, env, tls, query) as tunnel:
-        tunnel.our_client.wait_until_connected(tls=tls, wire=1)
-        for _ in range(10):
-            tunnel.assert_works()
-        assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
-        assert tunnel.v1_server.connects == 1
+    with at_v1_servers(authority, env, SERVED) as (clients, ends):
+        for label, (server, target) in ends.items():
+            clients.wait_in(label, "server.connected", tls=SERVED[label][0], wire=1)
+            tunnel = Tunnel(server, clients, target)
+            for _ in range(10):
+                tunnel.assert_works()
+            assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
+            assert server.connects == 1
 
 
 REFUSED = {
@@ -70,32 +76,28 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_v1_server_below_the_demand_is_refused_by_name(authority: Authority, env: Environment, case: str) -> None:
-    tls, query = REFUSED[case]
-    with at_v1_server(authority, env, tls, query) as tunnel:
-        client = tunnel.our_client
-        entry = client.wait_for("server.rejected", level="error", reason=one_of("no_tls", "version"))
-        assert re.search("v1|tls", entry["error"]), entry
-        assert not client.find("server.connected")
-        assert tunnel.v1_server.idle == 0
+def test_a_v1_server_below_the_demand_is_refused_by_name(authority: Authority, env: Environment) -> None:
+    with at_v1_servers(authority, env, REFUSED) as (clients, ends):
+        for label, (server, _) in ends.items():
+            entry = clients.wait_in(label, "server.rejected", level="error", reason=one_of("no_tls", "version"))
+            assert re.search("v1|tls", entry["error"]), entry
+            assert server.idle == 0
+        assert not clients.find("server.connected")
 
 
-@pytest.mark.parametrize("query", ["tls=0", "tls=1", "tls=2", ""])
-def test_with_a_key_no_v1_server_is_used(authority: Authority, env: Environment, query: str) -> None:
-    with at_v1_server(authority, {**env, "TUNNEL_KEY": "correct horse battery staple"}, 2, query) as tunnel:
-        client = tunnel.our_client
-        client.wait_for("server.rejected", level="error", reason=one_of("key_mismatch", "version", "no_tls"))
-        assert not client.find("server.connected")
-        assert tunnel.v1_server.idle == 0
+def test_with_a_key_no_v1_server_is_used(authority: Authority, env: Environment) -> None:
+    cases = {query: (2, f"{query}&name={number}") for number, query in enumerate(("tls=0", "tls=1", "tls=2", "wire=2"))}
+    with at_v1_servers(authority, {**env, "TUNNEL_KEY": SECRET}, cases) as (clients, ends):
+        for label, (server, _) in ends.items():
+            clients.wait_in(label, "server.rejected", level="error", reason=one_of("key_mismatch", "version", "no_tls"))
+            assert server.idle == 0
+        assert not clients.find("server.connected")
 
 
 def test_signals_in_the_clear_are_said_at_each_connect_where_tls_2_is_demanded(
     authority: Authority, env: Environment
 ) -> None:
-    with at_v1_server(authority, env, 2, "tls=2&wire=1") as tunnel:
-        client = tunnel.our_client
-        client.wait_for("server.clear_signals", level="warn")
-        mark = client.mark()
-        tunnel.v1_server.drop_client()
-        client.wait_for("server.clear_signals", level="warn", after=mark)
+    with at_v1_servers(authority, env, {"": (2, "tls=2&wire=1")}) as (clients, ends):
+        for times in (1, 2):
+            until(lambda: len(clients.find("server.clear_signals", level="warn")) == times)  # noqa: B023  # called here
+            ends[""][0].drop_client()

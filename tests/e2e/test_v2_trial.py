@@ -10,7 +10,7 @@ import pytest
 from OpenSSL import SSL
 
 from tests.support.certificates import Authority
-from tests.support.sockets import connect
+from tests.support.sockets import connect, datagram_socket
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
@@ -239,20 +239,29 @@ def test_a_late_hello_is_given_two_seconds_and_no_more(one_port: OurServers) -> 
         assert time.monotonic() - began > 1
 
 
-@pytest.mark.parametrize("tls", [0, 1, 2])
 @pytest.mark.parametrize("port", ["0", "tunnel"], ids=["two ports", "one port"])
-def test_a_whole_v1_client_is_served(authority: Authority, tls: int, port: str) -> None:
-    with (
-        OurServer(tls, authority.local, env={**CALM, "DATA_PORT": port}) as server,
-        Target() as target,
-        V1Client(server.tunnel_address, target.address, cafile=authority.crt) as client,
-    ):
-        client.wait_until_full()
-        server.wait_for_client(wire=1)
-        tunnel = Tunnel(server, client, target)
-        for _ in range(12):
-            tunnel.assert_works()
-        assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
+def test_a_whole_v1_client_is_served_in_every_tls_mode(authority: Authority, port: str) -> None:
+    """Its data connections are silent, and it dials one at a time."""
+    queries = {tls: f"tls={tls}" for tls in ("0", "1", "2")}
+    env = {**CALM, "DATA_PORT": port}
+    with OurServers(queries, authority.local, env=env) as servers, Target() as target:
+        for tls, place in servers.places.items():
+            with V1Client(place.tunnel, target.address, cafile=authority.crt) as client:
+                client.wait_until_full()
+                servers.wait_in(tls, "client.connected", wire=1)
+                for _ in range(12):
+                    with connect(place.visitors) as visitor, target.accept() as service:
+                        assert_connected(visitor, service)
+                assert exchange(place, target) == (b"question", b"answer")
+
+
+def exchange(place: Place, target: Target) -> tuple[bytes, bytes]:
+    """Send a datagram in and one back; what arrived at the target and at the visitor."""
+    with datagram_socket() as visitor:
+        visitor.sendto(b"question", place.visitors)
+        asked, source = target.udp.recvfrom(100)
+        target.udp.sendto(b"answer", source)
+        return asked, visitor.recv(100)
 
 
 def test_silent_strangers_before_a_v1_client_keep_it_from_nothing() -> None:

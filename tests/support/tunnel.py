@@ -142,7 +142,7 @@ class Tunnel:
     """A running tunnel, connected; visitors go to `visitor_address` and come out at the target."""
 
     server: OurServer | V1Server
-    client: OurClient | OurClients | V1Client
+    client: OurClient | Nodepass | V1Client
     target: Target
 
     @property

@@ -7,6 +7,9 @@ import struct
 from dataclasses import dataclass
 
 HANDSHAKE = 0x16
+HEADER = 5
+"""Bytes of a record's header."""
+
 ALPN, EARLY_DATA, PSK, PSK_MODES, VERSIONS, SERVER_NAME = 16, 42, 41, 45, 43, 0
 TLS_1_3 = b"\x03\x04"
 PSK_WITH_KEY_EXCHANGE = b"\x01"
@@ -55,12 +58,18 @@ def split(names: bytes) -> list[bytes]:
 
 
 def peek(sock: socket.socket) -> ClientHello:
-    """The ClientHello that a connection begins with, without taking it."""
-    size = 5
-    while len(data := sock.recv(size, socket.MSG_PEEK | socket.MSG_WAITALL)) == 5 and size == 5:
-        assert data[0] == HANDSHAKE, f"not TLS: {data!r}"
-        size += int.from_bytes(data[3:5], "big")
-    return parse(data[5:])
+    """The ClientHello that a connection begins with, without taking it. Raises ConnectionError."""
+    header = peek_exactly(sock, HEADER)
+    assert header[0] == HANDSHAKE, f"not TLS: {header!r}"
+    return parse(peek_exactly(sock, HEADER + int.from_bytes(header[3:], "big"))[HEADER:])
+
+
+def peek_exactly(sock: socket.socket, size: int) -> bytes:
+    """The first bytes of a connection, without taking them."""
+    data = sock.recv(size, socket.MSG_PEEK | socket.MSG_WAITALL)
+    if len(data) < size:
+        raise ConnectionError(f"the connection ended after {len(data)} of {size} bytes")
+    return data
 
 
 def parse(message: bytes) -> ClientHello:
