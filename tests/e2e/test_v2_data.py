@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+from OpenSSL import SSL
 
 from tests.support.certificates import Authority
 from tests.support.log import loud
@@ -22,6 +23,7 @@ from tests.support.wire2.proofs import SECRET
 from tests.support.wire2.server_side import Terms
 from tests.support.wire2.stage import attached
 from tests.support.wire2.talk import Talk, dial
+from tests.support.wire2.tls import client_context
 
 ELSEWHERE = "127.0.0.2"
 IDENTITY = lines.make_client()
@@ -292,6 +294,17 @@ def test_without_a_key_data_connections_from_another_address_are_refused(kind: s
             server.wait_for("data.rejected", reason="wrong_address", peer=re.compile(rf"^{ELSEWHERE}:"))
         visitor = stack.enter_context(connect(server.visitor_address))
         assert is_silent(visitor, 0.05), "the data connection of the client itself does not serve"
+
+
+def test_tls_below_1_3_gets_no_id(keyed: OurServers) -> None:
+    with led(keyed, "tls") as (place, client):
+        old = dial(client.data_address)
+        client.made.append(old)
+        with contextlib.suppress(ConnectionError):  # in the handshake, or behind it
+            old.become_client(client_context(highest=SSL.TLS1_2_VERSION))
+            assert old.secure.version == "TLSv1.2"
+            assert old.rest() == b""
+        assert_serves(place, client)
 
 
 def test_a_foreign_address_is_refused_before_tls() -> None:

@@ -247,10 +247,11 @@ def is_refused(talk: Talk) -> bool:
     return False
 
 
-def test_a_long_interval_is_offered_as_a_minute() -> None:
-    with OurServer(env={**CALM, "REPORT_INTERVAL": "1h"}) as server, ClientSide(server.tunnel_address) as client:
+@pytest.mark.parametrize(("interval", "hb"), [("1h", 60_000), ("10ms", 10)])
+def test_an_interval_that_no_heartbeat_may_have_is_offered_as_the_nearest(interval: str, hb: int) -> None:
+    with OurServer(env={**CALM, "REPORT_INTERVAL": interval}) as server, ClientSide(server.tunnel_address) as client:
         client.connect()
-        assert client.offer.parameters["hb"] == "60000"
+        assert int(client.offer.parameters["hb"]) == hb
 
 
 def test_a_client_that_comes_late_is_told_that_the_server_shuts_down() -> None:

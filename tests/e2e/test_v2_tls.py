@@ -160,6 +160,7 @@ def test_our_client_resumes_sessions_of_its_own_control_connection_only(
         Listener(terms) as data,
         OurClients({"": (tunnel.address, f"tls={tls}")}, env=env) as clients,
     ):
+        resumed = 0
         for _ in range(3):
             tunnel.terms = fresh(authority.local, terms)
             sock = tunnel.accept_socket()
@@ -172,9 +173,11 @@ def test_our_client_resumes_sessions_of_its_own_control_connection_only(
                     assert not shown.has_early_data
                     assert shown.psk_modes in (b"", client_hello.PSK_WITH_KEY_EXCHANGE)
                     assert shown.offers_session == talk.secure.is_resumed, "it offered a session of something else"
+                    resumed += shown.offers_session
             while data.has_more():
                 data.accept_socket().close()
         clients.wait_for("server.disconnected")
+        assert resumed, "nothing was resumed: this test sees nothing"
         assert not clients.find_crashes()
 
 

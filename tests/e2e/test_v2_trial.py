@@ -10,9 +10,9 @@ import pytest
 from OpenSSL import SSL
 
 from tests.support.certificates import Authority
-from tests.support.sockets import connect, datagram_socket
+from tests.support.sockets import connect, datagram_socket, is_silent
 from tests.support.target import Target
-from tests.support.tunnel import CALM, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import BRISK, CALM, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
 from tests.support.wire2 import lines
 from tests.support.wire2.client_side import ClientSide
@@ -26,6 +26,9 @@ PATIENT = 1.5
 
 INTERVAL = 0.1
 """Seconds of REPORT_INTERVAL: heartbeats show which connection is the client."""
+
+BEAT = 0.2
+"""Seconds between two heartbeats in BRISK."""
 
 MARGIN = 6.0
 ENV = {**CALM, "REPORT_INTERVAL": f"{INTERVAL * 1000:.0f}ms", "HANDSHAKE_TIMEOUT": f"{PATIENT * 1000:.0f}ms"}
@@ -262,6 +265,19 @@ def exchange(place: Place, target: Target) -> tuple[bytes, bytes]:
         asked, source = target.udp.recvfrom(100)
         target.udp.sendto(b"answer", source)
         return asked, visitor.recv(100)
+
+
+def test_a_v1_client_is_never_asked_for_an_answer() -> None:
+    """It cannot give one: it never writes."""
+    with (
+        OurServer(env=BRISK) as server,
+        Target() as target,
+        V1Client(server.tunnel_address, target.address) as client,
+    ):
+        with Tunnel(server, client, target).session() as (visitor, service):
+            assert is_silent(visitor, 4.5 * BEAT)
+            assert_connected(visitor, service)
+        assert not server.find("client.disconnected")
 
 
 def test_silent_strangers_before_a_v1_client_keep_it_from_nothing() -> None:
