@@ -1,7 +1,7 @@
-"""A man in the middle of a server and a client of ours: what each mode promises holds, and a line of a log names him.
+"""A man in the middle of a server and a client of ours: what each mode promises holds, and a log names the attack.
 
-He sits at 127.0.0.2, which the client takes for its server. What a mode does not promise is tried as well: that he
-succeeds there shows that he would be good enough.
+It listens at 127.0.0.2, which the client takes for its server. What a mode does not promise is tried as well: that the
+attack succeeds there shows that it would be good enough elsewhere.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Lab:
     keyed: OurServers
     authority: Authority
     forged: Certificate
-    """For the right name, by an authority that nobody trusts."""
+    """For the right name, by an authority that is not trusted."""
     valid: Certificate
     """For the right name, by the right authority, and not the server's."""
 
@@ -74,7 +74,7 @@ def lab(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @dataclass
 class Scene:
-    """One mode: the man in the middle of a tunnel, and the client that takes him for its server."""
+    """One mode: the man in the middle of a tunnel, and the client that takes it for its server."""
 
     label: str
     has_key: bool
@@ -86,7 +86,7 @@ class Scene:
 
     @property
     def port(self) -> int:
-        """The tunnel port, his and the server's."""
+        """The tunnel port, its own and the server's."""
         return self.middle.address[1]
 
     @property
@@ -195,7 +195,7 @@ EVERY = ("clear", "clear with a key", *WITH_TLS)
 
 
 def test_a_forwarder_that_changes_nothing_is_no_attack(lab: Lab) -> None:
-    """So what the tests below see comes from what he changes."""
+    """So what the tests below see comes from what it changes."""
     with scenes(lab, EVERY) as stages:
         for stage in stages:
             stage.assert_works()
@@ -242,7 +242,7 @@ def strip_data_tls(meeting: Encounter) -> None:
 
 
 def test_a_stripped_line_that_asks_for_tls_ends_where_tls_is_demanded(lab: Lab) -> None:
-    """The client has begun with TLS: he has nothing to strip."""
+    """The client has begun with TLS: there is nothing to strip."""
     with scenes(lab, WITH_TLS, strip_tls, strip_data_tls) as stages:
         for stage in stages:
             stage.wait(level=loud, server=re.compile(HERE))
@@ -282,8 +282,8 @@ def valid(lab: Lab) -> Certificate:
     return lab.valid
 
 
-def test_with_tls_1_and_no_key_he_reads_everything_and_both_ends_have_said_so(lab: Lab) -> None:
-    """That he is let through shows that he is good enough for the tests below."""
+def test_with_tls_1_and_no_key_everything_can_be_read_and_both_ends_have_said_so(lab: Lab) -> None:
+    """That it is let through shows that it is good enough for the tests below."""
     handle = end_tls(forged, Encounter.forward)(lab)
     with scene(lab, "tls", handle, handle) as stage:
         stage.assert_works()
@@ -296,7 +296,7 @@ def test_with_tls_1_and_no_key_he_reads_everything_and_both_ends_have_said_so(la
 def test_with_a_key_ending_tls_in_the_middle_is_refused_with_any_certificate(
     lab: Lab, certificate: Callable[[Lab], Certificate]
 ) -> None:
-    """What both ends prove has the channel in it, and each end of his has another one."""
+    """What both ends prove has the channel in it, and each of its two ends has another one."""
     handle = end_tls(certificate, Encounter.forward)(lab)
     with scenes(lab, KEYED_TLS, handle, handle) as stages:
         for stage in stages:
@@ -329,7 +329,7 @@ def test_with_an_adopted_tls_2_a_forged_certificate_is_refused_when_the_offer_is
 
 
 def test_an_offer_of_2_that_was_changed_to_1_is_refused_where_2_is_demanded(lab: Lab) -> None:
-    """He has a certificate that is good for the name, and would have the client look at none of the others."""
+    """The certificate is good for the name; an offer of 1 would have the client look at no other one."""
 
     def lower(meeting: Encounter) -> None:
         meeting.end_tls(lab.valid)
@@ -382,8 +382,8 @@ def test_two_tunnels_cannot_be_swapped(lab: Lab, has_key: bool, tmp_path: Path) 
 # 3: a key without TLS
 
 
-def test_a_key_without_tls_does_not_keep_him_from_data_connections_and_both_ends_have_said_so(lab: Lab) -> None:
-    """The proofs pass through him; nothing behind them is authenticated."""
+def test_a_key_without_tls_does_not_protect_data_connections_and_both_ends_have_said_so(lab: Lab) -> None:
+    """The proofs pass through; nothing behind them is authenticated."""
     with scene(lab, "clear with a key") as stage:
         stage.assert_works()
         assert PASSWORD in stage.middle.seen
@@ -447,7 +447,7 @@ LAUNCH = re.compile(rb"^(//[0-9a-f]{8})#1$")
 
 @pytest.mark.parametrize("kind", [2, 3])
 def test_a_launch_cannot_be_changed_into_another_kind(lab: Lab, kind: int) -> None:
-    """He does not get as far as to the first launch: he cannot end TLS."""
+    """It does not get as far as the first launch: it cannot end TLS."""
 
     def change(meeting: Encounter) -> None:
         meeting.end_tls(lab.forged)
@@ -568,7 +568,7 @@ def test_a_client_is_not_a_server_for_itself(lab: Lab) -> None:
 
 
 def test_with_a_key_neither_end_can_be_brought_to_wire_v1(lab: Lab) -> None:
-    """He is a v1 server for the client, and a silent client for the server."""
+    """The attack is a v1 server for the client, and a silent client for the server."""
 
     def downgrade(meeting: Encounter) -> None:
         tls = next(MODES[label] for label in MODES if lab.keyed[label].tunnel[1] == meeting.port)
@@ -631,8 +631,8 @@ def test_bytes_injected_behind_the_line_that_asks_for_tls_end_the_connection(lab
             stage.assert_refused()
 
 
-def test_an_end_that_he_makes_is_told_from_the_server_s(lab: Lab) -> None:
-    """He can end TCP, but not say that the server has ended TLS."""
+def test_an_end_of_tcp_is_told_from_the_server_s_own(lab: Lab) -> None:
+    """It can end TCP, but not say that the server has ended TLS."""
     met: dict[int, Talk] = {}
 
     def keep(meeting: Encounter) -> None:
@@ -648,7 +648,7 @@ def test_an_end_that_he_makes_is_told_from_the_server_s(lab: Lab) -> None:
 
 
 def test_a_stranger_s_bytes_on_a_session_s_port_are_silent(lab: Lab) -> None:
-    """Nothing of his comes out at a visitor of a keyed tunnel."""
+    """Nothing of them comes out at a visitor of a keyed tunnel."""
     with scene(lab, "tls with a key") as stage:
         stage.assert_works()
         with connect(stage.visitors) as visitor, stage.target.accept(), dial(stage.server["tls"].data) as stranger:

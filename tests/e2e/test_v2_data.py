@@ -204,13 +204,10 @@ STRANGE_LINES: dict[str, Callable[[ClientSide], bytes]] = {
 }
 
 
-@in_the_clear_and_inside_tls
-@pytest.mark.parametrize("ports", ["one", "two"])
+@pytest.mark.parametrize(("label", "ports"), [("clear", "one"), ("tls", "one"), ("clear", "two")])
 def test_a_data_connection_that_is_no_client_s_is_closed(
     keyed_one_port: OurServers, shared: OurServers, label: str, ports: str
 ) -> None:
-    if ports == "two" and label == "tls":
-        pytest.skip("the shared port has no TLS")
     servers, name = (keyed_one_port, label) if ports == "one" else (shared, "web")
     with led(servers, name, secret=SECRET if ports == "one" else "") as (place, client):
         talks = {strange: client.dial_data() for strange in STRANGE_LINES}

@@ -1,7 +1,7 @@
-"""A man in the middle between a server and a client of ours, who does with each connection what a test says.
+"""A man in the middle between a server and a client of ours, which does with each connection what a test says.
 
-He is reached at 127.0.0.2 on the very ports that the server has at 127.0.0.1, as an attacker who has taken over the
-server's address would be. What goes wrong for him ends that connection and nothing else.
+It is reached at 127.0.0.2 on the ports that the server has at 127.0.0.1, like an attacker that has taken over the
+server's address. An error on its side ends that connection and nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def unchanged(line: bytes) -> bytes:
 
 
 class Encounter:
-    """One connection of the client, and one of his own to the server; nothing has been read of either."""
+    """One connection of the client, and another one to the server; nothing has been read of either."""
 
     def __init__(self, near: Talk, dial: Callable[[], Talk], spy: Callable[[bytes], None]) -> None:
         self.near = near
@@ -107,7 +107,7 @@ Handle = Callable[[Encounter], None]
 
 
 class Middle:
-    """The man; a context manager. `seen` is what passed through him, `met` counts the connections to either port."""
+    """The man in the middle; a context manager. `seen` is what passed, `met` counts the connections to either port."""
 
     def __init__(
         self,
