@@ -165,6 +165,59 @@ def test_a_newcomer_that_is_gone_by_then_changes_nothing(server: OurServer, secr
         assert not server.find("client.disconnected")
 
 
+def all_at_once(clients: list[ClientSide]) -> list[str]:
+    """Connect all of them at the same time; what each is told: an offer, an error's token, or nothing."""
+    told = [""] * len(clients)
+
+    def connect_one(number: int) -> None:
+        try:
+            clients[number].connect()
+        except Rejected as rejected:
+            told[number] = str(rejected)
+        except OSError:
+            told[number] = "ended"
+        else:
+            told[number] = "offer"
+
+    threads = [threading.Thread(target=connect_one, args=(number,)) for number in range(len(clients))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return told
+
+
+def test_of_many_connections_of_one_client_one_keeps_the_place(server: OurServer, secret: str) -> None:
+    """A client that comes again before its last attempt has ended."""
+    with contextlib.ExitStack() as stack:
+        made = [ClientSide(server.tunnel_address, secret=secret, identity="0" * 16) for _ in range(12)]
+        clients = [stack.enter_context(client) for client in made]
+        told = all_at_once(clients)
+        assert "offer" in told
+        assert set(told) <= {"offer", "ended", "busy"}, told
+        alive = [client for client, what in zip(clients, told, strict=True) if what == "offer" and is_alive(client)]
+        assert len(alive) == 1
+        identity, _ = alive[0].open_data()
+        with connect(server.visitor_address):
+            assert alive[0].hear_launch().host == identity
+
+
+def is_alive(client: ClientSide) -> bool:
+    """Whether the server still keeps its control connection."""
+    return client.talk.is_silent(0.3)
+
+
+def test_of_many_newcomers_one_replaces_a_silent_incumbent(server: OurServer, secret: str) -> None:
+    with connected(server, secret) as incumbent, contextlib.ExitStack() as stack:
+        made = [ClientSide(server.tunnel_address, secret=secret) for _ in range(4)]
+        told = all_at_once([stack.enter_context(client) for client in made])
+        assert "offer" in told
+        assert set(told) <= {"offer", "ended", "busy", "key-required"}, told
+        assert what_is_left(incumbent.talk)[-1] == b"//bye?reason=replaced"
+        alive = [client for client, what in zip(made, told, strict=True) if what == "offer" and is_alive(client)]
+        assert len(alive) <= 1
+
+
 def test_without_a_key_another_address_is_another_client() -> None:
     """Whoever has read a hello could say `client=` as well."""
     with OurServer(env=SLOW) as server, connected(server, "") as incumbent, answering(incumbent) as told:
