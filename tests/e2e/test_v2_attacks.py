@@ -303,7 +303,8 @@ def test_with_a_key_ending_tls_in_the_middle_is_refused_with_any_certificate(
             if stage.label == "verified" and certificate is forged:
                 stage.wait(level=loud, server=re.compile(HERE), error=re.compile("(?i)certificate"))
             else:
-                stage.wait("server.rejected", level="error", reason="key_mismatch")
+                entry = stage.wait("server.rejected", level="error", reason="key_mismatch")
+                assert "man in the middle" in entry["error"], entry
                 stage.wait_at_server("client.rejected", level="warn", reason="key_mismatch")
             stage.assert_refused()
 

@@ -174,6 +174,25 @@ def test_tls_below_1_3_is_rejected_by_name_on_the_tunnel_port(unkeyed: OurServer
         servers.wait_in("tls", "client.rejected", level="warn", reason="version")
 
 
+def test_tls_that_was_asked_for_has_to_be_ours_as_well(unkeyed: OurServers, keyed: OurServers) -> None:
+    """A hello in the clear before it changes nothing of what TLS has to be."""
+    for servers in (unkeyed, keyed):
+        for context in (client_context(alpn=()), client_context(alpn=(), highest=SSL.TLS1_2_VERSION)):
+            with ClientSide(servers["tls"].tunnel, name="tls" if servers is keyed else "") as client:
+                client.dial()
+                client.say_hello()
+                assert client.talk.read_line() == b"//tls"
+                client.secure(context)
+                assert client.talk.rest() == b""
+        with ClientSide(servers["tls"].tunnel, name="tls" if servers is keyed else "") as client:
+            client.dial()
+            client.say_hello()
+            assert client.talk.read_line() == b"//tls"
+            client.secure(client_context(highest=SSL.TLS1_2_VERSION))
+            client.say_hello()
+            assert client.talk.rejection() == "version"
+
+
 def test_silence_inside_tls_is_never_taken_for_v1(unkeyed: OurServers, one_port: OurServers) -> None:
     for servers in (unkeyed, one_port):
         with ClientSide(servers["tls"].tunnel) as client:

@@ -136,6 +136,25 @@ def test_the_first_data_connection_makes_the_youngest_trial_of_its_address_the_c
             assert line.endswith(b"#1")
 
 
+def test_silence_never_gets_an_id_in_the_clear_where_there_is_tls(servers: OurServers) -> None:
+    """A visitor's bytes would come out unencrypted."""
+    place, source = servers["tls"], next(SOURCES)
+    with on_trial(place, source), open_v1_data(place, source, tls=True), dial(place.data, source) as silent:
+        assert silent.rest() in (b"", b"//error?reason=busy\n", b"//%d#1\n" % place.data[1])
+
+
+@each
+def test_a_trial_keeps_no_data_connection_of_a_v2_client_waiting(servers: OurServers, label: str) -> None:
+    place = servers[label]
+    with on_trial(place, next(SOURCES)), ClientSide(place.tunnel) as client:
+        began = time.monotonic()
+        client.connect()
+        identity, _ = client.open_data()
+        assert time.monotonic() - began < PATIENT
+        with connect(place.visitors):
+            assert client.hear_launch().host == identity
+
+
 def test_a_v1_client_may_be_as_old_as_tls_1_2(servers: OurServers) -> None:
     place, source = servers["tls"], next(SOURCES)
     with on_trial(place, source) as trial, dial(place.data, source) as data:
