@@ -104,8 +104,8 @@ def _is_valid_for(certificate: X509, host: str) -> bool:
     from service_identity.cryptography import extract_patterns
     from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identity
 
-    wanted = IPAddress_ID(host) if is_ip(host) else DNS_ID(host)
     try:
+        wanted = IPAddress_ID(host) if is_ip(host) else DNS_ID(host.encode("idna").decode())
         verify_service_identity(extract_patterns(certificate.to_cryptography()), [wanted], [])
     except (service_identity.VerificationError, service_identity.CertificateError, *_MALFORMED):
         return False

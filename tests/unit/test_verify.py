@@ -60,11 +60,19 @@ def test_a_rejection_by_name_shows_the_names_in_the_certificate(names: list[x509
         ("tunnel.example", x509.DNSName("tunnel.example")),
         ("tunnel.b.example", x509.DNSName("*.b.example")),
         ("::1", x509.IPAddress(ip_address("::1"))),
+        ("bücher.example", x509.DNSName("xn--bcher-kva.example")),
     ],
 )
 def test_a_certificate_for_the_host_is_accepted(host: str, name: x509.GeneralName) -> None:
     other = x509.DNSName("other.example")
     assert not Expected(host, Verify.ENFORCE).rejects_leaf(certificate(other, name))
+
+
+@pytest.mark.parametrize("host", ["a b.example", "bücher.example", "*.example", "ex%ample"])
+def test_no_host_of_a_url_is_more_than_a_mismatch(host: str) -> None:
+    rejection = Expected(host, Verify.ENFORCE).rejects_leaf(certificate(x509.DNSName("other.example")))
+    assert rejection
+    assert rejection.check == "name"
 
 
 def test_an_unreadable_name_rejects_the_certificate() -> None:
