@@ -362,8 +362,10 @@ class ClientControl(Control):
             if isinstance(signal, Launch):
                 yield signal
             elif isinstance(signal, Beat):
-                with contextlib.suppress(OSError):  # the next read raises it, too
+                try:
                     self.send(BeatAnswer(target_answers()))
+                except OSError as error:  # the kernel reports it once: the next read may take it for the peer's close
+                    self._end_by(error)
                 yield signal
             elif self.version > 1:
                 self._ignore(signal.encode()[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
@@ -108,6 +109,21 @@ def test_a_v2_client_answers_each_heartbeat_at_once(stack: ExitStack, ends: Ends
     assert [read_line(ends.server) for _ in range(3)] == [ANSWER, b"//beat?ok=0\n", ANSWER]
     ends.server.shutdown(1)
     assert reading.get() == [Beat(5), Beat(6), Launch("deadbeef", TCP), Beat(7)]
+
+
+def test_a_server_that_reads_no_answers_has_vanished(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reports that to a write, and then shows the next read an end of the stream."""
+    control = ends.client_control(V2)
+
+    def give_up(_: object) -> None:
+        ends.server.close()
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr(control, "send", give_up)
+    ends.server.sendall(b"//beat?idle=0\n")
+    read_all(control)
+    assert control.ending == SILENT
+    assert control.vanished
 
 
 def test_a_v1_client_never_writes(stack: ExitStack, ends: Ends) -> None:

@@ -150,7 +150,7 @@ def test_clients_that_come_and_go_do_not_fill_the_log(stack: ExitStack, monkeypa
     port = OpenPort(stack)
     for _ in range(4 * Limit.burst):
         take_offer(client := port.connect(hello()))
-        client.shutdown(socket.SHUT_WR)  # type: ignore[union-attr]
+        client.shutdown(socket.SHUT_WR)
     until(lambda: port.common.stats.connects == 4 * Limit.burst and written["client.disconnected"])
     for event in ("client.connected", "client.disconnected"):
         assert 0 < written[event] <= 2 * Limit.burst  # two seconds may have passed
