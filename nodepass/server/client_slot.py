@@ -118,6 +118,8 @@ class ClientSlot(Part):
                 raise ClosedError("disconnected while waiting for its turn")
             if self.control:
                 self._replace(self.control, candidate)
+            if self.control:
+                raise RefusedError(BUSY, f"another client, {self.control.peer}, has taken the place meanwhile")
             yield
             self.control = control
             self.flows.sends_addresses = bool(control.agreement and control.agreement.wants_addresses)
@@ -152,6 +154,9 @@ class ClientSlot(Part):
             return False
         if self.control:
             self._replace(self.control, Candidate(trial.control, "", None))
+        if self.control or trial.is_over:  # others have run while the lanes ended
+            trial.end(False)
+            return False
         self.control = trial.control
         self._connected.set()
         self._left.clear()

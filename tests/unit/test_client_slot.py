@@ -325,6 +325,33 @@ def test_a_client_that_comes_while_one_on_trial_takes_a_place_finds_that_one(
         assert slot.control is trial.control
 
 
+def test_of_two_clients_that_take_the_place_of_a_silent_one_only_the_first_has_it(
+    stack: ExitStack, slot: ClientSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others run while the lanes of the silent one end; a client that was forgotten then would never connect again."""
+    monkeypatch.setattr(module, "LIFE_SIGN_WITHIN", SOON)
+    occupy(stack, slot, agreed(ONE))
+    with on_trial(stack, slot) as (_, trial), monkeypatch.context() as patch:
+        patch.setattr(slot.flows, "end_all", lambda: occupy(stack, slot, agreed(OTHER)))
+        assert not slot.promote(trial)
+        assert trial.is_over
+    assert slot.control
+    assert slot.agreement == agreed(OTHER)
+
+
+def test_a_client_on_trial_that_takes_the_place_first_keeps_it(
+    stack: ExitStack, slot: ClientSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LIFE_SIGN_WITHIN", SOON)
+    occupy(stack, slot, agreed(ONE))
+    with on_trial(stack, slot) as (_, trial), monkeypatch.context() as patch:
+        patch.setattr(slot.flows, "end_all", lambda: slot.promote(trial))
+        with pytest.raises(RefusedError) as refused:
+            occupy(stack, slot, agreed(OTHER))
+        assert refused.value.reason == "busy"
+        assert slot.control is trial.control
+
+
 @pytest.mark.parametrize("end", ["stop", "close"])
 def test_no_client_on_trial_becomes_the_client_of_a_slot_that_stops(
     stack: ExitStack, slot: ClientSlot, end: str
