@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import gevent
 from gevent.lock import Semaphore
 from gevent.queue import SimpleQueue
-from gevent.util import format_run_info
 
 from nodepass.config import Settings, format_duration
 from nodepass.daemon.key_file import Keys
@@ -214,6 +213,8 @@ class Daemon:
 
     def _dump(self) -> None:
         """Write what SIGUSR1 asks for."""
+        from gevent.util import format_run_info
+
         for tunnel in (each.tunnel for each in self._tunnels):
             tunnel.log.always("tunnel.report", literal(tunnel.describe()), **report_fields(tunnel.view(), tunnel.stats))
         bugs = f"bugs {self.bugs}, see the tracebacks" if self.bugs else "no bugs"

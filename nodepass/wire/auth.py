@@ -9,8 +9,6 @@ connections.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 from dataclasses import dataclass
 
@@ -42,6 +40,8 @@ class Key:
     """The secret of a tunnel's two ends, stretched once for its name: this takes tens of milliseconds."""
 
     def __init__(self, secret: str, name: str = "") -> None:
+        import hashlib  # here, as in the other functions: a process without keys does without OpenSSL's library
+
         salt = _PROTOCOL + b"\n" + name.encode()
         self._key = hashlib.scrypt(
             secret.encode(), salt=salt, n=_COST, r=_BLOCKS, p=_PARALLEL, maxmem=64 << 20, dklen=PROOF_LENGTH
@@ -99,6 +99,8 @@ def unknown_key() -> Key:
 
 def same(one: str | bytes, other: str | bytes) -> bool:
     """Whether two proofs are the same, in a time that does not depend on where they differ."""
+    import hmac
+
     return hmac.compare_digest(_bytes(one), _bytes(other))
 
 
@@ -108,6 +110,8 @@ def _bytes(proof: str | bytes) -> bytes:
 
 def _mac(key: bytes, *parts: bytes) -> bytes:
     """Each part is followed by a newline, so that no two lists of parts are the same text."""
+    import hmac
+
     return hmac.digest(key, b"".join(part + b"\n" for part in parts), "sha256")
 
 
