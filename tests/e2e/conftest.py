@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import process
 from tests.support.certificates import Authority
+from tests.support.shared_tunnels import ends_of, open_tunnels
 from tests.support.tunnel import Pair, Side, Tunnel, open_tunnel
 
 SIDES: tuple[tuple[Side, Side], ...] = (("ours", "ours"), ("v1", "ours"), ("ours", "v1"))
@@ -65,18 +66,23 @@ def tunnel(stack: contextlib.ExitStack, authority: Authority) -> TunnelFactory:
     return start
 
 
+@pytest.fixture(scope="session")
+def kinds(authority: Authority) -> Iterator[dict[str, Tunnel]]:
+    """A tunnel of every kind, shared by tests that leave it as they found it."""
+    with open_tunnels({str(pair): ends_of(pair, authority) for pair in PAIRS}, authority) as shared:
+        yield shared.tunnels
+
+
 @pytest.fixture(scope="session", params=DIAGONAL, ids=str)
-def any_tunnel(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Tunnel]:
-    """A tunnel of each kind of the diagonal, or of every kind; shared by tests that leave it as they found it."""
-    with open_tunnel(request.param, authority) as shared:
-        yield shared
+def any_tunnel(request: pytest.FixtureRequest, kinds: dict[str, Tunnel]) -> Tunnel:
+    """A shared tunnel of each kind of the diagonal, or of every kind."""
+    return kinds[str(request.param)]
 
 
 @pytest.fixture(scope="session", params=PAIRS[: len(TLS_MODES)], ids=str)
-def our_tunnel(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Tunnel]:
-    """A tunnel with our program on both sides in each TLS mode, shared likewise."""
-    with open_tunnel(request.param, authority) as shared:
-        yield shared
+def our_tunnel(request: pytest.FixtureRequest, kinds: dict[str, Tunnel]) -> Tunnel:
+    """A shared tunnel with our program on both sides, in each TLS mode."""
+    return kinds[str(request.param)]
 
 
 def pytest_runtest_setup() -> None:

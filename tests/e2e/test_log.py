@@ -14,7 +14,7 @@ from tests.e2e.conftest import TunnelFactory
 from tests.support.log import Entry
 from tests.support.process import Environment, Nodepass, Output
 from tests.support.sockets import Address, connect, free_port, is_over, until
-from tests.support.tunnel import CALM, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurServer, assert_connected
 from tests.support.v1_client import V1Client
 
 TIMED = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (DEBUG|INFO|WARN|ERROR|FATAL) +\S")
@@ -138,10 +138,11 @@ def test_the_most_verbose_level_of_several_urls_wins(stack: contextlib.ExitStack
     until(lambda: len(both.find("server.listening", level="info")) == 2)
 
 
-def test_a_session_is_one_line_at_its_start_and_one_at_its_end(our_tunnel: Tunnel) -> None:
-    runs = (our_tunnel.our_server, our_tunnel.our_client)
+def test_a_session_is_one_line_at_its_start_and_one_at_its_end(tunnel: TunnelFactory) -> None:
+    started = tunnel(1)
+    runs = (started.our_server, started.our_client)
     marks = [run.mark() for run in runs]
-    with our_tunnel.session() as (visitor, service):
+    with started.session() as (visitor, service):
         assert_connected(visitor, service)
     ids = set()
     for run, begin, mark in zip(runs, ("visitor.connected", "target.connected"), marks, strict=True):

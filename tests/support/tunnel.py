@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tests.support.certificates import Authority, Certificate
 from tests.support.log import Entry
@@ -137,12 +137,24 @@ class OurClients(Nodepass):
         return self.wait_for(event, tunnel=f"client:{tunnel[1]}", **fields)
 
 
+class ServerEnd(Protocol):
+    """Any server: our program, one of the servers of a process of ours, or a peer."""
+
+    @property
+    def tunnel_address(self) -> Address:
+        """Where its client connects."""
+
+    @property
+    def visitor_address(self) -> Address:
+        """Where visitors connect."""
+
+
 @dataclass
 class Tunnel:
     """A running tunnel, connected; visitors go to `visitor_address` and come out at the target."""
 
-    server: OurServer | V1Server
-    client: OurClient | Nodepass | V1Client
+    server: ServerEnd
+    client: Nodepass | V1Client
     target: Target
 
     @property
@@ -182,16 +194,21 @@ class Tunnel:
 
     def exchange(self, question: bytes, answer: bytes) -> tuple[bytes, bytes]:
         """Send a datagram in and one back; what arrived at the target and at the visitor."""
-        with datagram_socket() as visitor:
-            visitor.sendto(question, self.visitor_address)
-            asked, client = self.target.udp.recvfrom(1 << 16)
-            self.target.udp.sendto(answer, client)
-            return asked, visitor.recv(1 << 16)
+        return exchange(self.visitor_address, self.target, question, answer)
 
     def assert_works(self) -> None:
         """Carry a few bytes both ways."""
         with self.session() as (visitor, service):
             assert_connected(visitor, service)
+
+
+def exchange(visitors: Address, target: Target, question: bytes, answer: bytes) -> tuple[bytes, bytes]:
+    """Send a datagram in and one back; what arrived at the target and at the visitor."""
+    with datagram_socket() as visitor:
+        visitor.sendto(question, visitors)
+        asked, client = target.udp.recvfrom(1 << 16)
+        target.udp.sendto(answer, client)
+        return asked, visitor.recv(1 << 16)
 
 
 def assert_connected(visitor: socket.socket, service: socket.socket) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,7 @@ from typing import Literal
 from nodepass.daemon.key_file import generate
 from tests.support.certificates import Authority
 from tests.support.process import Environment
+from tests.support.shared_tunnels import Ends, Shared, open_tunnels
 from tests.support.sockets import Address
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
@@ -73,6 +74,50 @@ def v2_client(
         demand=pair.tls if pair.is_keyed else 0,
         cafile=authority.crt if pair.tls == 2 else None,
     )
+
+
+def ends_of(pair: V2Pair, authority: Authority) -> Ends:
+    """The ends of a tunnel that shares processes of ours with others; with a key each has a name of its own."""
+    name = str(pair) if pair.is_keyed else ""
+
+    def make_client(tunnel: Address, target: Address) -> V1Client:
+        cafile = authority.crt if pair.tls == 2 else None
+        demand = pair.tls if pair.is_keyed else 0
+        return V2Client(tunnel, target, secret=pair.secret, name=name, demand=demand, cafile=cafile)
+
+    return Ends(
+        f"tls={pair.tls}&name={name}"
+        if pair.server == "ours"
+        else V2Server(pair.tls, authority.local, secret=pair.secret, name=name),
+        f"{pair.client_query}&name={name}".lstrip("&") if pair.client == "ours" else make_client,
+    )
+
+
+@contextlib.contextmanager
+def open_v2_tunnels(pairs: Iterable[V2Pair], authority: Authority) -> Iterator[dict[str, Tunnel]]:
+    """Tunnels that have agreed on v2, and of which neither end has given up the other in the end: two starts of our
+    program for all of them with a key, and two for all without.
+    """
+    tunnels: dict[str, Tunnel] = {}
+    with contextlib.ExitStack() as stack:
+        for is_keyed in (False, True):
+            group = [pair for pair in pairs if pair.is_keyed == is_keyed]
+            ends = {str(pair): ends_of(pair, authority) for pair in group}
+            shared = stack.enter_context(open_tunnels(ends, authority, KEYED if is_keyed else CALM))
+            tunnels |= shared.tunnels
+            stack.callback(check_log, shared, group)
+        yield tunnels
+
+
+def check_log(shared: Shared, pairs: Iterable[V2Pair]) -> None:
+    """Check what the log has of tunnels that still run."""
+    for pair in pairs:
+        if pair.client == "ours":
+            assert shared.clients.find_in(str(pair), "server.connected", tls=pair.tls, wire=2)
+        if pair.server == "ours":
+            assert shared.servers.find_in(str(pair), "client.connected", wire=2)
+    for run in (shared.servers, shared.clients):
+        assert not run.find("client.disconnected") + run.find("server.disconnected") + run.find(level="error")
 
 
 @contextlib.contextmanager

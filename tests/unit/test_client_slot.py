@@ -19,13 +19,14 @@ from nodepass.tunnel.handshake import Candidate
 from nodepass.wire.auth import Key, SessionKey
 from nodepass.wire.signals import LANE, TCP, Offer
 from tests.unit.controls import V1, V2, Ends, connect_ends, is_closed, read_line, run, until
+from tests.unit.keys import KEY as OLD_KEY
+from tests.unit.keys import NEXT_KEY as NEW_KEY
 from tests.unit.servers import PATIENT, SOON, a_server_room, connect, fill, listen_on, make_slot, occupy
 from tests.unit.streams import tcp_pair
 
 ONE, OTHER = "0" * 16, "1" * 16
 """What clients call themselves."""
 
-OLD_KEY, NEW_KEY = Key("correct horse battery staple"), Key("another horse battery staple")
 SESSION = SessionKey(b"k" * 32)
 
 

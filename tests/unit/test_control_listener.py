@@ -30,12 +30,11 @@ from nodepass.wire.signals import (
     without_mac,
 )
 from tests.unit.controls import is_closed, read_line, until
+from tests.unit.keys import KEY, NEXT_KEY, WEB_KEY
 from tests.unit.secure_peers import OTHER, V1, SecurePeer
 from tests.unit.servers import SOON, OpenPort, a_server_room, occupy
 
 NONCE, ONE, TWO = "0" * 32, "1" * 16, "2" * 16
-KEY, NEXT_KEY = Key("correct horse battery staple"), Key("another horse battery staple")
-WEB_KEY = Key("correct horse battery staple", "web")
 HERE = Endpoint(socket.AF_INET, ("127.0.0.1", 0))
 
 Peer = socket.socket | SecurePeer

@@ -14,11 +14,11 @@ from nodepass.wire.auth import PROOF_LENGTH, Key, SessionKey
 from nodepass.wire.signals import ID_LENGTH, DataHello, Offer
 from tests.unit.controls import V1 as V1_AGREEMENT
 from tests.unit.controls import is_closed, until
+from tests.unit.keys import KEY
 from tests.unit.secure_peers import OLD_V1, OLD_V2, V1, V2, SecurePeer
 from tests.unit.servers import SOON, OpenPort, a_server_room, fill, occupy
 from tests.unit.streams import receive_all
 
-KEY = Key("correct horse battery staple")
 SESSION = SessionKey(b"k" * 32)
 SIDS = "1" * 32, "2" * 32
 CLIENT = "0" * 16

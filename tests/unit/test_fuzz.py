@@ -40,7 +40,7 @@ reproducible = settings(
     derandomize=True,
     deadline=None,
     print_blob=True,
-    max_examples=120,
+    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow],
 )
 

@@ -32,15 +32,16 @@ from tests.unit.streams import receive_all, tcp_pair
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"OpenSSL", "cryptography", "cffi", "service_identity", "ssl", "asyncio", "subprocess", "email"}
 HEAVY |= {"prometheus_client", "rich"}  # of the extras
+HEAVY |= {"hashlib", "hmac"}  # of OpenSSL
 if sys.version_info < (3, 11):
     HEAVY -= {"subprocess"}  # of `platform`, which gevent needs
 HELD = 20  # connections
 MODULES_AT_START = """\
-import contextlib, runpy, sys
-sys.argv = ["nodepass", "--version"]
+import contextlib, importlib, runpy, sys
+module, sys.argv = sys.argv[1], ["nodepass", "--version"]
 with contextlib.suppress(SystemExit):
     runpy.run_module("nodepass", run_name="__main__")
-import nodepass.client.client, nodepass.server.server
+importlib.import_module(module)  # as `daemon` does for a URL of this role
 print(*sys.modules, sep="\\n")
 """
 
@@ -223,12 +224,17 @@ def test_a_worker_that_is_killed_before_it_began_gives_its_place_back() -> None:
     assert workers.join(5)
 
 
-def test_without_tls_nothing_heavy_is_imported() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-c", MODULES_AT_START], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    ).stdout.split()
-    assert "nodepass.net.relay" in shown
+@pytest.mark.parametrize(
+    ("role", "other"),
+    [("nodepass.server.server", "nodepass.client.client"), ("nodepass.client.client", "nodepass.server.server")],
+)
+def test_without_tls_and_keys_nothing_heavy_is_imported_and_one_role(role: str, other: str) -> None:
+    command = [sys.executable, "-c", MODULES_AT_START, role]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    shown = done.stdout.split()
+    assert {"nodepass.net.relay", role} <= set(shown)
     assert not {each.partition(".")[0] for each in shown} & HEAVY
+    assert other not in shown
 
 
 def test_what_has_been_sent_is_not_kept(stack: ExitStack) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodepass.config import Settings
@@ -157,6 +157,7 @@ def test_a_user_part_is_refused_and_not_repeated() -> None:
     assert "secret" not in str(caught.value)
 
 
+@settings(max_examples=40)
 @given(st.text(max_size=60))
 def test_any_text_is_a_url_or_a_clear_refusal(text: str) -> None:
     for url in (text, f"server://{text}", f"client://a:1/{text}", f"server://a:1/b:2?{text}"):

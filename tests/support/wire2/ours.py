@@ -27,6 +27,16 @@ class Place:
     visitors: Address
     log_name: str
 
+    @property
+    def tunnel_address(self) -> Address:
+        """`tunnel`, in the words of a server that is alone in its process."""
+        return self.tunnel
+
+    @property
+    def visitor_address(self) -> Address:
+        """`visitors`, likewise."""
+        return self.visitors
+
 
 def log_name(role: str, port: int, query: str) -> str:
     """What a tunnel is called in the log."""
