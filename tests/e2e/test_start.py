@@ -100,10 +100,9 @@ def test_an_address_of_another_machine_ends_it_with_one_line() -> None:
     assert_unbindable(done.code, done.errors, "192.0.2.1:10101", "assign")
 
 
-@pytest.mark.parametrize("host", ["two..dots", "x" * 64, "é..com"])
-def test_a_name_that_no_lookup_takes_ends_it_with_one_line(host: str) -> None:
-    done = run(f"server://{host}:10101/127.0.0.1:0?tls=1")
-    assert_unbindable(done.code, done.errors, f"{host}:10101", "cannot resolve")
+def test_a_name_that_no_lookup_takes_ends_it_with_one_line() -> None:
+    done = run("server://two..dots:10101/127.0.0.1:0?tls=1")
+    assert_unbindable(done.code, done.errors, "two..dots:10101", "cannot resolve")
 
 
 def assert_unbindable(code: int, errors: str, address: str, reason: str) -> None:
@@ -134,9 +133,8 @@ def visit(target: Target, address: Address) -> None:
 
 
 @needs_ipv6
-@pytest.mark.parametrize("tls", [0, 1])
-def test_a_tunnel_over_ipv6(stack: contextlib.ExitStack, tls: int) -> None:
-    server = stack.enter_context(OurServer(tls, tunnel="[::1]:0", target="[::1]:0"))
+def test_a_tunnel_over_ipv6(stack: contextlib.ExitStack) -> None:
+    server = stack.enter_context(OurServer(1, tunnel="[::1]:0", target="[::1]:0"))
     assert_tunnel_works(stack, server, "::1")
 
 

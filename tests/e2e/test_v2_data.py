@@ -18,7 +18,7 @@ from tests.support.tunnel import CALM, OurServer
 from tests.support.v1_client import V1Client
 from tests.support.wire2 import lines
 from tests.support.wire2.client_side import ClientSide, Prove
-from tests.support.wire2.ours import OurServers, Place
+from tests.support.wire2.ours import Member, OurServers, Place, spare_servers
 from tests.support.wire2.proofs import SECRET
 from tests.support.wire2.server_side import Terms
 from tests.support.wire2.stage import attached
@@ -268,10 +268,18 @@ def test_a_full_pool_closes_what_comes() -> None:
             client.hear_launch()
 
 
+@pytest.fixture(scope="module", params=["0", "tunnel"], ids=["two ports", "one port"])
+def port_and_servers(request: pytest.FixtureRequest) -> Iterator[tuple[str, Iterator[Member]]]:
+    with spare_servers(2, "tls=0", env={**CALM, "DATA_PORT": request.param}, is_keyed=False) as servers:
+        yield request.param, servers
+
+
 @pytest.mark.parametrize("kind", ["v1", "v2"])
-@pytest.mark.parametrize("port", ["0", "tunnel"], ids=["two ports", "one port"])
-def test_without_a_key_data_connections_from_another_address_are_refused(kind: str, port: str) -> None:
-    with OurServer(env={**CALM, "DATA_PORT": port}) as server, contextlib.ExitStack() as stack:
+def test_without_a_key_data_connections_from_another_address_are_refused(
+    port_and_servers: tuple[str, Iterator[Member]], kind: str
+) -> None:
+    port, server = port_and_servers[0], next(port_and_servers[1])
+    with contextlib.ExitStack() as stack:
         if kind == "v1":
             client = stack.enter_context(V1Client(server.tunnel_address, automatic=False))
             client.connect()
@@ -317,8 +325,7 @@ def test_a_foreign_address_is_refused_before_tls() -> None:
 # Our client
 
 
-@pytest.mark.parametrize("tls", [0, 1])
-@pytest.mark.parametrize("has_sid", [False, True], ids=["without sid", "with sid"])
+@pytest.mark.parametrize(("tls", "has_sid"), [(0, False), (1, True)], ids=["without sid", "with sid"])
 def test_our_client_opens_data_connections_to_the_letter(authority: Authority, tls: int, has_sid: bool) -> None:
     terms = Terms(tls, authority.local, SECRET, has_sid=has_sid)
     with attached(terms, f"tls={tls}") as (side, data, _):
@@ -352,9 +359,8 @@ def test_our_client_closes_a_data_connection_whose_id_has_a_wrong_proof(authorit
         clients.wait_for("data.dial_failed", level=loud)
 
 
-@pytest.mark.parametrize("secret", ["", SECRET], ids=["without a key", "with a key"])
-def test_our_client_closes_the_newer_of_two_data_connections_with_one_id(secret: str) -> None:
-    with attached(Terms(secret=secret), "tls=0") as (side, data, client):
+def test_our_client_closes_the_newer_of_two_data_connections_with_one_id() -> None:
+    with attached(Terms(secret=SECRET), "tls=0") as (side, data, client):
         first = side.begin_data(data.accept_socket())
         side.check_proof(first, side.give_id(first, b"deadbeef"))
         client.wait_for("pool.added", id="deadbeef")

@@ -14,13 +14,13 @@ import pytest
 from tests.support.process import Environment
 from tests.support.sockets import abort, connect, is_silent
 from tests.support.target import Target
-from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import OurClient, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
 from tests.support.wire2 import lines
 from tests.support.wire2.client import V2Client
 from tests.support.wire2.client_side import ClientSide, GoodbyeError
 from tests.support.wire2.middle import Forwarder
-from tests.support.wire2.ours import OurClients
+from tests.support.wire2.ours import Member, OurClients, spare_servers
 from tests.support.wire2.proofs import SECRET
 from tests.support.wire2.talk import Rejected, Talk, dial
 
@@ -43,16 +43,37 @@ def secret(request: pytest.FixtureRequest) -> str:
     return KEYS[request.param]
 
 
+@pytest.fixture(scope="module")
+def open_servers() -> Iterator[Iterator[Member]]:
+    with spare_servers(16, "tls=0", env=SLOW, is_keyed=False) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def keyed_servers() -> Iterator[Iterator[Member]]:
+    with spare_servers(16, "tls=0", env={**SLOW, "TUNNEL_KEY": SECRET}, is_keyed=True) as servers:
+        yield servers
+
+
 @pytest.fixture
-def server(secret: str) -> Iterator[OurServer]:
-    with OurServer(env={**SLOW, "TUNNEL_KEY": secret} if secret else SLOW) as running:
-        yield running
-        assert not running.find_crashes()
+def open_server(open_servers: Iterator[Member]) -> Member:
+    return next(open_servers)
+
+
+@pytest.fixture
+def keyed_server(keyed_servers: Iterator[Member]) -> Member:
+    return next(keyed_servers)
+
+
+@pytest.fixture
+def server(secret: str, request: pytest.FixtureRequest) -> Member:
+    found: Member = request.getfixturevalue("keyed_server" if secret else "open_server")
+    return found
 
 
 @contextlib.contextmanager
-def connected(server: OurServer, secret: str, **given: object) -> Iterator[ClientSide]:
-    with ClientSide(server.tunnel_address, secret=secret, **given) as client:  # type: ignore[arg-type]
+def connected(server: Member, secret: str, **given: object) -> Iterator[ClientSide]:
+    with ClientSide(server.tunnel_address, secret=secret, name=server.name, **given) as client:  # type: ignore[arg-type]
         client.connect()
         yield client
 
@@ -85,7 +106,7 @@ def what_is_left(talk: Talk) -> list[bytes]:
     return talk.rest().splitlines()
 
 
-def test_the_same_client_takes_its_place_again_at_once(server: OurServer, secret: str) -> None:
+def test_the_same_client_takes_its_place_again_at_once(server: Member, secret: str) -> None:
     """And is not asked for a sign of life before: the old connection may be dead without a word."""
     with connected(server, secret) as old:
         identity, talk = old.open_data()
@@ -104,24 +125,24 @@ def test_the_same_client_takes_its_place_again_at_once(server: OurServer, secret
     server.wait_for("client.disconnected", reason="returned")
 
 
-def test_the_old_control_connection_has_ended_before_the_new_offer_is_written(server: OurServer, secret: str) -> None:
+def test_the_old_control_connection_has_ended_before_the_new_offer_is_written(server: Member, secret: str) -> None:
     with connected(server, secret) as old, connected(server, secret, identity=old.identity):
         old.talk.sock.settimeout(0)
         with contextlib.suppress(BlockingIOError):
             what_is_left(old.talk)
 
 
-def test_data_connections_of_the_old_connection_are_closed(server: OurServer, secret: str) -> None:
+def test_data_connections_of_the_old_connection_are_closed(server: Member, secret: str) -> None:
     with connected(server, secret) as old:
         _, idle = old.open_data()
         with connected(server, secret, identity=old.identity):
             assert idle.rest() == b""
 
 
-def test_another_client_is_busy_while_the_incumbent_answers(server: OurServer, secret: str) -> None:
+def test_another_client_is_busy_while_the_incumbent_answers(server: Member, secret: str) -> None:
     with connected(server, secret) as incumbent, answering(incumbent) as told:
         began = time.monotonic()
-        with ClientSide(server.tunnel_address, secret=secret, demand=incumbent.tls) as other:
+        with ClientSide(server.tunnel_address, secret=secret, name=server.name, demand=incumbent.tls) as other:
             with pytest.raises(Rejected, match="busy"):
                 other.connect()
             assert other.talk.is_ended_by_peer()
@@ -131,7 +152,7 @@ def test_another_client_is_busy_while_the_incumbent_answers(server: OurServer, s
         assert not server.find("client.disconnected")
 
 
-def test_another_client_replaces_an_incumbent_that_gives_no_sign_of_life(server: OurServer, secret: str) -> None:
+def test_another_client_replaces_an_incumbent_that_gives_no_sign_of_life(server: Member, secret: str) -> None:
     with connected(server, secret) as silent:
         identity, talk = silent.open_data()
         visitor = connect(server.visitor_address)
@@ -149,9 +170,9 @@ def test_another_client_replaces_an_incumbent_that_gives_no_sign_of_life(server:
     server.wait_for("client.disconnected", reason="silent", error=re.compile("replaced"))
 
 
-def test_a_newcomer_that_is_gone_by_then_changes_nothing(server: OurServer, secret: str) -> None:
+def test_a_newcomer_that_is_gone_by_then_changes_nothing(server: Member, secret: str) -> None:
     with connected(server, secret) as incumbent:
-        with ClientSide(server.tunnel_address, secret=secret, demand=incumbent.tls) as other:
+        with ClientSide(server.tunnel_address, secret=secret, name=server.name, demand=incumbent.tls) as other:
             other.begin()
             if secret:
                 other.hear_challenge()
@@ -187,10 +208,12 @@ def all_at_once(clients: list[ClientSide]) -> list[str]:
     return told
 
 
-def test_of_many_connections_of_one_client_one_keeps_the_place(server: OurServer, secret: str) -> None:
+def test_of_many_connections_of_one_client_one_keeps_the_place(server: Member, secret: str) -> None:
     """A client that comes again before its last attempt has ended."""
     with contextlib.ExitStack() as stack:
-        made = [ClientSide(server.tunnel_address, secret=secret, identity="0" * 16) for _ in range(12)]
+        made = [
+            ClientSide(server.tunnel_address, secret=secret, name=server.name, identity="0" * 16) for _ in range(12)
+        ]
         clients = [stack.enter_context(client) for client in made]
         told = all_at_once(clients)
         assert "offer" in told
@@ -207,9 +230,9 @@ def is_alive(client: ClientSide) -> bool:
     return client.talk.is_silent(0.3)
 
 
-def test_of_many_newcomers_one_replaces_a_silent_incumbent(server: OurServer, secret: str) -> None:
+def test_of_many_newcomers_one_replaces_a_silent_incumbent(server: Member, secret: str) -> None:
     with connected(server, secret) as incumbent, contextlib.ExitStack() as stack:
-        made = [ClientSide(server.tunnel_address, secret=secret) for _ in range(4)]
+        made = [ClientSide(server.tunnel_address, secret=secret, name=server.name) for _ in range(4)]
         told = all_at_once([stack.enter_context(client) for client in made])
         assert "offer" in told
         assert set(told) <= {"offer", "ended", "busy", "key-required"}, told
@@ -218,34 +241,40 @@ def test_of_many_newcomers_one_replaces_a_silent_incumbent(server: OurServer, se
         assert len(alive) <= 1
 
 
-def test_without_a_key_another_address_is_another_client() -> None:
+def test_without_a_key_another_address_is_another_client(open_server: Member) -> None:
     """Whoever has read a hello could say `client=` as well."""
-    with OurServer(env=SLOW) as server, connected(server, "") as incumbent, answering(incumbent) as told:
+    server = open_server
+    with connected(server, "") as incumbent, answering(incumbent) as told:
         copy = ClientSide(server.tunnel_address, identity=incumbent.identity, source="127.0.0.2")
         with copy, pytest.raises(Rejected, match="busy"):
             copy.connect()
         assert not told
 
 
-def test_with_a_key_the_same_client_may_come_from_another_address() -> None:
-    with OurServer(env={**SLOW, "TUNNEL_KEY": SECRET}) as server, connected(server, SECRET) as old:
+def test_with_a_key_the_same_client_may_come_from_another_address(keyed_server: Member) -> None:
+    with connected(keyed_server, SECRET) as old:
         began = time.monotonic()
-        with connected(server, SECRET, identity=old.identity, source="127.0.0.2"):
+        with connected(keyed_server, SECRET, identity=old.identity, source="127.0.0.2"):
             assert time.monotonic() - began < PROBE
             old.talk.rest()
 
 
-def test_a_client_that_does_not_prove_the_key_takes_no_place() -> None:
-    with OurServer(env={**SLOW, "TUNNEL_KEY": SECRET}) as server, connected(server, SECRET) as incumbent:
-        wrong = ClientSide(server.tunnel_address, secret="another secret that is long", identity=incumbent.identity)
+def test_a_client_that_does_not_prove_the_key_takes_no_place(keyed_server: Member) -> None:
+    with connected(keyed_server, SECRET) as incumbent:
+        wrong = ClientSide(
+            keyed_server.tunnel_address,
+            secret="another secret that is long",
+            name=keyed_server.name,
+            identity=incumbent.identity,
+        )
         with wrong, pytest.raises(Rejected, match="key-mismatch"):
             wrong.connect()
         assert incumbent.talk.is_silent(0.2)
 
 
-def test_our_second_client_says_that_another_one_is_connected_and_comes_again(secret: str, server: OurServer) -> None:
+def test_our_second_client_says_that_another_one_is_connected_and_comes_again(secret: str, server: Member) -> None:
     env = {**SLOW, "TUNNEL_KEY": secret} if secret else SLOW
-    where = {"": (server.tunnel_address, "tls=0")}
+    where = {"": (server.tunnel_address, f"tls=0&name={server.name}")}
     with (
         Target() as target,
         OurClients(where, target.address, env=env) as first,
@@ -263,9 +292,10 @@ def test_our_second_client_says_that_another_one_is_connected_and_comes_again(se
             assert_connected(visitor, service)
 
 
-def test_our_client_comes_back_to_its_own_place() -> None:
+def test_our_client_comes_back_to_its_own_place(open_server: Member) -> None:
     """What is left of a connection that was cut on the way does not keep it out."""
-    with OurServer(env=SLOW) as server, Target() as target, Cut(server.tunnel_address) as way:
+    server = open_server
+    with Target() as target, Cut(server.tunnel_address) as way:
         client = OurClient(way.address, target.address, env=SLOW)
         with client:
             client.wait_until_connected()
@@ -299,9 +329,9 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("newcomer", ["silent", "hello"])
-def test_a_v1_client_is_protected_by_the_acknowledgements_of_tcp(newcomer: str) -> None:
+def test_a_v1_client_is_protected_by_the_acknowledgements_of_tcp(open_server: Member, newcomer: str) -> None:
+    server = open_server
     with (
-        OurServer(env=SLOW) as server,
         Target() as target,
         V1Client(server.tunnel_address, target.address) as first,
     ):
@@ -314,8 +344,9 @@ def test_a_v1_client_is_protected_by_the_acknowledgements_of_tcp(newcomer: str) 
         assert first.connects == 1
 
 
-def test_sessions_of_a_client_that_lost_its_place_run_on() -> None:
-    with OurServer(env=SLOW) as server, Target() as target, connected(server, "") as first:
+def test_sessions_of_a_client_that_lost_its_place_run_on(open_server: Member) -> None:
+    server = open_server
+    with Target() as target, connected(server, "") as first:
         identity, talk = first.open_data()
         with connect(server.visitor_address) as visitor:
             assert first.hear_launch().host == identity

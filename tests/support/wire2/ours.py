@@ -5,7 +5,8 @@ Every URL has a label; a tunnel's events are found by it. Servers get tunnel por
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,36 @@ class OurServers(Tunnels):
             parse_address(entry["target_address"]),
             self.log_names[label],
         )
+
+
+class Member:
+    """One server of a process of ours, in the words of a server that has its process to itself."""
+
+    def __init__(self, servers: OurServers, label: str, name: str = "") -> None:
+        self._servers, self._label, self.name = servers, label, name
+        place = servers[label]
+        self.tunnel_address, self.data_address, self.visitor_address = place.tunnel, place.data, place.visitors
+
+    def mark(self) -> int:
+        """A place in the log."""
+        return self._servers.mark()
+
+    def find(self, event: str = "", **wanted: Any) -> list[Entry]:
+        """The events of this server so far."""
+        return self._servers.find_in(self._label, event, **wanted)
+
+    def wait_for(self, event: str = "", **wanted: Any) -> Entry:
+        """The first such event of this server."""
+        return self._servers.wait_in(self._label, event, **wanted)
+
+
+@contextlib.contextmanager
+def spare_servers(count: int, query: str, *, env: Environment, is_keyed: bool) -> Iterator[Iterator[Member]]:
+    """So many servers in one process, one after the other; with a key each has a name of its own."""
+    names = {str(number): f"t{number}" if is_keyed else "" for number in range(count)}
+    with OurServers({label: f"{query}&name={name}" for label, name in names.items()}, env=env) as servers:
+        yield (Member(servers, label, name) for label, name in names.items())
+        assert not servers.find_crashes()
 
 
 class OurClients(Tunnels):
