@@ -14,20 +14,19 @@ from tests.support.tunnel import CALM, OurServer, Tunnel, assert_connected
 
 PATIENT = {**CALM, "SHUTDOWN_TIMEOUT": "60s"}
 HASTY = {**CALM, "SHUTDOWN_TIMEOUT": "200ms"}
-SIDES = ["server", "client"]
 
 
 def side(tunnel: Tunnel, name: str) -> Nodepass:
     return tunnel.our_server if name == "server" else tunnel.our_client
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_a_signal_ends_an_idle_process_with_success(tunnel: TunnelFactory, number: signal.Signals) -> None:
+def test_a_signal_ends_an_idle_process_with_success_and_its_peer_notices(tunnel: TunnelFactory) -> None:
     started = tunnel(server_env=PATIENT, client_env=PATIENT)
-    for run in (started.our_client, started.our_server):
+    for run, number in ((started.our_client, signal.SIGTERM), (started.our_server, signal.SIGINT)):
         assert run.stop(number) == 0
         assert run.find("process.stopping", sessions=0)
         assert run.entries[-1].event == "process.stopped"
+    assert started.our_server.find("client.disconnected", reason="shutdown")
 
 
 @pytest.mark.parametrize(("name", "tls"), [("server", 0), ("client", 1)])
@@ -49,10 +48,9 @@ def test_a_running_session_may_finish(tunnel: TunnelFactory, name: str, tls: int
     assert not run.find("process.cut")
 
 
-@pytest.mark.parametrize("name", SIDES)
-def test_what_still_runs_after_the_grace_is_cut_and_counted(tunnel: TunnelFactory, name: str) -> None:
+def test_what_still_runs_after_the_grace_is_cut_and_counted(tunnel: TunnelFactory) -> None:
     started = tunnel(server_env=HASTY, client_env=HASTY)
-    run = side(started, name)
+    run = started.our_server
     with started.session() as first, started.session() as second:
         for pair in (first, second):
             assert_connected(*pair)
@@ -61,12 +59,12 @@ def test_what_still_runs_after_the_grace_is_cut_and_counted(tunnel: TunnelFactor
         run.wait_for("process.cut", sessions=2)
         assert all(is_over(end) for pair in (first, second) for end in pair)
     assert run.wait() == 0
+    started.our_client.wait_for("server.disconnected", reason="shutdown")
 
 
-@pytest.mark.parametrize("name", SIDES)
-def test_a_second_signal_ends_it_at_once(tunnel: TunnelFactory, name: str) -> None:
+def test_a_second_signal_ends_it_at_once(tunnel: TunnelFactory) -> None:
     started = tunnel(server_env=PATIENT, client_env=PATIENT)
-    run = side(started, name)
+    run = started.our_client
     with started.session() as (visitor, service):
         assert_connected(visitor, service)
         run.send(signal.SIGTERM)
@@ -112,15 +110,3 @@ def test_a_server_is_stopped_while_a_visitor_waits() -> None:
     with OurServer(env=env) as server, connect(server.visitor_address) as visitor:
         assert server.stop() == 0
         assert is_over(visitor)
-
-
-def test_the_client_notices_that_its_server_has_stopped(tunnel: TunnelFactory) -> None:
-    started = tunnel()
-    assert started.our_server.stop() == 0
-    started.our_client.wait_for("server.disconnected", reason="shutdown")
-
-
-def test_the_server_notices_that_its_client_has_stopped(tunnel: TunnelFactory) -> None:
-    started = tunnel()
-    assert started.our_client.stop() == 0
-    started.our_server.wait_for("client.disconnected", reason="shutdown")

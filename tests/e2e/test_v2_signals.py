@@ -63,7 +63,8 @@ def test_a_client_that_answers_is_never_given_up(brisk: OurServer) -> None:
         for ok in (1, 0, 1, 0, 1, 1, 1):
             client.take_beat(client.talk.hear())
             client.talk.say(f"//beat?ok={ok}")
-        assert not brisk.find("client.disconnected", after=mark)
+        source = format_address(client.talk.sock.getsockname())
+        assert not brisk.find("client.disconnected", after=mark, client=source)
 
 
 def test_any_line_of_a_client_is_a_sign_of_life(brisk: OurServer) -> None:
@@ -74,7 +75,8 @@ def test_any_line_of_a_client_is_a_sign_of_life(brisk: OurServer) -> None:
         for _ in range(7):
             client.take_beat(client.talk.hear())
             client.talk.say("//news?of=tomorrow")
-        assert not brisk.find("client.disconnected", after=mark)
+        source = format_address(client.talk.sock.getsockname())
+        assert not brisk.find("client.disconnected", after=mark, client=source)
 
 
 def test_our_server_gives_a_silent_client_up_after_three_heartbeats(brisk: OurServer) -> None:
@@ -164,9 +166,8 @@ def test_an_ipv6_address_is_told_in_brackets() -> None:
             assert launch.parameters["to"] == f"[::1]:{server.visitor_address[1]}"
 
 
-@pytest.mark.parametrize("tls", [0, 1])
-def test_our_server_says_bye_when_it_stops(tls: int) -> None:
-    with OurServer(tls) as server, ClientSide(server.tunnel_address) as client:
+def test_our_server_says_bye_when_it_stops() -> None:
+    with OurServer(1) as server, ClientSide(server.tunnel_address) as client:
         client.connect()
         server.send(signal.SIGTERM)
         with pytest.raises(GoodbyeError, match="shutdown"):
@@ -197,9 +198,8 @@ def test_a_farewell_cannot_forge_a_line_of_the_log(brisk: OurServer) -> None:
 # Our client
 
 
-@pytest.mark.parametrize("tls", [0, 1])
-def test_our_client_answers_every_heartbeat_at_once(authority: Authority, tls: int) -> None:
-    with attached(Terms(tls, authority.local)) as (side, _, clients):
+def test_our_client_answers_every_heartbeat_at_once(authority: Authority) -> None:
+    with attached(Terms(1, authority.local)) as (side, _, clients):
         for idle in (0, 7, 1024, 99999):
             side.beat(idle)
             side.hear_answer()
@@ -288,21 +288,18 @@ def test_there_is_no_launch_of_a_single_datagram_in_v2() -> None:
         side.hear_answer()
 
 
-@pytest.mark.parametrize(
-    "addresses", ["", "?from=192.0.2.7:4711&to=198.51.100.1:443", "?from=[2001:db8::7]:1&to=[::1]:2"]
-)
-def test_a_launch_of_a_session_is_served_with_and_without_addresses(addresses: str) -> None:
+def test_a_launch_of_a_session_is_served_with_and_without_addresses() -> None:
     with Target() as target, attached(Terms(), target=target.address) as (side, data, _):
-        identity, talk = side.admit(data.accept_socket())
-        side.talk.say(f"//{identity.decode()}{addresses}#1")
-        with target.accept() as service:
-            service.sendall(b"x")
-            assert talk.receive_exactly(1) == b"x"
+        for addresses in ("", "?from=192.0.2.7:4711&to=198.51.100.1:443", "?from=[2001:db8::7]:1&to=[::1]:2"):
+            identity, talk = side.admit(data.accept_socket())
+            side.talk.say(f"//{identity.decode()}{addresses}#1")
+            with target.accept() as service:
+                service.sendall(b"x")
+                assert talk.receive_exactly(1) == b"x"
 
 
-@pytest.mark.parametrize("tls", [0, 1])
-def test_our_client_says_bye_when_it_stops(authority: Authority, tls: int) -> None:
-    with attached(Terms(tls, authority.local)) as (side, _, clients):
+def test_our_client_says_bye_when_it_stops(authority: Authority) -> None:
+    with attached(Terms(1, authority.local)) as (side, _, clients):
         clients.send(signal.SIGTERM)
         line = side.talk.hear()
         assert line.raw == b"//bye?reason=shutdown"

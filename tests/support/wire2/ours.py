@@ -46,8 +46,8 @@ def log_name(role: str, port: int, query: str) -> str:
 
 
 def with_files(query: str, certificate: Certificate | None) -> str:
-    """A query with the files that tls=2 needs."""
-    if "tls=2" not in query:
+    """A query with the files that tls=2 needs, unless it names them."""
+    if "tls=2" not in query or "crt=" in query:
         return query
     assert certificate is not None, "tls=2 needs a certificate"
     return f"{query}&crt={certificate.crt}&key={certificate.key}"
