@@ -56,6 +56,7 @@ class ClientSlot(Part):
         self._left = Event()  # the opposite
         self._left.set()
         self._is_stopping = False
+        self._leaving: ServerControl | None = None  # was told why, and may still have to end its side
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self.control or 'free'}>"
@@ -223,6 +224,9 @@ class ClientSlot(Part):
         replaced go on while it takes their datagrams.
         """
         if bye in BYES and control.version > 1:
+            if self._leaving:
+                self._leaving.close(ending)  # it has had its time: one that returns all the time holds two sockets
+            self._leaving = control
             control.finish(ending, bye)
         else:
             control.close(ending)

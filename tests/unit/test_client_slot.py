@@ -251,6 +251,12 @@ def test_a_slot_that_stops_refuses_clients_and_keeps_the_one_that_is_connected(
     assert slot.control is control
 
 
+def test_a_client_that_returns_all_the_time_holds_two_connections(stack: ExitStack, slot: ClientSlot) -> None:
+    """It need not end its side of those that it has left: without a key, that may be a stranger."""
+    controls = [occupy(stack, slot, agreed())[1] for _ in range(10)]
+    assert sum(control.sock.fileno() >= 0 for control in controls) == 2
+
+
 # A v1 client on trial
 
 
