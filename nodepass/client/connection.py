@@ -77,13 +77,17 @@ class Connection(Part):
 
     def find_ended(self) -> str:
         """As `Part.find_ended`; once the control connection has ended, the loops end in good order."""
-        if self._reader is None or self._reader.dead:
+        if not self._is_read:
             return ""
         return super().find_ended() or next(filter(None, (part.find_ended() for part in self._parts)), "")
 
     def unhealthy_reason(self) -> str:
-        """Why a restart is needed, or ""."""
-        return self.find_ended() or self.control.unhealthy_reason()
+        """Why a restart is needed, or ""; not while it ends: a server chooses when, and launches can delay that."""
+        return self.find_ended() or (self.control.unhealthy_reason() if self._is_read else "")
+
+    @property
+    def _is_read(self) -> bool:
+        return self._reader is not None and not self._reader.dead
 
     def _read_signals(self) -> None:
         for launch in self.control.signals(self._launches.target_answers):

@@ -363,7 +363,11 @@ class ClientControl(Control):
                 yield signal
             elif isinstance(signal, Beat):
                 try:
-                    self.send(BeatAnswer(target_answers()))
+                    with gevent.Timeout(self._silence, TimeoutError()):
+                        self.send(BeatAnswer(target_answers()))
+                except TimeoutError as error:
+                    self._end_by(error)
+                    return
                 except OSError as error:  # the kernel reports it once: the next read may take it for the peer's close
                     self._end_by(error)
                 yield signal

@@ -11,6 +11,7 @@ from unittest import mock
 import gevent
 import pytest
 from gevent import socket
+from gevent.event import Event
 
 from nodepass.errors import ClosedError, ProtocolError
 from nodepass.net.stream import Stream
@@ -124,6 +125,15 @@ def test_a_server_that_reads_no_answers_has_vanished(ends: Ends, monkeypatch: py
     read_all(control)
     assert control.ending == SILENT
     assert control.vanished
+
+
+def test_an_answer_waits_no_longer_than_a_heartbeat_may_be_missing(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that reads a little now and then would not be given up by the kernel."""
+    control = ends.client_control(Agreement(Offer(10102, 0, 10)))
+    monkeypatch.setattr(control, "send", lambda _: Event().wait())
+    ends.server.sendall(b"//beat?idle=0\n")
+    read_all(control)
+    assert (control.ending, control.vanished) == (SILENT, True)
 
 
 def test_a_v1_client_never_writes(stack: ExitStack, ends: Ends) -> None:
