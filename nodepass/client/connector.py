@@ -125,7 +125,7 @@ class Connector(Part):
             words = "target: %(error)s; it will be resolved again for each session"
             self._log.warning("target.unresolved", words, error=error)
         self._terms.prepare()
-        stream = TCPStream(dial(resolve(self._server), timeout))
+        stream = TCPStream(dial(resolve(self._server), timeout, keepalive=False))
         with contextlib.ExitStack() as failed:
             failed.callback(stream.close)
             control = ClientControl(stream, self._settings.report_interval, self._log, self._stats)

@@ -107,10 +107,11 @@ def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
 
 
-def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
+def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: bool = True) -> Socket:
     """Connect to the first endpoint that answers, trying all of them within `timeout` seconds.
 
-    Raises OSError, which names the last endpoint tried.
+    Without `keepalive` the caller sets the probes (`bound_failure_detection`). Raises OSError, which names the last
+    endpoint tried.
     """
     failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
     deadline = time.monotonic() + timeout
@@ -120,7 +121,8 @@ def dial(endpoints: Sequence[Endpoint], timeout: float) -> Socket:
         try:
             _connect(sock, endpoint, share)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keep_alive_if_it_lasts(sock)
+            if keepalive:
+                keep_alive_if_it_lasts(sock)
             return sock
         except TimeoutError:
             failure = TimeoutError(errno.ETIMEDOUT, f"{endpoint}: no answer within {share:.3g}s")

@@ -12,7 +12,10 @@ import os
 import select
 import socket
 import ssl
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -53,7 +56,7 @@ def client_hello() -> bytes:
     return outgoing.read()
 
 
-HELLO = b"//hello?v=2&nonce=" + b"0" * 32 + b"\n"
+HELLO = b"//hello?v=2&nonce=" + b"0" * 32 + b"&client=" + b"0" * 16 + b"&name=\n"
 LAUNCHES = b"//deadbeef#1\n" * 5000
 
 
@@ -177,9 +180,21 @@ def test_99_of_100_visitors_are_served_within_50_ms_during(stack: contextlib.Exi
 
 
 @pytest.mark.programs
-@pytest.mark.parametrize("words", [HELLO + b"\n" * 65536, HELLO + LAUNCHES], ids=["heartbeats", "launches"])
+@contextlib.contextmanager
+def flooding_client(tunnel: Address, line: bytes) -> Iterator[None]:
+    """A client that repeats this line without an end once it has its offer, written by a process of its own."""
+    with connect(tunnel) as sock:
+        sock.sendall(HELLO)
+        assert sock.recv(1000).endswith(b"#0\n")
+        pour = f"import os\nwhile True: os.write({sock.fileno()}, {line!r} * 5000)"
+        with subprocess.Popen([sys.executable, "-c", pour], pass_fds=[sock.fileno()]) as process:
+            yield
+            process.kill()
+
+
+@pytest.mark.parametrize("line", [b"//beat?ok=1\n", b"//deadbeef#1\n"], ids=["heartbeats", "launches"])
 def test_a_client_that_floods_its_server_does_not_keep_up_the_other_tunnels(
-    stack: contextlib.ExitStack, words: bytes
+    stack: contextlib.ExitStack, line: bytes
 ) -> None:
     port = free_port(4)
     urls = [f"server://127.0.0.1:{first}/127.0.0.1:{first + 1}?tls=0&log=info" for first in (port, port + 2)]
@@ -189,7 +204,7 @@ def test_a_client_that_floods_its_server_does_not_keep_up_the_other_tunnels(
     stack.enter_context(OurClient(("127.0.0.1", port), target.address, env=PATIENT)).wait_until_connected()
     before = time_visitors(("127.0.0.1", port + 1), target)
     memory = resident_bytes(server.pid)
-    with Attack(("127.0.0.1", port + 2), 1, words, "pour"):
+    with flooding_client(("127.0.0.1", port + 2), line):
         server.wait_for("client.connected", tunnel=f"server:{port + 2}")
         during = time_visitors(("127.0.0.1", port + 1), target, 3 * VISITORS)
         assert resident_bytes(server.pid) < memory + MEMORY

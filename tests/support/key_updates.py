@@ -29,6 +29,7 @@ def handshake(sock: socket.socket) -> bytes:
     lines: list[bytes] = []
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_alpn_protos([b"nodepass/2"])
     context.set_keylog_callback(lambda _connection, line: lines.append(line))
     connection = SSL.Connection(context, sock)
     connection.set_connect_state()
