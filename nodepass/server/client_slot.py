@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from gevent.event import Event
+from gevent.event import AsyncResult, Event
 from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, NoDataConnection, RefusedError
@@ -56,6 +56,8 @@ class ClientSlot(Part):
         self._left = Event()  # the opposite
         self._left.set()
         self._is_stopping = False
+        self._probed: ServerControl | None = None
+        self._probing: AsyncResult[bool] | None = None  # whether that one responds
         self._leaving: ServerControl | None = None  # was told why, and may still have to end its side
 
     def __repr__(self) -> str:
@@ -111,8 +113,10 @@ class ClientSlot(Part):
         OSError, RefusedError among them.
         """
         control = candidate.control
+        incumbent = self._find_place(candidate)
         with self._admitting:
-            self._find_place(candidate)
+            while self.control is not incumbent:
+                incumbent = self._find_place(candidate)
             if candidate.key not in (self.keys or (None,)):
                 raise RefusedError(KEY_MISMATCH, "the tunnel's keys have changed since the client was challenged")
             if acknowledged(control.sock) is None:
@@ -130,9 +134,7 @@ class ClientSlot(Part):
     @contextlib.contextmanager
     def trial(self, control: ServerControl, agreement: Agreement) -> Iterator[Trial]:
         """A v1 client that may become the connected client. Raises RefusedError where no place is free."""
-        with self._admitting:
-            self._find_place(Candidate(control, "", None))
-            trial = Trial(control, agreement, self.control)
+        trial = Trial(control, agreement, self._find_place(Candidate(control, "", None)))
         self.trials.append(trial)
         try:
             yield trial
@@ -170,11 +172,10 @@ class ClientSlot(Part):
             self.control.finish(STOPPING, SHUTDOWN)
             self._left.wait(timeout)
 
-    def _find_place(self, candidate: Candidate) -> None:
-        """Return where a place is free or would be given up. Raises RefusedError."""
+    def _find_place(self, candidate: Candidate) -> ServerControl | None:
+        """Return where a place is free or would be given up: the client that has it. Raises RefusedError."""
         while not self._is_stopping and (incumbent := self.control) and not self._is_same(incumbent, candidate):
-            patience = max(LIFE_SIGN_WITHIN, ROUND_TRIPS * (incumbent.round_trip or 0.0))
-            is_alive = incumbent.shows_life(patience)
+            is_alive = self._probe(incumbent)
             if self.control is not incumbent:
                 continue  # meanwhile it has left, or a client on trial has taken its place
             if is_alive:
@@ -182,6 +183,17 @@ class ClientSlot(Part):
             break
         if self._is_stopping:
             raise RefusedError(SHUTDOWN, "the server is shutting down")
+        return self.control
+
+    def _probe(self, incumbent: ServerControl) -> bool:
+        """Whether the connected client responds; one probe serves all that ask meanwhile, so that no crowd queues."""
+        patience = max(LIFE_SIGN_WITHIN, ROUND_TRIPS * (incumbent.round_trip or 0.0))
+        probing = self._probing
+        if self._probed is not incumbent or probing is None or probing.ready():
+            self._probed, self._probing = incumbent, (probing := AsyncResult())
+            self._group.spawn("probe the client", _answer, probing, incumbent, patience)
+        probing.wait(2 * patience)  # the probe itself is late where the client reads nothing
+        return bool(probing.value)
 
     def _is_same(self, incumbent: ServerControl, candidate: Candidate) -> bool:
         """Whether it is the connected client itself that has come again."""
@@ -272,6 +284,14 @@ class ClientSlot(Part):
             self.control.send(Launch(id, kind, *addresses))
             return True
         return False
+
+
+def _answer(result: AsyncResult[bool], incumbent: ServerControl, patience: float) -> None:
+    try:
+        result.set(incumbent.shows_life(patience))
+    finally:
+        if not result.ready():
+            result.set(False)
 
 
 def _addresses(visitor: Socket) -> tuple[str, str] | tuple[()]:

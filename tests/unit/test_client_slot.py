@@ -251,6 +251,21 @@ def test_a_slot_that_stops_refuses_clients_and_keeps_the_one_that_is_connected(
     assert slot.control is control
 
 
+def test_one_probe_serves_all_that_ask_and_the_same_client_does_not_wait_for_it(
+    stack: ExitStack, slot: ClientSlot
+) -> None:
+    """A crowd of strangers, each with a probe of its own, would keep a returning client out for as many round trips."""
+    ends, incumbent = occupy(stack, slot, agreed(ONE))
+    asking = [ask_for(stack, slot, agreed(OTHER))[1] for _ in range(10)]
+    assert read_line(ends.client) == b"//beat?idle=0\n"
+    _, returned = occupy(stack, slot, agreed(ONE))
+    assert slot.control is returned
+    assert not any(each.ready() for each in asking)
+    ends.client.settimeout(0)
+    assert read_line(ends.client) == b"//bye?reason=replaced\n"
+    assert incumbent.ending.reason == "returned"
+
+
 def test_a_client_that_returns_all_the_time_holds_two_connections(stack: ExitStack, slot: ClientSlot) -> None:
     """It need not end its side of those that it has left: without a key, that may be a stranger."""
     controls = [occupy(stack, slot, agreed())[1] for _ in range(10)]
