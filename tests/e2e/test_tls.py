@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.certificates import Authority, Certificate
 from tests.support.log import Entry
+from tests.support.process import Nodepass
 from tests.support.sockets import connect, is_over, receive_exactly
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
@@ -149,7 +150,8 @@ def lenient() -> ssl.SSLContext:
 
 
 def test_a_server_without_tls_says_that_the_tunnel_is_in_the_clear() -> None:
-    with OurServer(0) as server:
+    with Nodepass("server://127.0.0.1:0/127.0.0.1:0") as server:
+        server.wait_for("server.listening", tls=0)
         server.wait_for("tunnel.security", level="warn", tls=0, key=False)
 
 

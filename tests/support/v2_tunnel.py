@@ -94,7 +94,9 @@ def ends_of(pair: V2Pair, authority: Authority) -> Ends:
 
 
 @contextlib.contextmanager
-def open_v2_tunnels(pairs: Iterable[V2Pair], authority: Authority) -> Iterator[dict[str, Tunnel]]:
+def open_v2_tunnels(
+    pairs: Iterable[V2Pair], authority: Authority, extra: Environment | None = None
+) -> Iterator[dict[str, Tunnel]]:
     """Tunnels that have agreed on v2, and of which neither end has given up the other in the end: two starts of our
     program for all of them with a key, and two for all without.
     """
@@ -102,8 +104,11 @@ def open_v2_tunnels(pairs: Iterable[V2Pair], authority: Authority) -> Iterator[d
     with contextlib.ExitStack() as stack:
         for is_keyed in (False, True):
             group = [pair for pair in pairs if pair.is_keyed == is_keyed]
+            if not group:
+                continue
             ends = {str(pair): ends_of(pair, authority) for pair in group}
-            shared = stack.enter_context(open_tunnels(ends, authority, KEYED if is_keyed else CALM))
+            env = {**(KEYED if is_keyed else CALM), **(extra or {})}
+            shared = stack.enter_context(open_tunnels(ends, authority, env))
             tunnels |= shared.tunnels
             stack.callback(check_log, shared, group)
         yield tunnels

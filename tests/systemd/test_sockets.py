@@ -111,20 +111,18 @@ def test_a_data_port_of_a_range_is_the_one_that_was_passed(stack: contextlib.Exi
     assert listening(server)[1][1] == first + 2
 
 
-def test_what_is_not_passed_is_opened_all_the_same(stack: contextlib.ExitStack) -> None:
-    ports = Ports(stack)
-    tunnel, target = free_port(), port_of(ports.target)
-    url = f"server://127.0.0.1:{tunnel}/127.0.0.1:{target}?tls=0"
-    server = start(stack, ports.named()[1:], url)
-    assert [listening(server)[0][1], listening(server)[2][1]] == [tunnel, target]
-
-
-def test_several_urls_each_take_their_own(stack: contextlib.ExitStack) -> None:
-    one, two = Ports(stack), Ports(stack)
-    server = start(stack, [*two.named(), *one.named()], one.url, two.url)
+def test_several_urls_each_take_their_own_and_what_is_not_passed_is_opened_all_the_same(
+    stack: contextlib.ExitStack,
+) -> None:
+    one, two, half = Ports(stack), Ports(stack), Ports(stack)
+    opened = f"127.0.0.1:{free_port()}"
+    target = format_address(half.target.getsockname())
+    passed = [*two.named(), *half.named()[1:], *one.named()]
+    server = start(stack, passed, one.url, two.url, f"server://{opened}/{target}?tls=0")
     for ports in (one, two):
-        tunnel, target = (format_address(each.getsockname()) for each in (ports.tunnel, ports.target))
-        server.wait_for("server.listening", tunnel_address=tunnel, target_address=target)
+        where = [format_address(each.getsockname()) for each in (ports.tunnel, ports.target)]
+        server.wait_for("server.listening", tunnel_address=where[0], target_address=where[1])
+    server.wait_for("server.listening", tunnel_address=opened, target_address=target)
 
 
 @needs_ipv6
@@ -147,12 +145,12 @@ def test_a_socket_of_all_addresses_is_not_for_a_url_that_names_one(stack: contex
         assert part in line
 
 
-@pytest.mark.parametrize("name", [UNIT, "tunnel"])
-def test_a_socket_that_fits_no_url_is_refused(stack: contextlib.ExitStack, name: str) -> None:
+def test_a_socket_that_fits_no_url_is_refused(stack: contextlib.ExitStack) -> None:
+    """Also where its name fits a role."""
     sock = receiver(stack)
-    code, line = complain([(name, sock)], "server://127.0.0.1:0/127.0.0.1:0?tls=0")
+    code, line = complain([("tunnel", sock)], "server://127.0.0.1:0/127.0.0.1:0?tls=0")
     assert code == 2
-    assert f"127.0.0.1:{port_of(sock)} (udp, {name})" in line
+    assert f"127.0.0.1:{port_of(sock)} (udp, tunnel)" in line
 
 
 def test_a_socket_is_not_taken_for_another_role_than_its_name(stack: contextlib.ExitStack) -> None:
