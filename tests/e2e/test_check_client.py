@@ -133,16 +133,16 @@ def test_a_peer_that_says_nothing_fails_within_the_handshake_timeout(stack: cont
     assert found(done, "fail", "handshake failed: no handshake within 0.3s")
 
 
-@pytest.mark.parametrize("tls", [0, 1, 2])
-def test_a_server_that_speaks_wire_v1_passes_with_a_warning(
-    stack: contextlib.ExitStack, authority: Authority, tls: int
-) -> None:
-    server, target = stack.enter_context(V1Server(tls, authority.local)), stack.enter_context(Target())
-    done = check_of(url_of(server, target), SSL_CERT_FILE=str(authority.crt))
+def test_servers_that_speak_wire_v1_pass_with_a_warning(stack: contextlib.ExitStack, authority: Authority) -> None:
+    target = stack.enter_context(Target())
+    servers = [stack.enter_context(V1Server(tls, authority.local)) for tls in (0, 1, 2)]
+    done = check_of(*(url_of(server, target) for server in servers), SSL_CERT_FILE=str(authority.crt))
     assert done.code == 0
-    assert found(done, "ok", f"handshake complete: wire v1, tls {tls}")
-    assert found(done, "warn", "notices only at its next heartbeat")
-    assert found(done, "ok", "certificate verified") == (tls == 2)
+    for server in servers:
+        name = f"client:{server.tunnel_address[1]}: .*"
+        assert found(done, "ok", f"{name}handshake complete: wire v1, tls {server.tls}")
+        assert found(done, "warn", f"{name}notices only at its next heartbeat")
+        assert found(done, "ok", f"{name}certificate verified") == (server.tls == 2)
 
 
 def test_a_client_of_a_server_in_the_same_command_is_not_tried(stack: contextlib.ExitStack) -> None:

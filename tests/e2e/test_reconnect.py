@@ -58,7 +58,7 @@ def test_a_client_adopts_the_tls_mode_and_the_data_port_of_a_restarted_server(
 
 
 def test_a_killed_client_is_replaced_by_the_next(tunnel: TunnelFactory) -> None:
-    started = tunnel(tls=1)
+    started = tunnel()
     with started.session() as (visitor, service):
         assert_connected(visitor, service)
         mark = started.our_server.mark()
@@ -114,7 +114,7 @@ def test_a_visitor_whom_nobody_can_serve_is_closed_with_one_line(
 def test_a_running_session_outlives_the_control_connection_of_our_server(
     tunnel: TunnelFactory,
 ) -> None:
-    started = tunnel(client="v1", tls=1)
+    started = tunnel(client="v1")
     server, client = started.our_server, started.v1_client
     with started.session() as (visitor, service):
         assert_connected(visitor, service)
