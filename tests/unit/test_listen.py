@@ -33,7 +33,7 @@ from nodepass.net.listen import (
 )
 from nodepass.net.sockets import KEEPALIVE, Endpoint, wait_readable
 from nodepass.urls import Address
-from tests.support.sockets import has_ipv6
+from tests.support.sockets import free_port, has_ipv6
 
 HOST = "127.0.0.1"
 OTHER = "127.0.0.2"
@@ -113,7 +113,8 @@ def test_an_empty_host_is_one_listener_for_both_families(stack: ExitStack) -> No
 
 @needs_ipv6
 def test_a_host_of_one_family_leaves_the_port_free_for_the_other(stack: ExitStack) -> None:
-    port = port_of([one(stack, "::1")])
+    port = free_port()
+    closed_by(stack, listen_tcp(Address("::1", port), "here"))
     closed_by(stack, listen_tcp(Address(HOST, port), "here"))
     with pytest.raises(ListenError):
         listen_tcp(Address("::1", port), "here")
@@ -143,7 +144,7 @@ def test_an_error_closes_what_was_opened_before_it_and_keeps_its_errno(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch, opener: Callable[[Address, str], Sockets]
 ) -> None:
     kind = socket.SOCK_STREAM if opener is listen_tcp else socket.SOCK_DGRAM
-    port = occupy(stack, host=OTHER, kind=kind)
+    port = occupy(stack, free_port(), host=OTHER, kind=kind)
     resolve_to(monkeypatch, HOST, OTHER)
     with pytest.raises(
         ListenError, match=f"^cannot listen on the place name:{port}: Address already in use$"
@@ -190,7 +191,7 @@ def test_a_connection_that_is_closed_unserved_is_reset(stack: ExitStack) -> None
 
 
 def test_a_port_that_is_taken_for_udp_is_an_error_and_is_given_back_for_tcp(stack: ExitStack) -> None:
-    port = occupy(stack, kind=socket.SOCK_DGRAM)
+    port = occupy(stack, free_port(), kind=socket.SOCK_DGRAM)
     with pytest.raises(ListenError, match=f"here \\(udp\\) {HOST}:{port}: Address already in use") as caught:
         listen_both(Address(HOST, port), "here")
     assert caught.value.errno == errno.EADDRINUSE
