@@ -154,12 +154,11 @@ def talk_to(server: OurServer, begin: bytes, stack: contextlib.ExitStack) -> soc
 NAMES = ("a", "b", "c")
 
 
-@pytest.mark.parametrize(("tls", "ports"), [(1, "tunnel"), (2, "0")])
 def test_tunnels_of_many_names_share_a_tunnel_port_and_keep_apart(
-    authority: Authority, stack: contextlib.ExitStack, tls: int, ports: str
+    authority: Authority, stack: contextlib.ExitStack
 ) -> None:
-    env = {**KEYED, "DATA_PORT": ports, "SSL_CERT_FILE": str(authority.crt)}
-    queries = {name: f"tls={tls}&name={name}" for name in NAMES}
+    env = {**KEYED, **ONE_PORT, "SSL_CERT_FILE": str(authority.crt)}
+    queries = {name: f"tls=2&name={name}" for name in NAMES}
     servers = stack.enter_context(OurServers(queries, authority.local, env=env, shares_port=True))
     assert len({servers[name].tunnel for name in NAMES}) == 1
     targets = {name: stack.enter_context(Target()) for name in NAMES}
@@ -167,7 +166,7 @@ def test_tunnels_of_many_names_share_a_tunnel_port_and_keep_apart(
     addresses = {name: target.address for name, target in targets.items()}
     clients = stack.enter_context(OurClients(where, addresses, env=env))
     for name in NAMES:
-        clients.wait_in(name, "server.connected", wire=2, tls=tls)
+        clients.wait_in(name, "server.connected", wire=2, tls=2)
     for _ in range(10):
         for name in NAMES:
             with connect(servers[name].visitors) as visitor, targets[name].accept() as service:
