@@ -52,6 +52,10 @@ class Explained:
         return entry.matches(self._event, self._fields)
 
 
+ALWAYS = Explained("tunnel.security")
+"""What each run with a key and without TLS warns of at its start."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """How a tunnel is set up."""
@@ -98,7 +102,8 @@ class Run:
         entries = self.process.entries[self.read :]
         self.read += len(entries)
         odd = [entry for entry in entries if not entry.data or loud(entry["level"])]
-        return [f"{self.kind}: {entry}" for entry in odd if not any(each.matches(entry) for each in explained)]
+        known = (*explained, ALWAYS)
+        return [f"{self.kind}: {entry}" for entry in odd if not any(each.matches(entry) for each in known)]
 
 
 class Pair:
@@ -191,5 +196,6 @@ class Pair:
             (MIDDLE if self._has_middle else self.place.host, self._tunnel),
             self.service.address,
             log="info",
+            query=f"tls={self.shape.tls}",
             env={**self._environment(), "SSL_CERT_FILE": str(self._authority.crt)},
         )
