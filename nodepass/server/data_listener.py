@@ -165,11 +165,13 @@ class DataListener(Part):
         return id
 
     def _give(self, id: str, stream: Stream, peer: Endpoint, member: Membership) -> None:
-        """To the pool, unless the client has changed meanwhile."""
-        if member.holds():
-            member.slot.pool.add(id, stream)
-        else:
+        """To the pool, unless the client has changed or others have filled the pool meanwhile."""
+        if not member.holds():
             self._reject(stream, peer, "no_client", "its client has left meanwhile", member)
+        elif member.slot.pool.full:
+            self._reject(stream, peer, "pool_full", "the pool is full", member)
+        else:
+            member.slot.pool.add(id, stream)
 
     def _reject_other(self, stream: Stream, peer: Endpoint) -> None:
         if any(slot.control for slot in self._port.slots):

@@ -182,6 +182,16 @@ def test_a_proof_that_does_not_come_is_waited_for_until_the_handshake_timeout(st
     assert port.data_failures == {"timeout": 1}
 
 
+def test_connections_that_are_prepared_together_do_not_exceed_the_largest_pool(stack: ExitStack) -> None:
+    port = OpenPort(stack, KEY, min_pool_capacity=1, max_pool_capacity=2)
+    occupy(stack, port.slot, agreed(SESSION))
+    peers = [port.connect_data() for _ in range(4)]
+    for peer in peers:
+        peer.sendall(SESSION.data_proof(receive_id(peer, SESSION), b""))
+    until(lambda: port.data_failures == {"pool_full": 2})
+    assert len(port.slot.pool) == 2
+
+
 def test_a_proof_for_the_client_before_is_worth_nothing(stack: ExitStack, keyed: OpenPort) -> None:
     peer = keyed.connect_data()
     id = receive_id(peer, SESSION)
