@@ -157,8 +157,9 @@ def test_a_user_part_is_refused_and_not_repeated() -> None:
     assert "secret" not in str(caught.value)
 
 
-@settings(max_examples=40)
-@given(st.text(max_size=60))
+# Not any character of Unicode: its tables take seconds to make.
+@settings(max_examples=100)
+@given(st.text("/:?&=#@[]%.,;+-_*~ab01\u00e9\u6f22\U0001f600\ud800\0\t\n ", max_size=60))
 def test_any_text_is_a_url_or_a_clear_refusal(text: str) -> None:
     for url in (text, f"server://{text}", f"client://a:1/{text}", f"server://a:1/b:2?{text}"):
         with contextlib.suppress(ConfigError):
