@@ -22,11 +22,15 @@ def side(tunnel: Tunnel, name: str) -> Nodepass:
 
 def test_a_signal_ends_an_idle_process_with_success_and_its_peer_notices(tunnel: TunnelFactory) -> None:
     started = tunnel(server_env=PATIENT, client_env=PATIENT)
-    for run, number in ((started.our_client, signal.SIGTERM), (started.our_server, signal.SIGINT)):
-        assert run.stop(number) == 0
-        assert run.find("process.stopping", sessions=0)
-        assert run.entries[-1].event == "process.stopped"
-    assert started.our_server.find("client.disconnected", reason="shutdown")
+    assert_stops(started.our_client, signal.SIGTERM)
+    started.our_server.wait_for("client.disconnected", reason="shutdown")
+    assert_stops(started.our_server, signal.SIGINT)
+
+
+def assert_stops(run: Nodepass, number: signal.Signals) -> None:
+    assert run.stop(number) == 0
+    assert run.find("process.stopping", sessions=0)
+    assert run.entries[-1].event == "process.stopped"
 
 
 @pytest.mark.parametrize(("name", "tls"), [("server", 0), ("client", 1)])
