@@ -137,13 +137,16 @@ class Route:
 
     def make(self) -> tuple[str, Stream]:
         """Dial, TLS, say whose it is, read the id, prove the key. Raises OSError."""
-        late = TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s")
-        with gevent.Timeout(self.timeout, late):
-            sock = dial([self.endpoint], self.timeout)
+        sock: Socket | None = None
+        with gevent.Timeout(self.timeout) as late:
             try:
+                sock = dial([self.endpoint], self.timeout)
                 return self._prepare(sock)
-            except BaseException:
-                sock.close()
+            except BaseException as error:
+                if sock:
+                    sock.close()
+                if error is late:
+                    raise TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s") from None
                 raise
 
     def _prepare(self, sock: Socket) -> tuple[str, Stream]:

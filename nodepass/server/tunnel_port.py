@@ -64,6 +64,7 @@ class TunnelPort:
         self.certificate: ServerCertificate | None = None
         self.tunnel: list[socket] = []  # its listeners, while it is open
         self.data: list[socket] = []  # none where data connections come to the tunnel port
+        self.only_slot: ClientSlot | None = None  # the one tunnel's, where data connections can be for no other
         self._is_shared = len(urls) > 1
         self._serves_v1 = any(not url.tunnel_name and url.wire != "2" for url in urls)
         self._settings = settings
@@ -99,11 +100,6 @@ class TunnelPort:
         return list(self._members)
 
     @property
-    def only_slot(self) -> ClientSlot | None:
-        """The one tunnel's, where it is plain that a data connection is for it."""
-        return None if self.uses_sid else next(iter(self._members), None)
-
-    @property
     def v1_slot(self) -> ClientSlot | None:
         """The tunnel that v1 clients are for: the one without a name, if it has no key and WIRE allows it."""
         if not self._serves_v1:
@@ -118,6 +114,7 @@ class TunnelPort:
             self._close()
             self._open()
         self._members[slot] = fail
+        self.only_slot = None if self.uses_sid else slot
 
     def run(self, make_parts: Callable[[Common, TunnelPort], list[Part]]) -> None:
         """Begin to accept, unless it does so already, with the parts that are made then."""
@@ -129,6 +126,8 @@ class TunnelPort:
 
     def leave(self, slot: ClientSlot) -> None:
         """The reverse of `join`."""
+        if self.only_slot is slot:
+            self.only_slot = None
         if self._members.pop(slot, None) and not self._members:
             self._close()
 

@@ -13,7 +13,7 @@ from nodepass.net.stream import Stream
 from nodepass.tls.stream import Session, TLSStream
 from nodepass.tls.verify import Expected
 
-MOST = 16  # sessions in a store; each takes 2 KB, or 7 where the handshake was a full one
+MOST = 64  # sessions in a store; each takes 2 KB, or 7 where the handshake was a full one
 
 
 class Sessions:
