@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from gevent.lock import Semaphore
+
 from nodepass.config import Settings
 from nodepass.errors import RefusedError
 from nodepass.log import Log
@@ -74,6 +76,7 @@ class TunnelPort:
         self._members: dict[ClientSlot, Callable[[Exception], object]] = {}
         self._parts: list[Part] = []
         self._has_crashed = False
+        self._changing = Semaphore()  # opening and closing let other greenlets run
         self._late_hellos: dict[str, float] = {}  # by address: time.monotonic() at which they are forgotten
         self._unknown_key = unknown_key()
         if self.url.tls:
@@ -110,11 +113,12 @@ class TunnelPort:
 
     def join(self, slot: ClientSlot, fail: Callable[[Exception], object]) -> None:
         """Serve this tunnel, too; `fail` is called with a crash of the port. Raises ListenError at the first one."""
-        if self._has_crashed or not self._members:
-            self._close()
-            self._open()
-        self._members[slot] = fail
-        self.only_slot = None if self.uses_sid else slot
+        with self._changing:
+            if self._has_crashed or not self._members:
+                self._close()
+                self._open()
+            self._members[slot] = fail
+            self.only_slot = None if self.uses_sid else slot
 
     def run(self, make_parts: Callable[[Common, TunnelPort], list[Part]]) -> None:
         """Begin to accept, unless it does so already, with the parts that are made then."""
@@ -126,10 +130,11 @@ class TunnelPort:
 
     def leave(self, slot: ClientSlot) -> None:
         """The reverse of `join`."""
-        if self.only_slot is slot:
-            self.only_slot = None
-        if self._members.pop(slot, None) and not self._members:
-            self._close()
+        with self._changing:
+            if self.only_slot is slot:
+                self.only_slot = None
+            if self._members.pop(slot, None) and not self._members:
+                self._close()
 
     def find_ended(self) -> str:
         """Which loop has ended although the port is open; empty while all run."""
