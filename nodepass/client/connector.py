@@ -28,7 +28,8 @@ from nodepass.tunnel.handshake import Terms, connect_to_server
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.security import SecurityLog, security_of
 from nodepass.urls import ClientURL
-from nodepass.wire.signals import BUSY, BYES, RELOAD, REPLACED, SHUTDOWN
+from nodepass.wire.negotiation import BUSY
+from nodepass.wire.signals import BYES, RELOAD, REPLACED, SHUTDOWN
 
 SETTLED = 1.0  # seconds that a control connection must last for the next reconnect to begin with the shortest pause
 REPEAT_WARNING = 60.0  # seconds between two warnings about the same failure to connect

@@ -25,7 +25,8 @@ from nodepass.tasks import WorkerPool
 from nodepass.tunnel.control import Agreement, Control
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import PROOF_LENGTH, same
-from nodepass.wire.signals import ID_LENGTH, DataHello, parse_id
+from nodepass.wire.negotiation import DataHello
+from nodepass.wire.signals import ID_LENGTH, parse_id
 
 if TYPE_CHECKING:
     from nodepass.tls.sessions import Sessions

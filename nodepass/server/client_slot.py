@@ -26,7 +26,8 @@ from nodepass.tunnel.control import STOPPING, Agreement, Ending, ServerControl
 from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import Key, unknown_key
-from nodepass.wire.signals import BUSY, BYES, KEY_MISMATCH, LANE, RELOAD, REPLACED, SHUTDOWN, Launch
+from nodepass.wire.negotiation import BUSY, KEY_MISMATCH
+from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, Launch
 
 LIFE_SIGN_WITHIN = 1.0  # seconds for a client to react when another asks for its slot, at least
 ROUND_TRIPS = 4  # measured ones for the same, where that is longer

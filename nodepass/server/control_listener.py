@@ -28,7 +28,7 @@ from nodepass.stats import failure
 from nodepass.tunnel.control import STOPPING, Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate, accept_client
 from nodepass.tunnel.part import Common, Part
-from nodepass.wire.signals import BUSY, KEY_REQUIRED, SLASH, TLS_HANDSHAKE, VERSION, DataHello, Hello, Refusal
+from nodepass.wire.negotiation import BUSY, KEY_REQUIRED, SLASH, TLS_HANDSHAKE, VERSION, DataHello, Hello, Refusal
 
 # Seconds of silence after which a connection is one of wire v1.
 SILENCE = 0.25

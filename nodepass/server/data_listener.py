@@ -25,7 +25,8 @@ from nodepass.server.tunnel_port import Membership, TunnelPort
 from nodepass.stats import failure
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import PROOF_LENGTH, same
-from nodepass.wire.signals import ID_LENGTH, DataHello
+from nodepass.wire.negotiation import DataHello
+from nodepass.wire.signals import ID_LENGTH
 
 # Most often the last ones of a client that has just left, which is no reason for a warning.
 LEFT_OVER = ("no_client", "unknown_sid")

@@ -15,17 +15,8 @@ import gevent
 from nodepass.errors import ClosedError, ProtocolError, RefusedError
 from nodepass.net.sockets import Socket, peek_byte
 from nodepass.net.stream import Stream, TCPStream, read_only_line
-from nodepass.wire.signals import (
-    MAX_OPENING,
-    NO_TLS,
-    SLASH,
-    TLS_HANDSHAKE,
-    VERSION,
-    DataHello,
-    Hello,
-    StartTLS,
-    parse_first,
-)
+from nodepass.wire.lines import MAX_OPENING
+from nodepass.wire.negotiation import NO_TLS, SLASH, TLS_HANDSHAKE, VERSION, DataHello, Hello, StartTLS, parse_first
 
 if TYPE_CHECKING:
     from nodepass.tls.certificates import ServerCertificate

@@ -32,7 +32,7 @@ from nodepass.tunnel.interface import DATA, TUNNEL
 from nodepass.tunnel.part import Common, Part
 from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key, unknown_key
-from nodepass.wire.signals import HEARTBEATS, UNKNOWN_NAME, Hello, Offer
+from nodepass.wire.negotiation import HEARTBEATS, UNKNOWN_NAME, Hello, Offer
 
 if TYPE_CHECKING:
     from socket import socket

@@ -34,7 +34,8 @@ from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
 from nodepass.tls.verify import Expected, Rejection, Verify, is_ip
-from nodepass.wire.signals import printable
+from nodepass.wire.lines import printable
+from nodepass.wire.negotiation import SLASH, TLS_RECORDS
 
 ALPN = b"nodepass/2"
 EXPORTER_LABEL = b"EXPORTER-nodepass-2"
@@ -42,8 +43,6 @@ EXPORTER_LENGTH = 32  # bytes
 
 FEEDS = 8  # reads from the kernel in a row that bring no payload: key updates, tickets, alerts
 _TLS_13 = "TLSv1.3"
-_RECORD_TYPES = range(0x14, 0x18)  # the first byte of a record: change_cipher_spec, alert, handshake, application_data
-_CLEAR = b"/"  # the first byte of a line in the clear
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 # AES-128 first: its strength suffices here, and it costs least per byte. Before pyOpenSSL 25.2, AES-256 comes first.
@@ -192,9 +191,9 @@ class TLSStream(SocketStream):
         except SSL.WantReadError:
             self._flush()
         first = self._peek_raw()
-        if first == _CLEAR:
+        if first and first[0] == SLASH:
             raise ClearAnswer("the server answered the ClientHello in the clear")
-        if first and first[0] not in _RECORD_TYPES:
+        if first and first[0] not in TLS_RECORDS:
             raise ProtocolError(f"the server's answer to the ClientHello begins with {first!r}: neither TLS nor a line")
 
     def _peek_raw(self) -> bytes:

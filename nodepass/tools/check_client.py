@@ -25,7 +25,8 @@ from nodepass.tunnel.control import STOPPING, Agreement, ClientControl
 from nodepass.tunnel.handshake import Terms, connect_to_server
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key, new_client_id
-from nodepass.wire.signals import BUSY, SHUTDOWN
+from nodepass.wire.negotiation import BUSY
+from nodepass.wire.signals import SHUTDOWN
 
 _LOCAL = ("", "localhost", "127.0.0.1", "::1")
 

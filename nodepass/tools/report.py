@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TextIO
 
-from nodepass.wire.signals import printable
+from nodepass.wire.lines import printable
 
 FAILED = 1  # exit status: an address or a peer failed, which may pass later
 BAD_INPUT = 2  # exit status: the configuration needs a change

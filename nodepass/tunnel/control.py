@@ -27,22 +27,19 @@ from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tunnel.security import Security
 from nodepass.wire.auth import Key, SessionKey
+from nodepass.wire.lines import MAX_LINE, MAX_OPENING, LineBuffer, printable
+from nodepass.wire.negotiation import Offer
 from nodepass.wire.signals import (
     BYES,
     HEARTBEAT,
-    MAX_LINE,
-    MAX_OPENING,
     Beat,
     BeatAnswer,
     Bye,
     Launch,
-    LineBuffer,
-    Offer,
     Signal,
     Unknown,
     parse_signal,
     parse_v1_signal,
-    printable,
 )
 
 MISSED_HEARTBEATS = 3  # in a row; then the peer is given up

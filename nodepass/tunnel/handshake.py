@@ -16,7 +16,8 @@ from nodepass.errors import ClearAnswer, ClosedError, ProtocolError, RefusedErro
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key, SessionKey, Transcript, new_nonce, same
-from nodepass.wire.signals import (
+from nodepass.wire.lines import printable
+from nodepass.wire.negotiation import (
     KEY_MISMATCH,
     KEY_REQUIRED,
     NO_TLS,
@@ -30,7 +31,6 @@ from nodepass.wire.signals import (
     StartTLS,
     parse_auth,
     parse_opening,
-    printable,
     without_mac,
 )
 

@@ -17,7 +17,8 @@ from nodepass.tls.certificates import ServerCertificate
 from nodepass.tunnel.udp import SPLIT_FROM, read_datagram
 from nodepass.wire.auth import PROOF_LENGTH, SessionKey
 from nodepass.wire.frames import HEADER, FrameBuffer
-from nodepass.wire.signals import MAX_OPENING, Hello, parse_first
+from nodepass.wire.lines import MAX_OPENING
+from nodepass.wire.negotiation import Hello, parse_first
 from tests.fuzz.scripted import PEER, ScriptedSocket, assert_plain
 from tests.fuzz.scripts import LONG, Script, pieces
 

@@ -21,29 +21,20 @@ from nodepass.tls import stream as tls
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
 from nodepass.tunnel.handshake import Candidate, Terms, accept_client, connect_to_server
 from nodepass.wire.auth import Key, Transcript
-from nodepass.wire.signals import (
-    BYES,
-    MAX_LINE,
-    MAX_OPENING,
+from nodepass.wire.lines import MAX_LINE, MAX_OPENING
+from nodepass.wire.negotiation import (
     REASONS,
     Auth,
-    Beat,
-    BeatAnswer,
-    Bye,
     Challenge,
     Hello,
-    Launch,
     Offer,
     Refusal,
-    Signal,
     StartTLS,
-    Unknown,
     parse_first,
     parse_opening,
-    parse_signal,
-    parse_v1_signal,
     without_mac,
 )
+from nodepass.wire.signals import BYES, Beat, BeatAnswer, Bye, Launch, Signal, Unknown, parse_signal, parse_v1_signal
 from tests.fuzz.scripted import ScriptedSocket, ScriptedStream, assert_plain, plain_log
 from tests.fuzz.scripts import Script
 

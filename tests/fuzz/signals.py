@@ -7,34 +7,33 @@ from ipaddress import ip_address
 
 from nodepass.errors import ProtocolError
 from nodepass.hostport import split_host_port
-from nodepass.wire.signals import (
+from nodepass.wire.lines import MAX_LINE, MAX_OPENING, LineBuffer, printable
+from nodepass.wire.negotiation import (
     HEARTBEATS,
+    Challenge,
+    DataHello,
+    Offer,
+    Refusal,
+    StartTLS,
+    parse_auth,
+    parse_first,
+    parse_opening,
+    without_mac,
+)
+from nodepass.wire.signals import (
     LANE,
-    MAX_LINE,
-    MAX_OPENING,
     TCP,
     UDP,
     Beat,
     BeatAnswer,
     Bye,
-    Challenge,
-    DataHello,
     Heartbeat,
     Launch,
-    LineBuffer,
-    Offer,
-    Refusal,
     Signal,
-    StartTLS,
     Unknown,
-    parse_auth,
-    parse_first,
     parse_id,
-    parse_opening,
     parse_signal,
     parse_v1_signal,
-    printable,
-    without_mac,
 )
 from tests.fuzz.scripted import assert_plain
 from tests.fuzz.scripts import LONG, Script, pieces

@@ -19,7 +19,7 @@ from nodepass.tls.certificates import self_signed
 from nodepass.tls.stream import TLSStream, accept_tls, connect_tls, server_context
 from nodepass.tls.verify import Expected
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
-from nodepass.wire.signals import Offer
+from nodepass.wire.negotiation import Offer
 from tests.unit.streams import tcp_pair
 
 V1 = Agreement(Offer(10102, 0))

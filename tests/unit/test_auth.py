@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 
 from nodepass.wire.auth import PROOF_LENGTH, Key, Transcript, new_client_id, new_nonce, same, unknown_key
-from nodepass.wire.signals import Challenge, Hello, Offer
+from nodepass.wire.negotiation import Challenge, Hello, Offer
 
 SECRET, NAME = "correct horse battery staple", "web"
 HELLO = Hello("000102030405060708090a0b0c0d0e0f", "0011223344556677", NAME, wants_addresses=True)

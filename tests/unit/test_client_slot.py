@@ -17,7 +17,8 @@ from nodepass.server.trial import Trial
 from nodepass.tunnel.control import CLOSED, STOPPING, Agreement, Ending, ServerControl
 from nodepass.tunnel.handshake import Candidate
 from nodepass.wire.auth import Key, SessionKey
-from nodepass.wire.signals import LANE, TCP, Offer
+from nodepass.wire.negotiation import Offer
+from nodepass.wire.signals import LANE, TCP
 from tests.unit.controls import V1, V2, Ends, connect_ends, is_closed, read_line, run, until
 from tests.unit.keys import KEY as OLD_KEY
 from tests.unit.keys import NEXT_KEY as NEW_KEY

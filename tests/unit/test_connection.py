@@ -19,7 +19,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common
-from nodepass.wire.signals import HEARTBEATS, Offer
+from nodepass.wire.negotiation import HEARTBEATS, Offer
 from tests.unit.controls import connect_ends, run, until
 
 

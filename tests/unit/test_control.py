@@ -26,20 +26,9 @@ from nodepass.tunnel.control import (
     Ending,
     ServerControl,
 )
-from nodepass.wire.signals import (
-    BYES,
-    LANE,
-    MAX_LINE,
-    MAX_OPENING,
-    RELOAD,
-    REPLACED,
-    SHUTDOWN,
-    TCP,
-    Beat,
-    Launch,
-    Offer,
-    parse_signal,
-)
+from nodepass.wire.lines import MAX_LINE, MAX_OPENING
+from nodepass.wire.negotiation import Offer
+from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, TCP, Beat, Launch, parse_signal
 from tests.unit.controls import V1, V2, Ends, connect_ends, read_line, run, run_tls, until
 from tests.unit.streams import receive_all, reset
 

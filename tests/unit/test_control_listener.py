@@ -19,16 +19,8 @@ from nodepass.server import client_slot, control_listener
 from nodepass.server import opening as opening_module
 from nodepass.tunnel.control import Agreement
 from nodepass.wire.auth import Key, SessionKey, Transcript
-from nodepass.wire.signals import (
-    ID_LENGTH,
-    Auth,
-    Challenge,
-    DataHello,
-    Hello,
-    Offer,
-    parse_opening,
-    without_mac,
-)
+from nodepass.wire.negotiation import Auth, Challenge, DataHello, Hello, Offer, parse_opening, without_mac
+from nodepass.wire.signals import ID_LENGTH
 from tests.unit.controls import is_closed, read_line, until
 from tests.unit.keys import KEY, NEXT_KEY, WEB_KEY
 from tests.unit.secure_peers import OTHER, V1, SecurePeer

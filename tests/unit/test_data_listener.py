@@ -11,7 +11,8 @@ from gevent import socket
 from nodepass.server.client_slot import ClientSlot
 from nodepass.tunnel.control import STOPPING, Agreement
 from nodepass.wire.auth import PROOF_LENGTH, Key, SessionKey
-from nodepass.wire.signals import ID_LENGTH, DataHello, Offer
+from nodepass.wire.negotiation import DataHello, Offer
+from nodepass.wire.signals import ID_LENGTH
 from tests.unit.controls import V1 as V1_AGREEMENT
 from tests.unit.controls import is_closed, until
 from tests.unit.keys import KEY

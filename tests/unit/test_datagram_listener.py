@@ -18,7 +18,7 @@ from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common
 from nodepass.urls import Address
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
-from nodepass.wire.signals import Offer
+from nodepass.wire.negotiation import Offer
 from tests.unit.controls import V1, V2, read_line, until
 from tests.unit.servers import PATIENT, a_server_room, fill, make_slot, occupy, start
 

@@ -11,29 +11,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nodepass.wire.signals import (
+from nodepass.wire.lines import MAX_OPENING
+from nodepass.wire.negotiation import (
     HEARTBEATS,
-    LANE,
-    MAX_OPENING,
-    TCP,
-    UDP,
     Auth,
-    Beat,
-    BeatAnswer,
-    Bye,
     Challenge,
     DataHello,
     Hello,
-    Launch,
     Offer,
     Refusal,
     parse_auth,
     parse_first,
     parse_opening,
-    parse_signal,
-    parse_v1_signal,
     without_mac,
 )
+from nodepass.wire.signals import LANE, TCP, UDP, Beat, BeatAnswer, Bye, Launch, parse_signal, parse_v1_signal
 from tests.fuzz.targets import SEEDS, TARGETS, seeds
 
 reproducible = settings(

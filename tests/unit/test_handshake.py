@@ -21,17 +21,8 @@ from nodepass.tunnel.control import Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate, Terms, accept_client, connect_to_server
 from nodepass.urls import ClientURL, parse_url
 from nodepass.wire.auth import Key, Transcript
-from nodepass.wire.signals import (
-    MAX_OPENING,
-    REASONS,
-    Auth,
-    Challenge,
-    Hello,
-    Offer,
-    Refusal,
-    parse_first,
-    parse_opening,
-)
+from nodepass.wire.lines import MAX_OPENING
+from nodepass.wire.negotiation import REASONS, Auth, Challenge, Hello, Offer, Refusal, parse_first, parse_opening
 from tests.support.certificates import Authority
 from tests.unit.controls import Ends, connect_ends, read_line, run, self_signed_context
 

@@ -14,7 +14,7 @@ from nodepass.log import Log
 from nodepass.net.sockets import as_plain
 from nodepass.server.opening import Opening
 from nodepass.tls.certificates import ServerCertificate
-from nodepass.wire.signals import DataHello, Hello
+from nodepass.wire.negotiation import DataHello, Hello
 from tests.unit.controls import is_closed, read_line, run
 from tests.unit.secure_peers import OLD_V1, OLD_V2, OTHER, V1, SecurePeer
 from tests.unit.servers import PATIENT, SOON, a_server_room

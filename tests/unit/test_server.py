@@ -25,7 +25,8 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
-from nodepass.wire.signals import ID_LENGTH, DataHello, Hello, Offer, parse_opening
+from nodepass.wire.negotiation import DataHello, Hello, Offer, parse_opening
+from nodepass.wire.signals import ID_LENGTH
 from tests.unit.controls import is_closed, read_line, until
 from tests.unit.servers import PATIENT, SOON, a_server_room, server_url
 

@@ -12,37 +12,37 @@ from hypothesis import strategies as st
 
 from nodepass.errors import ProtocolError
 from nodepass.tunnel.control import Sendable
-from nodepass.wire import signals as module
+from nodepass.wire import negotiation as opening
+from nodepass.wire import signals as later
+from nodepass.wire.lines import MAX_LINE, MAX_OPENING, LineBuffer, printable
+from nodepass.wire.negotiation import (
+    REASONS,
+    Auth,
+    Challenge,
+    DataHello,
+    Hello,
+    Offer,
+    Refusal,
+    StartTLS,
+    parse_auth,
+    parse_first,
+    parse_opening,
+    without_mac,
+)
 from nodepass.wire.signals import (
     BYES,
     HEARTBEAT,
     LANE,
-    MAX_LINE,
-    MAX_OPENING,
-    REASONS,
     TCP,
     UDP,
-    Auth,
     Beat,
     BeatAnswer,
     Bye,
-    Challenge,
-    DataHello,
-    Hello,
     Launch,
-    LineBuffer,
-    Offer,
-    Refusal,
-    StartTLS,
     Unknown,
-    parse_auth,
-    parse_first,
     parse_id,
-    parse_opening,
     parse_signal,
     parse_v1_signal,
-    printable,
-    without_mac,
 )
 
 NONCE, CLIENT, SID, MAC = "0123456789abcdef" * 2, "0011223344556677", "f0" * 16, "a9" * 32
@@ -97,7 +97,9 @@ def test_a_signal_is_one_line_in_both_directions(
 
 
 def test_every_signal_is_in_the_table() -> None:
-    signals = {each for each in vars(module).values() if is_dataclass(each) and hasattr(each, "encode")}
+    signals = {
+        each for each in (vars(opening) | vars(later)).values() if is_dataclass(each) and hasattr(each, "encode")
+    }
     found: set[type] = {type(signal) for signal, _, _ in WIRE}
     assert found == {each for each in signals if isinstance(each, type)}
 

@@ -24,7 +24,7 @@ from nodepass.tunnel.control import STOPPING, Agreement
 from nodepass.tunnel.part import Common, Loop, Part
 from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
-from nodepass.wire.signals import Offer
+from nodepass.wire.negotiation import Offer
 from tests.unit.controls import V1, V2, read_line, until
 from tests.unit.keys import KEY
 from tests.unit.servers import PATIENT, OpenPort, a_server_room, make_common, occupy, server_url
