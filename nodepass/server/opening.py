@@ -85,7 +85,8 @@ class Opening:
     def _secure(self, has_line: bool) -> None:
         if not self._certificate:
             raise RefusedError(NO_TLS, "the client began with TLS, and this server does not use it (tls=0)")
-        from nodepass.tls.stream import ALPN, accept_tls
+        from nodepass.tls.contexts import ALPN
+        from nodepass.tls.stream import accept_tls
 
         stream = self.stream = accept_tls(self._sock, self._certificate.context)
         if stream.alpn != ALPN:

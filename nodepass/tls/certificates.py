@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from nodepass.errors import ConfigError, reason
 from nodepass.log import Log
-from nodepass.tls.stream import PrivateKey, server_context
+from nodepass.tls.contexts import PrivateKey, server_context
 from nodepass.tls.verify import names_of
 
 EXPIRY_WARNING = datetime.timedelta(days=14)

@@ -1,4 +1,4 @@
-"""TLS on control and data connections: contexts for both ends, the handshakes, and `TLSStream`.
+"""TLS on control and data connections: the handshakes of both ends, and `TLSStream`.
 
 Servers and clients import this room only when TLS is on: OpenSSL takes 10 MB. OpenSSL works on memory BIOs (`bio`) and
 the kernel's non-blocking socket does the I/O, so waiting suspends the greenlet only. Errors of pyOpenSSL become
@@ -15,40 +15,26 @@ data. `sessions` keeps them.
 
 from __future__ import annotations
 
-import functools
 import socket
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-from cryptography.x509 import Certificate
 from gevent.socket import wait_read
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
-from nodepass.errors import ClearAnswer, ConfigError, ProtocolError, TLSError, VerificationError
+from nodepass.errors import ClearAnswer, ProtocolError, TLSError, VerificationError
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
+from nodepass.tls.contexts import ALPN, client_context, translated
 from nodepass.tls.verify import Expected, Rejection, Verify, is_ip
-from nodepass.wire.lines import printable
 from nodepass.wire.negotiation import SLASH, TLS_RECORDS
 
-ALPN = b"nodepass/2"
 EXPORTER_LABEL = b"EXPORTER-nodepass-2"
 EXPORTER_LENGTH = 32  # bytes
 
 FEEDS = 8  # reads from the kernel in a row that bring no payload: key updates, tickets, alerts
 _TLS_13 = "TLSv1.3"
-_PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
-_CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
-# AES-128 first: its strength suffices here, and it costs least per byte. Before pyOpenSSL 25.2, AES-256 comes first.
-_CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
-
-PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSAPrivateKey
 
 
 class TLSStream(SocketStream):
@@ -98,7 +84,7 @@ class TLSStream(SocketStream):
         try:
             return self._connection.export_keying_material(EXPORTER_LABEL, EXPORTER_LENGTH)
         except SSL.Error as error:
-            raise _translated(error) from None
+            raise translated(error) from None
 
     def session(self) -> Session | None:
         """The session that a client's later connection may resume; None under TLS 1.2.
@@ -132,14 +118,14 @@ class TLSStream(SocketStream):
         try:
             self._records.encrypt(data)
         except SSL.Error as error:
-            raise _translated(error) from None
+            raise translated(error) from None
         return self._send_records()
 
     def end(self) -> Data:
         try:
             self._connection.shutdown()
         except SSL.Error as error:
-            raise _translated(error) from None
+            raise translated(error) from None
         return self._send_records()
 
     def peek(self) -> bool | None:
@@ -178,7 +164,7 @@ class TLSStream(SocketStream):
                     continue
             except SSL.Error as error:
                 self._flush()  # the alert that tells the peer why
-                raise _translated(error) from None
+                raise translated(error) from None
             self._records.feed(self._receive_flight())
 
     def wait_for_answer(self) -> None:
@@ -234,7 +220,7 @@ class TLSStream(SocketStream):
         except SSL.ZeroReturnError:
             return 0
         except SSL.Error as error:
-            raise _translated(error) from None
+            raise translated(error) from None
 
 
 class Session(NamedTuple):
@@ -247,46 +233,6 @@ class Session(NamedTuple):
     def meets(self, expected: Expected) -> bool:
         """Whether a connection that resumes it is as good as one after a full handshake."""
         return expected.verify is Verify.IGNORE or self.verified_for == expected.host
-
-
-def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:
-    """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context.
-
-    Raises ConfigError when OpenSSL rejects them.
-    """
-    context = _context()
-    try:
-        context.use_certificate(chain[0])
-        for issuer in chain[1:]:
-            context.add_extra_chain_cert(issuer)
-        context.use_privatekey(key)
-    except SSL.Error as error:  # too weak a key, for one
-        raise ConfigError(f"the certificate cannot be used: {_translated(error)}") from None
-    context.set_alpn_select_callback(_select_alpn)
-    # Tickets hold all that a resumption needs, so that nothing is kept here. OP_NO_TICKET would not save them: OpenSSL
-    # then sends tickets of another kind, which are shorter, cost as much time, and cannot be resumed without a cache.
-    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    return context
-
-
-def client_context(verify: Verify, v2: bool = True) -> SSL.Context:
-    """The context of this process for such a demand; a v2 one allows nothing below TLS 1.3.
-
-    To have the certificate looked at, the CAs of SSL_CERT_FILE or of the system are loaded, once in a process: their
-    files are read again only after a restart.
-    """
-    return _client_context(verify is not Verify.IGNORE, v2)
-
-
-@functools.cache
-def _client_context(loads_cas: bool, v2: bool) -> SSL.Context:
-    context = _context()
-    if loads_cas:
-        context.set_default_verify_paths()
-    if v2:
-        context.set_min_proto_version(SSL.TLS1_3_VERSION)
-        context.set_alpn_protos([ALPN])
-    return context
 
 
 def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
@@ -390,28 +336,3 @@ def _client_connection(judge: _Judge, v2: bool, session: Session | None) -> SSL.
     if session or expected.verify is not Verify.IGNORE:
         connection.set_verify(SSL.VERIFY_PEER, judge)
     return connection
-
-
-def _select_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
-    """Called where the client offers protocols. What it raises ends the handshake with an alert."""
-    if ALPN not in offered:
-        raise SSL.Error(f"the client offers other protocols (ALPN): {printable(b', '.join(offered))}")
-    return ALPN
-
-
-def _context() -> SSL.Context:
-    context = SSL.Context(SSL.TLS_METHOD)
-    context.set_min_proto_version(SSL.TLS1_2_VERSION)
-    context.set_cipher_list(_CIPHERS_12)
-    if hasattr(context, "set_tls13_ciphersuites"):  # pyOpenSSL 25.2
-        context.set_tls13_ciphersuites(_CIPHERS_13)
-    context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
-    if hasattr(context, "clear_mode"):  # pyOpenSSL 25.2
-        context.clear_mode(_PARTIAL_WRITE)  # one call for a batch, not one for each record: 5 % less CPU time
-    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
-    return context
-
-
-def _translated(error: SSL.Error) -> TLSError:
-    queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
-    return TLSError(f"TLS: {queue[-1][-1] if queue else error.args[-1] if error.args else type(error).__name__}")

@@ -204,7 +204,7 @@ class _Server:
 
     def _check_certificate(self) -> None:
         from nodepass.tls.certificates import load_pair
-        from nodepass.tls.stream import server_context
+        from nodepass.tls.contexts import server_context
 
         url = self._url
         try:

@@ -116,7 +116,7 @@ class Terms:
     def prepare(self) -> None:
         """Do before the connect what the first byte would wait for: a server takes long silence for wire v1."""
         if self.tls and self.wire != "1":
-            from nodepass.tls.stream import client_context
+            from nodepass.tls.contexts import client_context
 
             client_context(self.expected().verify)
 

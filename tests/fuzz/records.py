@@ -14,7 +14,8 @@ from OpenSSL import SSL
 from nodepass.log import Log
 from nodepass.tls import bio
 from nodepass.tls.certificates import ServerCertificate
-from nodepass.tls.stream import TLSStream, _client_context, client_context
+from nodepass.tls.contexts import _client_context, client_context
+from nodepass.tls.stream import TLSStream
 from nodepass.tls.verify import Verify
 from tests.fuzz.scripted import assert_plain, plain_log
 from tests.fuzz.scripts import Script

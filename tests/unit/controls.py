@@ -16,7 +16,8 @@ from nodepass.log import Log
 from nodepass.net.stream import Stream, TCPStream
 from nodepass.stats import Stats
 from nodepass.tls.certificates import self_signed
-from nodepass.tls.stream import TLSStream, accept_tls, connect_tls, server_context
+from nodepass.tls.contexts import server_context
+from nodepass.tls.stream import TLSStream, accept_tls, connect_tls
 from nodepass.tls.verify import Expected
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
 from nodepass.wire.negotiation import Offer

@@ -12,7 +12,8 @@ from OpenSSL import SSL
 
 from nodepass.net.sockets import Socket
 from nodepass.tls.certificates import load_pair
-from nodepass.tls.stream import TLSStream, accept_tls, connect_tls, server_context
+from nodepass.tls.contexts import server_context
+from nodepass.tls.stream import TLSStream, accept_tls, connect_tls
 from nodepass.tls.verify import Expected
 from tests.support.certificates import Authority
 

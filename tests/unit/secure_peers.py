@@ -9,7 +9,8 @@ from OpenSSL import SSL
 
 from nodepass.errors import TLSError
 from nodepass.net.sockets import as_plain
-from nodepass.tls.stream import ALPN, TLSStream
+from nodepass.tls.contexts import ALPN
+from nodepass.tls.stream import TLSStream
 
 V2 = (SSL.TLS1_3_VERSION, [ALPN])
 V1: tuple[int, list[bytes]] = (SSL.TLS1_3_VERSION, [])

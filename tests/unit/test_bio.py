@@ -17,7 +17,8 @@ from nodepass.net.sockets import Socket
 from nodepass.tls import bio
 from nodepass.tls.bio import HEADER, RECORD, STOPS, UNSENT, PrivateRecords, PublicRecords, Records, inbox, missing_names
 from nodepass.tls.certificates import self_signed
-from nodepass.tls.stream import TLSStream, accept_tls, client_context, server_context
+from nodepass.tls.contexts import client_context, server_context
+from nodepass.tls.stream import TLSStream, accept_tls
 from nodepass.tls.verify import Verify
 from tests.support.key_updates import handshake as introduce
 from tests.support.key_updates import key_updates

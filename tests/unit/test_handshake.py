@@ -15,7 +15,8 @@ from OpenSSL import SSL
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.net.stream import TCPStream, read_only_line
 from nodepass.tls.certificates import load_pair
-from nodepass.tls.stream import TLSStream, _client_context, accept_tls, connect_tls, server_context
+from nodepass.tls.contexts import _client_context, server_context
+from nodepass.tls.stream import TLSStream, accept_tls, connect_tls
 from nodepass.tls.verify import Expected
 from nodepass.tunnel.control import Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate, Terms, accept_client, connect_to_server

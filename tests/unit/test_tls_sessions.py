@@ -16,16 +16,9 @@ from nodepass.net.stream import recv_exactly
 from nodepass.tls import bio
 from nodepass.tls.bio import HEADER, PrivateRecords, PublicRecords
 from nodepass.tls.certificates import self_signed
+from nodepass.tls.contexts import _client_context, client_context, server_context
 from nodepass.tls.sessions import MOST, Sessions
-from nodepass.tls.stream import (
-    Session,
-    TLSStream,
-    _client_context,
-    accept_tls,
-    client_context,
-    connect_tls,
-    server_context,
-)
+from nodepass.tls.stream import Session, TLSStream, accept_tls, connect_tls
 from nodepass.tls.verify import Expected, Verify
 from tests.support.certificates import Authority
 from tests.unit.handshakes import HOST, connected, context_for, handshake, socket_pair

@@ -14,18 +14,8 @@ from nodepass.net.sockets import Socket
 from nodepass.tls import bio
 from nodepass.tls.bio import PrivateRecords, PublicRecords
 from nodepass.tls.certificates import self_signed
-from nodepass.tls.stream import (
-    ALPN,
-    EXPORTER_LABEL,
-    TLSStream,
-    _client_context,
-    _context,
-    accept_tls,
-    check_certificate,
-    client_context,
-    connect_tls,
-    server_context,
-)
+from nodepass.tls.contexts import ALPN, _context, client_context, server_context
+from nodepass.tls.stream import EXPORTER_LABEL, TLSStream, accept_tls, check_certificate, connect_tls
 from nodepass.tls.verify import Expected, Verify
 from tests.support.certificates import Authority
 from tests.unit.handshakes import HOST, connected, context_for, handshake, socket_pair

@@ -1,0 +1,95 @@
+"""Contexts: what OpenSSL needs for the handshakes of both ends, and its errors as ours.
+
+A server's context has its certificate and serves both versions of the wire; `certificates` makes it. A client's has the
+CAs where a certificate is looked at; `stream` asks for it at each handshake.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.x509 import Certificate
+from OpenSSL import SSL
+
+from nodepass.errors import ConfigError, TLSError
+from nodepass.tls.verify import Verify
+from nodepass.wire.lines import printable
+
+ALPN = b"nodepass/2"
+_PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
+_CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
+# AES-128 first: its strength suffices here, and it costs least per byte. Before pyOpenSSL 25.2, AES-256 comes first.
+_CIPHERS_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+
+PrivateKey = EllipticCurvePrivateKey | Ed448PrivateKey | Ed25519PrivateKey | RSAPrivateKey
+
+
+def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context:
+    """A context for a server with this certificate, leaf first, then its issuers. A new one needs a new context.
+
+    Raises ConfigError when OpenSSL rejects them.
+    """
+    context = _context()
+    try:
+        context.use_certificate(chain[0])
+        for issuer in chain[1:]:
+            context.add_extra_chain_cert(issuer)
+        context.use_privatekey(key)
+    except SSL.Error as error:  # too weak a key, for one
+        raise ConfigError(f"the certificate cannot be used: {translated(error)}") from None
+    context.set_alpn_select_callback(_select_alpn)
+    # Tickets hold all that a resumption needs, so that nothing is kept here. OP_NO_TICKET would not save them: OpenSSL
+    # then sends tickets of another kind, which are shorter, cost as much time, and cannot be resumed without a cache.
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    return context
+
+
+def client_context(verify: Verify, v2: bool = True) -> SSL.Context:
+    """The context of this process for such a demand; a v2 one allows nothing below TLS 1.3.
+
+    To have the certificate looked at, the CAs of SSL_CERT_FILE or of the system are loaded, once in a process: their
+    files are read again only after a restart.
+    """
+    return _client_context(verify is not Verify.IGNORE, v2)
+
+
+@functools.cache
+def _client_context(loads_cas: bool, v2: bool) -> SSL.Context:
+    context = _context()
+    if loads_cas:
+        context.set_default_verify_paths()
+    if v2:
+        context.set_min_proto_version(SSL.TLS1_3_VERSION)
+        context.set_alpn_protos([ALPN])
+    return context
+
+
+def translated(error: SSL.Error) -> TLSError:
+    """An error of pyOpenSSL, which no other room sees."""
+    queue = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return TLSError(f"TLS: {queue[-1][-1] if queue else error.args[-1] if error.args else type(error).__name__}")
+
+
+def _select_alpn(_connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    """Called where the client offers protocols. What it raises ends the handshake with an alert."""
+    if ALPN not in offered:
+        raise SSL.Error(f"the client offers other protocols (ALPN): {printable(b', '.join(offered))}")
+    return ALPN
+
+
+def _context() -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(_CIPHERS_12)
+    if hasattr(context, "set_tls13_ciphersuites"):  # pyOpenSSL 25.2
+        context.set_tls13_ciphersuites(_CIPHERS_13)
+    context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    if hasattr(context, "clear_mode"):  # pyOpenSSL 25.2
+        context.clear_mode(_PARTIAL_WRITE)  # one call for a batch, not one for each record: 5 % less CPU time
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle connection keeps no record buffers
+    return context
