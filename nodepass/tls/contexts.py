@@ -7,6 +7,7 @@ CAs where a certificate is looked at; `stream` asks for it at each handshake.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -21,6 +22,7 @@ from nodepass.tls.verify import Verify
 from nodepass.wire.lines import printable
 
 ALPN = b"nodepass/2"
+RENEWED_EVERY = 3600.0  # seconds for which the CAs that were read are trusted
 _PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL sets and does not name
 _CIPHERS_12 = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 # AES-128 first: its strength suffices here, and it costs least per byte. Before pyOpenSSL 25.2, AES-256 comes first.
@@ -52,14 +54,19 @@ def server_context(chain: Sequence[Certificate], key: PrivateKey) -> SSL.Context
 def client_context(verify: Verify, v2: bool = True) -> SSL.Context:
     """The context of this process for such a demand; a v2 one allows nothing below TLS 1.3.
 
-    To have the certificate looked at, the CAs of SSL_CERT_FILE or of the system are loaded, once in a process: their
-    files are read again only after a restart.
+    To have the certificate looked at, the CAs of SSL_CERT_FILE or of the system are loaded: this takes 10 ms, so it is
+    done once in RENEWED_EVERY, and after `renew_client_contexts`.
     """
-    return _client_context(verify is not Verify.IGNORE, v2)
+    return _client_context(verify is not Verify.IGNORE, v2, int(time.monotonic() // RENEWED_EVERY))
 
 
-@functools.cache
-def _client_context(loads_cas: bool, v2: bool) -> SSL.Context:
+def renew_client_contexts() -> None:
+    """A certificate was rejected: its CA may have been added since the files were read."""
+    _client_context.cache_clear()
+
+
+@functools.lru_cache(maxsize=4)  # one for each demand
+def _client_context(loads_cas: bool, v2: bool, _period: int) -> SSL.Context:
     context = _context()
     if loads_cas:
         context.set_default_verify_paths()

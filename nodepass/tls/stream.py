@@ -26,7 +26,7 @@ from nodepass.errors import ClearAnswer, ProtocolError, TLSError, VerificationEr
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
-from nodepass.tls.contexts import ALPN, client_context, translated
+from nodepass.tls.contexts import ALPN, client_context, renew_client_contexts, translated
 from nodepass.tls.verify import Expected, Rejection, Verify, is_ip
 from nodepass.wire.negotiation import SLASH, TLS_RECORDS
 
@@ -314,6 +314,7 @@ def _connect(sock: Socket, judge: _Judge, v2: bool, session: Session | None = No
         stream.handshake()
     except TLSError:
         if judge.rejection:
+            renew_client_contexts()
             raise VerificationError(f"certificate {judge.rejection.words}", judge.rejection.check) from None
         raise
     if v2 and not stream.speaks_v2:

@@ -217,11 +217,13 @@ def _check_tls(control: ClientControl, offer: Offer, terms: Terms) -> None:
 
 def _check_certificate(control: ClientControl, host: str) -> None:
     """Whether the handshake has verified the certificate for this host. Raises VerificationError."""
+    from nodepass.tls.contexts import renew_client_contexts
     from nodepass.tls.stream import TLSStream
 
     stream = control.stream
     assert isinstance(stream, TLSStream), "an offer outside TLS has been refused"
     if stream.rejection:
+        renew_client_contexts()
         raise VerificationError(f"certificate {stream.rejection.words}", stream.rejection.check)
     if stream.verified_for != host:
         raise VerificationError(f"the certificate has not been verified for {host!r}")

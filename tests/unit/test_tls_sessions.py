@@ -16,7 +16,7 @@ from nodepass.net.stream import recv_exactly
 from nodepass.tls import bio
 from nodepass.tls.bio import HEADER, PrivateRecords, PublicRecords
 from nodepass.tls.certificates import self_signed
-from nodepass.tls.contexts import _client_context, client_context, server_context
+from nodepass.tls.contexts import _client_context, client_context, renew_client_contexts, server_context
 from nodepass.tls.sessions import MOST, Sessions
 from nodepass.tls.stream import Session, TLSStream, accept_tls, connect_tls
 from nodepass.tls.verify import Expected, Verify
@@ -49,9 +49,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[SSL.Context]:
     """A server whose certificate is right for HOST."""
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.crt))
-    _client_context.cache_clear()
+    renew_client_contexts()
     yield context_for(authority, HOST)
-    _client_context.cache_clear()
+    renew_client_contexts()
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def key_of(session: Session) -> bytes:
 
 
 def test_tls_1_2_gives_no_session(untrusted: SSL.Context) -> None:
-    old = _client_context.__wrapped__(loads_cas=False, v2=False)
+    old = _client_context.__wrapped__(False, False, 0)
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
     with connected(server_of(untrusted), client_of(old)) as (_, made):
         assert made.session() is None
@@ -329,7 +329,7 @@ def test_a_resumption_exchanges_keys_and_has_no_early_data(untrusted: SSL.Contex
 
 
 def test_a_server_exchanges_keys_with_a_client_that_would_do_without(untrusted: SSL.Context) -> None:
-    lax = _client_context.__wrapped__(loads_cas=False, v2=True)
+    lax = _client_context.__wrapped__(False, True, 0)
     lax.set_options(ALLOW_NO_DHE_KEX)
     with connected(server_of(untrusted), client_of(lax)) as (_, made):
         asked, answered = hellos(untrusted, lax, made.session())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -11,10 +13,10 @@ from OpenSSL import SSL
 
 from nodepass.errors import ClearAnswer, ProtocolError, TLSError, VerificationError
 from nodepass.net.sockets import Socket
-from nodepass.tls import bio
+from nodepass.tls import bio, contexts
 from nodepass.tls.bio import PrivateRecords, PublicRecords
 from nodepass.tls.certificates import self_signed
-from nodepass.tls.contexts import ALPN, _context, client_context, server_context
+from nodepass.tls.contexts import ALPN, _client_context, _context, client_context, renew_client_contexts, server_context
 from nodepass.tls.stream import EXPORTER_LABEL, TLSStream, accept_tls, check_certificate, connect_tls
 from nodepass.tls.verify import Expected, Verify
 from tests.support.certificates import Authority
@@ -35,9 +37,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
     """An authority that contexts made from now on trust."""
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.crt))
-    _client_context.cache_clear()
+    renew_client_contexts()
     yield authority
-    _client_context.cache_clear()
+    renew_client_contexts()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_client_of_v1_offers_no_protocol(server: SSL.Context) -> None:
 
 
 def test_a_client_of_v1_may_speak_tls_1_2(server: SSL.Context) -> None:
-    old = _client_context.__wrapped__(loads_cas=False, v2=False)
+    old = _client_context.__wrapped__(False, False, 0)
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
     with connected(lambda sock: accept_tls(sock, server), shake_as(old)) as (accepted, made):
         assert accepted.version == made.version == "TLSv1.2"
@@ -207,6 +209,33 @@ def test_a_context_is_made_once_for_each_demand() -> None:
     assert client_context(Verify.KEEP) is client_context(Verify.ENFORCE)
     different = {client_context(verify, v2) for verify in Verify for v2 in (False, True)}
     assert len(different) == 4
+
+
+def test_an_authority_that_is_added_is_trusted_at_the_attempt_after_a_rejection(
+    trusted: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Authority(tmp_path, "another authority")
+    monkeypatch.setenv("SSL_CERT_FILE", str(other.crt))
+    context, expected = context_for(trusted, HOST), Expected(HOST, Verify.ENFORCE)
+    with handshake(context, expected) as (_, error):
+        assert isinstance(error, VerificationError)
+    other.crt.write_bytes(other.crt.read_bytes() + trusted.crt.read_bytes())
+    with handshake(context, expected) as (_, made):
+        assert made.verified_for == HOST
+
+
+def test_an_authority_that_is_removed_is_not_trusted_for_ever(
+    trusted: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, now = Authority(tmp_path, "another authority"), [0.0]
+    monkeypatch.setattr(contexts, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    context, expected = context_for(trusted, HOST), Expected(HOST, Verify.ENFORCE)
+    with handshake(context, expected) as (_, made):
+        assert made.verified_for == HOST
+    monkeypatch.setenv("SSL_CERT_FILE", str(other.crt))
+    now[0] += contexts.RENEWED_EVERY
+    with handshake(context, expected) as (_, error):
+        assert isinstance(error, VerificationError)
 
 
 def test_a_certificate_is_checked_without_a_connection(trusted: Authority) -> None:
