@@ -52,8 +52,7 @@ class Connector(Part):
         self.connection: Connection | None = None  # while there is one
         self.failure = "not connected yet"  # why there is none
         self.ready = Event()  # a handshake has succeeded
-        self._common = common
-        self.security = SecurityLog(security_of(url, bool(terms.key)), common.log)
+        self.security = SecurityLog(security_of(url, bool(terms.key)), self._log)
         self._server = url.tunnel
         self._terms = terms
         self._target = target
@@ -148,7 +147,7 @@ class Connector(Part):
             level,
             "server.rejected" if refused else "server.unreachable",
             what + " the server %(server)s: %(error)s; retrying",
-            Limit(why, REPEAT_WARNING, 1),
+            Limit(token if token == "other" else why, REPEAT_WARNING, 1),  # a server could say another token each time
             server=self._server,
             reason=token,
             check=error.check if isinstance(error, VerificationError) else "",
@@ -164,7 +163,7 @@ class Connector(Part):
         self._log_connected(control, agreement)
         self.security.report(control)
         route = Route.of(control, agreement, self._terms.host, self._settings.handshake_timeout)
-        self.connection = Connection(self._common, control, route, self._launches, self._log_statistics)
+        self.connection = Connection(self.common, control, route, self._launches, self._log_statistics)
         self.ready.set()
         try:
             self.connection.run()

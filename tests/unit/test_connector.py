@@ -1,0 +1,41 @@
+"""What a client says of a server that it cannot use, however that server behaves."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from nodepass.client.connector import Connector
+from nodepass.config import Settings
+from nodepass.errors import RefusedError
+from nodepass.log import Log
+from nodepass.stats import Stats
+from nodepass.tasks import TaskGroup
+from nodepass.tunnel.handshake import Terms
+from nodepass.tunnel.part import Common
+from nodepass.urls import Address, ClientURL
+from nodepass.wire.negotiation import REASONS
+
+
+def make_connector() -> tuple[Connector, Log, Stats]:
+    log, stats = Log("test"), Stats()
+    common = Common(Settings(), log, stats, TaskGroup(log, stats))
+    url = ClientURL(Address("server.example", 10101), Address("127.0.0.1", 80))
+    nothing = cast(Any, None)
+    return Connector(common, url, Terms("server.example"), nothing, nothing, lambda: None), log, stats
+
+
+def test_a_server_with_a_new_reason_each_time_makes_one_line_a_minute() -> None:
+    connector, log, stats = make_connector()
+    for number in range(100):
+        connector._report_failure(RefusedError(f"reason-{chr(97 + number % 26)}-{'x' * (number // 26)}"))
+    assert sum(burst.lines for burst in log._bursts.values()) == 1
+    assert sum(burst.suppressed for burst in log._bursts.values()) == 99
+    assert stats.control_failures["other"] == 100
+
+
+def test_each_known_reason_has_a_line_of_its_own() -> None:
+    connector, log, _ = make_connector()
+    for _ in range(2):
+        for token, words in REASONS.items():
+            connector._report_failure(RefusedError(token, words))
+    assert sum(burst.lines for burst in log._bursts.values()) == len(REASONS)
