@@ -22,9 +22,9 @@ visitor's first bytes, or the end of its stream, can arrive before the launch. E
     expire                      timer             early, for longer than LAUNCH_WITHIN, to closed
     close                       connection        idle, early and reserved to closed; no claim waits any more
 
-A connection whose id the pool already has is closed by `add`. What leaves `idle` is replaced, so that
-the pool stays at its capacity: `missing` says how many dials to begin. But all connections up to the claim are at most
-MAX_POOL_CAPACITY: a server could otherwise take every descriptor, with one byte behind each id and no launch.
+A connection whose id the pool already has is closed by `add`. What leaves `idle` is replaced, so that the pool stays at
+its capacity: `missing` says how many dials to begin. But all connections up to the claim are at most MAX_POOL_CAPACITY:
+a server could otherwise take every descriptor, with one byte behind each id and no launch.
 
 An end before the launch has two causes. A visitor left at once: its launch follows. Or the server closed a connection,
 most often because the client makes more than it needs: no launch follows. So an end lowers the capacity by one, and a

@@ -155,15 +155,12 @@ class ControlListener(Part):
 
     def _common_of(self, opening: Opening) -> Common:
         """That of the tunnel that a client has asked for, else the port's."""
-        for slot in self._port.slots:
-            if isinstance(opening.said, Hello) and opening.said.name == slot.name:
-                return slot.common
-        return self.common
+        slot = self._port.named(opening.said.name) if isinstance(opening.said, Hello) else None
+        return slot.common if slot else self.common
 
     def _control(self, stream: Stream, slot: ClientSlot | None) -> ServerControl:
-        common = slot.common if slot else None
-        log, stats = (common.log, common.stats) if common else (self._log, self._stats)
-        return ServerControl(stream, self._settings.report_interval, log, stats)
+        common = slot.common if slot else self.common
+        return ServerControl(stream, self._settings.report_interval, common.log, common.stats)
 
     def _try_v1(self, opening: Opening, sock: Socket, slot: ClientSlot, peer: Endpoint) -> None:
         """A v1 client: it gets its line, and is the client from its first data connection on."""

@@ -29,7 +29,6 @@ PER_PORT = 1024  # pending connections
 PER_NETWORK = 256  # of them, from one network: a quarter, so that three more can flood the port and leave room
 SHARE = 8  # in the whole process they take at most one in so many descriptors,
 AT_LEAST = 64  # but may be so many, as a client dials at once, where a quarter of the descriptors allows that
-QUIET = 0.25  # seconds for which a peer that must speak first may be silent; then its handshake's timeout counts
 LOOK_EVERY = 1 / 16  # seconds between two looks for silences that are over
 READABLE = 1  # the event loop's flag
 

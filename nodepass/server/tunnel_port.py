@@ -164,16 +164,18 @@ class TunnelPort:
 
     # What a connection is for
 
+    def named(self, name: str) -> ClientSlot | None:
+        """The tunnel of this name."""
+        return next((slot for slot in self._members if slot.name == name), None)
+
     def find(self, hello: Hello) -> ClientSlot | None:
         """The tunnel that a client asks for; None for an unknown one that is challenged all the same.
 
         Raises RefusedError where no tunnel of the port has a key, so that nothing is given away.
         """
-        for slot in self._members:
-            if slot.name == hello.name:
-                return slot
-        if any(slot.keys for slot in self._members):
-            return None
+        slot = self.named(hello.name)
+        if slot or any(each.keys for each in self._members):
+            return slot
         raise RefusedError(UNKNOWN_NAME, f"there is no tunnel {hello.name!r} at this port")
 
     def keys_of(self, slot: ClientSlot | None) -> Sequence[Key]:

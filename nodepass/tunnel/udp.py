@@ -40,9 +40,8 @@ STALLED = 1.0  # seconds without an acknowledgement after which the lane of a re
 SWEEP = 1.0  # seconds between two looks for silent flows, at most
 READS_PER_TURN = 16  # of a lane, before others get their turn,
 FRAMES_PER_TURN = 64  # and frames: one that begins a flow takes some 50 microseconds
-TURN = (
-    1e-9  # seconds: one iteration of the event loop; `gevent.sleep(0)` would let 50 turns pass before others' sockets
-)
+# Seconds: one iteration of the event loop. `gevent.sleep(0)` would let 50 turns pass before it looks at other sockets.
+TURN = 1e-9
 
 # Wire v1: a datagram is what one read returns.
 SPLIT_FROM = 1000  # bytes: a first read of this size can be the beginning of a datagram (Go's first TLS records)
