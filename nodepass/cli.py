@@ -11,7 +11,8 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn
 
 import configargparse
@@ -118,34 +119,35 @@ def main(arguments: Sequence[str]) -> int:
         parser.print_usage(sys.stderr)
         sys.stderr.write("nodepass: no URL given and NODEPASS_URL is not set; see nodepass --help\n")
         return 2
-
-    def find_keys() -> Keys:
-        return Keys.find(namespace.tunnel_key_file, namespace.tunnel_keys_file, os.environ)
-
+    find_keys = partial(Keys.find, namespace.tunnel_key_file, namespace.tunnel_keys_file, os.environ)
     if namespace.check:
         from nodepass.tools import check
 
         return check.run(texts, lambda: read_settings(parser, namespace), find_keys, os.environ)
     try:
-        settings = read_settings(parser, namespace)
-        parsed = [parse_url(text) for text in texts]
-        manager = ServiceManager.take(os.environ)
-        keys = find_keys()
-        urls = [with_defaults(url, keys.has(url.tunnel_name), settings) for url in parsed]
-        refuse_conflicts(urls, keys)
-        _start_log(urls, settings, keys.notices)
-        for url in urls:
-            keys.keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
-        daemon = Daemon(urls, settings, keys, manager)
-        gc.collect()
-        gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
-        daemon.run()
+        return _serve(texts, read_settings(parser, namespace), find_keys)
     except ConfigError as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 2
     except (ListenError, StartError) as error:
         sys.stderr.write(f"nodepass: {error}\n")
         return 1
+
+
+def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Keys]) -> int:
+    """Serve the tunnels of these URLs until a signal; the exit status. Raises ConfigError, ListenError, StartError."""
+    parsed = [parse_url(text) for text in texts]
+    manager = ServiceManager.take(os.environ)
+    keys = find_keys()
+    urls = [with_defaults(url, keys.has(url.tunnel_name), settings) for url in parsed]
+    refuse_conflicts(urls, keys)
+    _start_log(urls, settings, keys.notices)
+    for url in urls:
+        keys.keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
+    daemon = Daemon(urls, settings, keys, manager)
+    gc.collect()
+    gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
+    daemon.run()
     log.finish()
     return BUGS if daemon.bugs else 0
 
