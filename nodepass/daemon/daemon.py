@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import gevent
 from gevent.lock import Semaphore
-from gevent.queue import SimpleQueue
+from gevent.queue import Queue
 
 from nodepass.config import Settings, format_duration
 from nodepass.daemon.key_file import Keys
@@ -61,7 +61,8 @@ class Daemon:
         self._log = Log("nodepass")
         self._stats = Stats()  # of what belongs to no tunnel
         self._tasks = TaskGroup(self._log, self._stats)
-        self._signals: SimpleQueue[int] = SimpleQueue()
+        # not SimpleQueue: until gevent 25 that was the standard library's, whose `get` stops the whole process
+        self._signals: Queue[int] = Queue()
         self._failure: StartError | None = None
         self._limits = survey(settings, len(urls), may_need_tls(urls))
         self._settings = settings = self._limits.settings
