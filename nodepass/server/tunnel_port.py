@@ -80,6 +80,7 @@ class TunnelPort:
         self._late_hellos: dict[str, float] = {}  # by address: time.monotonic() at which they are forgotten
         self._unknown_key = unknown_key()
         if self.url.tls:
+            from nodepass.tls import stream  # noqa: F401  # all of it now, not at the first connection
             from nodepass.tls.certificates import ServerCertificate
 
             self.certificate = ServerCertificate(self.url.crt, self.url.key, log)

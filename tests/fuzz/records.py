@@ -144,7 +144,7 @@ def contexts() -> tuple[SSL.Context, SSL.Context, SSL.Context]:
     """A server's, a client's, and a client's that speaks TLS 1.2 only."""
     with plain_log():
         server = ServerCertificate("", "", Log("fuzz")).context
-    old = _client_context.__wrapped__(loads_cas=False, v2=False)  # one that no other connection uses
+    old = _client_context.__wrapped__(False, False, 0)  # one that no other connection uses
     old.set_max_proto_version(SSL.TLS1_2_VERSION)
     return server, client_context(Verify.IGNORE), old
 
