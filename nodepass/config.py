@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from nodepass.errors import ConfigError
-from nodepass.hostport import split_host_port
+from nodepass.hostport import normal_host, split_host_port
 
 # The syntax of Go's time.ParseDuration without a sign, as NodePass has it.
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -100,7 +100,8 @@ def parse_listen(text: str) -> Listen | None:
         if len(path.encode()) > _LONGEST_PATH or "\0" in path:
             raise ValueError("not a path of a socket")
         return Listen(path=path)
-    return Listen(*split_host_port(text))
+    host, port = split_host_port(text)
+    return Listen(normal_host(host), port)
 
 
 def count(lowest: int, highest: int, unit: str) -> Kind:

@@ -1,12 +1,15 @@
 """The one reader of `host:port` as a user writes it: for URLs, METRICS_LISTEN, `nodepass top` and the health check.
 
 What an empty host means, and what else may stand in its place (a scheme, a path, `off`), is the business of the caller.
+`normal_host` gives a host the form in which it is looked up, and `certified_host` that in which TLS names it.
 Nothing is imported at the top, because the health check is a process of its own every few seconds.
 """
 
 from __future__ import annotations
 
 _IPV6 = frozenset("0123456789ABCDEFabcdef:.")
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")  # an underscore is in many names of containers
+_AMBIGUOUS = frozenset("\u00df\u03c2\u200c\u200d")  # IDNA 2003 and 2008 make different names of these
 _ESCAPED = _IPV6 | frozenset("GHIJKLMNOPQRSTUVWXYZghijklmnopqrstuvwxyz_-%")  # in a URL, which may name a zone
 
 
@@ -33,3 +36,52 @@ def split_host_port(text: str, lowest_port: int = 0, in_url: bool = False) -> tu
 
         IPv6Address(host)  # raises a ValueError
     return host, int(port)
+
+
+def normal_host(host: str) -> str:
+    """One form for all ways to write a host: an address as the kernel writes it, a name in lower-case ASCII.
+
+    An IPv6 address keeps its zone, and a name its final dot, with which the resolver tries no search domains. Raises
+    ValueError, whose text says what is wrong.
+    """
+    if ":" in host:
+        return _normal_ipv6(host)
+    name = (host if host.isascii() else _international(host)).lower()
+    bare = name.removesuffix(".")
+    last = bare.rpartition(".")[2]
+    if last.isdigit() or last.startswith("0x"):  # no top-level domain is like that
+        return _normal_ipv4(bare)
+    if name and (len(bare) > 253 or not all(0 < len(each) < 64 and _NAME.issuperset(each) for each in bare.split("."))):
+        raise ValueError(f"{host!r} is not a host name")
+    return name
+
+
+def certified_host(host: str) -> str:
+    """What a certificate and SNI call a normal host: without the final dot of a name and the zone of an address."""
+    return host.partition("%")[0].removesuffix(".")
+
+
+def _normal_ipv6(host: str) -> str:
+    from ipaddress import IPv6Address
+
+    address = IPv6Address(host)
+    return str(address.ipv4_mapped or address)
+
+
+def _normal_ipv4(host: str) -> str:
+    """Also from 127.1 or 0x7f.1, which the resolver takes for addresses."""
+    import socket
+
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        raise ValueError(f"{host!r} is not an IPv4 address") from None
+
+
+def _international(name: str) -> str:
+    if not _AMBIGUOUS.isdisjoint(name):
+        raise ValueError(f"the name {name!r} has two ASCII forms: write the one that is meant, xn--...")
+    try:
+        return name.encode("idna").decode()
+    except UnicodeError:
+        raise ValueError(f"{name!r} is not an international domain name") from None

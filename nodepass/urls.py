@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from nodepass.config import Settings
 from nodepass.errors import ConfigError
-from nodepass.hostport import split_host_port
+from nodepass.hostport import normal_host, split_host_port
 
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 _PARAMETERS = {"server": ("name", "tls", "crt", "key", "wire", "log"), "client": ("name", "tls", "wire", "log")}
@@ -29,7 +29,7 @@ _ALLOWED = "allowed: auto or 2"
 
 @dataclass(frozen=True)
 class Address:
-    """A host, which may be empty (all addresses to listen on, this machine to connect to), and a port."""
+    """A normal host, which may be empty (all addresses to listen on, this machine to connect to), and a port."""
 
     host: str
     port: int
@@ -147,10 +147,11 @@ def with_defaults(url: ServerURL | ClientURL, has_key: bool, settings: Settings)
 
 def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
     try:
-        return Address(*split_host_port(text, lowest_port, in_url=True))
-    except ValueError:
+        host, port = split_host_port(text, lowest_port, in_url=True)
+        return Address(normal_host(host), port)
+    except ValueError as error:
         allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535"
-        raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable; allowed: {allowed}") from None
+        raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable: {error}; allowed: {allowed}") from None
 
 
 def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:

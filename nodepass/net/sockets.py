@@ -100,7 +100,7 @@ def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
     host = address.host or "localhost"
     try:
         # Encoded here: in its resolver's thread, gevent would print a traceback if the name cannot be encoded.
-        name = host.encode("ascii" if host.isascii() else "idna")
+        name = host.encode("ascii")
         found = socket.getaddrinfo(name, address.port, 0, kind)
     except (OSError, UnicodeError) as error:
         raise with_words(error, f"cannot resolve {address.host!r}: {reason(error)}") from None

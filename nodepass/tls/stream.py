@@ -333,7 +333,7 @@ def _client_connection(judge: _Judge, v2: bool, session: Session | None) -> SSL.
     if session:
         connection.set_session(session.handle)
     if not is_ip(expected.host):
-        connection.set_tlsext_host_name(expected.host.encode("idna"))
+        connection.set_tlsext_host_name(expected.host.encode("ascii"))
     if session or expected.verify is not Verify.IGNORE:
         connection.set_verify(SSL.VERIFY_PEER, judge)
     return connection

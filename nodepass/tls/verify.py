@@ -52,7 +52,7 @@ class Verify(Enum):
 
 @dataclass(frozen=True)
 class Expected:
-    """The host whose name the certificate must have, and what follows."""
+    """The host that the certificate must be for, as `certified_host` writes it, and what follows."""
 
     host: str
     verify: Verify = Verify.IGNORE
@@ -105,7 +105,7 @@ def _is_valid_for(certificate: X509, host: str) -> bool:
     from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identity
 
     try:
-        wanted = IPAddress_ID(host) if is_ip(host) else DNS_ID(host.encode("idna").decode())
+        wanted = IPAddress_ID(host) if is_ip(host) else DNS_ID(host)
         verify_service_identity(extract_patterns(certificate.to_cryptography()), [wanted], [])
     except (service_identity.VerificationError, service_identity.CertificateError, *_MALFORMED):
         return False

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nodepass.errors import ClearAnswer, ClosedError, ProtocolError, RefusedError, VerificationError
+from nodepass.hostport import certified_host
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key, SessionKey, Transcript, new_nonce, same
@@ -100,7 +101,7 @@ def _find_key(proof: str, keys: Sequence[Key], transcript: Transcript) -> Key:
 class Terms:
     """What a client's URL and key demand; nothing that the server says weakens it."""
 
-    host: str  # of the server, as it was given: the name that its certificate must have in mode 2
+    host: str  # of the server: the name that its certificate must have in mode 2
     tls: int = 0  # the least mode that is accepted; 0: the server's choice
     wire: str = "auto"  # auto, 1 or 2
     name: str = ""  # of the tunnel
@@ -110,7 +111,7 @@ class Terms:
     @classmethod
     def of(cls, url: ClientURL, client: str, keys: Sequence[Key]) -> Terms:
         """Those of a client URL whose defaults are filled in; of several keys the client proves the first."""
-        host = url.tunnel.host or "localhost"
+        host = certified_host(url.tunnel.host or "localhost")
         return cls(host, url.demand, url.wire or "auto", url.tunnel_name, client, next(iter(keys), None))
 
     def prepare(self) -> None:

@@ -94,11 +94,6 @@ def test_an_address_of_another_machine_ends_it_with_one_line() -> None:
     assert_unbindable(done.code, done.errors, "192.0.2.1:10101", "assign")
 
 
-def test_a_name_that_no_lookup_takes_ends_it_with_one_line() -> None:
-    done = run("server://two..dots:10101/127.0.0.1:0?tls=0")
-    assert_unbindable(done.code, done.errors, "two..dots:10101", "cannot resolve")
-
-
 def assert_unbindable(code: int, errors: str, address: str, reason: str) -> None:
     assert code == 1
     assert "Traceback" not in errors

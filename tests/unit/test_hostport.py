@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from ipaddress import IPv6Address
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
 from hypothesis import example, given
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from nodepass.config import Listen, parse_listen
 from nodepass.errors import ConfigError
-from nodepass.hostport import split_host_port
+from nodepass.hostport import certified_host, normal_host, split_host_port
 from nodepass.metrics import healthcheck
 from nodepass.tools.top_scrape import NoAnswer, Source, parse_source
 from nodepass.urls import Address, parse_url
@@ -60,8 +60,8 @@ def test_it_accepts_and_refuses_what_the_grammar_says(text: str, lowest_port: in
 @given(st.ip_addresses(v=6).map(str) | st.sampled_from(["", "localhost", "192.0.2.1"]), st.integers(1, 65535))
 def test_every_place_understands_what_an_address_looks_like(host: str, port: int) -> None:
     text = str(Address(host, port))
-    assert parse_listen(text) == Listen(host, port)
-    assert parse_url(f"client://{text}/{text}").target == Address(host, port)
+    assert parse_listen(text) == Listen(normal_host(host), port)
+    assert parse_url(f"client://{text}/{text}").target == Address(normal_host(host), port)
     source = parse_source(text)
     assert (source.host, source.port) == (host or "localhost", port)
     assert parse_source(str(source)) == source
@@ -90,9 +90,58 @@ def test_port_0_is_for_listening() -> None:
 
 def test_escapes_and_zones_are_for_urls() -> None:
     assert parse_url("client://a%2Db:1/[fe80::1%25eth0]:2").tunnel == Address("a-b", 1)
-    assert parse_listen("a%2Db:1") == Listen("a%2Db", 1)
+    with pytest.raises(ValueError, match="not a host name"):
+        parse_listen("a%2Db:1")
     with pytest.raises(ValueError, match="not allowed"):
         parse_listen("[fe80::1%25eth0]:2")
+
+
+@pytest.mark.parametrize(
+    ("written", "normal", "certified"),
+    [
+        ("", "", ""),
+        ("Tunnel.EXAMPLE.org", "tunnel.example.org", "tunnel.example.org"),
+        ("tunnel.example.org.", "tunnel.example.org.", "tunnel.example.org"),
+        ("my_container", "my_container", "my_container"),
+        ("b\u00fccher.example", "xn--bcher-kva.example", "xn--bcher-kva.example"),
+        ("B\u00dcCHER\u3002example.", "xn--bcher-kva.example.", "xn--bcher-kva.example"),
+        ("XN--BCHER-KVA.example", "xn--bcher-kva.example", "xn--bcher-kva.example"),
+        ("127.1", "127.0.0.1", "127.0.0.1"),
+        ("0x7f.1", "127.0.0.1", "127.0.0.1"),
+        ("\uff11\uff12\uff17.0.0.1.", "127.0.0.1", "127.0.0.1"),
+        ("2001:DB8:0:0::1", "2001:db8::1", "2001:db8::1"),
+        ("FE80::1%Eth0", "fe80::1%Eth0", "fe80::1"),
+        ("::ffff:192.0.2.1", "192.0.2.1", "192.0.2.1"),
+    ],
+)
+def test_a_host_has_one_form_for_lookups_and_one_for_certificates(written: str, normal: str, certified: str) -> None:
+    assert normal_host(written) == normal
+    assert normal_host(normal) == normal
+    assert certified_host(normal) == certified
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        ".",
+        "two..dots",
+        "a" * 64,
+        ".".join(["a" * 63] * 4),
+        "a b",
+        "a,b",
+        "a%eth0",
+        "1.2.3.256",
+        "1.2.3.4.5",
+        "stra\u00dfe.example",
+        "\u0627a.example",
+        "\ud800",
+    ],
+)
+def test_what_no_lookup_takes_is_refused_at_the_start_in_one_line(host: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        normal_host(host)
+    with pytest.raises(ConfigError, match=r"^URL [^\n]+: the target address [^\n]+; allowed: HOST:PORT, [^\n]+$"):
+        parse_url(f"client://a:1/{quote(host, errors='replace')}:2")
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1", "0.0.0.0", ""])
