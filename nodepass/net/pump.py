@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 
 from nodepass.net.pipes import Pipe, pipes
 from nodepass.net.sockets import Socket, end_reading, set_low_water_mark
+from nodepass.net.stopped import stopped_directions
 from nodepass.net.stream import Data, Stream, TCPStream
 from nodepass.stats import Way
 from nodepass.tasks import IdleTimer
@@ -47,24 +48,32 @@ class SinkError(Exception):
 class Pump:
     """Moves the bytes of one direction and counts them."""
 
-    __slots__ = ("_resume", "_way", "moved", "sink", "source")
+    __slots__ = ("_resume", "_steps", "_way", "moved", "sink", "source", "source_error")
 
     def __init__(self, source: Stream, sink: Stream, way: Way) -> None:
         self.source = source
         self.sink = sink
         self.moved = 0  # bytes
+        self.source_error: OSError | None = None  # of a write to the source, which is the other direction's sink
         self._way = way
         self._resume: Resume | None = None
+        self._steps: Steps | None = None
 
-    def watch(self, resume: Resume) -> None:
-        """Have the loop call `resume` whenever there is something to do, until `unwatch`."""
-        self._resume = resume
-        self.source.watch(resume)
+    def watch(self, steps: Steps) -> None:
+        """Have the loop resume `steps`, which has this pump run, when there is something to do, until `unwatch`."""
+        self._steps = steps
+        self._resume = steps.__next__
+        self.source.watch(self._resume)
 
     def unwatch(self) -> None:
         """End `watch`, whatever the pump waits for."""
         self.source.unwatch()
         self.sink.unwatch_writable()
+
+    def fail(self, error: OSError) -> None:
+        """End the direction as if a read had failed; it waits."""
+        assert self._steps
+        self._steps.throw(error)
 
     def run(self, on_first_byte: Callable[[], object] | None) -> Steps:
         """Move bytes until the end of the stream. Raises OSError where the source fails, SinkError where the sink does.
@@ -163,7 +172,11 @@ class Pump:
         assert self._resume
         self.source.unwatch()
         self.sink.watch_writable(self._resume)
-        yield  # an error ends the direction, which watches neither any more
+        stopped_directions.add(self)
+        try:
+            yield  # an error ends the direction, which watches neither any more
+        finally:
+            stopped_directions.discard(self)
         self.sink.unwatch_writable()
         self.source.watch(self._resume)
 

@@ -4,7 +4,8 @@ A session has one greenlet, the caller of `relay`, and it only waits for the end
 the event loop resumes (see `pump`). How a direction ends:
 
 * End of stream at the source: a half-close of the sink; the other direction goes on.
-* A read fails: the source is gone, so the sink is reset, once its peer has acknowledged what was written to it.
+* A read fails, or the source is found gone while the sink is full (see `stopped`): the sink is reset, once its peer has
+  acknowledged what was written to it.
 * A write fails: the sink takes no more, but what its peer sent before is still read and passed on by the other
   direction.
 * A bug: the session ends, and the exception is raised in its greenlet.
@@ -98,8 +99,8 @@ class _Session:
         """Run until both directions are over, or a source is broken; raises the bug of a direction."""
         up, down = self._direction(self._up), self._direction(self._down)
         try:
-            self._up.watch(up.__next__)
-            self._down.watch(down.__next__)
+            self._up.watch(up)
+            self._down.watch(down)
             next(up)  # first bytes have often come before the session, answers never
             self._waiter.get()
         finally:
@@ -116,6 +117,7 @@ class _Session:
                 yield from pump.end()
         except SinkError as error:
             self._note(error.error)
+            (self._up if pump is self._down else self._down).source_error = error.error
             end_reading(pump.sink.sock)
         except OSError as error:
             self._note(error)

@@ -46,6 +46,7 @@ _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked: segments that the peer has not acknowledged
 _LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since the last acknowledgement
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info that all supported kernels have
+_BYTES_ACKED = struct.Struct("@120xQ")  # tcpi_bytes_acked
 
 
 class Endpoint(NamedTuple):
@@ -202,6 +203,16 @@ def acknowledged(sock: Socket) -> bool | None:
     return not _UNACKED.unpack_from(info)[0] if info[0] == _TCP_ESTABLISHED else None
 
 
+def is_gone(sock: Socket) -> bool:
+    """Whether the connection is over: it was reset, the kernel gave it up, or both ends closed it."""
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE)
+
+
+def acknowledged_bytes(sock: Socket) -> int:
+    """Bytes that the peer's kernel has acknowledged since the connection began (TCP_INFO)."""
+    return int(_BYTES_ACKED.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size))[0])
+
+
 def set_low_water_mark(sock: Socket, size: int) -> None:
     """Have the kernel report bytes to read when there are `size` of them, at the end, or when its buffer is full."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
@@ -227,8 +238,7 @@ def wait_delivered(sock: Socket, seconds: float) -> None:
 
 def _unsent(sock: Socket) -> int:
     """Bytes that are not acknowledged yet (SIOCOUTQ); 0 on a connection that is gone, where they never will be."""
-    state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    if state == _TCP_CLOSE:
+    if is_gone(sock):
         return 0
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
 
