@@ -21,8 +21,9 @@ from nodepass.log import Limit, Log
 from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
 from nodepass.tasks import report_bug
+from nodepass.tunnel.flows import FlowTable
 from nodepass.tunnel.part import Common, Part
-from nodepass.tunnel.udp import FlowTable, Lane, drop_datagram
+from nodepass.tunnel.udp import Lane, drop_datagram
 
 ANSWERS_PER_TURN = 64  # datagrams read from one socket before others get their turn
 
@@ -35,7 +36,13 @@ class TargetFlow:
     lane: Lane
     sock: socket.socket
     watcher: Any  # gevent's io watcher, which has no type
+    network: str = ""  # of the visitor: not known at this end
     last: float = 0.0
+    rank: int = 0
+
+    @property
+    def key(self) -> tuple[Lane, int]:
+        return self.lane, self.number
 
 
 class TargetFlows(Part):
@@ -54,7 +61,7 @@ class TargetFlows(Part):
 
     def close(self) -> None:
         super().close()
-        self._table.end(lambda _: True)
+        self._table.end(lambda _: True, "completed")
 
     def __len__(self) -> int:
         return len(self._table)
@@ -63,17 +70,18 @@ class TargetFlows(Part):
         """Serve one lane until it ends; its flows end with it."""
         lane = Lane()
         log.debug("lane.opened", "lane opened")
+        cut = "crashed"
         try:
-            because = lane.run(stream, partial(self._deliver, lane))
-            log.debug("lane.closed", "lane closed: %(error)s", error=because)
+            cut = lane.run(stream, partial(self._deliver, lane))
+            log.debug("lane.closed", "lane closed: %(error)s", error=cut or "closed by the peer")
         finally:
             lane.ended = True
-            self._table.end(lambda flow: flow.lane is lane)
+            self._table.end(lambda flow: flow.lane is lane, "lost" if cut else "completed")
 
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         """Send a datagram of a lane to the target; one that cannot be sent is dropped, counted and logged."""
         try:
-            flow = self._table.get((lane, number)) or self._begin(lane, number)
+            flow = self._table.find((lane, number)) or self._begin(lane, number)
             try:
                 flow.sock.send(payload)
             except ConnectionRefusedError:  # the target's reply to the datagram before this one
@@ -86,7 +94,7 @@ class TargetFlows(Part):
     def _begin(self, lane: Lane, number: int) -> TargetFlow:
         sock = self._target.dial_udp()
         flow = TargetFlow(number, lane, sock, gevent.get_hub().loop.io(sock.fileno(), 1))
-        self._table.add((lane, number), flow)
+        self._table.add(flow)
         flow.watcher.start(self._read_answers(flow, cast(Any, sock)._sock).__next__)
         self._stats.udp.begin()
         self._log.debug("flow.opened", "flow %(flow)d opened, %(flows)d flows", flow=number, flows=len(self))
@@ -107,12 +115,12 @@ class TargetFlows(Part):
                 yield
         except Exception as error:  # noqa: BLE001  # a bug, which the loop could not report; the other flows go on
             report_bug(f"flow {flow.number}", error, self._log, self._stats)
-            self._table.end(lambda each: each is flow)
+            self._table.end(lambda each: each is flow, "lost")
         yield  # not resumed: the watcher is closed
 
     def _pass_back(self, flow: TargetFlow, answer: bytes) -> None:
         """Send an answer on its lane; one that the lane cannot take is dropped, counted and logged."""
-        self._table.get((flow.lane, flow.number))
+        self._table.count_answer(flow)
         if flow.lane.send(flow.number, answer):
             self._stats.udp.down.bytes += len(answer)
         else:
@@ -126,5 +134,5 @@ class TargetFlows(Part):
         flow.sock.close()
         self._log.debug("flow.closed", "flow %(flow)d closed", flow=flow.number, outcome=outcome)
         if outcome == "evicted":
-            words = "closed the least recently used flow: SEMAPHORE_LIMIT reached"
+            words = "closed a flow for a new one: SEMAPHORE_LIMIT reached"
             self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number)

@@ -10,17 +10,19 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 
 from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Limit
-from nodepass.net.sockets import format_without_zone
+from nodepass.net.sockets import format_without_zone, network_of
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, send_datagram
 from nodepass.tasks import TaskGroup
+from nodepass.tunnel.flows import NETWORK_SHARE, FlowTable
 from nodepass.tunnel.part import Common, Part
-from nodepass.tunnel.udp import FlowTable, Lane, drop_datagram
+from nodepass.tunnel.udp import Lane, drop_datagram
 from nodepass.wire.signals import LANE
+
+LAST_NUMBER = 0xFFFFFFFF  # of a flow; then 1 follows
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +33,13 @@ class VisitorFlow:
     lane: Lane
     sock: socket.socket
     visitor: ReplyAddress
+    network: str
     last: float = 0.0
+    rank: int = 0
+
+    @property
+    def key(self) -> ReplyAddress:
+        return self.visitor
 
 
 class VisitorFlows(Part):
@@ -43,11 +51,12 @@ class VisitorFlows(Part):
         self.sends_addresses = False  # the connected client wants the addresses of visitors
         self._launch = launch
         self._tasks = TaskGroup(self._log, self._stats)
+        limit = settings.semaphore_limit
         self._table: FlowTable[VisitorFlow] = FlowTable(
-            settings.semaphore_limit, settings.udp_session_timeout, self._end
+            limit, settings.udp_session_timeout, self._end, max(1, limit // NETWORK_SHARE)
         )
         self._by_number: dict[int, VisitorFlow] = {}
-        self._numbers = count(1)
+        self._last_number = 0
         self._lanes: list[Lane] = []
 
     def start(self) -> None:
@@ -62,10 +71,10 @@ class VisitorFlows(Part):
 
     def carry(self, sock: socket.socket, payload: bytes, visitor: ReplyAddress) -> None:
         """Send a visitor's datagram on its flow; one that the lane cannot take is dropped, counted and logged."""
-        flow = self._table.get(visitor)
+        flow = self._table.find(visitor)
         if flow and flow.lane.lost():
             lost = flow.lane
-            self._table.end(lambda each: each.lane is lost)
+            self._table.end(lambda each: each.lane is lost, "lost")
             flow = None
         flow = flow or self._begin(sock, visitor)
         if flow.lane.send(flow.number, payload):
@@ -85,10 +94,10 @@ class VisitorFlows(Part):
         self._tasks.kill()
 
     def _begin(self, sock: socket.socket, visitor: ReplyAddress) -> VisitorFlow:
-        number = next(self._numbers) & 0xFFFFFFFF
-        flow = VisitorFlow(number, self._lane(), sock, visitor)
+        number = self._free_number()
+        flow = VisitorFlow(number, self._lane(), sock, visitor, network_of(visitor.sockaddr))
         flow.lane.flows += 1
-        self._table.add(visitor, flow)
+        self._table.add(flow)
         self._by_number[number] = flow
         if self.sends_addresses:
             local = visitor.local(sock.getsockname()[1])
@@ -99,6 +108,13 @@ class VisitorFlows(Part):
         words = "flow %(flow)d opened: visitor %(visitor)s, %(flows)d flows"
         self._log.debug("flow.opened", words, flow=number, visitor=visitor, flows=len(self))
         return flow
+
+    def _free_number(self) -> int:
+        """The next number that no open flow has: an old flow may still be open when the numbers wrap."""
+        while True:
+            self._last_number = self._last_number % LAST_NUMBER + 1
+            if self._last_number not in self._by_number:
+                return self._last_number
 
     def _lane(self) -> Lane:
         """The lane of a new flow: a new one while there are fewer than allowed, then the least busy."""
@@ -111,14 +127,14 @@ class VisitorFlows(Part):
         return min(alive, key=lambda lane: lane.flows)
 
     def _run(self, lane: Lane) -> None:
-        because = "no data connection"
+        cut = "no data connection"
         try:
             id, stream = self._launch(LANE, self._settings.pool_get_timeout)
             log = self._log.session(id)
             words = "lane opened, %(lanes)d of %(maximum)d"
             log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._settings.udp_lanes)
-            because = lane.run(stream, partial(self._deliver, lane))
-            log.debug("lane.closed", "lane closed: %(error)s", error=because)
+            cut = lane.run(stream, partial(self._deliver, lane))
+            log.debug("lane.closed", "lane closed: %(error)s", error=cut or "no flows are left")
         except NoDataConnection as error:
             words = "the datagrams of %(flows)d flows: %(error)s"
             drop_datagram(self._log, self._stats, "lane_missing", words, flows=lane.flows, error=error)
@@ -126,7 +142,7 @@ class VisitorFlows(Part):
             lane.ended = True
             if lane in self._lanes:
                 self._lanes.remove(lane)
-            self._table.end(lambda flow: flow.lane is lane)
+            self._table.end(lambda flow: flow.lane is lane, "lost" if cut else "completed")
 
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         flow = self._by_number.get(number)
@@ -134,7 +150,7 @@ class VisitorFlows(Part):
             words = "a reply of %(size)d bytes: its flow has ended"
             drop_datagram(self._log, self._stats, "flow_over", words, size=len(payload))
             return
-        self._table.get(flow.visitor)
+        self._table.count_answer(flow)
         try:
             send_datagram(flow.sock, payload, flow.visitor)
             self._stats.udp.down.bytes += len(payload)
@@ -149,7 +165,7 @@ class VisitorFlows(Part):
         words = "flow %(flow)d closed: visitor %(visitor)s"
         self._log.debug("flow.closed", words, flow=flow.number, visitor=flow.visitor, outcome=outcome)
         if outcome == "evicted":
-            words = "closed the least recently used flow (%(visitor)s): SEMAPHORE_LIMIT reached"
+            words = "closed a flow for a new one (%(visitor)s): SEMAPHORE_LIMIT, or a quarter of it by one network"
             self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number, visitor=flow.visitor)
         if not flow.lane.flows:
             flow.lane.close()

@@ -2,8 +2,8 @@
 
 In wire v2 the datagrams of one visitor's address are a flow, and a few long-lived data connections, the lanes, carry
 the frames of many flows. A `Lane` is one such connection: frames to be sent wait in a bounded queue, and one write
-takes all that wait. A `FlowTable` has the flows of one end by key, and ends those that are silent. Which visitor or
-which socket a flow belongs to is decided by `server.udp_flows` and `client.udp_flows`.
+takes all that wait. Which visitor or which socket a flow belongs to is decided by `server.udp_flows` and
+`client.udp_flows`.
 
 In wire v1 a session is one datagram and its answer: `read_datagram` and `ask_target`, called by
 `server.datagram_listener` and `client.launches`.
@@ -17,10 +17,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import socket
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable
 
 import gevent
 from gevent import Greenlet
@@ -37,7 +34,6 @@ QUEUE = 1 << 20  # bytes that may wait for a lane: a moment's burst, not seconds
 OVERHEAD = 64  # bytes of memory that a queued frame takes beyond its own
 UNSENT = 128 * 1024  # bytes that the kernel takes beyond what is in transit, for the same reason
 STALLED = 1.0  # seconds without an acknowledgement after which the lane of a replaced client is lost
-SWEEP = 1.0  # seconds between two looks for silent flows, at most
 READS_PER_TURN = 16  # of a lane, before others get their turn,
 FRAMES_PER_TURN = 64  # and frames: one that begins a flow takes some 50 microseconds
 # Seconds: one iteration of the event loop. `gevent.sleep(0)` would let 50 turns pass before it looks at other sockets.
@@ -85,27 +81,28 @@ class Lane:
         return True
 
     def run(self, stream: Stream, deliver: Callable[[int, bytes], object]) -> str:
-        """Carry frames until the connection ends, and return why it did; the stream is closed then.
+        """Carry frames until the connection ends; the stream is closed then. Returns what cut it, "" if nothing did.
 
         `deliver` gets the flow and the payload of each frame that arrives. A bug in it or in the writer is raised.
         """
         self._stream = stream
         if self.ended:  # before it could begin
             stream.close()
-            return "no longer needed"
+            return ""
         stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         writer = Greenlet.spawn(self._write, stream)
         try:
             self._read(stream, deliver)
-            return "closed by the peer"
+            self._close_in_order(stream)
+            return ""
         except OSError as error:
             if self._crash:
                 raise self._crash from None
-            return reason(error)
+            return "" if self.ended else reason(error)
         finally:
             self.ended = True
             writer.kill()
-            stream.close()
+            stream.abort()
 
     def lost(self) -> bool:
         """Whether it has ended, or is a replaced client's that acknowledges nothing any more."""
@@ -120,7 +117,15 @@ class Lane:
         """End the lane: `run` returns."""
         self.ended = True
         if self._stream:
-            self._stream.close()
+            self._close_in_order(self._stream)
+
+    def _close_in_order(self, stream: Stream) -> None:
+        """Close so that the peer sees the end of the stream, unless a frame is half written."""
+        if not self._queued:
+            with contextlib.suppress(OSError):
+                stream.reset_on_close(False)
+                stream.end()
+        stream.close()
 
     def _write(self, stream: Stream) -> None:
         try:
@@ -149,68 +154,6 @@ class Lane:
             reads += 1
             if reads % READS_PER_TURN == 0:
                 gevent.sleep(TURN)
-
-
-class FlowLike(Protocol):
-    """What a table knows of a flow."""
-
-    last: float  # time.monotonic() of its last datagram in either direction
-
-
-Flow = TypeVar("Flow", bound=FlowLike)
-
-
-class FlowTable(Generic[Flow]):
-    """Flows by key, the longest idle first: at most `limit`, each until `timeout` seconds after its last datagram.
-
-    `on_end` is called with each flow that leaves and with how it ended, one of `stats.UDP_OUTCOMES`.
-    """
-
-    def __init__(self, limit: int, timeout: float, on_end: Callable[[Flow, str], object]) -> None:
-        self._limit = limit
-        self._timeout = timeout
-        self._on_end = on_end
-        self._flows: OrderedDict[Hashable, Flow] = OrderedDict()
-        self._not_empty = Event()
-
-    def __len__(self) -> int:
-        return len(self._flows)
-
-    def get(self, key: Hashable) -> Flow | None:
-        """The flow of a datagram, which counts as its last one from now on."""
-        flow = self._flows.get(key)
-        if flow is not None:
-            flow.last = time.monotonic()
-            self._flows.move_to_end(key)
-        return flow
-
-    def add(self, key: Hashable, flow: Flow) -> None:
-        """Begin a flow; at the limit, the longest idle one is evicted."""
-        while len(self._flows) >= self._limit:
-            self._on_end(self._flows.popitem(last=False)[1], "evicted")
-        flow.last = time.monotonic()
-        self._flows[key] = flow
-        self._not_empty.set()
-
-    def end(self, lost: Callable[[Flow], bool]) -> None:
-        """End the flows that are `lost`."""
-        for key in [key for key, flow in self._flows.items() if lost(flow)]:
-            self._on_end(self._flows.pop(key), "lost")
-
-    def sweep(self) -> None:
-        """End the flows that have been silent for too long."""
-        oldest = time.monotonic() - self._timeout
-        while self._flows and next(iter(self._flows.values())).last < oldest:
-            self._on_end(self._flows.popitem(last=False)[1], "completed")
-
-    def sweep_forever(self) -> None:
-        """Sweep until killed; sleeps while there are no flows."""
-        while True:
-            self._not_empty.wait()
-            gevent.sleep(min(SWEEP, self._timeout / 4))
-            self.sweep()
-            if not self._flows:
-                self._not_empty.clear()
 
 
 def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:

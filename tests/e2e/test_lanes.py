@@ -153,7 +153,7 @@ def test_over_semaphore_limit_the_flow_that_was_idle_longest_goes_first(
 ) -> None:
     limit = 8
     tunnel = lanes({"SEMAPHORE_LIMIT": str(limit)})
-    visitors = [stack.enter_context(datagram_socket()) for _ in range(limit + 1)]
+    visitors = [stack.enter_context(datagram_socket(f"127.0.{network}.1")) for network in range(limit + 1)]
     sources = [ask(tunnel, visitor, b"hello") for visitor in visitors[:limit]]
     assert ask(tunnel, visitors[0], b"not idle any more") == sources[0]
     newest = ask(tunnel, visitors[limit], b"one too many")
@@ -169,8 +169,8 @@ def test_flows_beyond_the_limit_are_counted_and_logged(
     lanes: Callable[[Environment], Tunnel], stack: contextlib.ExitStack
 ) -> None:
     tunnel = lanes({**STEADY, "SEMAPHORE_LIMIT": "8"})
-    for _ in range(20):
-        ask(tunnel, stack.enter_context(datagram_socket()), b"hello")
+    for network in range(20):
+        ask(tunnel, stack.enter_context(datagram_socket(f"127.0.{network}.1")), b"hello")
     tunnel.our_server.wait_for("flow.evicted", level="warn")
     tunnel.our_server.wait_for("tunnel.report", counters=lambda counters: counters["udp_ended"].get("evicted") == 12)
 

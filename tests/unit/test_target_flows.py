@@ -1,10 +1,9 @@
-"""Lanes and flows of UDP: the bounded queue, the table of flows, and the client's sockets at the target."""
+"""The lanes of UDP and their bounded queue, and the client's flows: its sockets at the target."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import gevent
 import pytest
@@ -15,29 +14,16 @@ from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.net import udp
+from nodepass.net.sockets import reset_on_close
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.part import Common
-from nodepass.tunnel.udp import FlowTable, Lane
+from nodepass.tunnel.udp import Lane
 from nodepass.urls import Address
 from nodepass.wire.frames import FrameBuffer, encode_frame
 from tests.unit.controls import run, until
 from tests.unit.streams import tcp_pair
-
-
-@dataclass(eq=False)
-class Flow:
-    number: int
-    last: float = 0.0
-
-
-class Ended:
-    """A table that keeps up to 2 flows, and what became of those that left."""
-
-    def __init__(self, timeout: float) -> None:
-        self.flows: list[tuple[int, str]] = []
-        self.table: FlowTable[Flow] = FlowTable(2, timeout, lambda flow, how: self.flows.append((flow.number, how)))
 
 
 @pytest.fixture
@@ -45,36 +31,6 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
     monkeypatch.setattr(udp, "socket", socket)
     with ExitStack() as stack, gevent.Timeout(20):
         yield stack
-
-
-def test_the_longest_idle_flow_makes_room_for_a_new_one() -> None:
-    ended = Ended(60)
-    for number in (1, 2):
-        ended.table.add(number, Flow(number))
-    assert ended.table.get(1)
-    ended.table.add(3, Flow(3))
-    assert ended.flows == [(2, "evicted")]
-    assert len(ended.table) == 2
-
-
-def test_a_sweep_ends_the_flows_that_have_been_silent_for_too_long() -> None:
-    ended = Ended(60)
-    silent, recent = Flow(1), Flow(2)
-    ended.table.add(1, silent)
-    ended.table.add(2, recent)
-    silent.last -= 61
-    ended.table.sweep()
-    assert ended.flows == [(1, "completed")]
-    assert ended.table.get(2) is recent
-
-
-def test_the_flows_of_a_lost_lane_end_and_no_others() -> None:
-    ended = Ended(60)
-    for number in (1, 2):
-        ended.table.add(number, Flow(number))
-    ended.table.end(lambda flow: flow.number == 1)
-    assert ended.flows == [(1, "lost")]
-    assert len(ended.table) == 1
 
 
 def test_a_full_lane_takes_no_more_until_what_it_has_is_written(
@@ -94,7 +50,7 @@ def test_a_lane_that_ended_before_its_connection_came_closes_it(stack: ExitStack
     lane = Lane()
     lane.close()
     stream, peer = stack.enter_context(tcp_pair())
-    assert lane.run(stream, print) == "no longer needed"
+    assert lane.run(stream, print) == ""
     assert peer.recv(1) == b""
     assert not lane.send(1, b"late")
 
@@ -163,12 +119,33 @@ def test_a_flow_beyond_the_limit_evicts_the_longest_idle_one(stack: ExitStack) -
     assert client.ask(1) != first
 
 
-def test_flows_end_with_their_lane(stack: ExitStack) -> None:
+def test_flows_of_a_lane_that_ends_in_order_have_timed_out_at_the_server_and_are_not_lost(stack: ExitStack) -> None:
     client = Client(stack)
     client.ask(1)
     client.server.close()
     until(lambda: not len(client.flows))
+    assert client.stats.udp.ended["completed"] == 1
+
+
+def test_flows_of_a_lane_that_is_cut_are_lost(stack: ExitStack) -> None:
+    client = Client(stack)
+    client.ask(1)
+    reset_on_close(client.server, True)
+    client.server.close()
+    until(lambda: not len(client.flows))
     assert client.stats.udp.ended["lost"] == 1
+
+
+def test_a_conversation_outlives_a_flood_of_other_flows(stack: ExitStack) -> None:
+    client = Client(stack, limit=4)
+    speaker = client.ask(1)
+    client.target.sendto(b"answer", speaker)
+    assert client.server.recv(100)
+    client.ask(1)
+    for flow in range(2, 20):
+        client.target.sendto(b"answer", client.ask(flow))
+        assert client.server.recv(100)
+    assert client.ask(1) == speaker
 
 
 def test_a_target_that_refuses_datagrams_is_counted_and_its_flow_stays(stack: ExitStack) -> None:

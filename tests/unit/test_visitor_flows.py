@@ -10,6 +10,7 @@ from gevent import socket
 
 from nodepass.net.udp import ReplyAddress
 from nodepass.server.client_slot import ClientSlot
+from nodepass.server.udp_flows import LAST_NUMBER
 from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.control import STOPPING
 from nodepass.tunnel.part import Common
@@ -37,14 +38,14 @@ class Flows:
         self.flows = self.slot.flows
         self._sock = self._udp_socket()
 
-    def _udp_socket(self) -> socket.socket:
+    def _udp_socket(self, host: str = "127.0.0.1") -> socket.socket:
         sock: socket.socket = self._stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        sock.bind(("127.0.0.1", 0))
+        sock.bind((host, 0))
         sock.settimeout(10)
         return sock
 
-    def visitor(self) -> Visitor:
-        return Visitor(self, self._udp_socket())
+    def visitor(self, host: str = "127.0.0.1") -> Visitor:
+        return Visitor(self, self._udp_socket(host))
 
     def carry(self, payload: bytes, visitor: socket.socket) -> None:
         self.flows.carry(self._sock, payload, ReplyAddress(visitor.getsockname(), ()))
@@ -112,16 +113,56 @@ def test_a_flow_ends_when_it_has_been_silent_and_its_lane_with_it(stack: ExitSta
     [data] = fill(stack, flows.slot, "00000001")
     flows.visitor().send(b"hello")
     assert read_frame(data) == (1, b"hello")
+    data.sendall(encode_frame(1, b"answer"))
     assert data.recv(1) == b""
     assert len(flows.flows) == 0
     assert flows.common.stats.udp.ended["completed"] == 1
+
+
+def test_a_lane_without_flows_ends_in_order_so_that_the_client_sees_no_cut_stream(stack: ExitStack) -> None:
+    flows = Flows(stack, udp_session_timeout=0.2)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    flows.visitor().send(b"hello")
+    assert read_frame(data) == (1, b"hello")
+    assert data.recv(1) == b""  # and no reset
+    assert flows.common.stats.udp.ended["unanswered"] == 1
+
+
+def test_one_network_has_at_most_a_quarter_of_the_flows(stack: ExitStack) -> None:
+    flows = Flows(stack, semaphore_limit=8, udp_lanes=1)
+    occupy(stack, flows.slot)
+    fill(stack, flows.slot, "00000001")
+    other = flows.visitor("127.0.9.1")
+    other.send(b"hello")
+    for _ in range(20):
+        flows.visitor().send(b"flood")
+    assert len(flows.flows) == 3
+    assert flows.common.stats.udp.ended["evicted"] == 18
+    other.send(b"still the same flow")
+    assert flows.common.stats.udp.begun == 21
+
+
+def test_flow_numbers_wrap_around_those_that_are_still_open(stack: ExitStack) -> None:
+    flows = Flows(stack, udp_lanes=1)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    staying = flows.visitor()
+    staying.send(b"hello")
+    flows.flows._last_number = LAST_NUMBER - 1
+    late = [flows.visitor() for _ in range(2)]
+    for visitor in late:
+        visitor.send(b"hello")
+    assert [read_frame(data)[0] for _ in range(3)] == [1, LAST_NUMBER, 2]
+    data.sendall(encode_frame(1, b"yours"))
+    assert staying.sock.recv(100) == b"yours"
 
 
 def test_of_too_many_flows_the_longest_idle_one_makes_room(stack: ExitStack) -> None:
     flows = Flows(stack, semaphore_limit=2, udp_lanes=1)
     occupy(stack, flows.slot)
     [data] = fill(stack, flows.slot, "00000001")
-    first, second, third = (flows.visitor() for _ in range(3))
+    first, second, third = (flows.visitor(f"127.0.{network}.1") for network in range(3))
     for visitor in (first, second, first, third):
         visitor.send(b"hello")
     assert [read_frame(data)[0] for _ in range(4)] == [1, 2, 1, 3]
@@ -214,7 +255,8 @@ def test_lanes_of_a_client_that_has_vanished_end(stack: ExitStack) -> None:
     assert read_frame(data) == (1, b"hello")
     control.vanished = True
     flows.slot.release(control, STOPPING)
-    assert data.recv(1) == b""
+    with pytest.raises(ConnectionResetError):
+        data.recv(1)
     assert len(flows.flows) == 0
 
 
@@ -225,6 +267,7 @@ def test_flows_end_when_they_are_closed(stack: ExitStack) -> None:
     flows.visitor().send(b"hello")
     assert read_frame(data) == (1, b"hello")
     flows.flows.close()
-    assert data.recv(1) == b""
+    with pytest.raises(ConnectionResetError):
+        data.recv(1)
     assert len(flows.flows) == 0
     assert not flows.flows.find_ended()
