@@ -1,13 +1,14 @@
-"""For every test: what a test of `make programs` needs, and hypothesis without deadlines."""
+"""For every test: what a test of `make programs` needs, and hypothesis without limits on time."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import needs
 
-settings.register_profile("patient", deadline=None)  # how long an example takes is the machine's business
+# How long an example takes, or its making, is the machine's business.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 
