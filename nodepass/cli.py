@@ -18,7 +18,7 @@ from typing import NoReturn
 import configargparse
 
 from nodepass import __version__, log
-from nodepass.config import Notice, Settings, rows
+from nodepass.config import Notice, Scope, Settings, rows
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.key_file import Keys, generate
@@ -32,14 +32,17 @@ DESCRIPTION = """\
 A TCP/UDP reverse tunnel. Each URL is one tunnel:
 
   server://TUNNEL_HOST:PORT/TARGET_HOST:PORT?name=NAME&tls=0|1|2&crt=FILE&key=FILE&log=LEVEL
-  client://TUNNEL_HOST:PORT/TARGET_HOST:PORT?name=NAME&tls=0|1|2&wire=auto|1|2&log=LEVEL
+  client://TUNNEL_HOST:PORT/TARGET_HOST:PORT?name=NAME&tls=0|1|2&log=LEVEL
 
 The server runs where visitors can reach it. It listens on its tunnel address for its client and on its target
 address for visitors, TCP and UDP. The client runs next to the service. It connects to the server's tunnel address
-and, for every visitor, to its target address. LEVEL is debug, info, warn, error or fatal.
+and, for every visitor, to its target address. LEVEL is debug, info, warn, error or fatal. A setting in a URL, in
+small letters, is for that tunnel only and overrides flag and variable: ...?min_pool_capacity=64&wire=2. A setting of
+the whole process, marked below, cannot stand in a URL.
 
 `nodepass top ENDPOINT` shows a running process that has METRICS_LISTEN set; see nodepass top --help.
 """
+PROCESS_MARK = " (whole process)"
 EPILOG = "Quote a URL with '&' or '?' in it. A flag overrides its environment variable. Durations: 500ms, 5s, 1h30m."
 
 
@@ -76,7 +79,7 @@ def make_parser() -> Parser:
             _flag(name),
             env_var=name.upper(),
             metavar=row.kind.unit.upper(),
-            help=f"{row.help}; default {row.default} [{name.upper()}]",
+            help=f"{row.help}; default {row.default} [{name.upper()}]{PROCESS_MARK * (row.scope is Scope.PROCESS)}",
         )
     key = parser.add_argument_group(
         "key", "The key itself may be in the environment variable TUNNEL_KEY, but never on the command line."
@@ -139,11 +142,11 @@ def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Key
     parsed = [parse_url(text) for text in texts]
     manager = ServiceManager.take(os.environ)
     keys = find_keys()
-    urls = [with_defaults(url, keys.has(url.tunnel_name), settings) for url in parsed]
-    refuse_conflicts(urls, keys)
+    urls = [with_defaults(url, keys.of(url).has(url.tunnel_name), settings) for url in parsed]
+    refuse_conflicts(urls, keys, settings)
     _start_log(urls, settings, keys.notices)
     for url in urls:
-        keys.keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
+        keys.of(url).keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
     daemon = Daemon(urls, settings, keys, manager)
     gc.collect()
     gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions

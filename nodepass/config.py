@@ -1,17 +1,22 @@
 """The settings, as one table.
 
-A row of `Settings` is a setting: its name is the flag (`--udp-read-timeout`) and the environment variable
-(`UDP_READ_TIMEOUT`), its kind says how a text becomes a value and what is allowed. `cli` makes the command line and
-`--help` from the table; tests compare the manual page, the README and the units' example with it. Nothing here reads
-the environment: `cli` does, and it passes it to what has variables of its own (`key_file`, `systemd`, `log`, and
-`check` with its report). Apart from those, the health check and `nodepass top` are programs of their own.
+A row of `Settings` is a setting: its name is the flag (`--udp-read-timeout`), the environment variable
+(`UDP_READ_TIMEOUT`) and, unless it belongs to the whole process, the parameter of a URL (`?udp_read_timeout=`), which
+sets it for one tunnel. Its kind says how a text becomes a value and what is allowed. `cli` makes the command line and
+`--help` from the table, `urls` reads parameters with it; tests compare the manual page, the README and the units'
+example with it. The process has one `Settings`, and each tunnel has its own, made by `for_tunnel`.
+
+Nothing here reads the environment: `cli` does, and it passes it to what has variables of its own (`key_file`,
+`systemd`, `log`, and `check` with its report). Apart from those, the health check and `nodepass top` are programs of
+their own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 from nodepass.errors import ConfigError
@@ -149,24 +154,34 @@ LISTEN = Kind(
 )
 
 
+class Scope(Enum):
+    """What can have a value of its own."""
+
+    PROCESS = "process"
+    PORT = "tunnel port"  # of a server: the tunnels that share the port have the same value
+    TUNNEL = "tunnel"
+
+
 @dataclass(frozen=True)
 class Row:
-    """A setting's kind, default, group and help."""
+    """A setting's kind, default, group, help, scope, and the only role of a tunnel that it has a meaning for, or ""."""
 
     kind: Kind
     default: str
     group: str
     help: str
+    scope: Scope
+    role: str
 
 
-def setting(default: str, kind: Kind, group: str, text: str) -> Any:
+def setting(default: str, kind: Kind, group: str, text: str, *, scope: Scope = Scope.TUNNEL, role: str = "") -> Any:
     """One row of the table; the default is written in a user's syntax."""
-    return field(default=kind.parse(default), metadata={"row": Row(kind, default, group, text)})
+    return field(default=kind.parse(default), metadata={"row": Row(kind, default, group, text, scope, role)})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a process, checked. Durations are in seconds."""
+    """Every setting of a process or of one of its tunnels, checked. Durations are in seconds."""
 
     semaphore_limit: int = setting(
         "1024", count(1, 1_000_000, "sessions"), "limits", "concurrent sessions; at the limit, new visitors wait"
@@ -178,13 +193,19 @@ class Settings:
         "1024", count(1, 65536, "connections"), "pool", "idle data connections kept ready, at most"
     )
     pool_get_timeout: float = setting(
-        "5s", duration(0.001, DAY), "pool", "how long a visitor waits for a data connection before it is closed"
+        "5s",
+        duration(0.001, DAY),
+        "pool",
+        "server: how long a visitor waits for a data connection before it is closed",
+        role="server",
     )
     data_port: Ports = setting(
         "0",
         PORTS,
         "pool",
         "server: port of the data connections; the first free one of a range; tunnel: the tunnel port",
+        scope=Scope.PORT,
+        role="server",
     )
     udp_data_buf_size: int = setting("8192", count(1, 65507, "bytes"), "UDP", "with a wire v1 peer: largest datagram")
     udp_read_timeout: float = setting(
@@ -194,10 +215,18 @@ class Settings:
         "60s", duration(0.01, DAY), "UDP", "a flow ends after this time without a datagram in either direction"
     )
     udp_lanes: int = setting(
-        "4", count(1, 64, "connections"), "UDP", "data connections that carry all flows, opened on demand"
+        "4",
+        count(1, 64, "connections"),
+        "UDP",
+        "server: data connections that carry all flows, opened on demand",
+        role="server",
     )
     handshake_timeout: float = setting(
-        "5s", duration(0.001, DAY), "timing", "limit for each of: the control handshake, TLS, the id exchange, a dial"
+        "5s",
+        duration(0.001, DAY),
+        "timing",
+        "limit for each of: the control handshake, TLS, the id exchange, a dial",
+        scope=Scope.PORT,
     )
     report_interval: float = setting(
         "5s",
@@ -209,19 +238,27 @@ class Settings:
         "5s", duration(0.01, DAY), "timing", "longest pause between two attempts to reach the server"
     )
     shutdown_timeout: float = setting(
-        "5s", duration(0, DAY), "timing", "how long running sessions may take to finish at shutdown; the rest is cut"
+        "5s",
+        duration(0, DAY),
+        "timing",
+        "how long running sessions may take to finish at shutdown; the rest is cut",
+        scope=Scope.PROCESS,
     )
     start_timeout: float = setting(
         "0",
         duration(0, DAY),
         "timing",
         "client: limit for the first handshake, after which the program ends; 0: no limit",
+        scope=Scope.PROCESS,
+        role="client",
     )
     reload_interval: float = setting(
         "1h",
         duration(0.001, 365 * DAY),
         "timing",
         "server, tls=2: how often the certificate files are checked for changes",
+        scope=Scope.PORT,
+        role="server",
     )
     wire: str = setting(
         "auto",
@@ -230,10 +267,18 @@ class Settings:
         "version of the wire: 2 refuses wire v1 peers; 1, on a client, expects one",
     )
     log_format: str = setting(
-        "text", choice("text", "json"), "log", "text: lines for people; json: one object per line for programs"
+        "text",
+        choice("text", "json"),
+        "log",
+        "text: lines for people; json: one object per line for programs",
+        scope=Scope.PROCESS,
     )
     metrics_listen: Listen | None = setting(
-        "off", LISTEN, "metrics", "serve /metrics, /healthz and /readyz over HTTP; :PORT is for this machine only"
+        "off",
+        LISTEN,
+        "metrics",
+        "serve /metrics, /healthz and /readyz over HTTP; :PORT is for this machine only",
+        scope=Scope.PROCESS,
     )
 
     @classmethod
@@ -250,13 +295,37 @@ class Settings:
             except ValueError:
                 raise ConfigError(f"{place}: {text!r} is not usable; allowed: {kind.allowed}") from None
         settings = cls(**values)
-        if settings.min_pool_capacity > settings.max_pool_capacity:
-            named = " and ".join(texts[n][0] for n in ("min_pool_capacity", "max_pool_capacity") if n in texts)
-            raise ConfigError(
-                f"{named}: MIN_POOL_CAPACITY {settings.min_pool_capacity} is above MAX_POOL_CAPACITY"
-                f" {settings.max_pool_capacity}; allowed: at most as much"
-            )
+        if contradiction := settings._find_contradiction():
+            named = " and ".join(texts[name][0] for name in contradiction.names if name in texts)
+            raise ConfigError(f"{named}: {contradiction.words}")
         return settings
+
+    def for_tunnel(self, overrides: Iterable[tuple[str, str]], place: str) -> Settings:
+        """The settings of a tunnel whose URL has these, each of which is usable alone.
+
+        Raises ConfigError, which begins with `place`, where they are not usable together.
+        """
+        settings = replace(self, **{name: rows()[name].kind.parse(text) for name, text in overrides})
+        if contradiction := settings._find_contradiction():
+            raise ConfigError(f"{place}: {contradiction.words}")
+        return settings
+
+    def _find_contradiction(self) -> Contradiction | None:
+        """Which settings are usable alone, but not together."""
+        if self.min_pool_capacity > self.max_pool_capacity:
+            words = (
+                f"MIN_POOL_CAPACITY {self.min_pool_capacity} is above MAX_POOL_CAPACITY {self.max_pool_capacity};"
+                " allowed: at most as much"
+            )
+            return Contradiction(("min_pool_capacity", "max_pool_capacity"), words)
+        return None
+
+
+class Contradiction(NamedTuple):
+    """Settings that do not go together, and why not."""
+
+    names: tuple[str, ...]
+    words: str
 
 
 def rows() -> dict[str, Row]:

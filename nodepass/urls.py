@@ -1,9 +1,10 @@
 """The URLs that describe a tunnel, parsed into frozen dataclasses.
 
-`server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&wire=&log=` and
-`client://<tunnel_addr>/<target_addr>?name=&tls=&wire=&log=`. Nothing is opened or resolved here. `parse_url` knows the
-text alone; what is not given there depends on the settings and on whether the tunnel has a key, so `with_defaults`
-fills it in before anything uses the URL. A `ConfigError` says in one line what is wrong and what is allowed.
+`server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&log=` and `client://<tunnel_addr>/<target_addr>?name=&tls=&
+log=`. Both may have settings of the table in `config`, in small letters, for this tunnel only. Nothing is opened or
+resolved here. `parse_url` knows the text alone; what is not given there depends on the settings and on whether the
+tunnel has a key, so `with_defaults` fills it in before anything uses the URL. A `ConfigError` says in one line what is
+wrong and what is allowed.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from nodepass.config import Settings
+from nodepass.config import Scope, Settings, rows
 from nodepass.errors import ConfigError
 from nodepass.hostport import normal_host, split_host_port
 
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
-_PARAMETERS = {"server": ("name", "tls", "crt", "key", "wire", "log"), "client": ("name", "tls", "wire", "log")}
-_WIRES = {"server": ("auto", "2"), "client": ("auto", "1", "2")}
+ROLES = ("server", "client")  # a URL's scheme
+# Parameters that are no settings, and the only role that they have a meaning for, or "".
+_PARAMETERS = {"name": "", "tls": "", "crt": "server", "key": "server", "log": "", "tunnel_key_file": ""}
+_SECRET = re.compile(r"[?&]tunnel[_-]?key=", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
 NAMELESS = "-"  # stands for the empty name where a word is needed
 _FORM = "server://HOST:PORT/HOST:PORT?tls=0|1|2 or client://HOST:PORT/HOST:PORT"
@@ -46,13 +50,23 @@ class TunnelURL:
     target: Address
     log: str = "info"
     tunnel_name: str = field(default="", kw_only=True)  # tells the tunnels of one key or one tunnel port apart
-    wire: str | None = field(default=None, kw_only=True)  # auto, 1 or 2; None: as the setting WIRE says
+    wire: str = field(default="auto", kw_only=True)  # auto, 1 or 2, from `with_defaults` on
+    tunnel_key_file: str = field(default="", kw_only=True)  # for this tunnel, instead of the process's keys
+    overrides: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)  # settings of this tunnel, as texts
+
+    @property
+    def role(self) -> str:
+        """One of ROLES."""
+        return "server" if isinstance(self, ServerURL) else "client"
 
     @property
     def name(self) -> str:
         """The tunnel's name in the log: `server:10101/web`, or `server:10101` where the URL has no name."""
-        role = "server" if isinstance(self, ServerURL) else "client"
-        return f"{role}:{self.tunnel.port}{'/' * bool(self.tunnel_name)}{self.tunnel_name}"
+        return f"{self.role}:{self.tunnel.port}{'/' * bool(self.tunnel_name)}{self.tunnel_name}"
+
+    def settings(self, common: Settings) -> Settings:
+        """This tunnel's settings, given those of its process. Raises ConfigError."""
+        return common.for_tunnel(self.overrides, f"the settings of {self.name}")
 
 
 @dataclass(frozen=True)
@@ -89,12 +103,18 @@ def may_need_tls(urls: Sequence[ServerURL | ClientURL]) -> bool:
 
 def parse_url(text: str) -> ServerURL | ClientURL:
     """The tunnel that a URL describes. Raises ConfigError."""
+    if _SECRET.search(text):
+        # The text is not repeated: it has a secret.
+        raise ConfigError(
+            "URL …?tunnel_key=…: a key is not allowed in a URL, because every user of the machine can see it in the"
+            " process list; allowed: tunnel_key_file=FILE"
+        )
     try:
         parts = urlsplit(text)
     except ValueError as error:
         raise ConfigError(f"URL {text!r}: {error}; allowed: {_FORM}") from None
     scheme = parts.scheme
-    if scheme not in _PARAMETERS or not text.lower().startswith(f"{scheme}://"):
+    if scheme not in ROLES or not text.lower().startswith(f"{scheme}://"):
         raise ConfigError(f"URL {text!r}: the scheme must be server:// or client://; allowed: {_FORM}")
     if "@" in parts.netloc:
         # The text is not repeated: the part before the @ may be a secret.
@@ -104,28 +124,30 @@ def parse_url(text: str) -> ServerURL | ClientURL:
         )
     if "#" in text:
         raise ConfigError(f"URL {text!r}: a fragment (#) is not allowed; allowed: {_FORM}")
-    listens = scheme == "server"
-    tunnel = _parse_address(text, "tunnel address", parts.netloc, 0 if listens else 1)
-    target = _parse_address(text, "target address", parts.path.removeprefix("/"), 0 if listens else 1)
-    given = _parse_query(text, scheme, parts.query)
+    lowest_port = 0 if scheme == "server" else 1
+    tunnel = _parse_address(text, "tunnel address", parts.netloc, lowest_port)
+    target = _parse_address(text, "target address", parts.path.removeprefix("/"), lowest_port)
+    return _parse_parameters(text, scheme, tunnel, target, _parse_query(text, scheme, parts.query))
+
+
+def _parse_parameters(
+    text: str, scheme: str, tunnel: Address, target: Address, given: dict[str, str]
+) -> ServerURL | ClientURL:
+    """The URL of these parts, with the values of its parameters. Raises ConfigError."""
     log = _one_of(text, "log", given.get("log", "info"), LOG_LEVELS)
-    name = _parse_name(text, given.get("name", ""))
-    wire = _one_of(text, "wire", given["wire"], _WIRES[scheme]) if "wire" in given else None
     tls = int(_one_of(text, "tls", given["tls"], ("0", "1", "2"))) if "tls" in given else None
-    if not listens:
-        return ClientURL(tunnel, target, log, tls=tls, tunnel_name=name, wire=wire)
+    if given.get("tunnel_key_file") == "":
+        raise ConfigError(f"URL {text!r}: tunnel_key_file='' is not usable; allowed: a file")
+    common: dict[str, Any] = {
+        "tunnel_name": _parse_name(text, given.get("name", "")),
+        "tunnel_key_file": given.get("tunnel_key_file", ""),
+        "overrides": tuple((name, _check_setting(text, name, given[name])) for name in rows() if name in given),
+    }
+    if scheme == "client":
+        return ClientURL(tunnel, target, log, tls=tls, **common)
     _check_files(text, tls, given)
-    return ServerURL(
-        tunnel,
-        target,
-        log,
-        tls=tls or 0,
-        crt=given.get("crt", ""),
-        key=given.get("key", ""),
-        is_tls_given=tls is not None,
-        tunnel_name=name,
-        wire=wire,
-    )
+    crt, key = given.get("crt", ""), given.get("key", "")
+    return ServerURL(tunnel, target, log, tls=tls or 0, crt=crt, key=key, is_tls_given=tls is not None, **common)
 
 
 def with_defaults(url: ServerURL | ClientURL, has_key: bool, settings: Settings) -> ServerURL | ClientURL:
@@ -133,11 +155,12 @@ def with_defaults(url: ServerURL | ClientURL, has_key: bool, settings: Settings)
 
     With a key, both ends use TLS unless the URL says tls=0, and a wire v1 peer, which cannot have the key, is refused.
     """
-    wire = url.wire or settings.wire
+    wire = url.settings(settings).wire
+    place = f"wire={wire}" if "wire" in dict(url.overrides) else f"WIRE={wire}"
     if wire == "1" and isinstance(url, ServerURL):
-        raise ConfigError(f"WIRE: '1' is not usable for {url.name}, because a server serves wire v2 always; {_ALLOWED}")
+        raise ConfigError(f"{place} is not usable for {url.name}, because a server serves wire v2 always; {_ALLOWED}")
     if wire == "1" and has_key:
-        raise ConfigError(f"wire=1 is not usable for {url.name}, which has a key: wire v1 has no keys; {_ALLOWED}")
+        raise ConfigError(f"{place} is not usable for {url.name}, which has a key: wire v1 has no keys; {_ALLOWED}")
     wire = "2" if has_key else wire
     if isinstance(url, ClientURL):
         tls = 1 if url.tls is None and has_key else url.tls
@@ -155,23 +178,45 @@ def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
 
 
 def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:
-    known = _PARAMETERS[scheme]
+    """The texts of the parameters, each of which this kind of URL may have, by name."""
     given: dict[str, str] = {}
     for part in filter(None, query.split("&")):
         # Not parse_qsl: it reads a plus sign as a space, and file names have plus signs.
         name, _, value = part.partition("=")
-        if name not in known:
-            close = difflib.get_close_matches(name.lower(), known, 1, 0.3)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(
-                f"URL {url!r}: unknown parameter {name!r}{hint} (allowed on a {scheme}: {', '.join(known)})"
-            )
+        _check_parameter(url, scheme, name)
         if name in given:
             raise ConfigError(f"URL {url!r}: parameter {name!r} is given twice; allowed: once")
         given[name] = unquote(value)
         if "\0" in given[name]:
             raise ConfigError(f"URL {url!r}: {name} contains a NUL; allowed: text without")
     return given
+
+
+def _check_parameter(url: str, scheme: str, name: str) -> None:
+    """Raise ConfigError unless this kind of URL may have a parameter of this name."""
+    row = rows().get(name)
+    if name not in _PARAMETERS and row is None:
+        known = [*_PARAMETERS, *rows()]
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1, 0.3)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        allowed = f"{', '.join(_PARAMETERS)}, and settings in small letters, see nodepass --help"
+        raise ConfigError(f"URL {url!r}: unknown parameter {name!r}{hint} (allowed: {allowed})")
+    if row and row.scope is Scope.PROCESS:
+        words = f"{name} is for the whole process and not for one tunnel"
+        raise ConfigError(f"URL {url!r}: {words}; allowed: as the variable {name.upper()} or the flag")
+    role = row.role if row else _PARAMETERS[name]
+    if role not in ("", scheme):
+        raise ConfigError(f"URL {url!r}: {name} has no meaning on a {scheme}; allowed: on a {role}")
+
+
+def _check_setting(url: str, name: str, text: str) -> str:
+    """The text of a setting. Raises ConfigError where it is not usable."""
+    kind = rows()[name].kind
+    try:
+        kind.parse(text)
+    except ValueError:
+        raise ConfigError(f"URL {url!r}: {name}={text!r} is not usable; allowed: {kind.allowed}") from None
+    return text
 
 
 def _one_of(url: str, name: str, value: str, allowed: tuple[str, ...]) -> str:

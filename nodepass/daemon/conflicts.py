@@ -1,7 +1,7 @@
 """URLs that cannot run in one process: refused at the start, one line each.
 
-Pure functions of the URLs, with their defaults filled in, and the keys. Addresses are compared as they are written;
-what only the kernel knows to be the same fails when it is listened on. Called by `cli` and `check`.
+Pure functions of the URLs, with their defaults filled in, the keys and the settings. Addresses are compared as they are
+written; what only the kernel knows to be the same fails when it is listened on. Called by `cli` and `check`.
 """
 
 from __future__ import annotations
@@ -9,35 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
+from nodepass.config import Scope, Settings, rows
 from nodepass.daemon.key_file import Keys
 from nodepass.errors import ConfigError
 from nodepass.urls import ClientURL, ServerURL, TunnelURL
 
 URL = ServerURL | ClientURL
+PORT_SETTINGS = [name for name, row in rows().items() if row.scope is Scope.PORT]
 
 
-def refuse_conflicts(urls: Sequence[URL], keys: Keys) -> None:
+def refuse_conflicts(urls: Sequence[URL], keys: Keys, settings: Settings) -> None:
     """Raise ConfigError with the first conflict."""
-    for conflict in find_conflicts(urls, keys):
+    for conflict in find_conflicts(urls, keys, settings):
         raise ConfigError(conflict)
 
 
-def find_conflicts(urls: Sequence[URL], keys: Keys) -> Iterator[str]:
+def find_conflicts(urls: Sequence[URL], keys: Keys, settings: Settings) -> Iterator[str]:
     """What is wrong with these URLs in one process, a sentence each."""
-    if keys.names is not None:
-        for url in urls:
-            if url.tunnel_name not in keys.names:
-                yield f"{keys.place} has no key for {url.name}, {_name(url)}; allowed: a line for each tunnel"
+    for url in urls:
+        names = keys.of(url).names
+        if names is not None and url.tunnel_name not in names:
+            yield f"{keys.place} has no key for {url.name}, {_name(url)}; allowed: a line for each tunnel"
     servers = [url for url in urls if isinstance(url, ServerURL)]
     clients = [url for url in urls if isinstance(url, ClientURL)]
     for one, other in combinations(servers, 2):
-        yield from _compare_servers(one, other, keys)
+        yield from _compare_servers(one, other, keys, settings)
     for first, second in combinations(clients, 2):
         if (first.tunnel, first.target) != (second.tunnel, second.target):
             yield from _compare_keys(first, second, keys)
 
 
-def _compare_servers(one: ServerURL, other: ServerURL, keys: Keys) -> Iterator[str]:
+def _compare_servers(one: ServerURL, other: ServerURL, keys: Keys, settings: Settings) -> Iterator[str]:
     if one.tunnel == other.tunnel and one.tunnel.port:
         if one.tunnel_name == other.tunnel_name:
             allowed = "allowed: different values of name="
@@ -51,11 +53,19 @@ def _compare_servers(one: ServerURL, other: ServerURL, keys: Keys) -> Iterator[s
                     " allowed: the same tls, crt and key"
                 )
                 return
+        for name in PORT_SETTINGS:
+            if getattr(one.settings(settings), name) != getattr(other.settings(settings), name):
+                yield (
+                    f"{_two(one, other)} have the same tunnel address, but not the same {name}, which is the tunnel"
+                    f" port's; allowed: the same {name}"
+                )
+                return
     yield from _compare_keys(one, other, keys)
 
 
 def _compare_keys(one: URL, other: URL, keys: Keys) -> Iterator[str]:
-    if keys.has(one.tunnel_name) and one.tunnel_name == other.tunnel_name:
+    mine, theirs = (set(keys.of(url).secrets(url.tunnel_name)) for url in (one, other))
+    if mine & theirs and one.tunnel_name == other.tunnel_name:
         swapped = "so a man in the middle could swap them"
         yield f"{_two(one, other)} have the same key and {_name(one)}, {swapped}; allowed: different values of name="
 

@@ -64,14 +64,17 @@ class Daemon:
         # not SimpleQueue: until gevent 25 that was the standard library's, whose `get` stops the whole process
         self._signals: Queue[int] = Queue()
         self._failure: StartError | None = None
-        self._limits = survey(settings, len(urls), may_need_tls(urls))
-        self._settings = settings = self._limits.settings
+        self._limits = survey([url.settings(settings) for url in urls], may_need_tls(urls))
+        self._settings = settings  # of the process
         self._keys = keys
-        self._names = [url.tunnel_name for url in urls]
+        self._urls = urls
         self._reloading = Semaphore()
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
-        makers = make_tunnels(urls, settings, keys, self._inherited)
-        self._tunnels = [Supervisor(make, settings.service_cooldown, self._tasks) for make in makers]
+        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited)
+        self._tunnels = [
+            Supervisor(make, own.service_cooldown, self._tasks)
+            for make, own in zip(makers, self._limits.settings, strict=True)
+        ]
         self._notifier = Notifier(manager, self._tunnels, settings, self._log, self._stats, self._fail)
         # In the order of starting. All stop at once; the endpoint answers until it is closed, while tunnels drain.
         self._endpoint = self._make_endpoint()
@@ -207,8 +210,8 @@ class Daemon:
         self._log.info("keys.reloaded", "%(place)s has changed", place=self._keys.place)
         for notice in self._keys.notices:
             self._log.warning("config.warning", "%(warning)s", reason=notice.reason, warning=notice.words)
-        for tunnel, name in zip(self._tunnels, self._names, strict=True):
-            if not self._keys.secrets(name):
+        for tunnel, url in zip(self._tunnels, self._urls, strict=True):
+            if not self._keys.of(url).secrets(url.tunnel_name):
                 words = "%(place)s has no key for this tunnel any more, so it has no peer"
                 tunnel.log.warning("keys.missing", words, place=self._keys.place)
 
@@ -232,20 +235,20 @@ class Daemon:
 
 
 def make_tunnels(
-    urls: Sequence[ServerURL | ClientURL], settings: Settings, keys: Keys, inherited: Inherited
+    urls: Sequence[ServerURL | ClientURL], settings: Sequence[Settings], keys: Keys, inherited: Inherited
 ) -> list[Callable[[], Tunnel]]:
     """How to make the tunnel of each URL, again after a crash. Raises ConfigError where a certificate is not usable.
 
-    A tunnel's log and counters outlive it, and so does the tunnel port that servers share.
+    `settings`: of each tunnel. A tunnel's log and counters outlive it, and so does the tunnel port that servers share.
     """
     makers: list[Callable[[], Tunnel]] = []
     ports: dict[object, TunnelPort] = {}
-    for url, name in zip(urls, name_tunnels(urls), strict=True):
-        log, stats, tunnel_keys = Log(name), Stats(), partial(keys.keys_for, url.tunnel_name)
+    for url, own, name in zip(urls, settings, name_tunnels(urls), strict=True):
+        log, stats, tunnel_keys = Log(name), Stats(), partial(keys.of(url).keys_for, url.tunnel_name)
         if isinstance(url, ClientURL):
             from nodepass.client.client import Client  # here, because most processes are one end only
 
-            makers.append(partial(Client, url, new_client_id(), tunnel_keys, settings, log, stats))
+            makers.append(partial(Client, url, new_client_id(), tunnel_keys, own, log, stats))
             continue
         from nodepass.server.server import Server
         from nodepass.server.tunnel_port import TunnelPort
@@ -254,8 +257,8 @@ def make_tunnels(
         address: object = url.tunnel if url.tunnel.port else object()  # a port that the kernel chooses is not shared
         if address not in ports:
             sharing = [other for other in urls if isinstance(other, ServerURL) and other.tunnel == url.tunnel]
-            ports[address] = TunnelPort(sharing if url.tunnel.port else [url], settings, log, stats, share)
-        makers.append(partial(Server, url, ports[address], settings, tunnel_keys, log, stats, share))
+            ports[address] = TunnelPort(sharing if url.tunnel.port else [url], own, log, stats, share)
+        makers.append(partial(Server, url, ports[address], own, tunnel_keys, log, stats, share))
     return makers
 
 

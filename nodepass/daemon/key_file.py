@@ -1,9 +1,10 @@
 """Where the tunnels' keys come from: files, the environment, or systemd's credentials, and never the command line.
 
 A process has no key, one secret for all its tunnels (TUNNEL_KEY, TUNNEL_KEY_FILE), or a file with a line for each
-(TUNNEL_KEYS_FILE). `cli` and `check` make `Keys` once at the start, and `daemon` lets it read the keys file again at
-SIGHUP. `wire.auth.Key` is derived from a secret and a tunnel's name; the secret itself leaves this module only towards
-it, and no error or warning repeats a part of one.
+(TUNNEL_KEYS_FILE); a tunnel whose URL has tunnel_key_file has that file's, whatever its process has. `cli` and `check`
+make `Keys` once at the start, and `daemon` lets it read the keys file again at SIGHUP. `wire.auth.Key` is derived from
+a secret and a tunnel's name; the secret itself leaves this module only towards it, and no error or warning repeats a
+part of one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from nodepass.config import Notice
 from nodepass.errors import ConfigError
-from nodepass.urls import NAME, NAMELESS
+from nodepass.urls import NAME, NAMELESS, TunnelURL
 
 if TYPE_CHECKING:
     from nodepass.wire.auth import Key
@@ -48,6 +49,7 @@ class Keys:
         self._used: set[str] = set()  # names that have been asked for
         self._derived: dict[tuple[str, str], Key] = {}  # by secret and name
         self._unprovable: Key | None = None  # of tunnels whose line is gone
+        self._own: dict[str, Keys] = {}  # of tunnels whose URL names a file, by that
 
     @classmethod
     def find(cls, key_file: str | None, keys_file: str | None, environ: Mapping[str, str]) -> Keys:
@@ -70,14 +72,27 @@ class Keys:
             place = f"TUNNEL_KEYS_FILE={keys_file}"
             text = _read(keys_file, place, folder, notices)
             keys = cls(by_name=_parse_lines(text, place, notices), place=place)
-            keys._file, keys._credentials = keys_file, folder
+            keys._file = keys_file
         elif key_file is not None:
             place = f"TUNNEL_KEY_FILE={key_file}"
             keys = cls(_parse_one(_read(key_file, place, folder, notices), place, notices), place=place)
         elif (secret := named["TUNNEL_KEY"]) is not None:
             keys = cls(_parse_one(secret, "TUNNEL_KEY", notices), place="TUNNEL_KEY")
-        keys.notices = notices
+        keys.notices, keys._credentials = notices, folder
         return keys
+
+    def of(self, url: TunnelURL) -> Keys:
+        """The keys of a tunnel: those of the file in its URL, which is read once, or else these. Raises ConfigError."""
+        file = url.tunnel_key_file
+        if not file:
+            return self
+        if file not in self._own:
+            place, notices = f"{url.name}: tunnel_key_file={file}", list[Notice]()
+            secret = _parse_one(_read(file, place, self._credentials, notices), place, notices)
+            self._own[file] = own = Keys(secret, place=place)
+            own.notices = notices
+            self.notices += notices
+        return self._own[file]
 
     def __repr__(self) -> str:
         return f"<Keys {self.place}>"

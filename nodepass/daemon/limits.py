@@ -1,15 +1,15 @@
-"""The limits on open files and memory, and what the settings can need of both.
+"""The limits on open files and memory, and what the settings of all tunnels together can need of both.
 
 `survey` is called once at start, by the daemon and by `nodepass --check`. It raises the limit on open files as far as
-allowed. If the settings can need more open files than that, it lowers them; if they can need more memory it only warns,
-because a session's memory depends on its traffic.
+allowed. If the settings can need more open files than that, it lowers those of each tunnel in proportion; if they can
+need more memory it only warns, because a session's memory depends on its traffic.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from nodepass.server.pending import PER_PORT, pending_limit
 
 PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data connection
 OWN = 32  # descriptors: listeners, control connections, gevent's own
+LEAST = PER_SESSION + 1  # descriptors of a tunnel: one session, and one connection in its pool
 
 # Measured with 500 and 1,000 sessions held, on either end, bytes moved both ways, the kernel's part included
 # (docs/performance.md): 16 KiB per session without TLS; 45 to 65 with it, most of it OpenSSL's.
@@ -48,15 +49,15 @@ class Shortage:
     reason: str  # open_files or memory
     needed: int  # files or bytes
     available: int
-    semaphore_limit: int  # that fits
+    semaphore_limit: int  # the sum, over all tunnels, that fits
     words: str
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the limits allow: the settings that fit, one line for the log, and the warnings."""
+    """What the limits allow: the settings that fit, a tunnel each, one line for the log, and the warnings."""
 
-    settings: Settings
+    settings: list[Settings]
     line: str
     warnings: list[Shortage]
     files: int  # that may be open
@@ -65,42 +66,55 @@ class Survey:
     memory_sessions: int | None  # that this memory allows
 
 
-def survey(settings: Settings, tunnels: int, tls: bool) -> Survey:
-    """Raise the limit on open files, and fit the settings of so many tunnels. `tls`: whether one may need TLS."""
+def survey(settings: Sequence[Settings], tls: bool) -> Survey:
+    """Raise the limit on open files, and fit the settings of each tunnel. `tls`: whether one may need TLS."""
     files = raise_descriptor_limit()
-    reserved = min(pending_limit(), 2 * PER_PORT * tunnels)  # for pending connections
-    fitting = fit_descriptors(settings, tunnels, files - reserved)
+    reserved = min(pending_limit(), 2 * PER_PORT * len(settings))  # for pending connections
+    fitting = fit_descriptors(settings, files - reserved)
     warnings = []
-    if fitting != settings:
-        warnings.append(_too_few_files(settings, fitting, _descriptors(settings, tunnels) + reserved, files))
-    sessions = max(0, (files - reserved - OWN - tunnels * fitting.max_pool_capacity) // PER_SESSION)
+    if fitting != list(settings):
+        warnings.append(_too_few_files(settings, fitting, _descriptors(settings) + reserved, files))
+    sessions = max(0, (files - reserved - OWN - _pools(fitting)) // PER_SESSION)
     line = f"limits: {files:,} open files allow {sessions:,} sessions"
     memory_sessions = None
     if memory := min(memory_limits(), key=lambda each: each.size, default=None):
         memory_sessions = max(0, (memory.size - MEMORY_OWN[tls]) // MEMORY_PER_SESSION[tls])
         line += f"; {memory} allow about {memory_sessions:,}"
-        wanted = tunnels * fitting.semaphore_limit
+        wanted = _sessions(fitting)
         if wanted > memory_sessions:
             needed = MEMORY_OWN[tls] + wanted * MEMORY_PER_SESSION[tls]
-            warnings.append(_too_little_memory(fitting, needed, memory, max(1, memory_sessions // tunnels)))
+            warnings.append(_too_little_memory(fitting, needed, memory, max(len(fitting), memory_sessions)))
     return Survey(fitting, line, warnings, files, sessions, memory, memory_sessions)
 
 
-def _too_few_files(settings: Settings, fitting: Settings, needed: int, files: int) -> Shortage:
+def _too_few_files(settings: Sequence[Settings], fitting: Sequence[Settings], needed: int, files: int) -> Shortage:
     words = (
-        f"open files: SEMAPHORE_LIMIT {settings.semaphore_limit} and MAX_POOL_CAPACITY {settings.max_pool_capacity}"
+        f"open files: SEMAPHORE_LIMIT {_sessions(settings)} and MAX_POOL_CAPACITY {_pools(settings)}{_sums(settings)}"
         f" can need {needed:,}, {needed - files:,} more than the limit of {files:,} allows: lowered to"
-        f" {fitting.semaphore_limit} and {fitting.max_pool_capacity}; raise it (ulimit -Hn, LimitNOFILE=)"
+        f" {_sessions(fitting)} and {_pools(fitting)}; raise it (ulimit -Hn, LimitNOFILE=)"
     )
-    return Shortage("open_files", needed, files, fitting.semaphore_limit, words)
+    return Shortage("open_files", needed, files, _sessions(fitting), words)
 
 
-def _too_little_memory(settings: Settings, needed: int, memory: Memory, semaphore_limit: int) -> Shortage:
+def _too_little_memory(settings: Sequence[Settings], needed: int, memory: Memory, semaphore_limit: int) -> Shortage:
     words = (
-        f"memory: SEMAPHORE_LIMIT {settings.semaphore_limit} can need about {(needed - memory.size) / _MIB:,.0f} MiB"
-        f" more than {memory}: lower it to {semaphore_limit}, or allow more (MemoryMax=)"
+        f"memory: SEMAPHORE_LIMIT {_sessions(settings)}{_sums(settings)} can need about"
+        f" {(needed - memory.size) / _MIB:,.0f} MiB more than {memory}: lower it to {semaphore_limit}, or allow more"
+        " (MemoryMax=)"
     )
     return Shortage("memory", needed, memory.size, semaphore_limit, words)
+
+
+def _sums(settings: Sequence[Settings]) -> str:
+    return f" (sums of {len(settings)} tunnels)" if len(settings) > 1 else ""
+
+
+def _sessions(settings: Sequence[Settings]) -> int:
+    return sum(each.semaphore_limit for each in settings)
+
+
+def _pools(settings: Sequence[Settings]) -> int:
+    return sum(each.max_pool_capacity for each in settings)
 
 
 def raise_descriptor_limit() -> int:
@@ -114,12 +128,19 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def fit_descriptors(settings: Settings, tunnels: int, files: int) -> Settings:
-    """The settings, lowered in proportion if so many tunnels can need more open files than these."""
-    needed = _descriptors(settings, tunnels)
+def fit_descriptors(settings: Sequence[Settings], files: int) -> list[Settings]:
+    """The settings of all tunnels, lowered in proportion if together they can need more open files than these."""
+    needed = _descriptors(settings)
     if needed <= files:
-        return settings
-    budget = max(0, files - OWN) // tunnels
+        return list(settings)
+    least = LEAST * len(settings)
+    more, wanted = max(0, files - OWN - least), needed - OWN - least
+    budgets = [LEAST + more * (_descriptors([each]) - OWN - LEAST) // max(1, wanted) for each in settings]
+    return [_fit_one(each, budget) for each, budget in zip(settings, budgets, strict=True)]
+
+
+def _fit_one(settings: Settings, budget: int) -> Settings:
+    """The settings of one tunnel that may have so many descriptors, at least LEAST."""
     share = budget / (PER_SESSION * settings.semaphore_limit + settings.max_pool_capacity)
     pool = max(int(settings.max_pool_capacity * share), min(settings.min_pool_capacity, budget // 4))
     pool = max(1, min(pool, budget - PER_SESSION))  # there must be room for one session
@@ -131,9 +152,9 @@ def fit_descriptors(settings: Settings, tunnels: int, files: int) -> Settings:
     )
 
 
-def _descriptors(settings: Settings, tunnels: int) -> int:
-    """How many descriptors so many tunnels can need."""
-    return tunnels * (PER_SESSION * settings.semaphore_limit + settings.max_pool_capacity) + OWN
+def _descriptors(settings: Sequence[Settings]) -> int:
+    """How many descriptors these tunnels can need together."""
+    return PER_SESSION * _sessions(settings) + _pools(settings) + OWN
 
 
 def memory_limits() -> list[Memory]:

@@ -144,7 +144,7 @@ class ControlListener(Part):
 
         keys = self._port.keys_of(slot)
         try:
-            accept_client(control, hello, opening.line, keys, self._port.offer(2), admission)
+            accept_client(control, hello, opening.line, keys, self._port.offer(2, slot), admission)
         except RefusedError as error:
             if slot:
                 raise
@@ -160,13 +160,13 @@ class ControlListener(Part):
 
     def _control(self, stream: Stream, slot: ClientSlot | None) -> ServerControl:
         common = slot.common if slot else self.common
-        return ServerControl(stream, self._settings.report_interval, common.log, common.stats)
+        return ServerControl(stream, common.settings.report_interval, common.log, common.stats)
 
     def _try_v1(self, opening: Opening, sock: Socket, slot: ClientSlot, peer: Endpoint) -> None:
         """A v1 client: it gets its line, and is the client from its first data connection on."""
         control = self._control(opening.stream, slot)
         left = self._pending.time_left(sock, self._settings.handshake_timeout)
-        offer = self._port.offer(1)
+        offer = self._port.offer(1, slot)
         with slot.trial(control, control.agree(Agreement(offer))) as trial:
             control.send(offer)
             is_client = trial.wait(left)

@@ -58,10 +58,13 @@ class Membership(NamedTuple):
 
 
 class TunnelPort:
-    """One tunnel port of the process; its tunnels have the same tls, crt, key and DATA_PORT."""
+    """One tunnel port of the process; its tunnels have the same tls, crt, key and settings of the port's scope."""
 
     def __init__(self, urls: Sequence[ServerURL], settings: Settings, log: Log, stats: Stats, share: Share) -> None:
-        """`urls`: of all tunnels that will join. Raises ConfigError where the certificate is not usable."""
+        """`urls`: of all tunnels that will join; `settings`: of one of them, because those used here are the same.
+
+        Raises ConfigError where the certificate is not usable.
+        """
         self.url = urls[0]
         self.certificate: ServerCertificate | None = None
         self.tunnel: list[socket] = []  # its listeners, while it is open
@@ -183,13 +186,14 @@ class TunnelPort:
         """What a client must prove; an unknown tunnel has a random key."""
         return slot.keys if slot else (self._unknown_key,)
 
-    def offer(self, version: int) -> Offer:
-        """What an admitted client is told, but for the proof of a key."""
+    def offer(self, version: int, slot: ClientSlot | None = None) -> Offer:
+        """What an admitted client of this tunnel is told, but for the proof of a key."""
         port = port_of(self.data or self.tunnel)
         if version == 1:
             return Offer(port, self.url.tls)
         lowest, highest = HEARTBEATS
-        heartbeat = min(highest, max(lowest, round(1000 * self._settings.report_interval)))
+        settings = slot.common.settings if slot else self._settings
+        heartbeat = min(highest, max(lowest, round(1000 * settings.report_interval)))
         return Offer(port, self.url.tls, heartbeat, os.urandom(16).hex() if self.uses_sid else "", self.mux)
 
     def membership(self, slot: ClientSlot, peer: Endpoint) -> Membership | None:

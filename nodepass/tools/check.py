@@ -52,14 +52,14 @@ def run(
     report = Report(stream or sys.stdout, environ)
     urls = [url for text in texts if (url := _parse(text, report))]
     settings = _settings(read_settings, report)
-    keys = _keys(find_keys, report)
+    keys = _keys(find_keys, urls, report)
     inherited = _inherit(environ, report)
     if settings is None or keys is None or report.status == BAD_INPUT:
         return report.status
     urls = _with_defaults(urls, settings, keys, report)
     if report.status == BAD_INPUT:
         return report.status
-    settings = _limits(settings, urls, report)
+    _limits([url.settings(settings) for url in urls], urls, report)
     servers = [url for url in urls if isinstance(url, ServerURL)]
     with ExitStack() as held:  # until all are checked: two URLs may have the same port
         if settings.metrics_listen:
@@ -67,11 +67,11 @@ def run(
         ports: dict[Address, ServerURL] = {}  # tunnel ports, and the URL that has opened each
         for url in servers:
             first = ports.setdefault(url.tunnel, url) if url.tunnel.port else url
-            _Server(url, settings, report, inherited.share(), held).check(first)
+            _Server(url, url.settings(settings), report, inherited.share(), held).check(first)
     for url in urls:
         if isinstance(url, ClientURL):
-            key = next(iter(keys.keys_for(url.tunnel_name)), None)
-            check_client(url, settings, key, report, {each.tunnel.port for each in servers})
+            key = next(iter(keys.of(url).keys_for(url.tunnel_name)), None)
+            check_client(url, url.settings(settings), key, report, {each.tunnel.port for each in servers})
     return report.status
 
 
@@ -95,7 +95,7 @@ def _settings(read_settings: Callable[[], Settings], report: Report) -> Settings
     return settings
 
 
-def _keys(find_keys: Callable[[], Keys], report: Report) -> Keys | None:
+def _keys(find_keys: Callable[[], Keys], urls: Sequence[URL], report: Report) -> Keys | None:
     try:
         keys = find_keys()
     except ConfigError as error:
@@ -106,7 +106,7 @@ def _keys(find_keys: Callable[[], Keys], report: Report) -> Keys | None:
     if keys.place:
         names = "one for all tunnels" if keys.names is None else f"of {len(keys.names)} tunnels"
         report.ok("key", f"{keys.place}: {names}")
-    else:
+    elif not urls or not all(url.tunnel_key_file for url in urls):
         report.ok("key", "none: any host that reaches the tunnel port can become the client")
     return keys
 
@@ -116,12 +116,16 @@ def _with_defaults(urls: Sequence[URL], settings: Settings, keys: Keys, report: 
     resolved: list[URL] = []
     for url in urls:
         try:
-            resolved.append(with_defaults(url, keys.has(url.tunnel_name), settings))
+            own = keys.of(url)
+            has_key = own.has(url.tunnel_name)
+            resolved.append(with_defaults(url, has_key, settings))
         except ConfigError as error:
             report.bad(url.name, str(error))
             continue
-        _security(security_of(resolved[-1], keys.has(url.tunnel_name)), url.name, report)
-    for conflict in find_conflicts(resolved, keys):
+        for warning in own.notices if url.tunnel_key_file else ():
+            report.warn(url.name, warning.words)
+        _security(security_of(resolved[-1], has_key), url.name, report)
+    for conflict in find_conflicts(resolved, keys, settings):
         report.bad("url", conflict)
     return resolved
 
@@ -149,12 +153,11 @@ def _inherit(environ: MutableMapping[str, str], report: Report) -> Inherited:
         return Inherited()
 
 
-def _limits(settings: Settings, urls: Sequence[URL], report: Report) -> Settings:
-    limits = survey(settings, max(1, len(urls)), may_need_tls(urls))
+def _limits(settings: Sequence[Settings], urls: Sequence[URL], report: Report) -> None:
+    limits = survey(settings, may_need_tls(urls))
     report.ok("limits", limits.line.removeprefix("limits: "))
     for warning in limits.warnings:
         report.warn("limits", warning.words)
-    return limits.settings
 
 
 def _metrics(listen: Listen, report: Report, held: ExitStack) -> None:

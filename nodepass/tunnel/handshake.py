@@ -112,7 +112,7 @@ class Terms:
     def of(cls, url: ClientURL, client: str, keys: Sequence[Key]) -> Terms:
         """Those of a client URL whose defaults are filled in; of several keys the client proves the first."""
         host = certified_host(url.tunnel.host or "localhost")
-        return cls(host, url.demand, url.wire or "auto", url.tunnel_name, client, next(iter(keys), None))
+        return cls(host, url.demand, url.wire, url.tunnel_name, client, next(iter(keys), None))
 
     def prepare(self) -> None:
         """Do before the connect what the first byte would wait for: a server takes long silence for wire v1."""

@@ -34,7 +34,12 @@ def check_url(data: bytes) -> None:
 
 
 def _written(url: ServerURL | ClientURL) -> str:
-    given: dict[str, str | None] = {"log": url.log, "name": url.tunnel_name, "wire": url.wire}
+    given: dict[str, str | None] = {
+        **dict(url.overrides),
+        "log": url.log,
+        "name": url.tunnel_name,
+        "tunnel_key_file": url.tunnel_key_file,
+    }
     if isinstance(url, ServerURL):
         scheme, tls = "server", url.tls if url.is_tls_given else None
         given.update(crt=url.crt, key=url.key)

@@ -52,8 +52,8 @@ def test_what_protects_a_tunnel_is_told(url: str, keyed: bool, level: str, said:
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEY": ""}, "TUNNEL_KEY: the key is empty"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEY_FILE": "/none"}, "TUNNEL_KEY_FILE=/none: cannot"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TUNNEL_KEYS_FILE": "/none"}, "TUNNEL_KEYS_FILE=/none: cannot"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=1&wire=1",), {}, "wire='1' is not usable"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"WIRE": "1"}, "WIRE: '1' is not usable for server:0"),
+        (("server://127.0.0.1:0/127.0.0.1:0?tls=1&wire=1",), {}, "wire=1 is not usable for server:0"),
+        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"WIRE": "1"}, "WIRE=1 is not usable for server:0"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=2&crt=/none&key=/none",), {}, "crt=/none: cannot be read"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nodepass.config import Settings
@@ -20,7 +22,7 @@ SERVER, CLIENT = "server://:10101/:8080?", "client://s.example:10101/:80?"
 
 def conflicts(keys: Keys, *urls: str) -> list[str]:
     resolved = [with_defaults(parse_url(url), keys.has(""), Settings()) for url in urls]
-    return list(find_conflicts(resolved, keys))
+    return list(find_conflicts(resolved, keys, Settings()))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,8 @@ def conflicts(keys: Keys, *urls: str) -> list[str]:
         (NONE, ("server://:1/:2", "server://:3/:4")),
         (NONE, (f"{SERVER}name=a", f"{SERVER}name=b")),
         (NONE, (CLIENT, "client://s.example:10101/:81")),
+        (NONE, (f"{SERVER}name=a&data_port=tunnel", f"{SERVER}name=b&data_port=tunnel&udp_lanes=2")),
+        (NONE, ("server://:1/:2?data_port=3", "server://:4/:5?data_port=6")),
         (ONE, (SERVER, CLIENT)),  # both ends in one process
         (ONE, (f"{SERVER}name=a", "server://:3/:4?name=b")),
         (ONE, (f"{CLIENT}name=a", "client://other:1/:2?name=b")),
@@ -59,6 +63,8 @@ def test_what_goes_together_is_accepted(keys: Keys, urls: tuple[str, ...]) -> No
             (f"{SERVER}name=a&tls=2&crt=c&key=k", f"{SERVER}name=b&tls=2&crt=c&key=l"),
             "have the same tunnel address, but key=k and key=l",
         ),
+        (NONE, (f"{SERVER}name=a&data_port=2", f"{SERVER}name=b"), "same tunnel address, but not the same data_port"),
+        (NONE, (f"{SERVER}name=a", f"{SERVER}name=b&reload_interval=1m"), "but not the same reload_interval"),
         (ONE, ("server://:1/:2", "server://:3/:4"), "have the same key and no name"),
         (ONE, ("server://:0/:2?name=a", "server://:0/:4?name=a"), "have the same key and the name 'a'"),
         (ONE, (CLIENT, "client://s.example:10101/:81"), "have the same key and no name"),
@@ -76,6 +82,17 @@ def test_what_does_not_go_together_is_refused_in_one_line(keys: Keys, urls: tupl
     assert not any(secret in line for secret in SECRETS)
 
 
+def test_keys_of_urls_are_compared_by_what_is_in_their_files(tmp_path: Path) -> None:
+    for name, secret in (("one", SECRETS[0]), ("copy", SECRETS[0]), ("other", SECRETS[1])):
+        (tmp_path / name).write_text(secret)
+        (tmp_path / name).chmod(0o600)
+    first, second = (f"server://:{port}/:{port + 1}?tunnel_key_file={tmp_path}/" for port in (1, 3))
+    assert not conflicts(ONE, f"{first}one", f"{second}other")
+    for keys, urls in ((NONE, (f"{first}one", f"{second}copy")), (ONE, (f"{first}copy", "server://:3/:4"))):
+        (line,) = conflicts(keys, *urls)
+        assert "have the same key and no name" in line
+
+
 def test_both_tunnels_of_a_conflict_are_named_with_their_targets() -> None:
     (line,) = conflicts(NONE, SERVER, "server://:10101/:9")
     assert line.startswith("server:10101 (target :8080) and server:10101 (target :9) have the same tunnel address")
@@ -84,4 +101,4 @@ def test_both_tunnels_of_a_conflict_are_named_with_their_targets() -> None:
 def test_the_first_conflict_is_raised() -> None:
     urls = [with_defaults(parse_url(SERVER), False, Settings())] * 3
     with pytest.raises(ConfigError, match="same tunnel address"):
-        refuse_conflicts(urls, NONE)
+        refuse_conflicts(urls, NONE, Settings())

@@ -251,7 +251,7 @@ def test_tunnels_of_one_port_are_numbered() -> None:
 def make(*texts: str, keys: Keys | None = None) -> list[Any]:
     """The tunnels of these URLs, whose defaults are filled in."""
     urls: list[ServerURL | ClientURL] = [parse_url(text) for text in texts]
-    return [make() for make in make_tunnels(urls, Settings(), keys or Keys(), Inherited())]
+    return [make() for make in make_tunnels(urls, [Settings()] * len(urls), keys or Keys(), Inherited())]
 
 
 def test_servers_of_one_address_share_a_tunnel_port_and_others_do_not() -> None:
@@ -277,7 +277,7 @@ def test_a_tunnel_is_made_again_with_its_own_log_counters_and_port() -> None:
     urls = [
         cast(ServerURL, parse_url(f"server://:10101/:{port}?tls=0&name={name}")) for port, name in ((1, ""), (2, "web"))
     ]
-    makers = make_tunnels(urls, Settings(), Keys(), Inherited())
+    makers = make_tunnels(urls, [Settings()] * len(urls), Keys(), Inherited())
     first, again, other = cast(list[Server], [makers[0](), makers[0](), makers[1]()])
     assert first is not again
     assert (first.log, first.stats, first._port) == (again.log, again.stats, again._port)
@@ -301,6 +301,6 @@ def test_each_tunnel_has_the_keys_of_its_name() -> None:
 
 def test_a_client_calls_itself_the_same_after_a_crash_and_differently_from_every_other() -> None:
     urls = [cast(ClientURL, parse_url(f"client://localhost:10101/localhost:{port}?tls=0")) for port in (1, 2)]
-    makers = make_tunnels(urls, Settings(), Keys(), Inherited())
+    makers = make_tunnels(urls, [Settings()] * len(urls), Keys(), Inherited())
     first, again, other = (cast(Any, make())._connector for make in (makers[0], makers[0], makers[1]))
     assert first._terms.client == again._terms.client != other._terms.client

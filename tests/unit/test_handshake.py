@@ -12,6 +12,7 @@ import pytest
 from gevent import Greenlet, socket
 from OpenSSL import SSL
 
+from nodepass.config import Settings
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.net.stream import TCPStream, read_only_line
 from nodepass.tls.certificates import load_pair
@@ -20,7 +21,7 @@ from nodepass.tls.stream import TLSStream, accept_tls, connect_tls
 from nodepass.tls.verify import Expected
 from nodepass.tunnel.control import Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate, Terms, accept_client, connect_to_server
-from nodepass.urls import ClientURL, parse_url
+from nodepass.urls import ClientURL, parse_url, with_defaults
 from nodepass.wire.auth import Key, Transcript
 from nodepass.wire.lines import MAX_OPENING
 from nodepass.wire.negotiation import REASONS, Auth, Challenge, Hello, Offer, Refusal, parse_first, parse_opening
@@ -409,7 +410,7 @@ def test_a_client_of_wire_v1_says_nothing(stack: ExitStack, ends: Ends) -> None:
 )
 def test_the_terms_are_those_of_the_url(key: Key, other_key: Key, url: str, demand: int, wire: str) -> None:
     """Of several keys the first is proven; an empty host is this machine."""
-    parsed = parse_url(url)
+    parsed = with_defaults(parse_url(url), False, Settings())
     assert isinstance(parsed, ClientURL)
     terms = Terms.of(parsed, CLIENT, [key, other_key])
     assert terms == Terms(parsed.tunnel.host or "localhost", demand, wire, parsed.tunnel_name, CLIENT, key)

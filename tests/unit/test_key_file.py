@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from nodepass.daemon import key_file
 from nodepass.daemon.key_file import LARGEST, MOST_LINES, Keys, generate
 from nodepass.errors import ConfigError
+from nodepass.urls import parse_url
 
 PHRASE = "correct horse battery staple"
 
@@ -236,3 +238,20 @@ def test_systemds_credentials_are_not_warned_of(tmp_path: Path) -> None:
     assert not Keys.find(None, None, environ).notices
     assert not Keys.find(file, None, environ).notices
     assert reasons(Keys.find(file, None, {})) == ["key_readable"]
+
+
+def test_a_file_in_a_url_is_for_that_tunnel_and_wins_over_the_keys_of_the_process(tmp_path: Path) -> None:
+    common, own = generate(), PHRASE
+    file = write(tmp_path / "own key", own)
+    web, ssh = (parse_url(f"server://:1/:2?name={name}") for name in ("web", f"ssh&tunnel_key_file={quote(file)}"))
+    keys_file = write(tmp_path / "keys", f"web {common}")
+    for keys in (Keys.find(None, None, {"TUNNEL_KEY": common}), Keys.find(None, keys_file, {}), Keys()):
+        assert keys.of(web) is keys
+        assert keys.of(ssh).secrets("ssh") == (own,)
+        assert keys.of(ssh) is keys.of(ssh), "the file is read once"
+        assert reasons(keys) == reasons(keys.of(ssh)) == ["key_not_generated"]
+
+
+def test_a_file_in_a_url_that_is_not_usable_is_refused_with_the_tunnel() -> None:
+    with pytest.raises(ConfigError, match=r"^server:1/web: tunnel_key_file=/none: cannot be read: No such file"):
+        Keys().of(parse_url("server://:1/:2?name=web&tunnel_key_file=/none"))

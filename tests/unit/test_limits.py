@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,55 +22,76 @@ def test_more_sessions_than_fit_into_memory_are_warned_of(
 ) -> None:
     monkeypatch.setattr(limits, "memory_limits", lambda: [limits.Memory("cgroup", SMALL)])
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
-    assert not limits.survey(Settings(semaphore_limit=fitting), 1, tls).warnings
-    survey = limits.survey(Settings(semaphore_limit=fitting + 1024), 1, tls)
+    assert not limits.survey([Settings(semaphore_limit=fitting)], tls).warnings
+    survey = limits.survey([Settings(semaphore_limit=fitting + 1024)], tls)
     (warning,) = survey.warnings
     assert (warning.reason, warning.available, warning.semaphore_limit) == ("memory", SMALL, fitting)
     assert warning.needed == SMALL + 1024 * limits.MEMORY_PER_SESSION[tls]
-    assert survey.settings.semaphore_limit == fitting + 1024
+    assert survey.settings[0].semaphore_limit == fitting + 1024
 
 
 def test_settings_are_lowered_in_proportion_but_leave_a_pool() -> None:
     settings = Settings(semaphore_limit=1000, min_pool_capacity=64, max_pool_capacity=2000)
-    assert limits.fit_descriptors(settings, 2, 8000 + limits.OWN) == settings
-    half = limits.fit_descriptors(settings, 2, 4000 + limits.OWN)
-    assert (half.semaphore_limit, half.min_pool_capacity, half.max_pool_capacity) == (500, 64, 1000)
-    many = limits.fit_descriptors(Settings(semaphore_limit=1_000_000), 1, 1000 + limits.OWN)
+    assert limits.fit_descriptors([settings] * 2, 8000 + limits.OWN) == [settings] * 2
+    for half in limits.fit_descriptors([settings] * 2, 4000 + limits.OWN):
+        assert (half.semaphore_limit, half.min_pool_capacity, half.max_pool_capacity) == (500, 64, 1000)
+    (many,) = limits.fit_descriptors([Settings(semaphore_limit=1_000_000)], 1000 + limits.OWN)
     assert (many.semaphore_limit, many.min_pool_capacity, many.max_pool_capacity) == (492, 16, 16)
-    least = limits.fit_descriptors(settings, 2, 3)
-    assert (least.semaphore_limit, least.min_pool_capacity, least.max_pool_capacity) == (1, 1, 1)
+    for least in limits.fit_descriptors([settings] * 2, 3):
+        assert (least.semaphore_limit, least.min_pool_capacity, least.max_pool_capacity) == (1, 1, 1)
 
 
-@given(
-    st.builds(
-        lambda sessions, least, more: Settings(
-            semaphore_limit=sessions, min_pool_capacity=least, max_pool_capacity=least + more
-        ),
-        st.integers(1, 1_000_000),
-        st.integers(1, 1024),
-        st.integers(0, 64_512),
+def test_each_tunnel_is_lowered_in_proportion_to_what_it_can_need() -> None:
+    large = Settings(semaphore_limit=1000, min_pool_capacity=1, max_pool_capacity=2000)
+    small = Settings(semaphore_limit=100, min_pool_capacity=1, max_pool_capacity=200)
+    assert limits.fit_descriptors([large, small], 4400 + limits.OWN) == [large, small]
+    fitting = limits.fit_descriptors([large, small], 2200 + limits.OWN)
+    assert [(each.semaphore_limit, each.max_pool_capacity) for each in fitting] == [(499, 999), (50, 100)]
+
+
+tunnel_settings = st.builds(
+    lambda sessions, least, more: Settings(
+        semaphore_limit=sessions, min_pool_capacity=least, max_pool_capacity=least + more
     ),
-    st.integers(1, 50),
-    st.integers(0, 1 << 20),
+    st.integers(1, 1_000_000),
+    st.integers(1, 1024),
+    st.integers(0, 64_512),
 )
-def test_lowered_settings_fit_are_usable_and_never_above_those_given(
-    settings: Settings, tunnels: int, files: int
-) -> None:
-    fitting = limits.fit_descriptors(settings, tunnels, files)
-    least = tunnels * (limits.PER_SESSION + 1) + limits.OWN  # one session and one pooled connection each
-    assert limits._descriptors(fitting, tunnels) <= max(files, least)
-    assert 1 <= fitting.semaphore_limit <= settings.semaphore_limit
-    assert 1 <= fitting.min_pool_capacity <= fitting.max_pool_capacity <= settings.max_pool_capacity
+
+
+@given(st.lists(tunnel_settings, min_size=1, max_size=50), st.integers(0, 1 << 20))
+def test_lowered_settings_fit_are_usable_and_never_above_those_given(settings: list[Settings], files: int) -> None:
+    fitting = limits.fit_descriptors(settings, files)
+    assert limits._descriptors(fitting) <= max(files, len(settings) * limits.LEAST + limits.OWN)
+    for mine, given_ in zip(fitting, settings, strict=True):
+        assert 1 <= mine.semaphore_limit <= given_.semaphore_limit
+        assert 1 <= mine.min_pool_capacity <= mine.max_pool_capacity <= given_.max_pool_capacity
+
+
+def test_the_limits_of_tunnels_count_by_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1000)
+    monkeypatch.setattr(limits, "pending_limit", lambda: 100)
+    monkeypatch.setattr(
+        limits, "memory_limits", lambda: [limits.Memory("cgroup", limits.MEMORY_OWN[False] + (4 << 20))]
+    )
+    large, small = Settings(), Settings(semaphore_limit=64, max_pool_capacity=64)
+    files, memory = limits.survey([large, small], False).warnings
+    assert files.needed == 3 * 1024 + 3 * 64 + limits.OWN + 100
+    assert "SEMAPHORE_LIMIT 1088 and MAX_POOL_CAPACITY 1088 (sums of 2 tunnels)" in files.words
+    assert files.semaphore_limit == sum(each.semaphore_limit for each in limits.survey([large, small], False).settings)
+    assert memory.semaphore_limit == 256
+    assert f"SEMAPHORE_LIMIT {files.semaphore_limit} (sums of 2 tunnels)" in memory.words
+    assert not limits.survey([replace(small, semaphore_limit=16)] * 2, False).warnings
 
 
 def test_too_few_open_files_are_warned_of_with_what_was_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1000)
     monkeypatch.setattr(limits, "pending_limit", lambda: 100)
     monkeypatch.setattr(limits, "memory_limits", list)
-    survey = limits.survey(Settings(), 1, False)
+    survey = limits.survey([Settings()], False)
     (warning,) = survey.warnings
     assert (warning.reason, warning.needed, warning.available) == ("open_files", 3 * 1024 + limits.OWN + 100, 1000)
-    assert warning.semaphore_limit == survey.settings.semaphore_limit == survey.sessions
+    assert warning.semaphore_limit == survey.settings[0].semaphore_limit == survey.sessions
     assert "lowered to 289 and 289; raise it (ulimit -Hn, LimitNOFILE=)" in warning.words
     assert survey.line == "limits: 1,000 open files allow 289 sessions"
     assert survey.memory is survey.memory_sessions is None
@@ -83,7 +105,7 @@ def test_the_line_names_the_smallest_of_the_limits_on_memory(monkeypatch: pytest
     ]
     monkeypatch.setattr(limits, "memory_limits", lambda: memory)
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
-    survey = limits.survey(Settings(), 1, False)
+    survey = limits.survey([Settings()], False)
     assert survey.line.endswith(" sessions; 64 MiB of memory (cgroup) allow about 2,816")
     assert survey.memory == memory[1]
     assert str(memory[2]) == "1,048,576 MiB of memory (the machine's)"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.config import rows
+from nodepass.config import Scope, rows
 from tests.support.process import REPOSITORY, run
 
 PAGE = REPOSITORY / "docs" / "nodepass.1"
@@ -27,6 +27,7 @@ def render_settings() -> str:
             f"{row.help[0].upper()}{row.help[1:]}.",
             f"Allowed: {row.kind.allowed}.",
             f"Default: {row.default}.",
+            *(["For the whole process: not in a URL."] if row.scope is Scope.PROCESS else []),
         ]
     return "\n".join([*lines, ".El\n"])
 

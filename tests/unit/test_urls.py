@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodepass.config import Settings
+from nodepass.config import Ports, Scope, Settings, rows
 from nodepass.errors import ConfigError
 from nodepass.urls import Address, ClientURL, ServerURL, parse_url, with_defaults
 
@@ -17,20 +17,22 @@ def test_a_server_url_says_everything() -> None:
     url = parse_url("server://0.0.0.0:10101/127.0.0.1:8080?log=debug&tls=2&crt=/a+b%20c.crt&key=k.pem&name=web&wire=2")
     tunnel, target = Address("0.0.0.0", 10101), Address("127.0.0.1", 8080)
     files = ("/a+b c.crt", "k.pem")
-    assert url == ServerURL(tunnel, target, "debug", 2, *files, is_tls_given=True, tunnel_name="web", wire="2")
+    assert url == ServerURL(
+        tunnel, target, "debug", 2, *files, is_tls_given=True, tunnel_name="web", overrides=(("wire", "2"),)
+    )
     assert url.name == "server:10101/web"
 
 
 def test_a_client_url_has_defaults() -> None:
     url = parse_url("client://example.com:1/:65535")
-    assert url == ClientURL(Address("example.com", 1), Address("", 65535), tls=None, tunnel_name="", wire=None)
+    assert url == ClientURL(Address("example.com", 1), Address("", 65535), tls=None, tunnel_name="")
     assert url.name == "client:1"
 
 
 def test_a_client_url_says_everything() -> None:
     url = parse_url("client://example.com:1/:65535?tls=2&wire=1&name=a.B_0-9&log=warn")
     tunnel, target = Address("example.com", 1), Address("", 65535)
-    assert url == ClientURL(tunnel, target, "warn", tls=2, tunnel_name="a.B_0-9", wire="1")
+    assert url == ClientURL(tunnel, target, "warn", tls=2, tunnel_name="a.B_0-9", overrides=(("wire", "1"),))
     assert url.name == "client:1/a.B_0-9"
 
 
@@ -86,6 +88,7 @@ def test_the_wire_is_that_of_the_url_then_of_the_setting_and_2_with_a_key(
     ("text", "has_key", "wire"),
     [
         ("server://:1/:2", False, "1"),
+        ("server://:1/:2?wire=1", False, "auto"),
         ("server://:1/:2", True, "1"),
         ("client://:1/:2", True, "1"),
         ("client://:1/:2?wire=1", True, "auto"),
@@ -128,15 +131,18 @@ def test_hosts_may_be_ipv6_names_or_nothing(text: str, host: str) -> None:
         ("server://a:1/b:2#f", "fragment"),
         ("server://a:1/b:2?log=loud", "debug, info"),
         ("server://a:1/b:2?tsl=1", "did you mean 'tls'"),
+        ("server://a:1/b:2?Min-Pool-Capcity=1", "did you mean 'min_pool_capacity'"),
+        ("server://a:1/b:2?udp_lanes=2&udp_lanes=2", "'udp_lanes' is given twice"),
+        ("server://a:1/b:2?tunnel_keys_file=k", "unknown parameter 'tunnel_keys_file'; did you mean 'tunnel_key_file'"),
+        ("server://a:1/b:2?tunnel_key_file=", "allowed: a file"),
         ("server://a:1/b:2?tls=3", "0, 1, 2"),
         ("server://a:1/b:2?tls=2&key=k", "crt=FILE"),
         ("server://a:1/b:2?tls=2&crt=c", "key=FILE"),
         ("server://a:1/b:2?tls=1&crt=c", "tls=2 only"),
         ("server://a:1/b:2?tls=1&tls=1", "twice"),
-        ("client://a:1/b:2?crt=c", "unknown parameter 'crt'"),
+        ("client://a:1/b:2?crt=c", "crt has no meaning on a client; allowed: on a server"),
         ("client://a:1/b:2?tls=3", "0, 1, 2"),
-        ("server://a:1/b:2?wire=1", "auto, 2"),
-        ("client://a:1/b:2?wire=3", "auto, 1, 2"),
+        ("client://a:1/b:2?wire=3", "auto or 1 or 2"),
         ("server://a:1/b:2?name=a%20b", "at most 64 of A-Z"),
         ("server://a:1/b:2?name=%C3%A4", "at most 64 of A-Z"),
         ("client://a:1/b:2?name=-", "not - alone"),
@@ -164,3 +170,61 @@ def test_any_text_is_a_url_or_a_clear_refusal(text: str) -> None:
     for url in (text, f"server://{text}", f"client://a:1/{text}", f"server://a:1/b:2?{text}"):
         with contextlib.suppress(ConfigError):
             parse_url(url)
+
+
+def is_of_tunnels(name: str, scheme: str) -> bool:
+    row = rows()[name]
+    return row.scope is not Scope.PROCESS and row.role in ("", scheme)
+
+
+@pytest.mark.parametrize("scheme", ["server", "client"])
+@pytest.mark.parametrize("name", rows())
+def test_every_setting_stands_in_the_urls_it_has_a_meaning_for_and_in_no_other(scheme: str, name: str) -> None:
+    text = f"{scheme}://:1/:2?{name}={rows()[name].default}"
+    if is_of_tunnels(name, scheme):
+        assert parse_url(text).overrides == ((name, rows()[name].default),)
+        with pytest.raises(ConfigError, match=rf"^URL .*{name}='nonsense' is not usable; allowed: .") as caught:
+            parse_url(f"{scheme}://:1/:2?{name}=nonsense")
+        assert caught.value.args[0].endswith(rows()[name].kind.allowed)
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_url(text)
+    is_process_wide = rows()[name].scope is Scope.PROCESS
+    why = "for the whole process" if is_process_wide else f"no meaning on a {scheme}; allowed: on a {rows()[name].role}"
+    assert f"URL {text!r}: {name}" in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_settings_of_the_whole_process_are_these() -> None:
+    assert {name for name, row in rows().items() if row.scope is Scope.PROCESS} == {
+        "start_timeout",
+        "shutdown_timeout",
+        "log_format",
+        "metrics_listen",
+    }
+
+
+def test_a_setting_in_a_url_wins_and_is_for_its_tunnel_only() -> None:
+    common = Settings(min_pool_capacity=3, udp_lanes=2)
+    one, other = (parse_url(f"server://:1/:2{query}") for query in ("?min_pool_capacity=7&data_port=20000-20099", ""))
+    assert one.settings(common) == Settings(min_pool_capacity=7, udp_lanes=2, data_port=Ports(20000, 20099))
+    assert other.settings(common) == common
+
+
+def test_settings_that_do_not_go_together_are_refused_where_a_url_causes_that() -> None:
+    words = "the settings of server:1/a: MIN_POOL_CAPACITY 2000 is above MAX_POOL_CAPACITY 1024; allowed: at most"
+    with pytest.raises(ConfigError, match=words):
+        with_defaults(parse_url("server://:1/:2?name=a&min_pool_capacity=2000"), False, Settings())
+    with_defaults(parse_url("server://:1/:2?min_pool_capacity=2000&max_pool_capacity=2000"), False, Settings())
+
+
+@pytest.mark.parametrize("parameter", ["tunnel_key", "TUNNEL_KEY", "tunnel-key", "tunnelkey"])
+@pytest.mark.parametrize("before", ["server://:1/:2?", "client://nowhere?log=loud&", "secret://@#?"])
+def test_a_key_in_a_url_is_refused_and_never_repeated(parameter: str, before: str) -> None:
+    with pytest.raises(ConfigError, match=r"every user of the machine.*allowed: tunnel_key_file=FILE") as caught:
+        parse_url(f"{before}{parameter}=hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_file_stands_in_a_url() -> None:
+    assert parse_url("client://:1/:2?tunnel_key_file=/a%20b").tunnel_key_file == "/a b"
