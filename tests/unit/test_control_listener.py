@@ -300,6 +300,33 @@ def test_a_client_that_has_waited_for_its_turn_for_too_long_is_told_that_the_pla
     assert port.slot.control
 
 
+@pytest.mark.parametrize("keys", [(), (KEY,)], ids=["no key", "key"])
+def test_a_connection_dropped_at_any_moment_of_its_admission_holds_nothing(stack: ExitStack, keys: list[Key]) -> None:
+    port, said = OpenPort(stack, *keys), hello(ONE)
+    for turns in range(12):
+        peer = port.connect(said)
+        if keys:
+            prove(peer, KEY, said)
+        for _ in range(turns):
+            gevent.sleep(1e-9)  # an iteration of the event loop
+        before = len(port.control_listener._pending)
+        for pending in list(port.control_listener._pending._by_socket.values()):
+            port.control_listener._pending._drop(pending)
+        if before:
+            with contextlib.suppress(ConnectionError):
+                while peer.recv(1000):  # up to the end
+                    pass
+            assert port.slot.control is None
+        client = port.connect(said)
+        if keys:
+            prove(client, KEY, said)
+        take_offer(client)  # the place was not left locked
+        client.close()
+        peer.close()
+        until(lambda: port.slot.control is None)
+    assert port.common.stats.trouble["pending_dropped"]
+
+
 # Names
 
 
