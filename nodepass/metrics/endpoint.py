@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from ipaddress import ip_address
 
 from nodepass.config import Listen
 from nodepass.log import Log
 from nodepass.metrics.exposition import CONTENT_TYPE, Exposition
-from nodepass.metrics.http import Answer, HTTPServer
+from nodepass.metrics.http import Answer, HTTPServer, Request
 from nodepass.net.listen import listen_tcp
 from nodepass.net.sockets import format_sockaddr
 from nodepass.net.unix import UnixListener
@@ -57,15 +58,31 @@ class MetricsEndpoint:
         if self._server:
             self._server.close()
 
-    def _answer(self, path: str) -> Answer:
-        routes = {"/metrics": self._metrics, "/healthz": self._health, "/readyz": self._readiness}
+    def _answer(self, request: Request) -> Answer:
+        path, routes = request.path, {"/metrics": self._metrics, "/healthz": self._health, "/readyz": self._readiness}
         if path not in routes:
             return Answer.of(HTTPStatus.NOT_FOUND, f"available: {', '.join(routes)}")
+        if path == "/metrics" and not self._is_own(request.host):
+            text = f"Host {request.host!r} is refused; allowed: an address, localhost, or the name in METRICS_LISTEN"
+            return Answer.of(HTTPStatus.MISDIRECTED_REQUEST, text)
         try:
             return routes[path]()
         except Exception as error:  # noqa: BLE001  # a bug: answered with a 500, and the endpoint goes on
             self._log.error("metrics.bug", "request for %(path)s crashed (bug)", crash=error, path=path)
             return Answer.of(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error, see the log")
+
+    def _is_own(self, host: str) -> bool:
+        """Whether a Host is no other site's name: by one that points here, a web page could read what is for us.
+
+        (DNS rebinding: the browser of a machine that reaches the endpoint believes it to be that page's own server.)
+        """
+        if self._listen.path or host in ("", LOOPBACK, self._listen.host.lower().removesuffix(".")):
+            return True
+        try:
+            ip_address(host.partition("%")[0])
+        except ValueError:
+            return False
+        return True
 
     def _metrics(self) -> Answer:
         return Answer(HTTPStatus.OK, self._exposition.text(), CONTENT_TYPE)

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import NamedTuple
 
 import gevent
 
@@ -54,6 +55,14 @@ class Answer:
         return head.encode() + (self.body if with_body else b"")
 
 
+class Request(NamedTuple):
+    """What was requested, and under which name."""
+
+    method: str  # GET or HEAD
+    path: str  # without its query
+    host: str  # of the Host header, without its port; empty where there is none
+
+
 class BadRequest(NodepassError):
     """The request cannot be parsed or is not supported; `answer` says why."""
 
@@ -63,10 +72,10 @@ class BadRequest(NodepassError):
 
 
 class HTTPServer:
-    """Answers requests on these listeners, and closes them; `answer` maps a path to its answer."""
+    """Answers requests on these listeners, and closes them; `answer` maps a request to its answer."""
 
     def __init__(
-        self, listeners: Sequence[socket.socket], answer: Callable[[str], Answer], log: Log, stats: Stats
+        self, listeners: Sequence[socket.socket], answer: Callable[[Request], Answer], log: Log, stats: Stats
     ) -> None:
         self._listeners = listeners
         self._answer = answer
@@ -123,9 +132,9 @@ class HTTPServer:
     def _converse(self, sock: socket.socket) -> None:
         with_body = True
         try:
-            method, path = _read_request(sock)
-            with_body = method != "HEAD"
-            answer = self._answer(path)
+            request = read_request(sock)
+            with_body = request.method != "HEAD"
+            answer = self._answer(request)
         except BadRequest as error:
             answer = error.answer
         sock.sendall(answer.encode(with_body))
@@ -135,11 +144,8 @@ class HTTPServer:
                 pass
 
 
-def _read_request(sock: socket.socket) -> tuple[str, str]:
-    """Read up to the blank line; the method, GET or HEAD, and the path without its query.
-
-    Raises BadRequest, OSError.
-    """
+def read_request(sock: socket.socket) -> Request:
+    """Read up to the blank line. Raises BadRequest, OSError."""
     received = b""
     while b"\r\n\r\n" not in received:
         if len(received) > LARGEST_REQUEST:
@@ -148,9 +154,15 @@ def _read_request(sock: socket.socket) -> tuple[str, str]:
         if not data:
             raise ConnectionError("closed before the end of the request")
         received += data
-    words = received.partition(b"\r\n")[0].split(b" ")
+    first, *headers = received.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    words = first.split(b" ")
     if len(words) != 3 or not words[1].startswith(b"/") or not words[2].startswith(b"HTTP/1."):
         raise BadRequest(HTTPStatus.BAD_REQUEST, "not an HTTP/1.1 request")
     if words[0] not in (b"GET", b"HEAD"):
         raise BadRequest(HTTPStatus.METHOD_NOT_ALLOWED, "allowed: GET, HEAD")
-    return words[0].decode(), words[1].partition(b"?")[0].decode("ascii", "replace")
+    hosts = [value for name, _, value in (each.partition(b":") for each in headers) if name.lower() == b"host"]
+    if len(hosts) > 1:
+        raise BadRequest(HTTPStatus.BAD_REQUEST, "more than one Host")
+    host = hosts[0].strip().decode("ascii", "replace").lower() if hosts else ""
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return Request(words[0].decode(), words[1].partition(b"?")[0].decode("ascii", "replace"), host.removesuffix("."))

@@ -7,8 +7,8 @@ its size and time are limited, and its texts are made printable. prometheus_clie
 from __future__ import annotations
 
 import contextlib
+import http
 import http.client
-import math
 import socket
 import threading
 import time
@@ -22,7 +22,8 @@ from nodepass.tunnel.security import abbreviate
 from nodepass.urls import Address
 
 TIMEOUT = 5.0  # seconds for one response
-LARGEST = 32 << 20  # bytes: some 10,000 tunnels
+LARGEST = 4 << 20  # bytes: some 400 tunnels; parsing takes a second for each megabyte
+MOST = 2.0**63  # of a sample: no sum of those that fit into an answer, and no rate, becomes infinite
 ALLOWED = "HOST:PORT, http://HOST:PORT/metrics, unix:/PATH or a path"
 
 
@@ -53,8 +54,12 @@ class Source:
                     body = response.read(LARGEST + 1)
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise NoAnswer(f"{self}: {_words(error)}") from None
-        if response.status != 200 or len(body) > LARGEST:
+        if response.status == http.HTTPStatus.MISDIRECTED_REQUEST:
+            raise NoAnswer(f"{self}: {_printable(body[:200].decode('ascii', 'replace').strip())}")
+        if response.status != 200:
             raise NoAnswer(f"{self}: not an endpoint of nodepass (HTTP {response.status})")
+        if len(body) > LARGEST:
+            raise NoAnswer(f"{self}: an answer of more than {LARGEST >> 20} MiB")
         return body.decode("utf-8", "replace")
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -158,7 +163,7 @@ def take(source: Source) -> Scrape:
             (sample.name, {key: _printable(label) for key, label in sample.labels.items()}, sample.value)
             for family in text_string_to_metric_families(text)
             for sample in family.samples
-            if math.isfinite(sample.value)  # nodepass exports no others, and they cannot become integers
+            if abs(sample.value) <= MOST  # nodepass exports no others; NaN is not among them either
         ]
     except (ValueError, KeyError, IndexError):
         samples = []

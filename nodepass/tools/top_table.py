@@ -68,6 +68,7 @@ class Watch:
         """Add a scrape; after a restart of the process the rates begin again."""
         before, self.last = self.last, scrape
         self.rates, self.cpu = {}, None
+        self._history = {name: rates for name, rates in self._history.items() if name in scrape.tunnels}
         if before is None or before.started != scrape.started:
             return
         seconds = max(1e-3, scrape.taken - before.taken)

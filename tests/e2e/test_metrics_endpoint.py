@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from nodepass.config import Listen
+from nodepass.log import Log
+from nodepass.metrics.endpoint import MetricsEndpoint
+from nodepass.metrics.http import read_request
+from nodepass.stats import Stats
 from tests.support.process import Finished, Nodepass, run
 from tests.support.scrape import WATCHED, get, metrics_of, parse, reach, value, wait_for_value
 from tests.support.sockets import connect, format_address, has_ipv6, is_over, receive_all, until
@@ -168,6 +173,44 @@ def test_only_what_is_there_is_served(server: OurServer) -> None:
     head = get(place, method="HEAD")
     assert (head.status, head.body) == (200, "")
     assert "Content-Type: text/plain; version=0.0.4; charset=utf-8" in head.head
+
+
+NAMES = [
+    ("127.0.0.1:9464", 200),
+    ("[::1]:9464", 200),
+    ("[fe80::1%25eth0]", 200),
+    ("LocalHost.:9464", 200),
+    ("", 200),
+    ("attacker.example:9464", 421),
+    ("127.0.0.1.attacker.example", 421),
+    ("localhost.attacker.example", 421),
+    ("[attacker.example]:9464", 421),
+]
+
+
+@pytest.mark.parametrize(("host", "status"), NAMES)
+def test_metrics_are_not_shown_to_a_page_whose_name_points_here(server: OurServer, host: str, status: int) -> None:
+    """A browser takes the endpoint for that page's own server: DNS rebinding."""
+    for path, expected in (("/metrics", status), ("/healthz", 200), ("/readyz", 503)):
+        with connect(metrics_of(server)) as sock:
+            sock.sendall(f"GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
+            answer = receive_all(sock)
+        assert answer.startswith(f"HTTP/1.1 {expected} ".encode()), path
+
+
+def test_a_page_of_another_name_is_told_what_is_allowed(server: OurServer) -> None:
+    with connect(metrics_of(server)) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: attacker.example\r\n\r\n")
+        assert b"allowed: an address, localhost, or the name in METRICS_LISTEN" in receive_all(sock)
+
+
+def test_the_name_in_metrics_listen_is_its_own() -> None:
+    text = b"GET /metrics HTTP/1.1\r\nHost: Nodepass.Test.:1\r\n\r\n"
+    endpoint = MetricsEndpoint(Listen("nodepass.test", 0), list, Log("test"), Stats())
+    mine, peers = socket.socketpair()
+    with mine, peers:
+        peers.sendall(text)
+        assert endpoint._answer(read_request(mine)).status == 200
 
 
 @pytest.mark.parametrize("request_", [b"\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics\r\n\r\n", b"\x16\x03\x01\r\n\r\n"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import itertools
 import re
 import signal
 import socket
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from nodepass.tools import top_scrape
+from nodepass.tools.top_scrape import NoAnswer, Source, take
+from nodepass.tools.top_table import Watch, plain, sparkline
 from tests.support.command import call
 from tests.support.process import PROGRAM, Nodepass, run, scrubbed
 from tests.support.scrape import WATCHED, metrics_of
@@ -253,6 +256,48 @@ def test_what_an_endpoint_says_cannot_command_the_terminal() -> None:
     assert done.code == 0
     assert "[red]?]0;x?" in done.output
     assert "\x1b" not in done.output
+
+
+NUMBERS = ["1.7e308", "-1.7e308", "+Inf", "-Inf", "NaN", "1e18"]
+
+
+@pytest.mark.parametrize("numbers", list(itertools.product(NUMBERS, repeat=2)))
+def test_no_number_of_an_endpoint_ends_it(monkeypatch: pytest.MonkeyPatch, numbers: tuple[str, str]) -> None:
+    """Sums and rates of the largest ones would be infinite."""
+    watch = Watch()
+    names = (
+        'bytes_total{direction="up",',
+        'sessions_total{outcome="reset",',
+        "round_trip_seconds{",
+        "pool_idle_connections{",
+    )
+    for number in numbers:
+        body = f"nodepass_build_info 1\nprocess_cpu_seconds_total {number}\n"
+        body += "".join(f'nodepass_{name}tunnel="a",n="{each}"}} {number}\n' for name in names for each in range(3))
+        monkeypatch.setattr(Source, "fetch", lambda _, body=body: body)
+        scrape = take(Source("", 0))
+        scrape.taken = 0.0
+        watch.add(scrape)
+    assert plain(watch.rows())
+    assert watch.headline()
+    assert sparkline(watch.history("a"), 10) is not None
+
+
+def test_an_answer_of_more_than_4_mib_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # the name that the library calls
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(top_scrape.LARGEST + 1))
+
+        def log_message(self, *_: object) -> None:
+            """Not into the tests' output."""
+
+    monkeypatch.setattr(top_scrape, "LARGEST", 1 << 20)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Large) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with pytest.raises(NoAnswer, match="an answer of more than 1 MiB"):
+            take(Source("127.0.0.1", server.server_address[1]))
+        server.shutdown()
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])

@@ -12,7 +12,7 @@ from unittest import mock
 from nodepass.daemon import systemd
 from nodepass.daemon.systemd import FIRST_SOCKET, ServiceManager
 from nodepass.errors import ConfigError
-from nodepass.metrics.http import LARGEST_REQUEST, BadRequest, _read_request
+from nodepass.metrics.http import LARGEST_REQUEST, BadRequest, read_request
 from nodepass.net.activation import PassedSocket
 from nodepass.tools.top_scrape import NoAnswer, Source, take
 from nodepass.tools.top_table import HISTORY, Watch, plain, sparkline
@@ -28,7 +28,7 @@ def check_request(data: bytes) -> None:
     arriving = pieces(said, sizes)
     sock = ScriptedSocket(lambda: next(arriving, b""))
     try:
-        method, path = _read_request(cast(socket.socket, sock))
+        method, path, host = read_request(cast(socket.socket, sock))
     except BadRequest as refusal:
         assert_plain(refusal)
         assert b"\r\n\r\n" in sock.heard or len(sock.heard) > LARGEST_REQUEST
@@ -39,6 +39,7 @@ def check_request(data: bytes) -> None:
         assert said.startswith(f"{method} /".encode())
         assert path.startswith("/")
         assert "?" not in path
+        assert host == host.lower()
     assert len(sock.heard) <= LARGEST_REQUEST + max(sizes)
 
 

@@ -56,7 +56,7 @@ def reach(place: Place) -> socket.socket:
 def get(place: Place, path: str = "/metrics", method: str = "GET") -> Response:
     """Ask once."""
     with reach(place) as sock:
-        sock.sendall(f"{method} {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        sock.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         head, _, body = receive_all(sock).decode().partition("\r\n\r\n")
     match = re.match(r"HTTP/1\.1 (\d{3}) ", head)
     assert match, f"no HTTP answer: {head!r}"

@@ -34,6 +34,14 @@ def test_after_a_restart_of_the_process_there_are_no_rates_yet() -> None:
     assert watch.rows()[0][-1] == "-"
 
 
+def test_tunnels_that_are_gone_leave_no_history() -> None:
+    watch = Watch()
+    for taken, name in ((10, "a"), (12, "a"), (14, "b"), (16, "b")):
+        watch.add(scrape(taken, Tunnel(name, up=taken)))
+    assert list(watch.history("b")) == [1]
+    assert not watch.history("a")
+
+
 @pytest.mark.parametrize(
     ("values", "width", "bars"),
     [
