@@ -263,11 +263,3 @@ def set_up(level: str, environ: Mapping[str, str], stream: TextIO | None = None,
     _root.handlers = [handler]
     _root.propagate = False
     _root.setLevel(LEVELS[level])
-
-
-def finish() -> None:
-    """Flush; what a full disk does not take is given up, and does not change the exit status."""
-    try:
-        sys.stderr.flush()
-    except OSError:
-        sys.stderr = None  # the interpreter would try again, and exit with status 120

@@ -132,6 +132,7 @@ class Stats:
         self.target_dials = Histogram()
         self.data_dials = Histogram()
         self.first_bytes = Histogram()
+        self.log_lines_lost = 0  # of the whole process
 
     @property
     def bytes_up(self) -> int:

@@ -2,7 +2,7 @@
 
 The parts are the metrics endpoint, the tunnels under their supervisors, and the notifier. A signal's handler only
 queues its number; the main greenlet acts. SIGTERM and SIGINT drain and stop, and a second one exits at once. SIGHUP
-reloads the certificate files. SIGUSR1 writes statistics and greenlets to the log.
+reloads the certificate files. SIGUSR1 logs statistics and dumps the greenlets (`dump`).
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import contextlib
 import signal
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
 from gevent.lock import Semaphore
 from gevent.queue import Queue
 
 from nodepass.config import Settings, format_duration
+from nodepass.daemon.dump import count_greenlets, list_greenlets, save
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
 from nodepass.daemon.notifier import Notifier
 from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
-from nodepass.errors import ConfigError, StartError
+from nodepass.errors import ConfigError, StartError, reason
 from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited
 from nodepass.stats import Stats
@@ -56,10 +57,16 @@ class Daemon:
     """The whole process. Raises ConfigError where a certificate or what METRICS_LISTEN needs is not usable."""
 
     def __init__(
-        self, urls: Sequence[ServerURL | ClientURL], settings: Settings, keys: Keys, manager: ServiceManager
+        self,
+        urls: Sequence[ServerURL | ClientURL],
+        settings: Settings,
+        keys: Keys,
+        manager: ServiceManager,
+        stats: Stats,
     ) -> None:
+        """`stats`: of what belongs to no tunnel."""
         self._log = Log("nodepass")
-        self._stats = Stats()  # of what belongs to no tunnel
+        self._stats = stats
         self._tasks = TaskGroup(self._log, self._stats)
         # not SimpleQueue: until gevent 25 that was the standard library's, whose `get` stops the whole process
         self._signals: Queue[int] = Queue()
@@ -68,6 +75,7 @@ class Daemon:
         self._settings = settings  # of the process
         self._keys = keys
         self._urls = urls
+        self._runtime_directory = manager.runtime_directory
         self._reloading = Semaphore()
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
         makers = make_tunnels(urls, self._limits.settings, keys, self._inherited)
@@ -216,15 +224,29 @@ class Daemon:
                 tunnel.log.warning("keys.missing", words, place=self._keys.place)
 
     def _dump(self) -> None:
-        """Write what SIGUSR1 asks for."""
-        from gevent.util import format_run_info
-
+        """Write what SIGUSR1 asks for; the last line sums it up."""
         for tunnel in (each.tunnel for each in self._tunnels):
             tunnel.log.always("tunnel.report", literal(tunnel.describe()), **report_fields(tunnel.view(), tunnel.stats))
-        bugs = f"bugs {self.bugs}, see the tracebacks" if self.bugs else "no bugs"
-        self._log.always("process.bugs", bugs, bugs=self.bugs)
-        for line in cast(Callable[[], list[str]], format_run_info)():  # gevent's stubs say that it returns nothing
-            self._log.always("process.greenlets", "%(line)s", line=line)
+        lines = list_greenlets()
+        path, lost = self._save(lines), self._stats.log_lines_lost
+        words = f"bugs {self.bugs}, see the tracebacks" if self.bugs else "no bugs"
+        words += ", lost %(lost)d lines of the log" if lost else ""
+        words += ", %(greenlets)d greenlets, listed " + ("in %(path)s" if path else "at debug")
+        greenlets = count_greenlets(lines)
+        self._log.always("process.bugs", words, bugs=self.bugs, lost=lost, greenlets=greenlets, path=path)
+
+    def _save(self, greenlets: Sequence[str]) -> str:
+        """The file that has the greenlets now; empty where the log has them, at debug."""
+        if self._runtime_directory:
+            try:
+                return save(greenlets, self._runtime_directory)
+            except OSError as error:
+                words = "cannot write the list of greenlets into %(directory)s: %(error)s"
+                directory = self._runtime_directory
+                self._log.warning("process.dump_failed", words, directory=directory, error=reason(error))
+        for line in greenlets:
+            self._log.debug("process.greenlets", "%(line)s", line=line)
+        return ""
 
     def _sessions(self) -> int:
         return sum(len(each.tunnel.sessions) for each in self._tunnels)

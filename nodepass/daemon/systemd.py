@@ -1,8 +1,8 @@
 """systemd's protocol: what it passes to the process at the start, and how the process notifies it.
 
-The variables (sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3)) are removed from the environment, so that child
-code does not act on them. `notifier` decides what to send, `net.activation` which address a passed socket is for. `cli`
-and `check` call `ServiceManager.take`.
+The variables (sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3), systemd.exec(5)) are removed from the
+environment, so that child code does not act on them. `notifier` decides what to send, `net.activation` which address a
+passed socket is for. `cli` and `check` call `ServiceManager.take`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class ServiceManager:
     address: str = ""  # where to send notifications; empty: send none
     watchdog: float = 0.0  # seconds without a ping after which systemd kills the process; 0: never
     sockets: tuple[PassedSocket, ...] = ()
+    runtime_directory: str = ""  # of this service alone, removed when it stops; empty: there is none
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> ServiceManager:
@@ -37,7 +38,8 @@ class ServiceManager:
         if address and (address[0] not in "/@" or len(address) == 1):
             allowed = "an absolute path, or an abstract name that begins with @"
             raise ConfigError(f"NOTIFY_SOCKET: {address!r} is not usable; allowed: {allowed}")
-        return cls(address, _take_watchdog(environ), _take_sockets(environ))
+        directory = environ.pop("RUNTIME_DIRECTORY", "").partition(":")[0]
+        return cls(address, _take_watchdog(environ), _take_sockets(environ), directory)
 
     def notify(self, *lines: str) -> None:
         """Send assignments such as `READY=1`, if systemd wants them. Raises OSError."""

@@ -32,7 +32,7 @@ class MetricsEndpoint:
         self._listen = listen
         self._watch = watch
         self._log, self._stats = log, stats
-        self._exposition = Exposition(watch)
+        self._exposition = Exposition(watch, stats)
         self._unix: UnixListener | None = None
         self._server: HTTPServer | None = None
 

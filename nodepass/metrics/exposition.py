@@ -22,6 +22,7 @@ from prometheus_client.samples import Sample
 
 from nodepass import __version__
 from nodepass.metrics.families import FAMILIES
+from nodepass.stats import Stats
 from nodepass.tunnel.interface import Watched
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -50,15 +51,18 @@ class _YieldingSamples(list[Sample]):
 
 
 class _TunnelCollector(Collector):
-    """The metrics of `families`; reading and writing them yields to other greenlets."""
+    """The metrics of `families`, and those of no tunnel; reading and writing them yields to other greenlets."""
 
-    def __init__(self, watch: Callable[[], Sequence[Watched]]) -> None:
+    def __init__(self, watch: Callable[[], Sequence[Watched]], stats: Stats) -> None:
         self._watch = watch
+        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
         build = GaugeMetricFamily("nodepass_build_info", "Versions in use.", labels=("version", "python", "gevent"))
         build.add_metric((__version__, platform.python_version(), gevent.__version__), 1)
         yield build
+        lost = "Lines of the log that were lost, because stderr was not read or could not be written."
+        yield CounterMetricFamily("nodepass_log_lines_lost", lost, self._stats.log_lines_lost)
         watched = self._watch()
         for family in FAMILIES:
             metric = family.build(_one_by_one(watched))
@@ -93,9 +97,10 @@ class _ProcessCollector(Collector):
 class Exposition:
     """The text of all metrics. One greenlet at a time generates it; frequent scrapes receive the same text again."""
 
-    def __init__(self, watch: Callable[[], Sequence[Watched]]) -> None:
+    def __init__(self, watch: Callable[[], Sequence[Watched]], stats: Stats) -> None:
+        """`stats`: of what belongs to no tunnel."""
         self._registry = CollectorRegistry()
-        self._registry.register(_TunnelCollector(watch))
+        self._registry.register(_TunnelCollector(watch, stats))
         if Path("/proc/self/stat").exists():
             self._registry.register(_ProcessCollector())
         self._making = Semaphore()

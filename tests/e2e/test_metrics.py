@@ -178,6 +178,7 @@ def test_peer_round_trip_pool_and_limits_are_told(shared: Watched) -> None:
         assert value(place, "nodepass_session_slots") == 1024
         assert value(place, "nodepass_build_info", version=__version__) == 1
         assert value(place, "nodepass_ready") == 1
+        assert value(place, "nodepass_log_lines_lost_total") == 0
 
 
 def test_the_expiry_is_that_of_the_certificate(shared: Watched, authority: Authority) -> None:

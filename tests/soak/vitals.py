@@ -35,7 +35,6 @@ HEAP = (256.0, 16.0)
 BLOCKS = (3000.0, 200.0)
 """Python's blocks, likewise."""
 
-GREENLET = re.compile(r"\+--- <(?!.*; finished)")
 """A line of gevent's about a greenlet that has not finished; one that has is only not collected yet."""
 
 
@@ -50,13 +49,11 @@ def take_sample(process: Nodepass) -> Sample:
 
 
 def count_greenlets(process: Nodepass) -> int:
-    """How many greenlets there are, asked by SIGUSR1; what it writes is left out of the log that is looked at."""
+    """How many greenlets there are, asked by SIGUSR1."""
     mark = process.mark()
     process.send(signal.SIGUSR1)
-    process.wait_for("process.greenlets", after=mark)
-    process.send(signal.SIGHUP)  # its line comes behind the whole dump
-    process.wait_for("process.reloading", after=mark)
-    return len(process.find("process.greenlets", after=mark, line=GREENLET))
+    greenlets: int = process.wait_for("process.bugs", after=mark)["greenlets"]
+    return greenlets
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def make_daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Daemon, 
 
         monkeypatch.setattr(server, "Server", make_server)
         settings = Settings(shutdown_timeout=4, service_cooldown=0.01, start_timeout=start_timeout)
-        made = Daemon(URLS, settings, Keys(), ServiceManager())
+        made = Daemon(URLS, settings, Keys(), ServiceManager(), Stats())
         return made, calls
 
     return make

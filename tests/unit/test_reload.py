@@ -44,7 +44,7 @@ class Process:
         self.keys = Keys.find(None, str(file), {})
         self.tunnels = tunnels
         urls = [parse_url(f"server://:1/:2?name={name}") for name in NAMES]
-        self.daemon = Daemon(urls, Settings(), self.keys, ServiceManager())
+        self.daemon = Daemon(urls, Settings(), self.keys, ServiceManager(), Stats())
 
     def write(self, **secrets: str) -> None:
         self.file.write_text("".join(f"{name} {secret}\n" for name, secret in secrets.items()))

@@ -1,0 +1,169 @@
+"""Where the log goes: stderr, which must never stop the process, however slowly it is read.
+
+A pipe or terminal that is not read makes a plain write wait, and with it every tunnel. Here a write takes what stderr
+accepts at once. The rest is queued and tried again by a timer. When the queue is full, lines are lost: they are counted
+in `Stats`, and the log says how many once there is room again. Lines keep their order.
+
+`cli` puts a LogOutput in place of `sys.stderr`, so that tracebacks of the interpreter and the reason of a failed start
+follow the lines that are queued, and cannot make the process wait either. `finish` runs when the interpreter exits.
+
+Only regular files are written without this care: no system call tells that a disk is slow.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import select
+import stat
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from socket import MSG_DONTWAIT
+from typing import TextIO, cast
+
+from gevent.monkey import get_original
+
+from nodepass.log import Log
+from nodepass.stats import Stats
+from nodepass.tasks import IdleTimer
+
+QUEUED = 256 << 10  # bytes that wait for room at most: some 2,000 lines, beside the 64 KiB of a pipe
+RETRY = 0.02  # seconds between two attempts while lines wait; an attempt takes 10 microseconds
+LAST_CHANCE = 1.0  # seconds at the exit for the lines that wait
+
+_poll = get_original("select", "poll")
+_socket = get_original("socket", "socket")
+
+Write = Callable[
+    [bytes], int
+]  # returns how many bytes were taken; raises OSError, BlockingIOError where there is no room
+
+
+class LogOutput(io.TextIOBase):
+    """A text stream on a descriptor; `write` never waits."""
+
+    def __init__(self, descriptor: int, encoding: str, stats: Stats) -> None:
+        self._descriptor = descriptor
+        self._encoding = encoding
+        self._stats = stats
+        self._opened = ExitStack()
+        self._write = _open(descriptor, self._opened)
+        self._lines: deque[bytes] = deque()
+        self._size = 0  # bytes of them
+        self._lost = 0  # lines since the log last said how many
+        self._broken = False  # the last write failed, and not for lack of room
+        self._timer = IdleTimer(RETRY, self._retry)
+
+    @classmethod
+    def replace_stderr(cls, stats: Stats) -> None:
+        """Put one in place of sys.stderr until the process ends, unless that is no file."""
+        try:
+            descriptor = sys.stderr.fileno()
+        except (AttributeError, OSError):  # it was closed when the process started, or is a program's own object
+            return
+        output = cls(descriptor, sys.stderr.encoding, stats)
+        sys.stderr = cast(TextIO, output)
+        atexit.register(output.finish)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        """Write or queue one line, or count it as lost. Once one is lost, all are until half of the queue is written:
+        the log has gaps rather than holes everywhere.
+        """
+        if self._lost or self._size >= QUEUED:
+            self._lost += 1
+            self._stats.log_lines_lost += 1
+        else:
+            line = text.encode(self._encoding, "backslashreplace")
+            self._lines.append(line)
+            self._size += len(line)
+        if self._retry():
+            self._timer.start()
+        return len(text)
+
+    def finish(self) -> None:
+        """Write what waits, for at most LAST_CHANCE seconds. What is not taken by then is given up."""
+        self._timer.stop()
+        deadline = time.monotonic() + LAST_CHANCE
+        room = _poll()
+        room.register(self._descriptor, select.POLLOUT)
+        while self._retry() and not self._broken and (left := deadline - time.monotonic()) > 0:
+            room.poll(1000 * left)
+
+    def close(self) -> None:
+        """Write nothing more; the descriptor itself stays open."""
+        self._timer.stop()
+        self._opened.close()
+        super().close()
+
+    def _retry(self) -> bool:
+        """Write what stderr takes now; whether lines are still waiting."""
+        self._broken = False
+        try:
+            while self._lines:
+                self._write_first()
+        except OSError as error:
+            self._broken = not isinstance(error, BlockingIOError)
+        if self._lost and self._size <= QUEUED // 2:
+            lost, self._lost = self._lost, 0
+            words = "lost %(lines)d lines of the log: stderr was not read, or could not be written"
+            Log("nodepass").error("log.lost", words, lines=lost)
+        return bool(self._lines)
+
+    def _write_first(self) -> None:
+        line = self._lines[0]
+        taken = self._write(line)
+        self._size -= taken
+        if taken < len(line):
+            self._lines[0] = line[taken:]
+        else:
+            self._lines.popleft()
+
+
+def _open(descriptor: int, opened: ExitStack) -> Write:
+    """How to write to a descriptor without waiting; `opened` closes what this takes.
+
+    O_NONBLOCK belongs to the open file description, which other processes share, so it must not be set there. A pipe or
+    a terminal is opened once more. A socket cannot be, but each send can say that it must not wait.
+    """
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(mode):
+        sock = opened.enter_context(_socket(fileno=os.dup(descriptor)))
+        return lambda data: int(sock.send(data, MSG_DONTWAIT))
+    if stat.S_ISREG(mode):
+        return lambda data: os.write(descriptor, data)
+    try:
+        own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # it belongs to another user, or is a pipe without a reader
+        return partial(_write_where_room, descriptor)
+    opened.callback(os.close, own)
+    return lambda data: os.write(own, data)
+
+
+def _write_where_room(descriptor: int, data: bytes) -> int:
+    """Write what fits at once into what may be a blocking pipe: where poll finds room, it is PIPE_BUF bytes or more.
+
+    Another process that writes to the same pipe may take that room in between; then this waits for the reader.
+    """
+    room = _poll()
+    room.register(descriptor, select.POLLOUT)
+    if not room.poll(0):
+        raise BlockingIOError
+    return os.write(descriptor, data[: select.PIPE_BUF])
