@@ -221,6 +221,12 @@ class Settings:
         "server: data connections that carry all flows, opened on demand",
         role="server",
     )
+    idle_timeout: float = setting(
+        "0", duration(0, DAY), "timing", "a TCP session ends after this time without a byte either way; 0: no limit"
+    )
+    first_byte_timeout: float = setting(
+        "0", duration(0, DAY), "timing", "a TCP session ends if its visitor sends nothing for this time; 0: no limit"
+    )
     handshake_timeout: float = setting(
         "5s",
         duration(0.001, DAY),

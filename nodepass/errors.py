@@ -56,6 +56,14 @@ class NoDataConnection(NodepassError, ConnectionError):
     """No data connection was available in time."""
 
 
+class ExpiredError(NodepassError, TimeoutError):
+    """A timeout of a session has passed; `outcome` is one of `stats.TCP_OUTCOMES`."""
+
+    def __init__(self, outcome: str, words: str) -> None:
+        super().__init__(words)
+        self.outcome = outcome
+
+
 class RefusedError(NodepassError, ConnectionError):
     """The handshake was refused; `reason` is the wire's token, the text is for people."""
 

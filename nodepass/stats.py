@@ -15,7 +15,7 @@ from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, 
 
 # Seconds: from a round trip in a LAN to the default limit of a handshake, and beyond.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-TCP_OUTCOMES = ("completed", "reset", "cut", "unserved", "unreachable")
+TCP_OUTCOMES = ("completed", "reset", "vanished", "idle", "silent", "cut", "unserved", "unreachable")
 UDP_OUTCOMES = ("completed", "evicted", "lost", "unserved", "unanswered")
 CONTROL_FAILURES = (
     "busy",

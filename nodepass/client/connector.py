@@ -171,7 +171,7 @@ class Connector(Part):
             self.connection = None
             self.failure = control.ending.words
             if control.vanished:
-                self._launches.end_lanes()
+                self._launches.lose_server()
             self._log.info(
                 "server.disconnected",
                 "disconnected: %(error)s",

@@ -15,6 +15,7 @@ from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.errors import NoDataConnection, ProtocolError, reason
 from nodepass.log import Limit, Log
+from nodepass.net.deadlines import Deadlines
 from nodepass.net.relay import relay
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Stream, TCPStream
@@ -35,6 +36,7 @@ class Launches(Part):
         self.sessions = WorkerPool(self._log, self._stats, self._settings.semaphore_limit)
         self._target = target
         self._flows = flows
+        self._deadlines = Deadlines(self._settings.idle_timeout, self._settings.first_byte_timeout, data_is_near=True)
         # Apart from the sessions: a lane does not end by itself, so a shutdown does not wait for it.
         self._lanes = TaskGroup(self._log, self._stats)
 
@@ -45,7 +47,7 @@ class Launches(Part):
     def close(self) -> None:
         """End everything at once."""
         super().close()
-        self.end_lanes()
+        self._lanes.kill()
         self.sessions.kill()
 
     def begin_session(self, pool: ClientPool, launch: Launch, began: float) -> None:
@@ -59,9 +61,10 @@ class Launches(Part):
         self._lanes.spawn("lane", self._handle, pool, launch, 0.0)
         return True
 
-    def end_lanes(self) -> None:
-        """End all lanes: their server has vanished, and their flows would wait for it."""
+    def lose_server(self) -> None:
+        """The server has vanished: end all lanes, whose flows would wait for it, and let the sessions show life."""
         self._lanes.kill()
+        self._deadlines.suspect_data_connections()
 
     def _handle(self, pool: ClientPool, launch: Launch, began: float) -> None:
         """One launch, from its claim to the close."""
@@ -87,7 +90,7 @@ class Launches(Part):
         if sock is None:
             return  # the close of a data connection is a reset, so the visitor is refused, too
         log.debug("target.connected", "connected to target %(target)s", target=self._target)
-        traffic = relay(data, TCPStream(sock), self._stats, began)
+        traffic = relay(data, TCPStream(sock), self._stats, began, self._deadlines)
         sentence = "target %(target)s: " + traffic.SENTENCE
         log.debug("session.closed", sentence, target=self._target, **traffic.fields())
 

@@ -48,12 +48,13 @@ class SinkError(Exception):
 class Pump:
     """Moves the bytes of one direction and counts them."""
 
-    __slots__ = ("_resume", "_steps", "_way", "moved", "sink", "source", "source_error")
+    __slots__ = ("_resume", "_steps", "_way", "moved", "over", "sink", "source", "source_error")
 
     def __init__(self, source: Stream, sink: Stream, way: Way) -> None:
         self.source = source
         self.sink = sink
         self.moved = 0  # bytes
+        self.over = False  # the direction has ended, and its source is not watched
         self.source_error: OSError | None = None  # of a write to the source, which is the other direction's sink
         self._way = way
         self._resume: Resume | None = None

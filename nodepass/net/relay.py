@@ -8,6 +8,7 @@ the event loop resumes (see `pump`). How a direction ends:
   acknowledged what was written to it.
 * A write fails: the sink takes no more, but what its peer sent before is still read and passed on by the other
   direction.
+* A deadline passes (see `deadlines`): both ends are reset.
 * A bug: the session ends, and the exception is raised in its greenlet.
 
 A cut stream is never made to look like a whole one. `visitor_listener` and `connection` call this, one for each end of
@@ -23,7 +24,8 @@ from typing import ClassVar
 from gevent import get_hub
 from gevent.hub import Waiter
 
-from nodepass.errors import reason
+from nodepass.errors import ExpiredError, reason
+from nodepass.net.deadlines import Deadlines
 from nodepass.net.pump import Pump, SinkError, Steps
 from nodepass.net.sockets import end_reading, wait_delivered
 from nodepass.net.stream import Stream
@@ -40,11 +42,20 @@ class Traffic:
     down: int = 0
     ended: int = 0  # directions that reached the end of their stream
     failure: str = ""  # the first
+    failed: str = ""  # the outcome that it stands for
 
     @property
     def outcome(self) -> str:
         """One of `stats.TCP_OUTCOMES`."""
-        return "reset" if self.failure else "completed" if self.ended == 2 else "cut"
+        return self.failed or ("completed" if self.ended == 2 else "cut")
+
+    def note(self, error: OSError) -> None:
+        """Keep a failure, if it is the first."""
+        if not self.failure:
+            self.failure = reason(error)
+            self.failed = "vanished" if isinstance(error, TimeoutError) else "reset"
+            if isinstance(error, ExpiredError):
+                self.failed = error.outcome
 
     SENTENCE: ClassVar = "%(up)d bytes up, %(down)d bytes down, %(error)s"  # made of `fields`, for the log
 
@@ -54,10 +65,13 @@ class Traffic:
         return {"up": self.up, "down": self.down, "outcome": self.outcome, "error": error}
 
 
-def relay(near: Stream, far: Stream, stats: Stats, began: float | None = None) -> Traffic:
+def relay(
+    near: Stream, far: Stream, stats: Stats, began: float | None = None, deadlines: Deadlines | None = None
+) -> Traffic:
     """Move bytes until both directions have ended; up is from `near` to `far`. Both streams are closed on return.
 
-    With `began`, in time.monotonic(), the time from then to the first byte of the way back is counted.
+    With `began`, in time.monotonic(), the time from then to the first byte of the way back is counted. A session that
+    misses one of the `deadlines` is ended.
     """
     session = _Session(near, far, stats, began)
     traffic = session.traffic
@@ -65,7 +79,7 @@ def relay(near: Stream, far: Stream, stats: Stats, began: float | None = None) -
         stream.reset_on_close(True)  # should this process be killed, the cut streams must not look whole
     stats.tcp.begin()
     try:
-        session.run()
+        session.run(deadlines)
         if session.broken:
             session.broken.abort()
         if traffic.failure:
@@ -83,48 +97,59 @@ def relay(near: Stream, far: Stream, stats: Stats, began: float | None = None) -
 class _Session:
     """The two directions, what they have in common, and the greenlet that waits for their end."""
 
-    __slots__ = ("_began", "_down", "_running", "_stats", "_up", "_waiter", "broken", "traffic")
+    __slots__ = ("_began", "_running", "_stats", "_waiter", "broken", "down", "traffic", "up")
 
     def __init__(self, near: Stream, far: Stream, stats: Stats, began: float | None) -> None:
         self.traffic = Traffic()
         self.broken: Stream | None = None  # a read from it failed
-        self._up = Pump(near, far, stats.tcp.up)
-        self._down = Pump(far, near, stats.tcp.down)
+        self.up = Pump(near, far, stats.tcp.up)
+        self.down = Pump(far, near, stats.tcp.down)
         self._stats = stats
         self._began = began
         self._running = 2  # directions
         self._waiter: Waiter[None] = Waiter()
 
-    def run(self) -> None:
+    def run(self, deadlines: Deadlines | None) -> None:
         """Run until both directions are over, or a source is broken; raises the bug of a direction."""
-        up, down = self._direction(self._up), self._direction(self._down)
+        up, down = self._direction(self.up), self._direction(self.down)
+        if deadlines:
+            deadlines.add(self, time.monotonic() if self._began is None else self._began)
         try:
-            self._up.watch(up)
-            self._down.watch(down)
+            self.up.watch(up)
+            self.down.watch(down)
             next(up)  # first bytes have often come before the session, answers never
             self._waiter.get()
         finally:
-            for steps, pump in ((up, self._up), (down, self._down)):
+            if deadlines:
+                deadlines.discard(self)
+            for steps, pump in ((up, self.up), (down, self.down)):
                 steps.close()
                 pump.unwatch()
-            self.traffic.up, self.traffic.down = self._up.moved, self._down.moved
+            self.traffic.up, self.traffic.down = self.up.moved, self.down.moved
+
+    def fail(self, broken: Stream | None, error: OSError) -> None:
+        """End the session: a deadline has passed. `broken`: the connection that is gone."""
+        self.traffic.note(error)
+        self.broken = self.broken or broken
+        self._wake()
 
     def _direction(self, pump: Pump) -> Steps:
         """One direction, to its end."""
         try:
-            yield from pump.run(self._time_first_byte if pump is self._down else None)
+            yield from pump.run(self._time_first_byte if pump is self.down else None)
             if self._count_end(pump):
                 yield from pump.end()
         except SinkError as error:
-            self._note(error.error)
-            (self._up if pump is self._down else self._down).source_error = error.error
+            self.traffic.note(error.error)
+            (self.up if pump is self.down else self.down).source_error = error.error
             end_reading(pump.sink.sock)
         except OSError as error:
-            self._note(error)
+            self.traffic.note(error)
             self.broken = pump.source
         except Exception as error:  # noqa: BLE001  # a bug: it belongs to the session's greenlet, not to the loop
             self._wake(error)
         pump.unwatch()
+        pump.over = True
         self._running -= 1
         if self.broken or not self._running:
             self._wake()
@@ -141,10 +166,6 @@ class _Session:
         self.traffic.ended += 1
         # At the end of both, closing the streams says the same with one system call less.
         return not (self.traffic.ended == 2 and self._running == 1 and pump.sink.plain)
-
-    def _note(self, error: OSError) -> None:
-        """The first failure is the one that is reported."""
-        self.traffic.failure = self.traffic.failure or reason(error)
 
     def _wake(self, bug: Exception | None = None) -> None:
         """Have the session's greenlet go on, once the generator that calls this has come to rest."""

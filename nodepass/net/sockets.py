@@ -46,7 +46,7 @@ _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked: segments that the peer has not acknowledged
 _LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since the last acknowledgement
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info that all supported kernels have
-_BYTES_ACKED = struct.Struct("@120xQ")  # tcpi_bytes_acked
+_TCP_INFO = struct.Struct("@B23xI28xI60xQ16xI80xI")  # those and others that `TCPInfo` has, up to tcpi_snd_wnd
 
 
 class Endpoint(NamedTuple):
@@ -208,9 +208,31 @@ def is_gone(sock: Socket) -> bool:
     return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE)
 
 
-def acknowledged_bytes(sock: Socket) -> int:
-    """Bytes that the peer's kernel has acknowledged since the connection began (TCP_INFO)."""
-    return int(_BYTES_ACKED.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size))[0])
+def pending_error(sock: Socket) -> OSError | None:
+    """Why the kernel has ended a connection (SO_ERROR), if no call has reported it yet; none does after this."""
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number == errno.EPIPE:  # of a reset behind the end of the peer's stream
+        number = errno.ECONNRESET
+    return OSError(number, os.strerror(number)) if number else None
+
+
+class TCPInfo(NamedTuple):
+    """What the kernel knows of a connection (TCP_INFO)."""
+
+    is_gone: bool  # as the function
+    waits: bool  # bytes, or the end of the stream, wait for the peer's acknowledgement
+    window_is_shut: bool  # and the peer's kernel takes none at present
+    silent: float  # seconds since the last acknowledgement, of a probe for example
+    acknowledged: int  # bytes, since the connection began
+
+
+def read_tcp_info(sock: Socket) -> TCPInfo:
+    """How the peer's kernel has answered lately. Raises OSError."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    # A kernel before 5.4 does not tell the window; there it is shut where nothing is in flight.
+    state, in_flight, milliseconds, acknowledged, unsent, window = _TCP_INFO.unpack(info.ljust(_TCP_INFO.size, b"\xff"))
+    waits = bool(in_flight or unsent)
+    return TCPInfo(state == _TCP_CLOSE, waits, not in_flight or not window, milliseconds / 1000, acknowledged)
 
 
 def set_low_water_mark(sock: Socket, size: int) -> None:

@@ -8,13 +8,10 @@ nothing for a while. `pump` says which directions are stopped.
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 import time
 from typing import Protocol
 
-from nodepass.net.sockets import acknowledged_bytes, is_gone
+from nodepass.net.sockets import is_gone, pending_error, read_tcp_info
 from nodepass.net.stream import Stream
 from nodepass.tasks import IdleTimer
 
@@ -64,7 +61,7 @@ class StoppedDirections:
 
     def _progresses(self, direction: Direction, now: float) -> bool:
         """Whether the sink has acknowledged bytes lately."""
-        progress = acknowledged_bytes(direction.sink.sock)
+        progress = read_tcp_info(direction.sink.sock).acknowledged
         before, since = self._gone.get(direction, (-1, now))
         if progress != before:
             self._gone[direction] = progress, now
@@ -73,12 +70,7 @@ class StoppedDirections:
 
     def _fail(self, direction: Direction) -> None:
         """End it, unless both ends of the connection have closed in good order and unread bytes wait for the sink."""
-        error = direction.source_error
-        if not error and (number := direction.source.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
-            # A connection that was reset behind the end of its stream has EPIPE, which is about writes.
-            number = errno.ECONNRESET if number == errno.EPIPE else number
-            error = OSError(number, os.strerror(number))
-        if error:
+        if error := direction.source_error or pending_error(direction.source.sock):
             direction.fail(error)
 
 

@@ -1,9 +1,9 @@
 """The slot: a tunnel's place for its client on the server, which one client has at a time.
 
-It keeps what belongs to that client: the control connection while there is one, the pool, and the flows of UDP. The
-slot and the listeners outlive the client, so sessions and visitors pass over a reconnect. It is filled by `admission`,
-or by `promote` for a v1 client on trial, and emptied by `release`, and nowhere else. A second client would be a second
-slot. Which slot a connection belongs to is decided by `tunnel_port`.
+It keeps what belongs to that client: the control connection while there is one, the pool, the flows of UDP, and the
+deadlines of TCP sessions. The slot and the listeners outlive the client, so sessions and visitors pass over a
+reconnect. It is filled by `admission`, or by `promote` for a v1 client on trial, and emptied by `release`, and nowhere
+else. A second client would be a second slot. Which slot a connection belongs to is decided by `tunnel_port`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, NoDataConnection, RefusedError
 from nodepass.log import Limit
+from nodepass.net.deadlines import Deadlines
 from nodepass.net.sockets import Endpoint, Socket, acknowledged, format_without_zone
 from nodepass.net.stream import Stream
 from nodepass.server.pool import ServerPool
@@ -51,6 +52,7 @@ class ClientSlot(Part):
         self.control: ServerControl | None = None
         self.pool = ServerPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
         self.flows = VisitorFlows(common, self.launch)
+        self.deadlines = Deadlines(settings.idle_timeout, settings.first_byte_timeout, data_is_near=False)
         self.trials: list[Trial] = []  # the youngest last
         self._admitting = Semaphore()
         self._connected = Event()
@@ -233,8 +235,8 @@ class ClientSlot(Part):
         """End a control connection, and free the slot if it is this client's: its sessions run on.
 
         With a `bye` (one of BYES) the client is told why. Its idle data connections are closed. Lanes of a client that
-        has vanished are dead, too, and end; their flows begin again with the next client. Lanes of a client that was
-        replaced go on while it takes their datagrams.
+        has vanished are dead, too, and end; their flows begin again with the next client. Its sessions must show that
+        they live. Lanes of a client that was replaced go on while it takes their datagrams.
         """
         if bye in BYES and control.version > 1:
             if self._leaving:
@@ -250,6 +252,7 @@ class ClientSlot(Part):
             self.pool.flush("its client disconnected")
             if control.vanished:
                 self.flows.end_all()
+                self.deadlines.suspect_data_connections()
             else:
                 self.flows.abandon()
 

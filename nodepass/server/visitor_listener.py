@@ -75,7 +75,7 @@ class VisitorListener(Part):
                 log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
                 if self._slot.version == 1 and visitor.peek() is False:
                     gevent.sleep(HEAD_START)
-                traffic = relay(visitor, data, self._stats, began)
+                traffic = relay(visitor, data, self._stats, began, self._slot.deadlines)
                 words = "visitor %(visitor)s: " + traffic.SENTENCE
                 log.debug("session.closed", words, visitor=peer, **traffic.fields())
             finally:

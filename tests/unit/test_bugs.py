@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
@@ -147,7 +146,7 @@ def test_a_bug_when_a_busy_stream_has_stalled_ends_the_session_and_is_raised_by_
     running = gevent.spawn(relay, near, far, Stats())
     reader = gevent.spawn(read_to_the_end, target)
     stack.callback(reader.kill)
-    with contextlib.suppress(ConnectionError):  # on a busy machine it stalls before
+    with suppress(ConnectionError):  # on a busy machine it stalls before
         visitor.sendall(bytes(64 << 20))  # and then nothing: it stalls
     with pytest.raises(Bug):
         running.get()
