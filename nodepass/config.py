@@ -144,6 +144,14 @@ def choice(*values: str) -> Kind:
     return Kind("word", " or ".join(values), parse)
 
 
+def parse_switch(text: str) -> bool:
+    """`on` or `off`. Raises ValueError."""
+    if text not in ("on", "off"):
+        raise ValueError("not on or off")
+    return text == "on"
+
+
+SWITCH = Kind("word", "on or off", parse_switch)
 PORTS = Kind(
     "port", "0 (the kernel chooses), a port from 1 to 65535, a range such as 20000-20099, or tunnel", parse_ports
 )
@@ -206,6 +214,12 @@ class Settings:
         "server: port of the data connections; the first free one of a range; tunnel: the tunnel port",
         scope=Scope.PORT,
         role="server",
+    )
+    tcp: bool = setting(
+        "on", SWITCH, "protocols", "off: a server does not open its target address for TCP, a client refuses sessions"
+    )
+    udp: bool = setting(
+        "on", SWITCH, "protocols", "off: a server does not open its target address for UDP, a client refuses flows"
     )
     udp_data_buf_size: int = setting("8192", count(1, 65507, "bytes"), "UDP", "with a wire v1 peer: largest datagram")
     udp_read_timeout: float = setting(
@@ -316,6 +330,11 @@ class Settings:
             raise ConfigError(f"{place}: {contradiction.words}")
         return settings
 
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """What is carried: tcp, udp, or both."""
+        return tuple(name for name, is_on in (("tcp", self.tcp), ("udp", self.udp)) if is_on)
+
     def _find_contradiction(self) -> Contradiction | None:
         """Which settings are usable alone, but not together."""
         if self.min_pool_capacity > self.max_pool_capacity:
@@ -324,6 +343,8 @@ class Settings:
                 " allowed: at most as much"
             )
             return Contradiction(("min_pool_capacity", "max_pool_capacity"), words)
+        if not self.protocols:
+            return Contradiction(("tcp", "udp"), "TCP and UDP are both off; allowed: one of them")
         return None
 
 

@@ -20,7 +20,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Terms
-from nodepass.tunnel.interface import View, report_fields
+from nodepass.tunnel.interface import View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Part, stop_parts
 from nodepass.tunnel.security import summarize
 from nodepass.urls import ClientURL
@@ -99,7 +99,8 @@ class Client:
         else:
             server = f"not connected: {self._connector.failure}"
         security = summarize(self._connector.security.of(self.control))
-        return f"{server}, {len(self.sessions)} sessions, {len(self._flows)} flows, security: {security}"
+        sessions = f"{len(self.sessions)} sessions, {len(self._flows)} flows{name_protocols(self._settings.protocols)}"
+        return f"{server}, {sessions}, security: {security}"
 
     def unhealthy_reason(self) -> str:
         """Why a restart is needed, or ""."""
@@ -122,6 +123,7 @@ class Client:
             flows=len(self._flows),
             certificate_expiry=None,
             security=self._connector.security.of(self.control),
+            protocols=self._settings.protocols,
         )
 
     def _log_statistics(self) -> None:

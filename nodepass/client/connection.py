@@ -21,7 +21,7 @@ from nodepass.client.pool import ClientPool
 from nodepass.log import Limit
 from nodepass.tunnel.control import STOPPING, ClientControl
 from nodepass.tunnel.part import Common, Loop, Part
-from nodepass.wire.signals import KIND_NAMES, LANE, Beat, Launch
+from nodepass.wire.signals import KIND_NAMES, LANE, TCP, Beat, Launch
 
 LAUNCHES_WAITING = 1024  # launches that may wait for a slot, at least
 LAST_LAUNCHES = 1.0  # seconds for launches that were read before the end to begin
@@ -98,6 +98,10 @@ class Connection(Part):
                 "launch.received", "received launch %(id)s (%(kind)s)", id=launch.id, kind=KIND_NAMES[launch.kind]
             )
             self.pool.reserve(launch.id)
+            protocol = "tcp" if launch.kind == TCP else "udp"
+            if protocol not in self._settings.protocols:
+                self._drop(launch.id, f"{protocol}_off", f"{protocol.upper()}=off on this client")
+                continue
             if launch.kind == LANE:
                 if not self._launches.begin_lane(self.pool, launch):
                     self._drop(launch.id, "lanes", f"{LANES_AT_MOST} lanes are open already")

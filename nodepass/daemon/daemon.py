@@ -169,7 +169,7 @@ class Daemon:
     def _refuse_unused_sockets(self) -> None:
         """Raise ConfigError where systemd passed a socket that no URL uses: connections to it would wait forever."""
         if unused := self._inherited.unused():
-            allowed = "the tunnel, data and target addresses of the server URLs"
+            allowed = "the tunnel, data and target addresses of the server URLs, unless TCP or UDP is off there"
             raise ConfigError(f"systemd passed {unused}, which no URL uses; allowed: {allowed}")
 
     def _stop(self) -> None:

@@ -110,7 +110,8 @@ def _info(watched: Watched) -> Samples:
     mode = "" if security.tls is None else str(security.tls)
     key = "yes" if security.has_key else "no"
     wire = str(view.wire) if view.wire else ""
-    return [((view.role, security.name, key, mode, security.tls_version, security.group, wire), 1)]
+    protocols = ",".join(view.protocols)
+    return [((view.role, security.name, key, mode, security.tls_version, security.group, wire, protocols), 1)]
 
 
 def _pool_waits(watched: Watched) -> Distributions:
@@ -126,8 +127,8 @@ def _dials(watched: Watched) -> Distributions:
 FAMILIES: tuple[Number | Distribution, ...] = (
     Gauge(
         "nodepass_tunnel_info",
-        "Role and name of this end of the tunnel, and what protects it.",
-        ("role", "name", "key", "tls", "tls_version", "group", "wire"),
+        "Role and name of this end of the tunnel, what protects it, and what it carries.",
+        ("role", "name", "key", "tls", "tls_version", "group", "wire", "protocols"),
         _info,
     ),
     Gauge("nodepass_ready", "1 if a session could be served now.", (), lambda w: _one(not w.view.unready)),

@@ -77,15 +77,21 @@ def listen_in_range(host: str, ports: Ports, what: str, share: Share = NOTHING) 
     raise AssertionError("a range has at least one port")
 
 
-def listen_both(address: Address, what: str, share: Share = NOTHING) -> tuple[list[socket.socket], list[socket.socket]]:
-    """TCP and UDP sockets on one port, also where the kernel chooses it. Raises ListenError.
+def listen_both(
+    address: Address, what: str, share: Share = NOTHING, *, tcp: bool = True, udp: bool = True
+) -> tuple[list[socket.socket], list[socket.socket]]:
+    """TCP and UDP sockets on one port, also where the kernel chooses it; none of what is off. Raises ListenError.
 
     What is accepted here and closed is reset, so that no peer takes that for an empty answer.
     """
+    if not tcp:
+        return [], listen_udp(address, f"{what} (udp)", share)
     for attempt in range(CHOICES):
         listeners = listen_tcp(address, f"{what} (tcp)", share)
         for listener in listeners:
             reset_on_close(listener, True)
+        if not udp:
+            return listeners, []
         chosen = Address(address.host, port_of(listeners))
         try:
             return listeners, listen_udp(chosen, f"{what} (udp)", share)

@@ -29,7 +29,7 @@ from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import GOODBYE, ServerControl
-from nodepass.tunnel.interface import TARGET, View, report_fields
+from nodepass.tunnel.interface import TARGET, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, stop_parts
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
 from nodepass.urls import Address, ServerURL
@@ -78,7 +78,9 @@ class Server:
         """Open every listener. Raises ListenError."""
         self._port.join(self._slot, self._failed.set_exception)
         try:
-            self._visitors, self._datagrams = listen_both(self.url.target, "target address", self._share.of(TARGET))
+            share, wanted = self._share.of(TARGET), self._settings
+            target = listen_both(self.url.target, "target address", share, tcp=wanted.tcp, udp=wanted.udp)
+            self._visitors, self._datagrams = target
         except BaseException:
             self._port.leave(self._slot)
             raise
@@ -131,11 +133,12 @@ class Server:
     def _log_listening(self) -> None:
         self.log.info(
             "server.listening",
-            "listening: tunnel %(tunnel_address)s, data %(data_address)s, target %(target_address)s (tcp, udp),"
-            " tls %(tls)d",
+            "listening: tunnel %(tunnel_address)s, data %(data_address)s, target %(target_address)s"
+            " (%(protocols)s), tls %(tls)d",
             tunnel_address=_addresses(self._port.tunnel),
             data_address=_addresses(self._port.data or self._port.tunnel),
-            target_address=_addresses(self._visitors),
+            target_address=_addresses(self._visitors or self._datagrams),
+            protocols=", ".join(self._settings.protocols),
             tls=self.url.tls,
         )
 
@@ -155,7 +158,8 @@ class Server:
         """How it is now, for an operator: its client, its pool, its sessions and flows."""
         slot = self._slot
         client = slot.control.describe() if slot.control else "none"
-        sessions = f"{len(self.sessions)} sessions, {len(slot.flows)} flows"
+        carried = name_protocols(self._settings.protocols)
+        sessions = f"{len(self.sessions)} sessions, {len(slot.flows)} flows{carried}"
         return f"client {client}, {slot.pool}, {sessions}, security: {summarize(self._security.of(slot.control))}"
 
     def unhealthy_reason(self) -> str:
@@ -179,6 +183,7 @@ class Server:
             flows=len(self._slot.flows),
             certificate_expiry=self._port.certificate.identity.expiry if self._port.certificate else None,
             security=self._security.of(control),
+            protocols=self._settings.protocols,
         )
 
     def _report_security(self) -> None:

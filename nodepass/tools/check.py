@@ -178,7 +178,7 @@ class _Server:
 
     def __init__(self, url: ServerURL, settings: Settings, report: Report, share: Share, held: ExitStack) -> None:
         self._url = url
-        self._ports = settings.data_port
+        self._settings = settings
         self._report = report
         self._share = share
         self._listen = partial(try_to_listen, report, held, url.name)
@@ -191,12 +191,14 @@ class _Server:
         else:
             self._report.ok(url.name, f"tunnel address {url.tunnel}: shared with {first.name}")
         tcp, udp, share = "target address (tcp)", "target address (udp)", self._share.of(TARGET)
-        self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
-        self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share), socket.SOCK_DGRAM)
+        if self._settings.tcp:
+            self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
+        if self._settings.udp:
+            self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share), socket.SOCK_DGRAM)
 
     def _check_port(self) -> None:
         """What all tunnels of the port share."""
-        url, ports, share = self._url, self._ports, self._share
+        url, ports, share = self._url, self._settings.data_port, self._share
         if url.tls == 2:
             self._check_certificate()
         self._listen("tunnel address", url.tunnel, lambda: listen_tcp(url.tunnel, "tunnel address", share.of(TUNNEL)))

@@ -55,6 +55,9 @@ def check_client(
 
 
 def _check_target(url: ClientURL, settings: Settings, report: Report) -> None:
+    if not settings.tcp:
+        report.ok(url.name, f"target {url.target}: UDP only; not tried")
+        return
     try:
         dial(resolve(url.target), settings.handshake_timeout).close()
     except OSError as error:

@@ -6,6 +6,7 @@ read how they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +38,12 @@ class View:
     flows: int  # of UDP
     certificate_expiry: float | None  # Unix time
     security: Security
+    protocols: tuple[str, ...]  # that are carried: tcp, udp, or both
+
+
+def name_protocols(protocols: Sequence[str]) -> str:
+    """For the end of a status: `, udp only`, or nothing where both are carried."""
+    return f", {protocols[0]} only" if len(protocols) == 1 else ""
 
 
 def report_fields(view: View, stats: Stats) -> dict[str, object]:

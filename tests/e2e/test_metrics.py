@@ -310,7 +310,16 @@ def test_several_tunnels_are_told_apart() -> None:
         names = {each.labels["tunnel"] for each in samples if each.name == "nodepass_tunnel_info"}
         assert len(names) == 2
         infos = [each.labels for each in samples if each.name == "nodepass_tunnel_info"]
-        expected = {"role": "server", "name": "", "key": "no", "tls": "0", "tls_version": "", "group": "", "wire": ""}
+        expected = {
+            "role": "server",
+            "name": "",
+            "key": "no",
+            "tls": "0",
+            "tls_version": "",
+            "group": "",
+            "wire": "",
+            "protocols": "tcp,udp",
+        }
         assert [each | expected for each in infos] == infos
         lines = get(metrics_of(server), "/readyz").body.splitlines()
         assert {line.rpartition(": ")[0] for line in lines} == names

@@ -342,6 +342,8 @@ def test_what_was_typed_into_the_editor_is_not_lost_where_it_is_not_usable(
             ["Stream=0.0.0.0:10101", "Stream=[::1]:80", "Datagram=[::1]:80"],
         ),
         ("server://[::1]:1/:0", "0", False, ["Stream=[::1]:1"]),
+        ("server://:10101/:443?udp=off&data_port=99", "10102", False, ["Stream=10101", "Stream=443", "Stream=99"]),
+        ("server://:10101/:443?tcp=off", "", False, ["Stream=10101", "Datagram=443"]),
         ("client://example.com:443/localhost:80", "", True, []),
         ("client://:443/:80 server://:10101/:81", "", False, ["Stream=10101", "Stream=81", "Datagram=81"]),
     ],

@@ -43,9 +43,23 @@ def test_what_protects_a_tunnel_is_told(url: str, keyed: bool, level: str, said:
     assert found(check_here(url, **({"TUNNEL_KEY": generate()} if keyed else {})), level, said)
 
 
+def test_settings_of_a_url_are_checked_and_a_protocol_that_is_off_is_not_tried() -> None:
+    done = check_here("server://127.0.0.1:0/127.0.0.1:0?udp=off&data_port=tunnel", UDP="on", DATA_PORT="0")
+    assert done.code == 0
+    assert re.findall(r"(tunnel address|data port|target address \(\w+\)) \S+: can be", done.output) == [
+        "tunnel address",
+        "target address (tcp)",
+    ]
+    done = check_here("client://127.0.0.1:9/127.0.0.1:9?tcp=off")
+    assert found(done, "ok", "target 127.0.0.1:9: UDP only; not tried")
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "said"),
     [
+        (("server://127.0.0.1:0/127.0.0.1:0?tls=1&udp=off",), {"TCP": "off"}, "TCP and UDP are both off"),
+        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TCP": "off", "UDP": "off"}, "TCP and UDP: TCP and UDP are"),
+        (("server://127.0.0.1:0/127.0.0.1:0?tunnel_key_file=/none",), {}, "tunnel_key_file=/none: cannot be read"),
         (("clien://a:1/b:2",), {}, "the scheme must be"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=3",), {}, "tls='3' is not usable"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"SEMAPHORE_LIMIT": "many"}, "SEMAPHORE_LIMIT: 'many'"),

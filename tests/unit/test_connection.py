@@ -20,7 +20,9 @@ from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common
 from nodepass.wire.negotiation import HEARTBEATS, Offer
+from nodepass.wire.signals import LANE, TCP, Launch
 from tests.unit.controls import connect_ends, run, until
+from tests.unit.records import recorded
 
 
 @pytest.fixture
@@ -43,6 +45,21 @@ class FullLaunches:
         Event().wait()
 
 
+class RecordedLaunches(FullLaunches):
+    """Every launch begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[str] = []
+
+    def begin_session(self, _pool: object, launch: Launch, *_: object) -> None:
+        self.begun.append(launch.id)
+
+    def begin_lane(self, _pool: object, launch: Launch) -> bool:
+        self.begun.append(launch.id)
+        return True
+
+
 def test_a_connection_that_ends_is_not_unhealthy_however_long_a_server_makes_that_take(stack: ExitStack) -> None:
     """It offered the shortest heartbeats; a watchdog would end the other tunnels of the process, too."""
     ends, log, stats = connect_ends(stack), Log("test"), Stats()
@@ -58,3 +75,29 @@ def test_a_connection_that_ends_is_not_unhealthy_however_long_a_server_makes_tha
     assert not running.dead
     assert not connection.unhealthy_reason()
     running.get()
+
+
+@pytest.mark.parametrize(
+    ("off", "dropped", "begun"),
+    [("tcp", "1", "3"), ("udp", "3", "1")],
+)
+def test_a_client_refuses_launches_of_what_is_off_and_counts_and_logs_them(
+    stack: ExitStack, off: str, dropped: str, begun: str
+) -> None:
+    ends, stats, launches = connect_ends(stack), Stats(), RecordedLaunches()
+    agreement = Agreement(Offer(9, 0, HEARTBEATS[0]))
+    control = ends.client_control(agreement)
+    settings = Settings(min_pool_capacity=0, **{off: False})
+    common = Common(settings, Log("test"), stats, TaskGroup(Log("test"), stats))
+    route = Route(control.endpoint, "localhost", 1.0, agreement, None)
+    connection = Connection(common, control, route, cast(Launches, cast(Any, launches)), lambda: None)
+    lines = (Launch(f"0000000{kind}", kind).encode() for kind in (TCP, LANE))
+    with recorded() as log:
+        running = run(stack, connection.run)
+        ends.server.sendall(b"".join(lines))
+        until(lambda: len(launches.begun) + stats.trouble["launches_dropped"] == 2)
+        running.kill()
+    refused = [record for record in log if record.event == "launch.dropped"]
+    assert [record.fields["id"][-1] for record in refused] == [dropped]
+    assert {record.fields["reason"] for record in refused} == {f"{off}_off"}
+    assert sorted(id[-1] for id in launches.begun) == [begun]

@@ -181,6 +181,14 @@ def test_both_protocols_get_one_port_also_where_the_kernel_chooses_it(stack: Exi
     assert port_of(listeners)
 
 
+@pytest.mark.parametrize(("tcp", "udp"), [(True, False), (False, True)])
+def test_a_protocol_that_is_off_is_not_opened(stack: ExitStack, tcp: bool, udp: bool) -> None:
+    listeners, datagrams = listen_both(Address(HOST, 0), "here", tcp=tcp, udp=udp)
+    closed_by(stack, [*listeners, *datagrams])
+    assert (len(listeners), len(datagrams)) == (tcp, udp)
+    occupy(stack, port_of(listeners or datagrams), kind=socket.SOCK_DGRAM if tcp else socket.SOCK_STREAM)
+
+
 def test_a_connection_that_is_closed_unserved_is_reset(stack: ExitStack) -> None:
     listeners, datagrams = listen_both(Address(HOST, 0), "here")
     closed_by(stack, [*listeners, *datagrams])
