@@ -13,6 +13,9 @@ def main() -> int:
         from nodepass.tools.top import main as top
 
         return top(sys.argv[2:])
+    if sys.platform != "linux":
+        sys.stderr.write(f"nodepass: this system is {sys.platform}; allowed: linux\n")
+        return 1
     gc.disable()  # imports leave no garbage; `cli` enables it
     try:
         from gevent import events, monkey
