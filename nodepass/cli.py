@@ -22,6 +22,7 @@ from nodepass.config import Notice, Scope, Settings, rows
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.key_file import Keys, generate
+from nodepass.daemon.limits import forbid_core_dumps
 from nodepass.daemon.log_output import LogOutput
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError, ListenError, StartError
@@ -142,6 +143,7 @@ def main(arguments: Sequence[str]) -> int:
 def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Keys]) -> int:
     """Serve the tunnels of these URLs until a signal; the exit status. Raises ConfigError, ListenError, StartError."""
     parsed = [parse_url(text) for text in texts]
+    forbid_core_dumps()
     manager = ServiceManager.take(os.environ)
     keys = find_keys()
     urls = [with_defaults(url, keys.of(url).has(url.tunnel_name), settings) for url in parsed]

@@ -30,6 +30,14 @@ _NO_LIMIT = 1 << 60  # bytes; cgroup v1 has about 2^63 where there is no limit
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def forbid_core_dumps() -> None:
+    """From now on this process leaves no copy of its memory, which has keys and payload, when it is killed by a fault.
+
+    Not by PR_SET_DUMPABLE: /proc/PID would belong to root, so that its own user could not look at the process.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 @dataclass(frozen=True)
 class Memory:
     """A limit on memory: which one (cgroup, address space, machine), and its bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 import signal
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def secrets_of(side: ClientSide) -> list[str]:
 
 def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
+    allow_core_dumps(stack)
     server = stack.enter_context(OurServer(1, env=KEYED))
     other = generate()
     with OurClient(server.tunnel_address, ("127.0.0.1", 9), env={**KEYED, "TUNNEL_KEY": other}) as wrong:
@@ -135,3 +137,11 @@ def test_neither_log_nor_dump_nor_process_list_shows_a_secret(stack: contextlib.
         process.settled_descriptors(0.2)
         shown = "\n".join(process.lines) + command_line(process).decode()
         assert not [secret for secret in hidden if secret in shown]
+        assert resource.prlimit(process.pid, resource.RLIMIT_CORE) == (0, 0), "a core dump would have the key"
+
+
+def allow_core_dumps(stack: contextlib.ExitStack) -> None:
+    """Let the processes that start from now on dump core, unless they forbid it themselves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    stack.callback(resource.setrlimit, resource.RLIMIT_CORE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
