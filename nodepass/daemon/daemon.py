@@ -2,7 +2,7 @@
 
 The parts are the metrics endpoint, the tunnels under their supervisors, and the notifier. A signal's handler only
 queues its number; the main greenlet acts. SIGTERM and SIGINT drain and stop, and a second one exits at once. SIGHUP
-reloads the certificate files. SIGUSR1 logs statistics and dumps the greenlets (`dump`).
+reloads the certificate files, or stops where the terminal was closed. SIGUSR1 logs statistics and lists the greenlets.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from nodepass.daemon.limits import survey
 from nodepass.daemon.notifier import Notifier
 from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
+from nodepass.daemon.terminal import Terminal
 from nodepass.errors import ConfigError, StartError, reason
 from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited
@@ -76,6 +77,7 @@ class Daemon:
         self._keys = keys
         self._urls = urls
         self._runtime_directory = manager.runtime_directory
+        self._terminal = Terminal()
         self._reloading = Semaphore()
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
         makers = make_tunnels(urls, self._limits.settings, keys, self._inherited)
@@ -103,7 +105,8 @@ class Daemon:
         """
         gevent.get_hub().print_exception = self._report_stray  # type: ignore[method-assign,assignment]
         for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
-            gevent.signal_handler(number, self._signals.put, number)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # else nohup has started it
+                gevent.signal_handler(number, self._signals.put, number)
         self._start()
         self._log_limits()
         for tunnel in self._tunnels:
@@ -194,6 +197,9 @@ class Daemon:
     def _wait_for_stop(self) -> None:
         """Act on signals until one says stop."""
         while (number := self._signals.get()) not in STOPPING:
+            if number == signal.SIGHUP and self._terminal.has_gone():
+                self._log.info("process.hangup", "SIGHUP: the terminal was closed")
+                return
             if number == signal.SIGHUP:
                 self._tasks.spawn("reload", self._reload)
             else:

@@ -51,7 +51,13 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self._slave)
+        if self._master >= 0:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close the window."""
         os.close(self._master)
+        self._master = -1
 
     def resize(self, lines: int, columns: int) -> None:
         """Give the window another size."""
