@@ -111,6 +111,8 @@ def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
     create(box)
     carry(box)
     edit(box)
+    check_as_another_user(box)
+    start_without_its_key(box)
     assert "still running the previous release: web" in box.do("update", *installing)
     assert (box.root / "usr/local/lib/nodepass/current").readlink() == Path("2")
     stop_and_delete(box)
@@ -162,7 +164,7 @@ def create(box: ManagedBox) -> None:
     )
     assert not box.has(ENV)
     box.do("create", "web", "--url", SERVER, "--set", "DATA_PORT=tunnel", "--key-file", "/srv/key")
-    assert f'NODEPASS_URL="{SERVER}"\nDATA_PORT="tunnel"\n' in box.read(ENV)
+    assert f'NODEPASS_URL="{SERVER}"\nDATA_PORT="tunnel"\nTUNNEL_KEY_FILE=' in box.read(ENV)
     assert (box.root / ENV[1:]).stat().st_mode & 0o777 == 0o640
     assert (box.root / KEY[1:]).stat().st_mode & 0o777 == 0o600
     assert re.search(rf"web +active +enabled +key, tls \d +{re.escape(SERVER)}", box.do("list"))
@@ -196,6 +198,28 @@ def edit(box: ManagedBox) -> None:
     said = box.do("logs", "web")
     assert "ok   server:10101: tunnel address 127.0.0.1:10101: can be listened on" in said
     assert "listening: tunnel 127.0.0.1:10101" in said
+
+
+def check_as_another_user(box: ManagedBox) -> None:
+    """Check that an instance's variables run nothing as root: whoever may edit them would be root, too."""
+    box.write("/srv/evil/sitecustomize.py", "import os; print('running as', os.getuid())\n", 0o755)
+    said = box.do("edit", "web", "--set", "PYTHONPATH=/srv/evil", "--set", "LD_PRELOAD=/srv/evil/no.so")
+    assert "PYTHONPATH is not a setting of nodepass" in said
+    assert "the key is not the output of nodepass --generate-key" in said  # it was read
+    assert "fail" not in said
+    assert "running as" not in said
+    assert "no.so" not in said.replace("LD_PRELOAD=/srv/evil/no.so", "")
+    box.do("edit", "web", "--unset", "PYTHONPATH", "--unset", "LD_PRELOAD")
+
+
+def start_without_its_key(box: ManagedBox) -> None:
+    """Check that an instance that was made with a key never runs without one."""
+    key = box.read(KEY)
+    (box.root / KEY[1:]).unlink()
+    assert "tunnel-key" in box.refuse("restart", "web")
+    assert box.systemctl("is-active", "nodepass@web.service", check=False).strip() in ("failed", "activating")
+    box.write(KEY, key, 0o600)
+    box.do("restart", "web")
 
 
 def stop_and_delete(box: ManagedBox) -> None:

@@ -305,12 +305,15 @@ def test_a_reload_brings_a_renewed_certificate_that_only_root_can_read(
     for each in (server, peer):
         each.start()
     assert_works(stack, box, target)
-    for _ in range(2):
+    for trap in ("ln -s /srv/stolen", "mkfifo"):  # of a compromised service, for a reload as root
+        for name in ("tls.key", "tls.crt"):
+            box.run("sh", "-c", f"{trap} /run/nodepass/verified/{name}.new")
         certificate = authority.issue()
         renew(box, certificate)
         box.systemctl("reload", server.name)
         server.wait_for("certificate.reloaded", sha256=certificate.fingerprint)
         assert_works(stack, box, target)
+    assert "stolen" not in box.run("ls", "/srv")
     owner = box.run("stat", "-c", "%a %u", "/run/nodepass/verified/tls.key", f"/proc/{server.pid}").split()
     assert owner[0] == "600"
     assert owner[1] == owner[3]
