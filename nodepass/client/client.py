@@ -15,6 +15,7 @@ from nodepass.client.launches import Launches
 from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
+from nodepass.errors import reason
 from nodepass.log import Log, literal
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
@@ -48,10 +49,10 @@ class Client:
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
         common = Common(settings, log, stats, TaskGroup(log, stats, on_crash=self._failed.set_exception))
-        target = Target(url.target)
-        self._flows = TargetFlows(common, target)
-        launches = Launches(common, target, self._flows)
-        self._connector = Connector(common, url, Terms.of(url, id, keys()), target, launches, self._log_statistics)
+        self._target = Target(url.target, log)
+        self._flows = TargetFlows(common, self._target)
+        launches = Launches(common, self._target, self._flows)
+        self._connector = Connector(common, url, Terms.of(url, id, keys()), launches, self._log_statistics)
         self._parts: list[Part] = [self._connector, launches, self._flows]  # in the order in which they stop
         self.sessions = launches.sessions
         self.ready = self._connector.ready
@@ -99,6 +100,8 @@ class Client:
         else:
             server = f"not connected: {self._connector.failure}"
         security = summarize(self._connector.security.of(self.control))
+        if self._target.name.failure:
+            server += f", target: {reason(self._target.name.failure)}"
         sessions = f"{len(self.sessions)} sessions, {len(self._flows)} flows{name_protocols(self._settings.protocols)}"
         return f"{server}, {sessions}, security: {security}"
 

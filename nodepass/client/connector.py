@@ -17,10 +17,10 @@ from gevent.event import Event
 from nodepass.client.connection import Connection
 from nodepass.client.data_dialer import Backoff, Route
 from nodepass.client.launches import Launches
-from nodepass.client.target import Target
+from nodepass.client.names import Name
 from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Limit
-from nodepass.net.sockets import dial, resolve
+from nodepass.net.sockets import dial
 from nodepass.net.stream import TCPStream
 from nodepass.stats import failure
 from nodepass.tunnel.control import STOPPING, Agreement, ClientControl, Ending
@@ -44,7 +44,6 @@ class Connector(Part):
         common: Common,
         url: ClientURL,
         terms: Terms,
-        target: Target,
         launches: Launches,
         log_statistics: Callable[[], None],
     ) -> None:
@@ -54,8 +53,8 @@ class Connector(Part):
         self.ready = Event()  # a handshake has succeeded
         self.security = SecurityLog(security_of(url, bool(terms.key)), self._log)
         self._server = url.tunnel
+        self._name = Name(url.tunnel, self._log)
         self._terms = terms
-        self._target = target
         self._launches = launches
         self._log_statistics = log_statistics
         self._stopping = Event()
@@ -75,6 +74,8 @@ class Connector(Part):
             self.control.finish(Ending(RELOAD, BYES[RELOAD]), RELOAD)
 
     def start(self) -> None:
+        if self._name.is_followed:
+            self._start_loop("follow the server's name", self._name.follow)
         self._start_loop("stay connected", self._stay_connected)
 
     def stop(self, timeout: float) -> None:
@@ -82,7 +83,7 @@ class Connector(Part):
         self._stopping.set()
         if self.control:
             self.control.finish(STOPPING, SHUTDOWN)
-        self._ended.wait(min(FAREWELL, timeout))
+            self._ended.wait(min(FAREWELL, timeout))
 
     def close(self) -> None:
         """End the connection at once."""
@@ -110,6 +111,7 @@ class Connector(Part):
                     told = control.ending.reason
                     if time.monotonic() - began > SETTLED:
                         backoff.reset()
+                self._name.refresh()  # it may have moved; the next attempt does not wait for that
                 # Two clients with one key must not throw each other out as fast as they can.
                 pause = self._settings.service_cooldown if told in (BUSY, REPLACED) else backoff.pause()
                 self._stopping.wait(pause)
@@ -119,13 +121,10 @@ class Connector(Part):
     def _connect(self) -> tuple[ClientControl, Agreement]:
         """A control connection after its handshake. Raises OSError, RefusedError among them."""
         timeout = self._settings.handshake_timeout
-        try:
-            self._target.resolve()
-        except OSError as error:
-            words = "target: %(error)s; it will be resolved again for each session"
-            self._log.warning("target.unresolved", words, error=error)
         self._terms.prepare()
-        stream = TCPStream(dial(resolve(self._server), timeout, keepalive=False))
+        if not self._name.has_endpoints:
+            self.failure = f"looking up {self._server.host!r}"
+        stream = TCPStream(dial(self._name.endpoints(timeout), timeout, keepalive=False))
         with contextlib.ExitStack() as failed:
             failed.callback(stream.close)
             control = ClientControl(stream, self._settings.report_interval, self._log, self._stats)

@@ -7,7 +7,6 @@ outlive the control connection that launched them, so that a reconnect does not 
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from nodepass.client.pool import ClientPool
@@ -41,8 +40,12 @@ class Launches(Part):
         self._lanes = TaskGroup(self._log, self._stats)
 
     def target_answers(self) -> bool:
-        """Whether the last session reached the target."""
+        """Whether the last session reached the target, and its name can be resolved."""
         return self._target.answers
+
+    def start(self) -> None:
+        if self._target.name.is_followed:
+            self._start_loop("follow the target's name", self._target.name.follow)
 
     def close(self) -> None:
         """End everything at once."""
@@ -140,9 +143,22 @@ class Launches(Part):
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
         question = read_datagram(data, largest, timeout)
         self._stats.udp.up.bytes += len(question)
-        with contextlib.closing(self._target.dial_udp()) as sock:
-            answer = ask_target(sock, question, largest, timeout)
+        answer = self._ask_target(question, largest, timeout)
         data.write(answer)
         data.half_close()
         self._stats.udp.down.bytes += len(answer)
         return len(question), len(answer)
+
+    def _ask_target(self, question: bytes, largest: int, timeout: float) -> bytes:
+        """The answer of the first endpoint that does not refuse the datagram. Raises OSError."""
+        *others, last = self._target.datagram_endpoints()
+        for endpoint in others:
+            try:
+                answer = ask_target(endpoint, question, largest, timeout)
+            except (TimeoutError, ProtocolError):
+                raise
+            except OSError:
+                continue
+            self._target.note_answer(endpoint)
+            return answer
+        return ask_target(last, question, largest, timeout)

@@ -1,61 +1,66 @@
 """The target: the service that sessions are connected to, by TCP or UDP.
 
-Its name is resolved at every connect to the server (`connector`), and again when it cannot be reached; `launches` and
-`udp_flows` dial it.
+Its name is followed (see `names`), so that a dial uses what is known. Of several endpoints the one that answered
+last comes first; TCP and UDP may be served at different ones. `launches` and `udp_flows` dial it.
 """
 
 from __future__ import annotations
 
-import socket
-
-from nodepass.net.sockets import Endpoint, Socket, dial, resolve
-from nodepass.net.udp import dial_udp
+from nodepass.client.names import GRACE, Name
+from nodepass.log import Log
+from nodepass.net.sockets import Endpoint, Socket, dial
 from nodepass.urls import Address
 
 
 class Target:
-    """One address, and the endpoints that its name resolved to, the best first."""
+    """One address, and which of its endpoints answer."""
 
-    def __init__(self, address: Address) -> None:
-        self.answers = True  # the last dial reached it; heartbeats tell the server
+    def __init__(self, address: Address, log: Log) -> None:
+        self.name = Name(address, log)
         self._address = address
-        self._endpoints: list[Endpoint] = []
+        self._is_reached = True  # by the last dial
+        self._answered: Endpoint | None = None  # by TCP, the last one
+        self._answered_udp: Endpoint | None = None
 
     def __str__(self) -> str:
         return str(self._address)
 
-    def resolve(self) -> None:
-        """Look the name up. Raises OSError, and keeps the endpoints then."""
-        self._endpoints = resolve(self._address)
+    @property
+    def answers(self) -> bool:
+        """Whether the last dial reached it, and its name can be resolved; heartbeats tell the server."""
+        return self._is_reached and (self.name.has_endpoints or not self.name.failure)
 
     def dial(self, timeout: float) -> Socket:
-        """A TCP connection to the target. Raises OSError, after a second attempt if its endpoints have changed."""
+        """A TCP connection to the target. Raises OSError, after a second attempt where it has moved."""
         try:
-            sock = self._dial_twice(timeout)
+            sock = self._dial(timeout)
         except OSError:
-            self.answers = False
+            self._is_reached = False
             raise
-        self.answers = True
+        self._is_reached = True
         return sock
-
-    def _dial_twice(self, timeout: float) -> Socket:
-        known = self._endpoints
-        try:
-            return self._dial(timeout)
-        except OSError:
-            self.resolve()
-            if self._endpoints == known:
-                raise
-        return self._dial(timeout)
 
     def _dial(self, timeout: float) -> Socket:
-        sock = dial(self._endpoints, timeout)
-        if len(self._endpoints) > 1:  # the endpoint that answered becomes the first, for datagrams, too
-            self._endpoints.sort(key=lambda endpoint: endpoint.sockaddr != sock.getpeername())
+        endpoints, version = self.name.endpoints(timeout), self.name.version
+        try:
+            sock = dial(_first(self._answered, endpoints), timeout)
+        except OSError:
+            endpoints = self.name.newer()
+            if self.name.version == version:
+                raise
+            sock = dial(endpoints, timeout)
+        if len(endpoints) > 1:
+            self._answered = next((each for each in endpoints if each.sockaddr == sock.getpeername()), None)
         return sock
 
-    def dial_udp(self) -> socket.socket:
-        """A UDP socket connected to the target. Raises OSError."""
-        if not self._endpoints:
-            self.resolve()
-        return dial_udp(self._endpoints[0])
+    def datagram_endpoints(self) -> list[Endpoint]:
+        """Where to send the datagrams of a flow, the best first. Raises OSError; waits for a first lookup only."""
+        return _first(self._answered_udp or self._answered, self.name.endpoints(GRACE))
+
+    def note_answer(self, endpoint: Endpoint) -> None:
+        """A datagram has come from this endpoint: new flows begin with it."""
+        self._answered_udp = endpoint
+
+
+def _first(preferred: Endpoint | None, endpoints: list[Endpoint]) -> list[Endpoint]:
+    return sorted(endpoints, key=lambda each: each != preferred) if len(endpoints) > 1 else endpoints

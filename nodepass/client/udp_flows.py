@@ -4,10 +4,15 @@
 its flow's socket, which is made at the first one; what the target sends back goes to the same lane. A flow's socket is
 read by a generator that the event loop resumes, because there are thousands of flows and most are idle. What both ends
 share is in `tunnel.udp`.
+
+Where the target has several addresses, one that refuses a flow's datagram is followed by the next, which gets the same
+datagram; one that is silent is not, because silence may be all that a service has to say. A flow whose address is no
+longer one of the target's goes on at another one, from a new port.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +24,9 @@ from nodepass.client.target import Target
 from nodepass.errors import reason
 from nodepass.log import Limit, Log
 from nodepass.net.pump import Steps
+from nodepass.net.sockets import Endpoint
 from nodepass.net.stream import Stream
+from nodepass.net.udp import dial_udp
 from nodepass.tasks import report_bug
 from nodepass.tunnel.flows import FlowTable
 from nodepass.tunnel.part import Common, Part
@@ -34,8 +41,12 @@ class TargetFlow:
 
     number: int
     lane: Lane
-    sock: socket.socket
-    watcher: Any  # gevent's io watcher, which has no type
+    untried: list[Endpoint]  # addresses of the target to try if the present one refuses
+    sock: Any = None  # connected to `endpoint`; a socket.socket
+    endpoint: Endpoint | None = None
+    watcher: Any = None  # gevent's io watcher, which has no type
+    version: int = 0  # of the target's addresses
+    unanswered: bytes | None = None  # the last datagram, until the target answers; kept where it has other addresses
     network: str = ""  # of the visitor: not known at this end
     last: float = 0.0
     rank: int = 0
@@ -82,23 +93,82 @@ class TargetFlows(Part):
         """Send a datagram of a lane to the target; one that cannot be sent is dropped, counted and logged."""
         try:
             flow = self._table.find((lane, number)) or self._begin(lane, number)
-            try:
-                flow.sock.send(payload)
-            except ConnectionRefusedError:  # the target's reply to the datagram before this one
-                flow.sock.send(payload)
+            if flow.version != self._target.name.version:
+                self._follow(flow)
+            self._send(flow, payload)
             self._stats.udp.up.bytes += len(payload)
         except OSError as error:
             words = "a datagram of %(size)d bytes: %(error)s"
             drop_datagram(self._log, self._stats, "target_unreachable", words, size=len(payload), error=reason(error))
 
+    def _send(self, flow: TargetFlow, payload: bytes) -> None:
+        try:
+            flow.sock.send(payload)
+        except ConnectionRefusedError as error:  # the reply to the datagram before this one
+            while self._try_next(flow, error):
+                with contextlib.suppress(ConnectionRefusedError):
+                    flow.sock.send(payload)
+                    break
+            else:
+                flow.sock.send(payload)
+        if flow.untried:
+            flow.unanswered = payload
+
     def _begin(self, lane: Lane, number: int) -> TargetFlow:
-        sock = self._target.dial_udp()
-        flow = TargetFlow(number, lane, sock, gevent.get_hub().loop.io(sock.fileno(), 1))
+        endpoints = self._target.datagram_endpoints()
+        flow = TargetFlow(number, lane, list(endpoints), version=self._target.name.version)
+        self._connect(flow)
         self._table.add(flow)
-        flow.watcher.start(self._read_answers(flow, cast(Any, sock)._sock).__next__)
         self._stats.udp.begin()
         self._log.debug("flow.opened", "flow %(flow)d opened, %(flows)d flows", flow=number, flows=len(self))
         return flow
+
+    def _connect(self, flow: TargetFlow) -> None:
+        """Connect a flow to its next address that has a route. Raises OSError, and leaves it as it is, without one."""
+        while True:
+            endpoint = flow.untried.pop(0)
+            try:
+                sock = dial_udp(endpoint)
+                break
+            except OSError:
+                if not flow.untried:
+                    raise
+        self._disconnect(flow)
+        flow.sock, flow.endpoint = sock, endpoint
+        flow.watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
+        flow.watcher.start(self._read_answers(flow, cast(Any, sock)._sock).__next__)
+
+    def _disconnect(self, flow: TargetFlow) -> None:
+        if flow.sock:
+            flow.watcher.stop()
+            flow.watcher.close()
+            flow.sock.close()
+
+    def _follow(self, flow: TargetFlow) -> None:
+        """Leave an address that is no longer one of the target's. Raises OSError."""
+        endpoints = self._target.datagram_endpoints()
+        if flow.endpoint in endpoints:
+            flow.untried = _without(endpoints, flow.endpoint)
+        else:
+            flow.untried, flow.unanswered = list(endpoints), None
+            self._connect(flow)
+            self._log.debug("flow.moved", "flow %(flow)d moved to %(target)s", flow=flow.number, target=flow.endpoint)
+        flow.version = self._target.name.version
+
+    def _try_next(self, flow: TargetFlow, refusal: OSError) -> bool:
+        """Send a refused datagram to the next address; False where there is none: it is dropped, counted and logged."""
+        while flow.untried:
+            with contextlib.suppress(OSError):  # no route to the last one, either
+                self._connect(flow)
+                if flow.unanswered is not None:
+                    flow.sock.send(flow.unanswered)
+                return True
+        self._target.name.refresh()  # it may have moved
+        flow.unanswered = None
+        flow.untried = _without(self._target.datagram_endpoints(), flow.endpoint)  # for the next datagram
+        words = "a datagram to the target: %(error)s"
+        drop_datagram(self._log, self._stats, "target_refused", words, error=reason(refusal))
+        return False
 
     def _read_answers(self, flow: TargetFlow, sock: socket.socket) -> Steps:
         """Pass on what the target sends. The event loop resumes this; a bare `yield` waits."""
@@ -110,9 +180,8 @@ class TargetFlows(Part):
                 except BlockingIOError:
                     pass
                 except OSError as error:  # refused: nothing listens at the target
-                    words = "a datagram to the target: %(error)s"
-                    drop_datagram(self._log, self._stats, "target_refused", words, error=reason(error))
-                yield
+                    self._try_next(flow, error)
+                yield  # not resumed after a connect to the next address
         except Exception as error:  # noqa: BLE001  # a bug, which the loop could not report; the other flows go on
             report_bug(f"flow {flow.number}", error, self._log, self._stats)
             self._table.end(lambda each: each is flow, "lost")
@@ -121,6 +190,10 @@ class TargetFlows(Part):
     def _pass_back(self, flow: TargetFlow, answer: bytes) -> None:
         """Send an answer on its lane; one that the lane cannot take is dropped, counted and logged."""
         self._table.count_answer(flow)
+        if flow.unanswered is not None and flow.endpoint:
+            flow.unanswered = None
+            flow.untried = _without(self._target.datagram_endpoints(), flow.endpoint)
+            self._target.note_answer(flow.endpoint)
         if flow.lane.send(flow.number, answer):
             self._stats.udp.down.bytes += len(answer)
         else:
@@ -129,10 +202,12 @@ class TargetFlows(Part):
 
     def _end(self, flow: TargetFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)
-        flow.watcher.stop()
-        flow.watcher.close()
-        flow.sock.close()
+        self._disconnect(flow)
         self._log.debug("flow.closed", "flow %(flow)d closed", flow=flow.number, outcome=outcome)
         if outcome == "evicted":
             words = "closed a flow for a new one: SEMAPHORE_LIMIT reached"
             self._log.warning("flow.evicted", words, Limit(burst=3), flow=flow.number)
+
+
+def _without(endpoints: list[Endpoint], used: Endpoint | None) -> list[Endpoint]:
+    return [each for each in endpoints if each != used]

@@ -71,8 +71,8 @@ def listen_in_range(host: str, ports: Ports, what: str, share: Share = NOTHING) 
     for port in candidates:
         try:
             return listen_tcp(Address(host, port), what, share)
-        except ListenError:
-            if port == candidates[-1]:
+        except ListenError as error:
+            if port == candidates[-1] or error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
     raise AssertionError("a range has at least one port")
 

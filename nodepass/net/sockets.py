@@ -35,6 +35,8 @@ from nodepass.urls import Address
 
 Socket = _socket.socket  # gevent does not patch it
 
+LOCAL = "localhost"  # what an empty host is, to connect to
+LOOKUP_TIMEOUT = 5.0  # seconds after which a lookup counts as failed; resolv.conf's default for one question
 KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a peer that is gone is found in a minute
 LASTS = 1.0  # seconds between looks at dialled connections; far less than the time to the first probe
 
@@ -96,16 +98,40 @@ def network_of(sockaddr: Sequence[object]) -> str:
     return f"{socket.inet_ntop(socket.AF_INET6, prefix + bytes(8))}/64"
 
 
-def resolve(address: Address, kind: int = socket.SOCK_STREAM) -> list[Endpoint]:
-    """The endpoints of an address, best first; an empty host is this machine. Raises OSError, which names the host."""
-    host = address.host or "localhost"
+def resolve(address: Address) -> list[Endpoint]:
+    """The endpoints of an address, best first; an empty host is this machine. Raises OSError.
+
+    Lookups take LOOKUP_TIMEOUT seconds at most. An address is its own answer.
+    """
+    if found := endpoint_of(address):
+        return [found]
+    with gevent.Timeout(LOOKUP_TIMEOUT, lookup_late(address.host or LOCAL, LOOKUP_TIMEOUT)):
+        return look_up(address)
+
+
+def look_up(address: Address) -> list[Endpoint]:
+    """As `resolve`, for as long as the resolver takes; the host is looked up even where it is an address."""
+    host = address.host or LOCAL
     try:
         # Encoded here: in its resolver's thread, gevent would print a traceback if the name cannot be encoded.
-        name = host.encode("ascii")
-        found = socket.getaddrinfo(name, address.port, 0, kind)
+        found = socket.getaddrinfo(host.encode("ascii"), address.port, 0, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise with_words(error, f"cannot resolve {address.host!r}: {reason(error)}") from None
-    return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
+        raise with_words(error, f"cannot resolve {host!r}: {reason(error)}") from None
+    return list(dict.fromkeys(Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def lookup_late(host: str, seconds: float) -> OSError:
+    """The error where a lookup has not ended within so many seconds."""
+    return TimeoutError(errno.ETIMEDOUT, f"cannot resolve {host!r}: no answer within {seconds:g}s")
+
+
+def endpoint_of(address: Address) -> Endpoint | None:
+    """The endpoint of an address that is written as such; one with a zone is looked up, because links come and go."""
+    for family, rest in ((socket.AF_INET, ()), (socket.AF_INET6, (0, 0))):
+        with contextlib.suppress(OSError, ValueError):
+            socket.inet_pton(family, address.host)
+            return Endpoint(family, (address.host, address.port, *rest))
+    return None
 
 
 def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: bool = True) -> Socket:

@@ -25,8 +25,9 @@ from gevent.event import Event
 
 from nodepass.errors import ProtocolError, reason
 from nodepass.log import Limit, Log
-from nodepass.net.sockets import stalled
+from nodepass.net.sockets import Endpoint, stalled
 from nodepass.net.stream import Stream
+from nodepass.net.udp import dial_udp
 from nodepass.stats import Stats
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 
@@ -174,18 +175,19 @@ def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:
     return bytes(buffer[:size])
 
 
-def ask_target(sock: socket.socket, question: bytes, largest: int, timeout: float) -> bytes:
-    """The target's answer to one datagram, on a connected socket.
+def ask_target(endpoint: Endpoint, question: bytes, largest: int, timeout: float) -> bytes:
+    """The target's answer to one datagram.
 
     Raises TimeoutError after `timeout` seconds, ConnectionRefusedError if nothing listens, ProtocolError if the answer
     is longer than `largest` bytes.
     """
-    sock.settimeout(timeout)
-    sock.send(question)
-    try:
-        answer = sock.recv(65536)
-    except TimeoutError:
-        raise TimeoutError(f"no reply from the target within {timeout:g}s") from None
+    with contextlib.closing(dial_udp(endpoint)) as sock:
+        sock.settimeout(timeout)
+        sock.send(question)
+        try:
+            answer = sock.recv(65536)
+        except TimeoutError:
+            raise TimeoutError(f"no reply from the target within {timeout:g}s") from None
     if len(answer) > largest:
         raise ProtocolError(f"a reply of {len(answer)} bytes is larger than UDP_DATA_BUF_SIZE ({largest})")
     return answer

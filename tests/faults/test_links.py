@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.test_dead_link import INTERVAL, NOTICED, Place, left, place
-from tests.support.process import PROGRAM, Environment
+from tests.support.names import ClientWithNames
+from tests.support.process import Environment
 from tests.support.sockets import connect, receive_exactly
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
@@ -103,17 +104,6 @@ def test_a_link_that_loses_one_direction_is_noticed_by_both_ends(
     place.assert_works(server, target)
 
 
-OWN_HOSTS = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
-
-
-class ClientWithHosts(OurClient):
-    """A client whose machine looks names up in a file of its own."""
-
-    def __init__(self, hosts: Path, *arguments: object, **more: object) -> None:
-        super().__init__(*arguments, **more)  # type: ignore[arg-type]
-        self.program = ("unshare", "--mount", "sh", "-c", OWN_HOSTS, "sh", str(hosts), str(PROGRAM))
-
-
 @pytest.mark.programs("mount namespaces")
 def test_a_client_finds_a_server_whose_name_has_got_another_address(
     stack: contextlib.ExitStack, tmp_path: Path
@@ -123,7 +113,7 @@ def test_a_client_finds_a_server_whose_name_has_got_another_address(
     target = stack.enter_context(Target())
     with OurServer(tunnel="127.0.0.11:0") as server:
         port = server.tunnel_address[1]
-        client = ClientWithHosts(hosts, ("moving.example", port), target.address, env=CALM)
+        client = ClientWithNames(hosts, ("moving.example", port), target.address, env=CALM)
         stack.enter_context(client)
         client.wait_until_connected()
         Tunnel(server, client, target).assert_works()

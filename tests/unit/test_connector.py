@@ -21,7 +21,7 @@ def make_connector() -> tuple[Connector, Log, Stats]:
     common = Common(Settings(), log, stats, TaskGroup(log, stats))
     url = ClientURL(Address("server.example", 10101), Address("127.0.0.1", 80))
     nothing = cast(Any, None)
-    return Connector(common, url, Terms("server.example"), nothing, nothing, lambda: None), log, stats
+    return Connector(common, url, Terms("server.example"), nothing, lambda: None), log, stats
 
 
 def test_a_server_with_a_new_reason_each_time_makes_one_line_a_minute() -> None:

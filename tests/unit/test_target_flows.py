@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import gevent
 import pytest
@@ -14,7 +15,7 @@ from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.net import udp
-from nodepass.net.sockets import reset_on_close
+from nodepass.net.sockets import Endpoint, reset_on_close
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel import udp as lanes
@@ -87,10 +88,16 @@ class Client:
         self.target = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.target.bind(("127.0.0.1", 0))
         common = Common(Settings(semaphore_limit=limit), log, self.stats, TaskGroup(log, self.stats))
-        self.flows = TargetFlows(common, Target(Address(*self.target.getsockname())))
+        self.known = Target(Address(*self.target.getsockname()), log)
+        self.flows = TargetFlows(common, self.known)
         stack.callback(self.flows.close)
         stream, self.server = stack.enter_context(tcp_pair())
         run(stack, self.flows.run_lane, stream, log)
+
+    def move(self, *sockets: Any) -> None:
+        """Have the target's name resolve to the addresses of these sockets from now on."""
+        self.known.name._endpoints = [Endpoint(each.family, each.getsockname()) for each in sockets]
+        self.known.name.version += 1
 
     def ask(self, flow: int) -> tuple[str, int]:
         """Have a flow send a datagram; the address at which the target sees it."""
@@ -181,3 +188,73 @@ def test_a_bug_at_one_flow_ends_that_flow_only_and_is_reported(
     assert len(client.flows) == 1
     client.target.sendto(b"answer", healthy)
     assert list(FrameBuffer().feed(client.server.recv(100))) == [(2, b"answer")]
+
+
+def bound(stack: ExitStack) -> Any:
+    """A UDP socket of another address of the target."""
+    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sock.bind(("127.0.0.1", 0))
+    sock.settimeout(10)
+    return sock
+
+
+def unbound(stack: ExitStack) -> Any:
+    """An address that refuses datagrams: the socket is connected, so that the port is not given away."""
+    sock = bound(stack)
+    sock.connect(("127.0.0.1", 9))
+    return sock
+
+
+def test_an_address_that_refuses_is_followed_by_the_next_which_gets_the_same_datagrams(stack: ExitStack) -> None:
+    client = Client(stack)
+    client.move(unbound(stack), unbound(stack), client.target)
+    client.server.sendall(b"".join(encode_frame(1, b"%d" % number) for number in range(3)))
+    received = [client.target.recvfrom(100) for _ in range(3)]
+    assert [payload for payload, _ in received] == [b"0", b"1", b"2"]
+    client.target.sendto(b"answer", received[-1][1])
+    assert list(FrameBuffer().feed(client.server.recv(100))) == [(1, b"answer")]
+    assert not any(client.stats.udp_drops.values())
+
+
+def test_new_flows_begin_with_the_address_that_answered_last(stack: ExitStack) -> None:
+    client = Client(stack)
+    client.move(silent := bound(stack), client.target)
+    client.known.note_answer(Endpoint(socket.AF_INET, client.target.getsockname()))
+    client.ask(1)
+    client.move(unbound(stack), silent)
+    client.server.sendall(encode_frame(2, b"question"))
+    silent.sendto(b"answer", silent.recvfrom(100)[1])
+    client.server.recv(100)
+    assert client.known.datagram_endpoints()[0].sockaddr == silent.getsockname()
+
+
+def test_a_datagram_that_every_address_refuses_is_counted_once_and_the_next_one_is_tried_at_all_again(
+    stack: ExitStack,
+) -> None:
+    client = Client(stack)
+    later = unbound(stack)
+    client.move(later, unbound(stack))
+    for number in (1, 2):
+        client.server.sendall(encode_frame(1, b"%d" % number))
+        until(lambda: client.stats.udp_drops["target_refused"] == number)  # noqa: B023
+    again = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    again.settimeout(10)
+    address = later.getsockname()
+    later.close()
+    again.bind(address)
+    client.server.sendall(encode_frame(1, b"3"))
+    assert again.recv(100) == b"3"
+
+
+def test_a_flow_leaves_an_address_that_the_target_no_longer_has(stack: ExitStack) -> None:
+    client = Client(stack)
+    old = client.ask(1)
+    client.move(moved := bound(stack), client.target)
+    assert client.ask(1) == old  # it is still one of them
+    client.move(moved)
+    client.server.sendall(encode_frame(1, b"question"))
+    _, address = moved.recvfrom(100)
+    client.target.sendto(b"too late", old)
+    moved.sendto(b"answer", address)
+    assert list(FrameBuffer().feed(client.server.recv(100))) == [(1, b"answer")]
+    assert len(client.flows) == 1
