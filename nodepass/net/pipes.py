@@ -29,9 +29,12 @@ class Pipe:
     inlet: int
     held: int = 0
 
-    def fill_from(self, fileno: int) -> int:
-        """Take in the bytes that a socket has now; 0 at its end. Raises OSError, BlockingIOError where it has none."""
-        self.held = os.splice(fileno, self.inlet, CAPACITY, flags=_FLAGS)
+    def fill_from(self, fileno: int, size: int) -> int:
+        """Take in at most `size` of the bytes that a socket has now; 0 at its end.
+
+        Raises OSError, BlockingIOError where it has none.
+        """
+        self.held = os.splice(fileno, self.inlet, size, flags=_FLAGS)
         return self.held
 
     def drain_to(self, fileno: int) -> bool:

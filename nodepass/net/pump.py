@@ -4,8 +4,13 @@ It is a generator that the event loop resumes. The callback of a watcher is the 
 `yield` waits for what is being watched: the source or, while the sink is full, the sink. So a direction costs no
 greenlet and no buffer, and a message costs one read, one send and one call by the loop. With two pumping greenlets in a
 session there were 25,300 requests per second where callbacks of the loop gave 54,500. Every read goes into one buffer
-of the process: `read` and `send` (see `stream.Stream`) never switch to another greenlet, and what the sink does not
-take is copied. A plain stream that is busy is spliced: the kernel moves the bytes.
+of the process: `read` and `send` (see `stream.Stream`) never switch to another greenlet. A plain stream that is busy is
+spliced: the kernel moves the bytes.
+
+What the sink does not take is copied, and a sink whose peer does not read keeps that copy for as long as the peer
+likes. So a read is of at most MESSAGE bytes. Where it brought as many, the sink is asked how much it takes, and the
+next read is not larger: more stays in the source, whose peer is held back. Once all copies of the process together
+reach RESTS_AT_MOST, every read is preceded by that question, and hardly anything is copied any more.
 
 A pump moves bytes and passes the end of a stream on. What the end or the failure of a direction means for the other one
 is decided in `relay`, the only caller. Errors of the source are OSErrors, errors of the sink `SinkError`s.
@@ -14,17 +19,20 @@ is decided in `relay`, the only caller. Errors of the source are OSErrors, error
 from __future__ import annotations
 
 import contextlib
-import functools
 import mmap
 from collections.abc import Callable, Generator, Iterator
 
-from nodepass.net.pipes import Pipe, pipes
-from nodepass.net.sockets import Socket, end_reading, set_low_water_mark
+from nodepass.net.pipes import CAPACITY, Pipe, pipes
+from nodepass.net.sockets import Socket, end_reading, room_to_send, set_low_water_mark
 from nodepass.net.stopped import stopped_directions
 from nodepass.net.stream import Data, Stream, TCPStream
 from nodepass.stats import Way
 from nodepass.tasks import IdleTimer
 
+MESSAGE = 16 * 1024  # bytes that a direction reads without asking its sink, and keeps at most while that is full
+RESTS_AT_MOST = 4 << 20  # bytes that all stopped directions of the process keep together, more or less
+LEAST_READ = 1024  # bytes, once they keep as much: a read is what shows that a sink is broken
+LARGE_READ = 12 * 1024  # bytes: after a read of at least this size more may wait
 BUSY_READ = 64 * 1024  # bytes: a read of at least this size belongs to a busy stream
 SPLICE_AFTER = 4  # busy reads in a row
 GATHER_AFTER = 32  # busy reads in a row; from then on a wake-up brings GATHER bytes
@@ -43,6 +51,21 @@ class SinkError(Exception):
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class _Rests:
+    """What all directions of the process have read and their sinks have not taken."""
+
+    bytes = 0
+    many = False  # RESTS_AT_MOST is reached
+
+    def add(self, size: int) -> None:
+        """Count so many more bytes, or less."""
+        self.bytes += size
+        self.many = self.bytes >= RESTS_AT_MOST
+
+
+rests = _Rests()
 
 
 class Pump:
@@ -82,9 +105,10 @@ class Pump:
         `on_first_byte` is called once, when the first bytes have been read.
         """
         source, sink, way = self.source, self.sink, self._way
-        read, buffer = source.read, _shared_buffer(sink.batch)
-        busy_reads = 0  # in a row
+        read, message = source.read, _shared[:MESSAGE]
+        received, busy_reads = 0, 0  # in a row
         while True:
+            buffer = (yield from self._fit_buffer()) if received >= LARGE_READ or rests.many else message
             try:
                 received = read(buffer)
             except BlockingIOError:
@@ -123,23 +147,49 @@ class Pump:
         if rest:
             yield from self._send_rest(rest)
 
-    def _send_rest(self, rest: Data) -> Steps:
+    def _fit_buffer(self) -> Generator[None, None, memoryview]:
+        """The shared buffer, as far as the sink takes what is read into it."""
+        room = yield from self._find_room(MESSAGE)
+        least, most = (LEAST_READ, MESSAGE) if rests.many else (MESSAGE, self.sink.batch)
+        return _shared[: min(max(room, least), most)]
+
+    def _find_room(self, least: int) -> Generator[None, None, int]:
+        """How many bytes the sink takes; waits once where those are fewer than `least`."""
+        room = room_to_send(self.sink.sock)
+        if room < least:
+            yield from self._wait_for_sink()
+            room = room_to_send(self.sink.sock)
+        return room
+
+    def _wait_for_sink(self) -> Steps:
         with self._watching_sink():
-            while rest:
-                yield
-                try:
-                    rest = self.sink.try_rest(rest)
-                except OSError as error:
-                    raise SinkError(error) from error
+            yield
+
+    def _send_rest(self, rest: Data) -> Steps:
+        kept = len(rest)
+        rests.add(kept)
+        try:
+            with self._watching_sink():
+                while rest:
+                    yield
+                    try:
+                        rest = self.sink.try_rest(rest)
+                    except OSError as error:
+                        raise SinkError(error) from error
+        finally:
+            rests.add(-kept)
 
     def _splice_while_busy(self) -> Generator[None, None, bool]:
         """Have the kernel move the bytes for as long as the source is busy; whether the stream has ended."""
         assert self._resume
         sock = self.source.sock
         with contextlib.closing(_Gathering(sock, self._resume)) as gathering:
-            while gathering.busy and (pipe := pipes.borrow()):
+            while gathering.busy:
+                room = min((yield from self._find_room(BUSY_READ)), CAPACITY)
+                if room < BUSY_READ or not (pipe := pipes.borrow()):
+                    return False
                 try:
-                    received = pipe.fill_from(sock.fileno())
+                    received = pipe.fill_from(sock.fileno(), room)
                     if not received:
                         return True
                     self.moved += received
@@ -151,7 +201,9 @@ class Pump:
                     return False
                 finally:
                     pipes.give_back(pipe)
-                if gathering.busy:
+                if received == room < CAPACITY:  # there may be more, which the kernel need not report: see `_Gathering`
+                    yield from self._wait_for_sink()
+                elif gathering.busy:
                     yield
         return False
 
@@ -223,8 +275,3 @@ class _Gathering:
         if self._reads >= GATHER_AFTER:
             with contextlib.suppress(OSError):  # it is closed
                 set_low_water_mark(self._sock, 1)
-
-
-@functools.cache
-def _shared_buffer(size: int) -> memoryview:
-    return _shared[:size]

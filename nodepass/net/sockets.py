@@ -47,6 +47,8 @@ _TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
 _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked: segments that the peer has not acknowledged
 _LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since the last acknowledgement
+_SO_MEMINFO = 55  # since Linux 4.12; not in the standard library
+_MEMINFO = struct.Struct("@12xI4xI")  # SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED: bytes of kernel memory
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info that all supported kernels have
 _TCP_INFO = struct.Struct("@B23xI28xI60xQ16xI80xI")  # those and others that `TCPInfo` has, up to tcpi_snd_wnd
 
@@ -261,6 +263,21 @@ def read_tcp_info(sock: Socket) -> TCPInfo:
     return TCPInfo(state == _TCP_CLOSE, waits, not in_flight or not window, milliseconds / 1000, acknowledged)
 
 
+def room_to_send(sock: Socket) -> int:
+    """About how many bytes the kernel takes now, rather too few than too many; 0 where it does not tell, as gVisor.
+
+    Its limit is on memory. What a byte takes depends on the peer's window: with a small one most is overhead. So what
+    waits to be acknowledged is the measure, and without it a quarter.
+    """
+    try:
+        limit, queued = map(int, _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)))
+        waiting = _unacknowledged(sock)
+    except OSError:  # also of a connection that is closed, which the next call reports
+        return 0
+    free = max(0, limit - queued)
+    return free * waiting // queued * 15 // 16 if waiting and queued else free // 4
+
+
 def set_low_water_mark(sock: Socket, size: int) -> None:
     """Have the kernel report bytes to read when there are `size` of them, at the end, or when its buffer is full."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
@@ -288,6 +305,10 @@ def _unsent(sock: Socket) -> int:
     """Bytes that are not acknowledged yet (SIOCOUTQ); 0 on a connection that is gone, where they never will be."""
     if is_gone(sock):
         return 0
+    return _unacknowledged(sock)
+
+
+def _unacknowledged(sock: Socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
 
 

@@ -31,6 +31,7 @@ HANDSHAKE_RECORDS = 2048  # that `PublicRecords` passes on before payload; each 
 UNSENT = 4096  # bytes of OpenSSL's own that wait for the next write: answers to 150 key updates
 LARGE = 1024  # bytes; smaller batches leave too little in a BIO to be worth giving back
 QUIET = 0.05  # seconds without a large batch, up to twice as many, after which BIOs are replaced
+MOST_HELD = 4 << 20  # bytes of large batches, over all connections: their BIOs take up to three times as much
 
 # Mapped, so that they take no memory before they are used.
 inbox = memoryview(mmap.mmap(-1, BATCH))  # for records from the kernel
@@ -143,7 +144,7 @@ class PrivateRecords:
         _lib.BIO_write(self._into_ssl, _INBOX, size)
         self.unread = True
         if size > LARGE:
-            _note_large(self)
+            _note_large(self, size)
 
     def lend(self, size: int) -> None:
         bio = _lib.BIO_new_mem_buf(_INBOX, size)
@@ -165,7 +166,7 @@ class PrivateRecords:
     def encrypt(self, data: bytes | memoryview) -> None:
         start, done, size = _ffi.from_buffer("char[]", data), 0, len(data)
         if size > LARGE:
-            _note_large(self)
+            _note_large(self, size)
         while done < size:  # before pyOpenSSL 25.2 a call makes one record
             result = _lib.SSL_write(self._ssl, start + done, size - done)
             if result <= 0:
@@ -213,7 +214,7 @@ class PrivateRecords:
         if left:
             _lib.BIO_write(self._into_ssl, _ffi.from_buffer("char[]", left), len(left))
         if len(left) > LARGE:
-            _note_large(self)
+            _note_large(self, len(left))
 
     def finish_handshake(self) -> None:
         self.unread = not self._is_empty()
@@ -229,7 +230,7 @@ class PrivateRecords:
         return True
 
     def close(self) -> None:
-        _large.discard(self)
+        _large.pop(self, None)
 
     def _set_bios(self, incoming: Any, outgoing: Any) -> None:
         _lib.SSL_set_bio(self._ssl, incoming, outgoing)  # it frees those that are not set again
@@ -342,14 +343,24 @@ def _too_many_records() -> TLSError:
 
 # A memory BIO grows with the largest batch that went through it and never shrinks: a connection that has moved bulk
 # once in each direction would hold 350 KB until it is closed.
-_large: set[PrivateRecords] = set()  # whose BIOs large batches went through
+_large: dict[PrivateRecords, int] = {}  # and the largest batch that went through its BIOs, the oldest first
 
 
-def _note_large(records: PrivateRecords) -> None:
+def _note_large(records: PrivateRecords, size: int) -> None:
     records.moved_much = True
-    if records not in _large:
-        _large.add(records)
+    if size > _large.get(records, 0):
+        _large[records] = size
         _timer.start()
+        if size > RECORD and sum(_large.values()) > MOST_HELD:
+            _shrink_oldest(records)
+
+
+def _shrink_oldest(but: PrivateRecords) -> None:
+    for records in list(_large):
+        if records is not but and records.shrink():  # at most a few of them are unread now
+            del _large[records]
+            if sum(_large.values()) <= MOST_HELD:
+                return
 
 
 def _shrink_quiet() -> bool:
@@ -357,7 +368,7 @@ def _shrink_quiet() -> bool:
         if records.moved_much:
             records.moved_much = False
         elif records.shrink():
-            _large.discard(records)
+            del _large[records]
     return bool(_large)
 
 

@@ -25,7 +25,7 @@ from OpenSSL.crypto import X509
 from nodepass.errors import ClearAnswer, ProtocolError, TLSError, VerificationError
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
-from nodepass.tls.bio import BATCH, RECORD, inbox, open_records
+from nodepass.tls.bio import BATCH, RECORD, RECORD_OVERHEAD, inbox, open_records
 from nodepass.tls.contexts import ALPN, client_context, renew_client_contexts, translated
 from nodepass.tls.verify import Expected, Rejection, Verify, is_ip
 from nodepass.wire.negotiation import SLASH, TLS_RECORDS
@@ -104,7 +104,7 @@ class TLSStream(SocketStream):
         for _ in range(FEEDS):
             if records.unread and (received := self._decrypt(buffer)) is not None:
                 return received
-            size = self._receive()
+            size = self._receive(len(buffer))
             if size > RECORD:
                 records.lend(size)
             else:
@@ -135,7 +135,7 @@ class TLSStream(SocketStream):
                     return bool(self._connection.recv(1, socket.MSG_PEEK))
                 except SSL.WantReadError:
                     if not self._records.go_on():
-                        self._records.feed(self._receive())
+                        self._records.feed(self._receive(RECORD))
             return False  # no well-behaved peer sends so much without payload
         except BlockingIOError:
             return None
@@ -203,8 +203,9 @@ class TLSStream(SocketStream):
                     raise TLSError("the peer closed the connection during the TLS handshake")
                 return size
 
-    def _receive(self) -> int:
-        size: int = self._raw.recv_into(inbox)
+    def _receive(self, wanted: int) -> int:
+        """Read records with about as much payload as is wanted, and one at least: the kernel keeps the others."""
+        size: int = self._raw.recv_into(inbox[: max(wanted, RECORD) + RECORD_OVERHEAD])
         if not size:
             raise TLSError("the connection ended without TLS close_notify: the stream is cut")
         return size

@@ -152,6 +152,21 @@ def test_private_records_give_the_memory_of_a_batch_back(pair: Pair) -> None:
     assert vars(client)["_into_ssl"] not in before
 
 
+def test_only_a_few_connections_hold_the_memory_of_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bio, "MOST_HELD", 2 * len(BATCH))
+    monkeypatch.setattr(bio, "_large", {})
+    clients = [connect()[0] for _ in range(4)]
+    before = [vars(each)["_from_ssl"] for each in clients]
+    for each in clients:
+        records = PrivateRecords(each)
+        records.encrypt(BATCH)
+        records.take()
+    assert [vars(each)["_from_ssl"] is not old for each, old in zip(clients, before, strict=True)] == [True] * 2 + [
+        False
+    ] * 2
+    assert len(bio._large) == 2
+
+
 class Measured(SSL.Connection):
     """Notes how many bytes its BIOs hold at most; one that reads has read all of its incoming BIO."""
 

@@ -11,8 +11,9 @@ import pytest
 from gevent import socket
 from gevent.socket import SO_RCVBUF, SO_SNDBUF, SOL_SOCKET
 
+import nodepass.net.pump
 import nodepass.net.relay
-from nodepass.net.pipes import pipes
+from nodepass.net.pipes import CAPACITY, pipes
 from nodepass.net.pump import BUSY_READ
 from nodepass.net.relay import Traffic, relay
 from nodepass.net.sockets import is_gone, wait_delivered
@@ -59,6 +60,8 @@ def session(buffers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     monkeypatch.setattr(stopped_directions.timer, "period", 0.01)
     monkeypatch.setattr(stopped_directions, "patience", 0.05)
     monkeypatch.setattr(nodepass.net.relay, "DELIVERY_GRACE", 0.01)
+    if buffers > BUSY_READ:  # so that a pipe keeps bytes
+        monkeypatch.setattr(nodepass.net.pump, "room_to_send", lambda _sock: CAPACITY)
     with tcp_pair() as (near, visitor), tcp_pair() as (far, target):
         for sock, option in itertools.product((near.sock, visitor, far.sock, target), (SO_SNDBUF, SO_RCVBUF)):
             sock.setsockopt(SOL_SOCKET, option, buffers)

@@ -19,6 +19,7 @@ from greenlet import greenlet
 
 from nodepass.log import Log
 from nodepass.net import pipes
+from nodepass.net import pump as pumping
 from nodepass.net import stream as streams
 from nodepass.net.pump import Pump, _shared
 from nodepass.net.relay import relay
@@ -137,8 +138,9 @@ class Counted(TCPStream):
         return super().send(data)
 
 
-def test_a_message_costs_one_read_and_one_write(stack: ExitStack) -> None:
+def test_a_message_costs_one_read_and_one_write(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    monkeypatch.setattr(pumping, "room_to_send", lambda _sock: calls.append("room"))
     near, visitor = stack.enter_context(tcp_pair())
     far, target = stack.enter_context(tcp_pair())
     running: Greenlet[..., object] = Greenlet.spawn(relay, Counted(near, calls), Counted(far, calls), Stats())
