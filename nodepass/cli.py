@@ -8,6 +8,7 @@ and `check` do the work.
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import os
 import sys
@@ -21,6 +22,7 @@ from nodepass import __version__, log
 from nodepass.config import Notice, Scope, Settings, rows
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
+from nodepass.daemon.environment import drop_empty, find_typos, refuse_service_link
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.limits import forbid_core_dumps
 from nodepass.daemon.log_output import LogOutput
@@ -46,11 +48,26 @@ the whole process, marked below, cannot stand in a URL.
 `nodepass top ENDPOINT` shows a running process that has METRICS_LISTEN set; see nodepass top --help.
 """
 PROCESS_MARK = " (whole process)"
-EPILOG = "Quote a URL with '&' or '?' in it. A flag overrides its environment variable. Durations: 500ms, 5s, 1h30m."
+EPILOG = (
+    "Quote a URL with '&' or '?' in it. A flag overrides its environment variable, and an empty variable is not set."
+    " Durations: 500ms, 5s, 1h30m."
+)
 
 
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArgParse has no types
     """Reports an error in one line."""
+
+    def parse_strictly(self, arguments: list[str]) -> argparse.Namespace:
+        """As `parse_args`, and the error of an unknown flag says which one may be meant."""
+        parsed: tuple[argparse.Namespace, list[str]] = self.parse_known_args(arguments)
+        namespace, unknown = parsed
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            wrong = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(wrong.lower().replace("_", "-"), flags, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"nodepass: {message}\n")
@@ -97,11 +114,14 @@ def make_parser() -> Parser:
 def read_settings(parser: Parser, namespace: argparse.Namespace) -> Settings:
     """The settings from flags and environment. Raises ConfigError naming the flag or variable."""
     from_environment = parser.get_source_to_settings_dict().get("environment_variables", {})
-    texts = {
-        name: (name.upper() if name.upper() in from_environment else _flag(name), text)
-        for name in rows()
-        if (text := getattr(namespace, name)) is not None
-    }
+    texts: dict[str, tuple[str, str]] = {}
+    for name in rows():
+        if (text := getattr(namespace, name)) is not None:
+            variable, flag = name.upper(), _flag(name)
+            texts[name] = flag, text
+            if variable in from_environment:
+                refuse_service_link(variable, text, flag)
+                texts[name] = variable, text
     return Settings.from_texts(texts)
 
 
@@ -113,8 +133,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     gc.freeze()  # what is imported is not collected at the exit: a fifth of the time of a run that only says something
     gc.enable()
+    drop_empty(os.environ)
     parser = make_parser()
-    namespace = parser.parse_args(list(arguments))
+    namespace = parser.parse_strictly(list(arguments))
     if namespace.generate_key and namespace.urls:
         parser.error("--generate-key takes no URL")
     if namespace.generate_key:
@@ -150,7 +171,7 @@ def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Key
     refuse_conflicts(urls, keys, settings)
     stats = Stats()
     LogOutput.replace_stderr(stats)
-    _start_log(urls, settings, keys.notices)
+    _start_log(urls, settings, [*keys.notices, *find_typos(os.environ)])
     for url in urls:
         keys.of(url).keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
     daemon = Daemon(urls, settings, keys, manager, stats)
@@ -161,7 +182,7 @@ def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Key
 
 
 def _start_log(urls: Sequence[ServerURL | ClientURL], settings: Settings, warnings: Sequence[Notice]) -> None:
-    """Log from now on, at the level of the most verbose URL, and log the warnings about the keys."""
+    """Log from now on, at the level of the most verbose URL, and log the warnings about keys and variables."""
     log.set_up(min((url.log for url in urls), key=LOG_LEVELS.index), os.environ, style=settings.log_format)
     for each in warnings:
         log.Log("nodepass").warning("config.warning", "%(warning)s", reason=each.reason, warning=each.words)

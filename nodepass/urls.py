@@ -197,7 +197,7 @@ def _check_parameter(url: str, scheme: str, name: str) -> None:
     row = rows().get(name)
     if name not in _PARAMETERS and row is None:
         known = [*_PARAMETERS, *rows()]
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1, 0.3)
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1, 0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         allowed = f"{', '.join(_PARAMETERS)}, and settings in small letters, see nodepass --help"
         raise ConfigError(f"URL {url!r}: unknown parameter {name!r}{hint} (allowed: {allowed})")

@@ -59,6 +59,10 @@ class Keys:
         """
         named = {"TUNNEL_KEY": environ.get("TUNNEL_KEY"), "TUNNEL_KEY_FILE": key_file, "TUNNEL_KEYS_FILE": keys_file}
         given = [name for name, value in named.items() if value is not None]
+        for name in given:
+            if not (named[name] or "").strip():
+                what = "key" if name == "TUNNEL_KEY" else "path"
+                raise ConfigError(f"{name}: the {what} is empty; allowed: one, or no such variable")
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} are set together; allowed: one of them")
         folder = environ.get("CREDENTIALS_DIRECTORY", "")

@@ -37,7 +37,7 @@ def ask(listen: str) -> str:
 
 def main() -> int:
     """The exit status."""
-    listen = os.environ.get("METRICS_LISTEN", "off")
+    listen = os.environ.get("METRICS_LISTEN", "").strip() or "off"
     if listen == "off":
         sys.stderr.write("METRICS_LISTEN is off: no endpoint to check\n")
         return 1

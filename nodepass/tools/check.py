@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 from nodepass import log
 from nodepass.config import Listen, Settings
 from nodepass.daemon.conflicts import find_conflicts
+from nodepass.daemon.environment import find_typos
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
 from nodepass.daemon.systemd import ServiceManager
@@ -51,7 +52,7 @@ def run(
     log.set_up("fatal", environ)
     report = Report(stream or sys.stdout, environ)
     urls = [url for text in texts if (url := _parse(text, report))]
-    settings = _settings(read_settings, report)
+    settings = _settings(read_settings, environ, report)
     keys = _keys(find_keys, urls, report)
     inherited = _inherit(environ, report)
     if settings is None or keys is None or report.status == BAD_INPUT:
@@ -85,7 +86,9 @@ def _parse(text: str, report: Report) -> URL | None:
     return url
 
 
-def _settings(read_settings: Callable[[], Settings], report: Report) -> Settings | None:
+def _settings(read_settings: Callable[[], Settings], environ: Mapping[str, str], report: Report) -> Settings | None:
+    for typo in find_typos(environ):
+        report.warn("settings", typo.words)
     try:
         settings = read_settings()
     except ConfigError as error:

@@ -24,8 +24,9 @@ def test_each_tunnel_of_a_process_has_the_settings_of_its_url() -> None:
     with contextlib.ExitStack() as stack:
         port = free_port()
         urls = [f"server://{HOST}:{port}/{HOST}:0?name={name}&{own}&log=debug" for name, own in OWN.items()]
-        server = stack.enter_context(Nodepass(*urls, env=CROWD))
+        server = stack.enter_context(Nodepass(*urls, env={**CROWD, "MIN_POOL_CAPCITY": "9", "UDP_LANES": ""}))
         opened = {name: server.wait_for("server.listening", tunnel=f"server:{port}/{name}") for name in OWN}
+        assert len(server.find("config.warning", reason="unknown_variable")) == 1
         assert {name: entry["protocols"] for name, entry in opened.items()} == PROTOCOLS
         visitors = {name: parse_address(entry["target_address"]) for name, entry in opened.items()}
         with socket.socket(type=socket.SOCK_DGRAM) as udp:

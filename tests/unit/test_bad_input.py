@@ -22,6 +22,7 @@ WRONG_SETTINGS = [
     for name, values in WRONG.items()
     for value in values
     for by_flag in (False, True)
+    if value or by_flag  # an empty variable is not set
 ]
 
 WRONG_URLS = {
