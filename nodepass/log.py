@@ -6,7 +6,8 @@ keeps the time itself; as JSON it is an object with the keys of RESERVED and the
 program writes to; it leaves out lines of a frequent event and counts them. The levels, handlers and files are those of
 `logging`; only its call syntax is not used.
 
-Secrets never reach this module. What a peer sent is escaped in every form.
+Secrets never reach this module. Every text is escaped and has a greatest length here, whatever it is made of: a peer's
+bytes, the names in a certificate, OpenSSL's words. Modules that show such text cut it to what is worth reading before.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _LEVELS = {
     logging.CRITICAL: _Level("fatal", 2, 35),
 }
 LEVELS = {level.name: number for number, level in _LEVELS.items()}
+LONGEST_FIELD = 2_000  # characters of a text
+LONGEST_SENTENCE = 4_000  # characters; a line of statistics has 1,500
+LONGEST_TRACEBACK = 20_000  # characters, of which the last are the ones to keep
 RESERVED = ("time", "level", "tunnel", "session", "event", "message", "traceback")  # keys of JSON that no field has
 
 _root = logging.getLogger("nodepass")
@@ -156,7 +160,8 @@ class Log:
     ) -> None:
         trace = (type(crash), crash, crash.__traceback__) if crash else None
         extra = {"tunnel": self.tunnel, "session": self._session, "event": event, "fields": fields}
-        _root.handle(_root.makeRecord(_root.name, level, "", 0, sentence % fields, (), trace, extra=extra))
+        text = _cut(sentence % fields, LONGEST_SENTENCE)
+        _root.handle(_root.makeRecord(_root.name, level, "", 0, text, (), trace, extra=extra))
 
 
 class TextFormatter(logging.Formatter):
@@ -180,7 +185,7 @@ class TextFormatter(logging.Formatter):
         session = f" [{record.session}]" if record.session else ""
         lines = [f"{record.tunnel}{session} {_printable(record.msg)}"]
         if record.exc_info:
-            lines += map(_printable, self.formatException(record.exc_info).split("\n"))
+            lines += map(_printable, _traceback(self, record).split("\n"))
         return "\n".join(lines)
 
 
@@ -213,7 +218,7 @@ class JSONFormatter(logging.Formatter):
             "event": record.event,
             "message": record.msg,
             **{name: _plain(value) for name, value in record.fields.items()},
-            **({"traceback": self.formatException(record.exc_info)} if record.exc_info else {}),
+            **({"traceback": _traceback(self, record)} if record.exc_info else {}),
         }
         line = self._encode(shown)
         return _with_priority(record, line) if self._for_journald else line
@@ -221,11 +226,20 @@ class JSONFormatter(logging.Formatter):
 
 def _plain(value: Any) -> Any:
     """A field as JSON has it; what JSON has no type for is its text, such as an address, a named tuple."""
-    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if type(value) in (list, tuple) else str(value)
+    return [_plain(each) for each in value] if type(value) in (list, tuple) else _cut(str(value), LONGEST_FIELD)
+
+
+def _traceback(formatter: logging.Formatter, record: Any) -> str:
+    trace = formatter.formatException(record.exc_info)
+    return trace if len(trace) <= LONGEST_TRACEBACK else f"…{trace[-LONGEST_TRACEBACK:]}"
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _with_priority(record: logging.LogRecord, text: str) -> str:

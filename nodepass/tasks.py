@@ -32,7 +32,7 @@ IDLE_TIME = 0.25  # seconds; workers that were idle throughout are released
 def report_bug(where: str, error: BaseException, log: Log, stats: Stats) -> None:
     """Log an unexpected exception with its traceback, and count it."""
     stats.trouble["bugs"] += 1
-    log.error("bug.caught", "%(where)s crashed (bug)", Limit(where), error, where=where)
+    log.error("bug.caught", "%(where)s crashed (bug)", Limit(type(error).__name__), error, where=where)
 
 
 def find_ended(loops: Iterable[Greenlet[..., None]]) -> str:

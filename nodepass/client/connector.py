@@ -136,20 +136,23 @@ class Connector(Part):
         return control, agreement
 
     def _report_failure(self, error: OSError) -> None:
-        """Count and log why there is no connection; the same reason again only after REPEAT_WARNING."""
+        """Count and log why there is no connection; the same kind of it again only after REPEAT_WARNING."""
         self._stats.control_failures[token := failure(error)] += 1
         refused = isinstance(error, RefusedError | VerificationError)
         level, what = (logging.ERROR, "handshake failed with") if refused else (logging.WARNING, "cannot reach")
+        check = error.check if isinstance(error, VerificationError) else ""
+        # Not by the text, which the server could vary. The kernel's and the resolver's errors have a number.
+        kind = " ".join(filter(None, (token, check, "" if error.errno is None else f"errno {error.errno}")))
         why = reason(error)
         self.failure = f"{what} the server {self._server}: {why}"
         self._log.log(
             level,
             "server.rejected" if refused else "server.unreachable",
             what + " the server %(server)s: %(error)s; retrying",
-            Limit(token if token == "other" else why, REPEAT_WARNING, 1),  # a server could say another token each time
+            Limit(kind, REPEAT_WARNING, 1),
             server=self._server,
             reason=token,
-            check=error.check if isinstance(error, VerificationError) else "",
+            check=check,
             error=why,
         )
 
@@ -174,6 +177,7 @@ class Connector(Part):
             self._log.info(
                 "server.disconnected",
                 "disconnected: %(error)s",
+                Limit(),
                 server=control.peer,
                 reason=control.ending.reason,
                 error=control.ending.words,
@@ -184,6 +188,7 @@ class Connector(Part):
         self._log.info(
             "server.connected",
             "connected to %(server)s: data port %(data_port)d, tls %(tls)d, wire v%(wire)d",
+            Limit(),
             server=control.peer,
             data_port=offer.data_port,
             tls=offer.tls,
@@ -191,4 +196,4 @@ class Connector(Part):
         )
         if offer.tls and offer.version == 1:
             words = "the signals of this wire v1 server are not encrypted; only data connections are"
-            self._log.warning("server.clear_signals", words, server=control.peer)
+            self._log.warning("server.clear_signals", words, Limit(burst=1), server=control.peer)

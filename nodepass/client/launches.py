@@ -104,14 +104,14 @@ class Launches(Part):
             sock = self._target.dial(self._settings.handshake_timeout)
         except OSError as error:
             self._stats.tcp.ended["unreachable"] += 1
-            why = reason(error)
+            why = failure(error)
             self._log.warning(
                 "target.unreachable",
                 "cannot reach the target: %(error)s",
                 Limit(why, burst=1),
                 target=self._target,
-                reason=failure(error),
-                error=why,
+                reason=why,
+                error=reason(error),
             )
             return None
         self._stats.target_dials.observe(time.monotonic() - began)

@@ -46,7 +46,7 @@ from typing import Generic, TypeVar
 from gevent.event import Event
 
 from nodepass.errors import NoDataConnection
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
@@ -301,7 +301,7 @@ class ClientPool(Pool):
         if missing:
             states.extra = min(states.extra + missing, states.capacity.highest - self.capacity)
             words = "pool: the server lacks %(missing)d idle connections; dialling as many"
-            self._log.info("pool.dead_connections", words, missing=missing)
+            self._log.info("pool.dead_connections", words, Limit(burst=1), missing=missing)
             self._finish()
         elif known >= len(self._idle):
             states.extra = 0

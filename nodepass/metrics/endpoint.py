@@ -11,7 +11,7 @@ from http import HTTPStatus
 from ipaddress import ip_address
 
 from nodepass.config import Listen
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.metrics.exposition import CONTENT_TYPE, Exposition
 from nodepass.metrics.http import Answer, HTTPServer, Request
 from nodepass.net.listen import listen_tcp
@@ -68,7 +68,7 @@ class MetricsEndpoint:
         try:
             return routes[path]()
         except Exception as error:  # noqa: BLE001  # a bug: answered with a 500, and the endpoint goes on
-            self._log.error("metrics.bug", "request for %(path)s crashed (bug)", crash=error, path=path)
+            self._log.error("metrics.bug", "request for %(path)s crashed (bug)", Limit(), error, path=path)
             return Answer.of(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error, see the log")
 
     def _is_own(self, host: str) -> bool:

@@ -31,6 +31,7 @@ class Found:
 
     levels: set[str] = field(default_factory=set)
     fields: set[str] = field(default_factory=set)
+    is_always_limited: bool = True  # but for the calls at debug
 
 
 class Module:
@@ -61,9 +62,11 @@ class Package:
             for function, calls in module.functions:
                 for call in calls:
                     for names, fields in self._resolve(call, function, module):
+                        level = LEVELS[call.func.attr]  # type: ignore[attr-defined]
                         for name in names:
-                            events[name].levels.add(LEVELS[call.func.attr])  # type: ignore[attr-defined]
+                            events[name].levels.add(level)
                             events[name].fields |= fields
+                            events[name].is_always_limited &= level == "debug" or _is_limited(call)
         return dict(events)
 
     def _resolve(
@@ -141,6 +144,15 @@ def _calls(function: ast.FunctionDef) -> list[ast.Call]:
 def _name(call: ast.Call) -> str:
     """The name of the function that is called."""
     return call.func.attr if isinstance(call.func, ast.Attribute) else str(getattr(call.func, "id", ""))
+
+
+def _is_limited(call: ast.Call) -> bool:
+    """Whether a log call has a limit, made in place or just before."""
+    given = (*call.args, *(each.value for each in call.keywords))
+    return any(
+        _name(each) == "Limit" if isinstance(each, ast.Call) else isinstance(each, ast.Name) and each.id == "limit"
+        for each in given
+    )
 
 
 def _parameters(function: ast.FunctionDef) -> set[str]:

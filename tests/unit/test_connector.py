@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any, cast
 
 from nodepass.client.connector import Connector
 from nodepass.config import Settings
-from nodepass.errors import RefusedError
+from nodepass.errors import ProtocolError, RefusedError, VerificationError
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
@@ -39,3 +40,20 @@ def test_each_known_reason_has_a_line_of_its_own() -> None:
         for token, words in REASONS.items():
             connector._report_failure(RefusedError(token, words))
     assert sum(burst.lines for burst in log._bursts.values()) == len(REASONS)
+
+
+def lines_of(*errors: OSError) -> int:
+    connector, log, _ = make_connector()
+    for error in errors:
+        connector._report_failure(error)
+    return sum(burst.lines for burst in log._bursts.values())
+
+
+def test_a_server_that_says_something_else_each_time_makes_one_line_a_minute() -> None:
+    assert lines_of(*(ProtocolError(f"malformed signal: {number}") for number in range(100))) == 1
+    assert lines_of(*(VerificationError(f"the certificate is for {number}", "name") for number in range(100))) == 1
+
+
+def test_each_check_and_each_error_of_the_kernel_has_a_line_of_its_own() -> None:
+    assert lines_of(VerificationError("-", "name"), VerificationError("-", "expired")) == 2
+    assert lines_of(*(OSError(number, "-") for number in (errno.ECONNREFUSED, errno.EHOSTUNREACH))) == 2

@@ -168,6 +168,22 @@ def test_a_traceback_follows_its_line_escaped_as_well() -> None:
     assert rest[-1] == r"ValueError: a \x1b[31m"
 
 
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_a_text_of_any_length_makes_a_line_of_some_thousand_characters(style: str) -> None:
+    stream = set_up(style=style)
+    Log("t").info("a.line", "it said %(said)s", said=100_000 * "x", others=["y" * 100_000])
+    assert 4_000 < len(stream.getvalue()) < 10_000
+    assert "x…" in stream.getvalue().encode().decode("unicode_escape" if style == "json" else "utf-8")
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_the_end_of_a_traceback_is_kept(style: str) -> None:
+    stream = set_up(style=style)
+    crash(100_000 * "x" + " the end")
+    assert len(stream.getvalue()) < 30_000
+    assert "x the end" in stream.getvalue()
+
+
 def test_for_journald_every_line_of_a_traceback_has_the_priority(for_journald: Any) -> None:
     read = for_journald()
     crash("bad")

@@ -1,0 +1,65 @@
+"""Every line that a peer can cause before it has authenticated is limited, so that it cannot fill a disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nodepass
+from nodepass.log import Log
+from nodepass.stats import Stats
+from nodepass.tasks import report_bug
+from tests.unit.log_calls import Package
+from tests.unit.records import recorded
+
+PACKAGE = Path(nodepass.__file__).parent
+
+# Events that only the operator, the machine or this program's own timers cause. Every other one above debug can be
+# caused from outside: by what connects to a port, by a visitor, or by a server that is not the client's.
+FROM_INSIDE = {
+    # a start
+    "config.warning",
+    "process.limits",
+    "process.limits_exceeded",
+    "metrics.listening",
+    "server.listening",
+    "certificate.loaded",
+    "tls.public_api",
+    "tunnel.security",  # also when a connection makes it known more exactly, but each text once
+    # a stop
+    "process.cut",
+    "process.exiting",
+    "process.hangup",
+    "process.stopped",
+    "process.stopping",
+    # a signal or a file that has changed
+    "certificate.kept",
+    "certificate.reloaded",
+    "certificate.unchanged",
+    "client.revoked",
+    "keys.missing",
+    "keys.reload_failed",
+    "keys.reloaded",
+    "process.bugs",
+    "process.dump_failed",
+    "process.reloading",
+    "tunnel.report",
+    # a timer
+    "certificate.expiring",
+    "log.lost",  # once for half a queue at most
+    "log.suppressed",
+    "tunnel.crashed",  # once in SERVICE_COOLDOWN
+    "tunnel.restart_failed",
+}
+
+
+def test_every_line_that_is_caused_from_outside_is_limited() -> None:
+    unlimited = {name for name, found in Package(PACKAGE).events().items() if not found.is_always_limited}
+    assert unlimited == FROM_INSIDE
+
+
+def test_bugs_are_limited_by_kind_and_not_by_where_they_happen() -> None:
+    log = Log("t")
+    with recorded() as records:
+        for number in range(100):
+            report_bug(f"<callback at {number:#x}>", ValueError(), log, Stats())
+    assert len(records) == 10
