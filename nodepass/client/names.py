@@ -27,7 +27,7 @@ REFRESH = 30.0  # seconds between the lookups of a name; most dynamic names live
 RETRY = 5.0  # seconds after a lookup that failed
 FRESH = 1.0  # seconds for which the outcome of a lookup is taken for the present one
 GRACE = 0.5  # seconds that something which has failed already waits for a lookup; most take milliseconds
-MOVES = Limit(seconds=60.0, burst=3)  # some names have other addresses at each lookup
+MOVES = Limit(seconds=60.0, burst=3)  # a name can have other addresses, or none, at each lookup
 
 _threads = Semaphore(8)  # of the 10 that gevent has: a reload of the keys needs one, too
 
@@ -97,13 +97,13 @@ class Name:
             self.version += 1
             self._log.info("name.changed", "%(host)s has moved to %(addresses)s", MOVES, host=host, addresses=addresses)
         elif failure:
-            self._log.info("name.resolved", "%(host)s is %(addresses)s", host=host, addresses=addresses)
+            self._log.info("name.resolved", "%(host)s is %(addresses)s", MOVES, host=host, addresses=addresses)
         self._note_outcome()
 
     def _note_failure(self, error: OSError) -> None:
         if not self.failure:
             words = "%(error)s; " + ("its last addresses stay in use" if self._endpoints else "retrying")
-            self._log.warning("name.failed", words, host=self._host, error=reason(error))
+            self._log.warning("name.failed", words, MOVES, host=self._host, error=reason(error))
         self.failure = error
         self._note_outcome()
 

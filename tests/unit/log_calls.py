@@ -147,10 +147,12 @@ def _name(call: ast.Call) -> str:
 
 
 def _is_limited(call: ast.Call) -> bool:
-    """Whether a log call has a limit, made in place or just before."""
+    """Whether a log call has a limit, made in place or just before, or a constant."""
     given = (*call.args, *(each.value for each in call.keywords))
     return any(
-        _name(each) == "Limit" if isinstance(each, ast.Call) else isinstance(each, ast.Name) and each.id == "limit"
+        _name(each) == "Limit"
+        if isinstance(each, ast.Call)
+        else isinstance(each, ast.Name) and (each.id == "limit" or each.id.isupper())
         for each in given
     )
 
