@@ -151,14 +151,16 @@ class Launches(Part):
 
     def _ask_target(self, question: bytes, largest: int, timeout: float) -> bytes:
         """The answer of the first endpoint that does not refuse the datagram. Raises OSError."""
-        *others, last = self._target.datagram_endpoints()
-        for endpoint in others:
+        failure = OSError("no address to send to")
+        for endpoint in self._target.datagram_endpoints():
             try:
                 answer = ask_target(endpoint, question, largest, timeout)
             except (TimeoutError, ProtocolError):
                 raise
-            except OSError:
-                continue
-            self._target.note_answer(endpoint)
-            return answer
-        return ask_target(last, question, largest, timeout)
+            except OSError as error:
+                failure = error
+            else:
+                self._target.note_answer(endpoint)
+                return answer
+        self._target.name.refresh()  # it may have moved
+        raise failure

@@ -250,6 +250,21 @@ def test_the_first_free_port_of_a_range_is_taken(stack: ExitStack) -> None:
         listen_in_range(HOST, Ports(first, third), "here")
 
 
+def test_a_name_that_cannot_be_resolved_is_not_looked_up_for_each_port_of_a_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lookups = []
+
+    def resolve(address: Address) -> list[Endpoint]:
+        lookups.append(address.port)
+        raise OSError("no such name")
+
+    monkeypatch.setattr(listen, "resolve", resolve)
+    with pytest.raises(ListenError, match="no such name"):
+        listen_in_range("name", Ports(1, 9), "here")
+    assert lookups == [1]
+
+
 def test_a_port_that_was_passed_is_taken_before_the_first_free_one(stack: ExitStack) -> None:
     first, second = neighbours(2)
     with socket.create_server((HOST, second)) as passed:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 import gevent
 import pytest
 from gevent import socket
-from gevent.event import AsyncResult
 
 from nodepass.client import names
 from nodepass.client.names import Name
@@ -17,34 +16,9 @@ from nodepass.net import sockets
 from nodepass.net.sockets import Endpoint, resolve
 from nodepass.urls import Address
 from tests.unit.controls import run, until
+from tests.unit.resolver import Resolver
 
 OLD, NEW = (Endpoint(socket.AF_INET, (host, 80)) for host in ("192.0.2.1", "192.0.2.2"))
-
-
-class Resolver:
-    """Answers lookups when a test says so: each waits for the next of `answers`."""
-
-    def __init__(self) -> None:
-        self.lookups: list[AsyncResult[list[Endpoint]]] = []
-
-    def look_up(self, address: Address) -> list[Endpoint]:
-        assert address.host == "moving.example"
-        self.lookups.append(AsyncResult())
-        return self.lookups[-1].get()
-
-    def answer(self, *endpoints: Endpoint) -> None:
-        """Answer the lookup that runs; there is one, now or in a moment."""
-        until(self.is_asked)
-        self.lookups[-1].set(list(endpoints))
-        gevent.sleep(0)
-
-    def fail(self, words: str = "no such name") -> None:
-        until(self.is_asked)
-        self.lookups[-1].set_exception(OSError(-2, words))
-        gevent.sleep(0)
-
-    def is_asked(self) -> bool:
-        return bool(self.lookups) and not self.lookups[-1].ready()
 
 
 class Events(Log):
@@ -66,11 +40,7 @@ def stack() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
-    resolver = Resolver()
-    for module in (names, sockets):
-        monkeypatch.setattr(module, "look_up", resolver.look_up)
-    monkeypatch.setattr(names, "FRESH", 0.0)
-    return resolver
+    return Resolver(monkeypatch)
 
 
 @pytest.fixture
@@ -157,6 +127,7 @@ def test_a_late_lookup_counts_as_failed_and_its_answer_is_taken_all_the_same(
     resolver.answer(NEW)
     assert name.endpoints(0) == [NEW]
     assert len(resolver.lookups) == 2
+    assert name.refresh()  # the next lookup is waited for again
 
 
 def test_what_has_just_been_looked_up_is_not_asked_again(

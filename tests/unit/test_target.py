@@ -1,0 +1,138 @@
+"""Which of a target's addresses is dialled, and what the server is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import gevent
+import pytest
+from gevent import socket
+
+from nodepass.client.client import Client
+from nodepass.client.launches import Launches
+from nodepass.client.target import Target
+from nodepass.client.udp_flows import TargetFlows
+from nodepass.config import Settings
+from nodepass.log import Log
+from nodepass.net import udp
+from nodepass.net.sockets import Endpoint
+from nodepass.stats import Stats
+from nodepass.tasks import TaskGroup
+from nodepass.tunnel.part import Common
+from nodepass.urls import Address, ClientURL
+from tests.unit.controls import run
+from tests.unit.resolver import Resolver
+
+ADDRESS = Address("moving.example", 80)
+LOG = Log("test")
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    monkeypatch.setattr(udp, "socket", socket)
+    with ExitStack() as stack, gevent.Timeout(20):
+        yield stack
+
+
+@pytest.fixture
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
+    return Resolver(monkeypatch)
+
+
+@pytest.fixture
+def target(stack: ExitStack, resolver: Resolver) -> Target:  # noqa: ARG001  # its name is looked up there
+    target = Target(ADDRESS, LOG)
+    run(stack, target.name.follow)
+    return target
+
+
+def listener(stack: ExitStack, kind: int = socket.SOCK_STREAM) -> Any:
+    sock = stack.enter_context(socket.socket(socket.AF_INET, kind))
+    sock.bind(("127.0.0.1", 0))
+    if kind == socket.SOCK_STREAM:
+        sock.listen()
+    return sock
+
+
+def refusing(stack: ExitStack, kind: int = socket.SOCK_STREAM) -> Any:
+    """A socket of an address that refuses: it does not listen, or is connected elsewhere."""
+    sock = stack.enter_context(socket.socket(socket.AF_INET, kind))
+    sock.bind(("127.0.0.1", 0))
+    if kind == socket.SOCK_DGRAM:
+        sock.connect(("127.0.0.1", 9))
+    return sock
+
+
+def endpoint(sock: Any) -> Endpoint:
+    return Endpoint(sock.family, sock.getsockname())
+
+
+def test_a_visitor_whose_target_has_moved_is_served_at_the_new_address(
+    stack: ExitStack, target: Target, resolver: Resolver
+) -> None:
+    old, new = endpoint(refusing(stack)), endpoint(listener(stack))
+    resolver.answer(old)
+    dialling = run(stack, target.dial, 10)
+    resolver.answer(new)
+    with closing(dialling.get()) as sock:  # type: ignore[type-var]
+        assert sock.getpeername() == new.sockaddr  # type: ignore[attr-defined]
+    assert target.answers
+
+
+def test_a_visitor_of_a_target_that_refuses_is_told_although_its_name_is_not_answered(
+    stack: ExitStack, target: Target, resolver: Resolver
+) -> None:
+    resolver.answer(endpoint(refusing(stack)))
+    with gevent.Timeout(5), pytest.raises(ConnectionRefusedError):
+        target.dial(60)
+    assert resolver.is_asked()
+    assert not target.answers
+
+
+def test_the_server_is_told_of_a_target_whose_name_has_never_been_resolved(target: Target, resolver: Resolver) -> None:
+    assert target.answers
+    resolver.fail()
+    assert not target.answers
+    target.name.refresh()
+    resolver.answer(Endpoint(socket.AF_INET, ("192.0.2.1", 80)))
+    assert target.answers
+    target.name.refresh()
+    resolver.fail()
+    assert target.answers  # as far as is known
+
+
+def test_the_status_says_that_a_name_cannot_be_resolved() -> None:
+    client = Client(ClientURL(Address("127.0.0.1", 9), ADDRESS), "id", list, Settings(), LOG, Stats())
+    assert "moving.example" not in client.status()
+    client._target.name.failure = OSError("cannot resolve 'moving.example': no such name")
+    assert "target: cannot resolve 'moving.example': no such name" in client.status()
+
+
+def test_the_address_that_answered_last_is_dialled_first_and_tcp_and_udp_have_each_their_own(
+    stack: ExitStack, target: Target, resolver: Resolver
+) -> None:
+    refuses, answers, other = endpoint(refusing(stack)), endpoint(listener(stack)), endpoint(listener(stack))
+    resolver.answer(refuses, answers, other)
+    assert target.datagram_endpoints() == [refuses, answers, other]
+    target.dial(10).close()
+    assert target.datagram_endpoints() == [answers, refuses, other]
+    target.note_answer(other)
+    assert target.datagram_endpoints() == [other, refuses, answers]
+    with closing(target.dial(10)) as sock:
+        assert sock.getpeername() == answers.sockaddr
+
+
+def test_a_datagram_of_wire_v1_is_answered_by_the_first_address_that_does_not_refuse(
+    stack: ExitStack, target: Target, resolver: Resolver
+) -> None:
+    service = listener(stack, socket.SOCK_DGRAM)
+    resolver.answer(endpoint(refusing(stack, socket.SOCK_DGRAM)), endpoint(service))
+    common = Common(Settings(), LOG, Stats(), TaskGroup(LOG, Stats()))
+    launches = Launches(common, target, TargetFlows(common, target))
+    asking = run(stack, launches._ask_target, b"question", 100, 10.0)
+    payload, asker = service.recvfrom(100)
+    service.sendto(payload.upper(), asker)
+    assert asking.get() == b"QUESTION"
+    assert target.datagram_endpoints()[0] == endpoint(service)
