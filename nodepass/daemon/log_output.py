@@ -1,8 +1,8 @@
 """Where the log goes: stderr, which must never stop the process, however slowly it is read.
 
 A pipe or terminal that is not read makes a plain write wait, and with it every tunnel. Here a write takes what stderr
-accepts at once. The rest is queued and tried again by a timer. When the queue is full, lines are lost: they are counted
-in `Stats`, and the log says how many once there is room again. Lines keep their order.
+accepts at once. The rest is queued until the event loop finds room. When the queue is full, lines are lost: they are
+counted in `Stats`, and the log says how many once there is room again. Lines keep their order.
 
 `cli` puts a LogOutput in place of `sys.stderr`, so that tracebacks of the interpreter and the reason of a failed start
 follow the lines that are queued, and cannot make the process wait either. `finish` runs when the interpreter exits.
@@ -24,8 +24,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from socket import MSG_DONTWAIT
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
+from gevent import get_hub
 from gevent.monkey import get_original
 
 from nodepass.log import Log
@@ -33,8 +34,10 @@ from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer
 
 QUEUED = 256 << 10  # bytes that wait for room at most: some 2,000 lines, beside the 64 KiB of a pipe
-RETRY = 0.02  # seconds between two attempts while lines wait; an attempt takes 10 microseconds
+RETRY = 1.0  # seconds between two attempts after an error, such as a full disk
 LAST_CHANCE = 1.0  # seconds at the exit for the lines that wait
+
+WRITE = 2  # event of libev
 
 _poll = get_original("select", "poll")
 _socket = get_original("socket", "socket")
@@ -57,6 +60,7 @@ class LogOutput(io.TextIOBase):
         self._size = 0  # bytes of them
         self._lost = 0  # lines since the log last said how many
         self._broken = False  # the last write failed, and not for lack of room
+        self._room: Any = get_hub().loop.io(descriptor, WRITE)  # gevent's, which has no type
         self._timer = IdleTimer(RETRY, self._retry)
 
     @classmethod
@@ -84,36 +88,51 @@ class LogOutput(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Write or queue one line, or count it as lost. Once one is lost, all are until half of the queue is written:
-        the log has gaps rather than holes everywhere.
+        """Write or queue one line, or count it as lost.
+
+        Once one is lost, all are until half of the queue is written: the log has few gaps, and each is reported.
         """
         if self._lost or self._size >= QUEUED:
             self._lost += 1
             self._stats.log_lines_lost += 1
-        else:
+        elif text:
             line = text.encode(self._encoding, "backslashreplace")
             self._lines.append(line)
             self._size += len(line)
-        if self._retry():
-            self._timer.start()
+        self._go_on()
         return len(text)
 
     def finish(self) -> None:
         """Write what waits, for at most LAST_CHANCE seconds. What is not taken by then is given up."""
-        self._timer.stop()
         deadline = time.monotonic() + LAST_CHANCE
         room = _poll()
         room.register(self._descriptor, select.POLLOUT)
-        while self._retry() and not self._broken and (left := deadline - time.monotonic()) > 0:
+        while self._drain() and not self._broken and (left := deadline - time.monotonic()) > 0:
             room.poll(1000 * left)
 
     def close(self) -> None:
         """Write nothing more; the descriptor itself stays open."""
         self._timer.stop()
+        self._room.close()
         self._opened.close()
         super().close()
 
+    def _go_on(self) -> None:
+        """Write what stderr takes now. The rest follows when it has room, or after RETRY where it has an error."""
+        if not self._drain():
+            self._room.stop()
+        elif self._broken:
+            self._room.stop()
+            self._timer.start()
+        elif not self._room.active:
+            self._room.start(self._go_on)
+
     def _retry(self) -> bool:
+        """The timer's: whether to try again after RETRY."""
+        self._go_on()
+        return self._broken
+
+    def _drain(self) -> bool:
         """Write what stderr takes now; whether lines are still waiting."""
         self._broken = False
         try:
@@ -130,6 +149,8 @@ class LogOutput(io.TextIOBase):
     def _write_first(self) -> None:
         line = self._lines[0]
         taken = self._write(line)
+        if not taken:
+            raise BlockingIOError
         self._size -= taken
         if taken < len(line):
             self._lines[0] = line[taken:]

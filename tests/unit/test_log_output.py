@@ -59,7 +59,7 @@ class Out:
         return self.read()
 
     def is_waiting(self) -> bool:
-        return self.output._timer.active
+        return bool(self.output._timer.active or self.output._room.active)
 
 
 def numbers_of(lines: list[str]) -> list[int]:
