@@ -30,6 +30,7 @@ from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
+from nodepass.tls.files import RETRY, FileState
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
 from nodepass.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.wire.auth import new_client_id
@@ -79,6 +80,7 @@ class Daemon:
         self._runtime_directory = manager.runtime_directory
         self._terminal = Terminal()
         self._reloading = Semaphore()
+        self._unusable_keys: FileState | None = None  # of the keys file, where it could not be used at a reload
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
         makers = make_tunnels(urls, self._limits.settings, keys, self._inherited)
         self._tunnels = [
@@ -209,16 +211,32 @@ class Daemon:
         with self._reloading:
             self._log.info("process.reloading", "SIGHUP: reading the certificates and the keys file")
             self._notifier.begin_reload()
-            self._reload_keys()
-            gevent.joinall([self._tasks.spawn("reload", each.tunnel.reload) for each in self._tunnels])
+            self._read_files()
             self._notifier.end_reload()
+
+    def _read_files(self) -> None:
+        self._reload_keys()
+        gevent.joinall([self._tasks.spawn("reload", each.tunnel.reload) for each in self._tunnels])
+
+    def _retry_keys(self) -> None:
+        """Read a keys file that could not be used again as soon as it has changed."""
+        while self._unusable_keys is not None:
+            gevent.sleep(RETRY)
+            with self._reloading:
+                if self._unusable_keys not in (None, self._keys.file_state):
+                    self._read_files()
 
     def _reload_keys(self) -> None:
         """Read the keys file again, in a thread, because deriving keys takes long."""
+        state, is_watched = self._keys.file_state, self._unusable_keys is not None
         outcome = gevent.get_hub().threadpool.apply(self._keys.try_reload)
         if isinstance(outcome, ConfigError):
             self._log.error("keys.reload_failed", "%(error)s; the keys stay as they were", error=outcome)
+            self._unusable_keys = state
+            if not is_watched:
+                self._tasks.spawn("watch the keys file", self._retry_keys)
             return
+        self._unusable_keys = None
         if not outcome:
             return
         self._log.info("keys.reloaded", "%(place)s has changed", place=self._keys.place)

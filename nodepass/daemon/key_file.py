@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from nodepass.config import Notice
 from nodepass.errors import ConfigError
+from nodepass.tls.files import FileState, state_of, without_mark
 from nodepass.urls import NAME, NAMELESS, TunnelURL
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ FEWEST = 10  # different characters; fewer are a pattern
 MOST_LINES = 4096  # of a keys file
 LARGEST = 1 << 20  # bytes of a file
 _GENERATED = 32  # random bytes
+_MARK = "\ufeff"  # of the byte order, as the variable has it that a shell read from a file
 _MAY_READ, _MAY_WRITE = 0o044, 0o022  # group and others
 
 
@@ -146,6 +148,11 @@ class Keys:
         self._derived = {each: key for each, key in known.items() if each[0] in fresh.secrets(each[1])}
         return changed
 
+    @property
+    def file_state(self) -> FileState:
+        """Another one where the keys file has changed in any way."""
+        return state_of(self._file)
+
     def try_reload(self) -> bool | ConfigError:
         """`reload`, with its error as a result: in gevent's threads an exception is printed."""
         try:
@@ -186,7 +193,7 @@ def _read(file: str, place: str, credentials: str, notices: list[Notice]) -> str
     if len(content) > LARGEST:
         raise ConfigError(f"{place}: longer than {LARGEST} bytes, so it holds no keys")
     try:
-        return content.decode()
+        return without_mark(content).decode()
     except UnicodeDecodeError:
         raise ConfigError(f"{place}: not UTF-8 text") from None
 
@@ -203,7 +210,7 @@ def _judge_access(status: os.stat_result, file: str, place: str) -> None:
 
 def _parse_one(text: str, place: str, notices: list[Notice]) -> str:
     """The secret that is the whole text."""
-    secret = text.strip()
+    secret = text.removeprefix(_MARK).strip()
     if len(secret.splitlines()) > 1:
         raise ConfigError(f"{place}: more than one line; allowed: one key (a line a tunnel: TUNNEL_KEYS_FILE)")
     return _judge(secret, place, notices)
@@ -228,7 +235,7 @@ def _parse_lines(text: str, file: str, notices: list[Notice]) -> dict[str, tuple
 
 def _lines(text: str, place: str) -> Iterator[tuple[str, str]]:
     """Each line that is not empty, without its comment, and where it stands. A `#` behind a blank begins a comment."""
-    lines = text.removesuffix("\n").split("\n")
+    lines = re.split(r"\r\n|\n|\r", text.rstrip("\r\n"))
     if len(lines) > MOST_LINES:
         raise ConfigError(f"{place}: more than {MOST_LINES} lines; allowed: at most as many")
     for number, line in enumerate(lines, 1):

@@ -6,7 +6,6 @@ It owns the certificate, its key and the context made of them; `server` asks for
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from gevent.event import Event
 
 from nodepass.errors import ConfigError, reason
 from nodepass.log import Log
 from nodepass.tls.contexts import PrivateKey, server_context
+from nodepass.tls.files import RETRY, FileState, state_of, without_mark
 from nodepass.tls.verify import names_of
 
 EXPIRY_WARNING = datetime.timedelta(days=14)
@@ -105,9 +106,11 @@ def load_pair(crt: str, key: str) -> Identity:
 def _read(parameter: str, path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return without_mark(file.read())
     except OSError as error:
         raise ConfigError(f"{parameter}={path}: cannot be read: {reason(error)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{parameter}={path}: not text (PEM)") from None
 
 
 class ServerCertificate:
@@ -120,6 +123,7 @@ class ServerCertificate:
     def __init__(self, crt: str, key: str, log: Log) -> None:
         self._paths = (crt, key) if crt else ()
         self._log = log
+        self._is_unusable = Event()  # the files were, at the last look
         self._seen = self._state()
         self._use(load_pair(crt, key) if crt else self_signed())
         words = f"{'' if crt else 'self-signed '}certificate SHA-256 %(sha256)s"
@@ -132,6 +136,7 @@ class ServerCertificate:
         if not self._paths or (state == self._seen and not asked):
             return
         self._seen = state
+        self._is_unusable.clear()
         try:
             identity = load_pair(*self._paths)
             if identity.fingerprint == self.identity.fingerprint:
@@ -144,11 +149,16 @@ class ServerCertificate:
         except ConfigError as error:
             words = "keeping the old certificate: %(error)s"
             self._log.error("certificate.kept", words, sha256=self.identity.fingerprint, error=error)
+            self._is_unusable.set()
 
     def watch(self, interval: float) -> None:
-        """Check the files, and when the certificate expires, every `interval` seconds until killed."""
+        """Check the files, and when the certificate expires, every `interval` seconds until killed.
+
+        Files that could not be used are looked at more often, and read as soon as they have changed.
+        """
         while True:
-            gevent.sleep(interval)
+            if self._is_unusable.wait(interval):
+                gevent.sleep(min(interval, RETRY))
             self.reload()
             self._warn_of_expiry()
 
@@ -166,14 +176,5 @@ class ServerCertificate:
         words = f"expires in {days:.1f} days" if days > 0 else f"expired {-days:.1f} days ago"
         self._log.warning("certificate.expiring", f"the certificate {words}", days=round(days, 1))
 
-    def _state(self) -> list[tuple[int, int, int] | None]:
-        """What changes when a file is written or replaced: inode, size, modification time."""
-        return [_stat(path) for path in self._paths]
-
-
-def _stat(path: str) -> tuple[int, int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    def _state(self) -> list[FileState]:
+        return [state_of(path) for path in self._paths]

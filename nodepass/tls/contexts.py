@@ -6,7 +6,9 @@ CAs where a certificate is looked at; `stream` asks for it at each handshake.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import time
 from collections.abc import Sequence
 
@@ -14,10 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-from cryptography.x509 import Certificate
+from cryptography.x509 import Certificate, load_pem_x509_certificates
 from OpenSSL import SSL
+from OpenSSL.crypto import X509
 
 from nodepass.errors import ConfigError, TLSError
+from nodepass.tls.files import has_mark, without_mark
 from nodepass.tls.verify import Verify
 from nodepass.wire.lines import printable
 
@@ -70,10 +74,22 @@ def _client_context(loads_cas: bool, v2: bool, _period: int) -> SSL.Context:
     context = _context()
     if loads_cas:
         context.set_default_verify_paths()
+        _add_marked_cas(context, os.environ.get("SSL_CERT_FILE", ""))
     if v2:
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_alpn_protos([ALPN])
     return context
+
+
+def _add_marked_cas(context: SSL.Context, file: str) -> None:
+    """Add what OpenSSL leaves out of a file with a byte order mark: the first certificate, or in UTF-16 all of them."""
+    with contextlib.suppress(OSError, ValueError), open(file, "rb") as opened:  # it then holds no CA, as for OpenSSL
+        content = opened.read()
+        if has_mark(content):
+            for each in load_pem_x509_certificates(without_mark(content)):
+                store = context.get_cert_store()
+                assert store
+                store.add_cert(X509.from_cryptography(each))
 
 
 def translated(error: SSL.Error) -> TLSError:

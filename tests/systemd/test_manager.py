@@ -352,6 +352,19 @@ def test_what_was_typed_into_the_editor_is_not_lost_where_it_is_not_usable(
     assert "a bad one" in capsys.readouterr().out
 
 
+def test_an_environment_file_of_another_editor_is_read_and_written_without_its_mark_and_line_ends(
+    manager: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "web.env"
+    path.write_bytes("NODEPASS_URL=client://a:1/b:2 \r\nUDP_LANES=2\r\n".encode("utf-8-sig"))
+    for name, value in {"INSTANCES": tmp_path, "UNITS": tmp_path, "run": lambda *_, **__: 0}.items():
+        monkeypatch.setattr(manager, name, value)
+    monkeypatch.setattr(manager, "validate", lambda *_: None)
+    manager.edit(manager.make_parser().parse_args(["edit", "web", "--set", "WIRE=2"]))
+    assert path.read_bytes() == b'NODEPASS_URL=client://a:1/b:2 \nUDP_LANES=2\nWIRE="2"\n'
+    assert manager.parse_environment(path.read_text())["NODEPASS_URL"] == "client://a:1/b:2"
+
+
 @pytest.mark.parametrize(
     ("urls", "data_port", "wanted", "lines"),
     [

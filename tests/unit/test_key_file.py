@@ -144,7 +144,9 @@ def test_a_bad_line_of_a_keys_file_is_named_by_its_number_and_not_repeated(
     [
         (b"", "the key is empty"),
         (b" \n", "the key is empty"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\xff\xfe", "the key is empty"),
+        (b"\xff", "not UTF-8"),
+        (b"\xff\xfeodd", "not UTF-8"),
         (b"21-characters-are-few", "under 22 characters"),
         (b"123456789123456789123456789", "under 10 different ones"),
         (b"x" * 64, "under 10 different ones"),

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 
 from nodepass.config import Settings
@@ -17,6 +18,7 @@ from nodepass.daemon.systemd import ServiceManager
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.urls import parse_url
+from tests.unit.controls import until
 from tests.unit.records import recorded
 
 NAMES = ("web", "ssh")
@@ -54,6 +56,10 @@ class Process:
         """The events about keys of one reload, and the tunnels that they are about."""
         self._log.clear()
         self.daemon._reload()
+        return self.events()
+
+    def events(self) -> list[tuple[str, str]]:
+        """What has been logged about keys."""
         return [(each.event, each.tunnel) for each in self._log if each.event.startswith("keys.")]
 
 
@@ -98,4 +104,20 @@ def test_a_file_that_cannot_be_used_leaves_the_keys_as_they_are(process: Process
     assert process.reload() == [("keys.reload_failed", "nodepass")]
     assert process.keys.keys_for("web") == before
     assert [each.reloads for each in process.tunnels] == [1, 1]
+    assert not process.daemon.bugs
+
+
+def test_a_file_that_could_not_be_used_is_read_once_it_has_changed_in_any_way(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here its mode, which let others change it; the process is told once only."""
+    monkeypatch.setattr(daemon, "RETRY", 0.001)
+    process.write(web=process.secrets["web"])
+    process.file.chmod(0o666)
+    assert process.reload() == [("keys.reload_failed", "nodepass")]
+    gevent.sleep(0.01)
+    assert [each.reloads for each in process.tunnels] == [1, 1], "as long as nothing has changed, nothing is read"
+    process.file.chmod(0o600)
+    until(lambda: [each.reloads for each in process.tunnels] == [2, 2])
+    assert ("keys.reloaded", "nodepass") in process.events()
     assert not process.daemon.bugs

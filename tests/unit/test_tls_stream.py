@@ -224,6 +224,18 @@ def test_an_authority_that_is_added_is_trusted_at_the_attempt_after_a_rejection(
         assert made.verified_for == HOST
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_authorities_in_a_file_with_a_byte_order_mark_are_trusted(
+    trusted: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """OpenSSL itself skips the first one."""
+    file = tmp_path / "marked.crt"
+    file.write_bytes(trusted.crt.read_text().replace("\n", "\r\n").encode(encoding))
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    with handshake(context_for(trusted, HOST), Expected(HOST, Verify.ENFORCE)) as (_, made):
+        assert made.verified_for == HOST
+
+
 def test_an_authority_that_is_removed_is_not_trusted_for_ever(
     trusted: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
