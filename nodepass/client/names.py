@@ -11,8 +11,8 @@ The owner of a `Name` runs `follow` as one of its loops where `is_followed`. Err
 
 from __future__ import annotations
 
-import contextlib
 import time
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import gevent
 from gevent.event import Event
@@ -29,7 +29,7 @@ FRESH = 1.0  # seconds for which the outcome of a lookup is taken for the presen
 GRACE = 0.5  # seconds that something which has failed already waits for a lookup; most take milliseconds
 MOVES = Limit(seconds=60.0, burst=3)  # a name can have other addresses, or none, at each lookup
 
-_threads = Semaphore(8)  # of the 10 that gevent has: a reload of the keys needs one, too
+_threads = Semaphore(8)  # of the 10 that gevent has: the others are for a reload of the keys, and for localhost
 
 
 class Name:
@@ -44,6 +44,8 @@ class Name:
         own = endpoint_of(address)
         self._endpoints: list[Endpoint] = [own] if own else []
         self.is_followed = own is None
+        # Most targets are localhost, which no name server is asked for: it does not queue behind names that hang.
+        self._thread: AbstractContextManager[object] = nullcontext() if self._host == LOCAL else _threads
         self._wanted = Event()
         self._outcome = Event()  # of the lookup that runs, or of the next one
         self._ended = -FRESH  # time.monotonic() of the last outcome
@@ -57,10 +59,10 @@ class Name:
     def follow(self) -> None:
         """Look the name up now, every REFRESH seconds, and where `refresh` asks for it. Never returns."""
         while True:
-            with contextlib.closing(gevent.get_hub().loop.timer(LOOKUP_TIMEOUT)) as timer:
+            with closing(gevent.get_hub().loop.timer(LOOKUP_TIMEOUT)) as timer:
                 timer.start(self._note_late)
                 try:
-                    with _threads:
+                    with self._thread:
                         found = look_up(self._address)
                 except OSError as error:
                     self._note_failure(error)

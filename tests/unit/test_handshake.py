@@ -417,6 +417,16 @@ def test_the_terms_are_those_of_the_url(key: Key, other_key: Key, url: str, dema
     assert Terms.of(parsed, CLIENT, []).key is None
 
 
+@pytest.mark.parametrize(
+    ("written", "host"),
+    [("", "localhost"), ("Tunnel.Example.", "tunnel.example"), ("[fe80::1%25eth0]", "fe80::1"), ("127.1", "127.0.0.1")],
+)
+def test_the_name_that_a_certificate_must_have_is_the_host_in_the_form_of_certificates(written: str, host: str) -> None:
+    parsed = parse_url(f"client://{written}:1/:2")
+    assert isinstance(parsed, ClientURL)
+    assert Terms.of(parsed, CLIENT, []).host == host
+
+
 # Rejections
 
 

@@ -130,6 +130,16 @@ def test_a_late_lookup_counts_as_failed_and_its_answer_is_taken_all_the_same(
     assert name.refresh()  # the next lookup is waited for again
 
 
+def test_localhost_does_not_wait_for_names_whose_name_servers_are_silent(
+    stack: ExitStack, resolver: Resolver, log: Events
+) -> None:
+    hosts = [f"{number}.example" for number in range(20)] + ["localhost"]
+    for host in hosts:
+        run(stack, Name(Address(host, 80), log).follow)
+    until(lambda: "localhost" in resolver.hosts)
+    assert len(resolver.hosts) < len(hosts)
+
+
 def test_what_has_just_been_looked_up_is_not_asked_again(
     name: Name, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
