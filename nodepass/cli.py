@@ -43,7 +43,7 @@ The server runs where visitors can reach it. It listens on its tunnel address fo
 address for visitors, TCP and UDP. The client runs next to the service. It connects to the server's tunnel address
 and, for every visitor, to its target address. LEVEL is debug, info, warn, error or fatal. A setting in a URL, in
 small letters, is for that tunnel only and overrides flag and variable: ...?min_pool_capacity=64&wire=2. A setting of
-the whole process, marked below, cannot stand in a URL.
+the whole process, marked below, cannot stand in a URL; neither can a key, but tunnel_key_file=FILE can.
 
 `nodepass top ENDPOINT` shows a running process that has METRICS_LISTEN set; see nodepass top --help.
 """

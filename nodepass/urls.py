@@ -24,6 +24,7 @@ LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 ROLES = ("server", "client")  # a URL's scheme
 # Parameters that are no settings, and the only role that they have a meaning for, or "".
 _PARAMETERS = {"name": "", "tls": "", "crt": "server", "key": "server", "log": "", "tunnel_key_file": ""}
+_OF_PROCESS = ("tunnel_keys_file",)  # beside the settings of that scope
 _SECRET = re.compile(r"[?&]tunnel[_-]?key=", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
 NAMELESS = "-"  # stands for the empty name where a word is needed
@@ -195,13 +196,13 @@ def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:
 def _check_parameter(url: str, scheme: str, name: str) -> None:
     """Raise ConfigError unless this kind of URL may have a parameter of this name."""
     row = rows().get(name)
-    if name not in _PARAMETERS and row is None:
+    if row is None and name not in (*_PARAMETERS, *_OF_PROCESS):
         known = [*_PARAMETERS, *rows()]
         close = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1, 0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         allowed = f"{', '.join(_PARAMETERS)}, and settings in small letters, see nodepass --help"
         raise ConfigError(f"URL {url!r}: unknown parameter {name!r}{hint} (allowed: {allowed})")
-    if row and row.scope is Scope.PROCESS:
+    if name in _OF_PROCESS or (row and row.scope is Scope.PROCESS):
         words = f"{name} is for the whole process and not for one tunnel"
         raise ConfigError(f"URL {url!r}: {words}; allowed: as the variable {name.upper()} or the flag")
     role = row.role if row else _PARAMETERS[name]

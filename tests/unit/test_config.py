@@ -53,6 +53,7 @@ def test_what_is_no_range_of_ports_is_refused(text: str) -> None:
 @pytest.mark.parametrize("name", rows())
 def test_every_row_is_complete_and_in_the_readme(name: str) -> None:
     row = rows()[name]
+    assert row.help.startswith(row.role), "who reads it knows which end it is for"
     assert row.help
     assert row.group
     assert row.kind.unit
