@@ -7,12 +7,12 @@ FROM python:${PYTHON_VERSION}-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/nodepass
 # The dependencies first: this layer is rebuilt only when they change.
-COPY requirements.txt /src/
-RUN /opt/nodepass/bin/pip install -r /src/requirements.txt
-COPY setup.py README.md LICENSE /src/
+COPY contrib/lock /src/contrib/lock
+RUN /opt/nodepass/bin/pip install --require-hashes -r /src/contrib/lock/metrics.txt -r /src/contrib/lock/build.txt
+COPY setup.py requirements.txt README.md LICENSE /src/
 COPY nodepass /src/nodepass
 # Installing compiles the byte code, so the running container never writes any.
-RUN /opt/nodepass/bin/pip install "/src[metrics]" && /opt/nodepass/bin/pip uninstall --yes pip
+RUN /opt/nodepass/bin/pip install --no-deps --no-build-isolation /src && /opt/nodepass/bin/pip uninstall --yes setuptools pip
 
 FROM python:${PYTHON_VERSION}-slim
 COPY --from=build /opt/nodepass /opt/nodepass

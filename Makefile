@@ -6,12 +6,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PARALLEL := --numprocesses 4 --dist worksteal
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+LOCK := $(VENV)/bin/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.10 --no-header \
+	--no-annotate
 TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak tests/matrix benchmarks contrib/demo contrib/systemd/nodepass-manager)
 
 # Compiled tests are kept: else every worker compiles them again, 4 s of CPU time each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo test programs coverage lint bench fuzz soak matrix clean
+.PHONY: help venv demo test programs coverage lint bench fuzz soak matrix lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -48,6 +50,12 @@ soak: $(VENV)/test.stamp ## Traffic and faults for MINUTES=10 (SEED=number repea
 
 matrix: $(VENV)/test.stamp ## Test with each installed Python, highest and lowest dependencies (ARGS='--help')
 	$(RUN) -m tests.matrix $(ARGS)
+
+lock: $(VENV)/lock.stamp ## Resolve the locked dependencies of releases again
+	$(LOCK) setup.py --output-file contrib/lock/base.txt
+	$(LOCK) setup.py --extra metrics --output-file contrib/lock/metrics.txt
+	$(LOCK) setup.py --extra top --output-file contrib/lock/top.txt
+	echo 'setuptools>=77.0.1' | $(LOCK) - --output-file contrib/lock/build.txt
 
 clean: ## Remove everything that was made here
 	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* \

@@ -34,7 +34,11 @@ def read_readme() -> str:
 
 
 # What belongs to the program and is no Python: where a prefix has it, or a virtual environment.
-DATA = {"share/man/man1": "docs/nodepass.1", "share/nodepass/systemd": "contrib/systemd/*"}
+DATA = {
+    "share/man/man1": "docs/nodepass.1",
+    "share/nodepass/systemd": "contrib/systemd/*",
+    "share/nodepass/lock": "contrib/lock/*.txt",
+}
 
 
 def find_data() -> list[tuple[str, list[str]]]:
@@ -89,6 +93,7 @@ setup(
             RICH,
         ],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH, COVERAGE],
+        "lock": ["uv>=0.9,<1"],
         "bench": ["matplotlib>=3.8,<4"],
         "coverage": [COVERAGE],
         "fuzz": ["atheris>=3,<4; python_version >= '3.11' and python_version < '3.14'"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.machinery
 import importlib.util
@@ -449,6 +450,42 @@ def test_a_value_with_a_newline_is_refused(manager: ModuleType) -> None:
 def manage(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(MANAGER), *arguments]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+
+
+def arguments(manager: ModuleType, *given: str) -> argparse.Namespace:
+    parsed: argparse.Namespace = manager.make_parser().parse_args(["install", *given])
+    return parsed
+
+
+@pytest.mark.programs
+def test_a_release_is_installed_from_locked_dependencies(manager: ModuleType, wheels: Path, tmp_path: Path) -> None:
+    extras = "metrics"
+    wheel = next(wheels.glob("nodepass-*.whl"))
+    manager.make_release(tmp_path / "1", arguments(manager, "--wheel", str(wheel), "--extras", extras))
+    python = tmp_path / "1/bin/python"
+    frozen = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+    installed = {re.sub(r"[-_.]+", "-", line.lower()) for line in frozen.splitlines() if "==" in line}
+    lock = manager.read_lock(wheel, *manager.locks(wheel, extras))
+    assert installed <= {re.sub(r"[-_.]+", "-", line.partition(" ")[0]) for line in lock.splitlines()}
+    assert any(line.startswith("prometheus") for line in installed)
+
+
+@pytest.mark.programs
+def test_a_dependency_with_another_hash_is_refused(
+    manager: ModuleType, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = next(wheels.glob("nodepass-*.whl"))
+    lock = re.sub(r"(sha256:)....", r"\g<1>0000", manager.read_lock(wheel, "base.txt"))
+    monkeypatch.setattr(manager, "read_lock", lambda *_: lock)
+    with pytest.raises(manager.Problem, match="failed with status"):
+        manager.make_release(tmp_path / "1", arguments(manager, "--wheel", str(wheel)))
+    assert not (tmp_path / "1/bin/nodepass").exists()
+
+
+def test_a_wheel_without_locked_dependencies_is_refused(manager: ModuleType, tmp_path: Path) -> None:
+    for wheel in (tmp_path, tmp_path / "no.whl"):
+        with pytest.raises(manager.Problem, match="use --find-links"):
+            manager.read_lock(wheel, "base.txt")
 
 
 def test_without_a_terminal_and_a_command_it_says_so() -> None:
