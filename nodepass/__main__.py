@@ -4,6 +4,7 @@ Nothing else may be imported before the patch: a socket made by an unpatched mod
 """
 
 import gc
+import os
 import sys
 
 
@@ -13,6 +14,8 @@ def main() -> int:
         from nodepass.tools.top import main as top
 
         return top(sys.argv[2:])
+    if not sys.stderr:  # closed by what started this: descriptor 2 must not become a tunnel's
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     if sys.platform != "linux":
         sys.stderr.write(f"nodepass: this system is {sys.platform}; allowed: linux\n")
         return 1

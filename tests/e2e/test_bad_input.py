@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from tests.support.certificates import Authority
 from tests.support.command import refusals
-from tests.support.process import Environment, run
+from tests.support.process import PROGRAM, Environment, run, scrubbed
 
 SERVER = "server://127.0.0.1:0/127.0.0.1:0"
 CLIENT = "client://127.0.0.1:9/127.0.0.1:9"
@@ -30,3 +32,8 @@ def test_bad_input_is_refused_in_one_line(arguments: list[str], env: Environment
 def test_a_key_of_another_certificate_is_refused(authority: Authority) -> None:
     crt, key = authority.local.crt, authority.issue().key
     assert not refusals(run(f"{SERVER}?tls=2&crt={crt}&key={key}"), str(crt), str(key))
+
+
+def test_where_standard_error_is_closed_the_exit_status_is_the_same() -> None:
+    command = ["sh", "-c", 'exec "$0" "$@" 2>&-', str(PROGRAM), "nonsense"]
+    assert subprocess.run(command, env=scrubbed(), check=False, timeout=60).returncode == 2
