@@ -137,7 +137,15 @@ class LogOutput(io.TextIOBase):
         self._broken = False
         try:
             while self._lines:
-                self._write_first()
+                line = self._lines[0]
+                taken = self._write(line)
+                if not taken:
+                    break
+                self._size -= taken
+                if taken == len(line):
+                    self._lines.popleft()
+                else:
+                    self._lines[0] = line[taken:]
         except OSError as error:
             self._broken = not isinstance(error, BlockingIOError)
         if self._lost and self._size <= QUEUED // 2:
@@ -145,17 +153,6 @@ class LogOutput(io.TextIOBase):
             words = "lost %(lines)d lines of the log: stderr was not read, or could not be written"
             Log("nodepass").error("log.lost", words, lines=lost)
         return bool(self._lines)
-
-    def _write_first(self) -> None:
-        line = self._lines[0]
-        taken = self._write(line)
-        if not taken:
-            raise BlockingIOError
-        self._size -= taken
-        if taken < len(line):
-            self._lines[0] = line[taken:]
-        else:
-            self._lines.popleft()
 
 
 def _open(descriptor: int, opened: ExitStack) -> Write:
@@ -169,13 +166,13 @@ def _open(descriptor: int, opened: ExitStack) -> Write:
         sock = opened.enter_context(_socket(fileno=os.dup(descriptor)))
         return lambda data: int(sock.send(data, MSG_DONTWAIT))
     if stat.S_ISREG(mode):
-        return lambda data: os.write(descriptor, data)
+        return partial(os.write, descriptor)
     try:
         own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:  # it belongs to another user, or is a pipe without a reader
         return partial(_write_where_room, descriptor)
     opened.callback(os.close, own)
-    return lambda data: os.write(own, data)
+    return partial(os.write, own)
 
 
 def _write_where_room(descriptor: int, data: bytes) -> int:

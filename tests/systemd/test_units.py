@@ -84,6 +84,11 @@ def test_a_server_is_started_when_it_listens_and_its_status_is_kept_up(stack: co
     assert server.show("StatusText") == "client none, pool 0 idle of 16, 0 sessions, 0 flows, security: none"
     client(stack, box, service(stack, box))
     server.wait_for_status(r"client 127\.0\.0\.1:\d+ \(wire v2, round trip [\d.]+ ms\), pool 16 idle of 16, 0 sessions")
+    server.kill(signal.SIGUSR1)
+    path = server.wait_for("process.bugs")["path"]
+    assert path == "/run/nodepass/status/greenlets"
+    assert "Greenlet" in box.run("cat", path)
+    assert box.run("stat", "--format=%a", path).strip() == "600"
     assert not server.errors()
 
 
