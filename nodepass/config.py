@@ -235,6 +235,12 @@ class Settings:
         "server: data connections that carry all flows, opened on demand",
         role="server",
     )
+    keepalive: float = setting(
+        "15s",
+        duration(1, 7200),
+        "timing",
+        "TCP connections without traffic are probed after this time, and as often until an answer",
+    )
     idle_timeout: float = setting(
         "0", duration(0, DAY), "timing", "a TCP session ends after this time without a byte either way; 0: no limit"
     )

@@ -49,7 +49,7 @@ class Client:
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
         common = Common(settings, log, stats, TaskGroup(log, stats, on_crash=self._failed.set_exception))
-        self._target = Target(url.target, log)
+        self._target = Target(url.target, log, settings.keepalive)
         self._flows = TargetFlows(common, self._target)
         launches = Launches(common, self._target, self._flows)
         self._connector = Connector(common, url, Terms.of(url, id, keys()), launches, self._log_statistics)

@@ -124,7 +124,7 @@ class Connector(Part):
         self._terms.prepare()
         if not self._name.has_endpoints:
             self.failure = f"looking up {self._server.host!r}"
-        stream = TCPStream(dial(self._name.endpoints(timeout), timeout, keepalive=False))
+        stream = TCPStream(dial(self._name.endpoints(timeout), timeout))
         with contextlib.ExitStack() as failed:
             failed.callback(stream.close)
             control = ClientControl(stream, self._settings.report_interval, self._log, self._stats)
@@ -164,7 +164,7 @@ class Connector(Part):
         self._stats.connects += 1
         self._log_connected(control, agreement)
         self.security.report(control)
-        route = Route.of(control, agreement, self._terms.host, self._settings.handshake_timeout)
+        route = Route.of(control, agreement, self._terms.host, self._settings)
         self.connection = Connection(self.common, control, route, self._launches, self._log_statistics)
         self.ready.set()
         try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import gevent
 
 from nodepass.client.pool import ClientPool
+from nodepass.config import Settings
 from nodepass.errors import ClosedError, ProtocolError, VerificationError, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import Endpoint, Socket, dial
@@ -120,16 +121,17 @@ class Route:
     endpoint: Endpoint
     host: str  # of the server, as it was given: the name that its certificate must have
     timeout: float  # seconds for each connection to become ready
+    keepalive: float  # seconds between probes
     agreement: Agreement
     sessions: Sessions | None  # to resume TLS from; None without TLS and in wire v1
 
     @classmethod
-    def of(cls, control: Control, agreement: Agreement, host: str, timeout: float) -> Route:
+    def of(cls, control: Control, agreement: Agreement, host: str, settings: Settings) -> Route:
         """To the address at which the server was reached, on the port that it offered."""
         offer, reached = agreement.offer, control.endpoint
         endpoint = reached if offer.mux else reached.with_port(offer.data_port)
         sessions = _open_sessions(control, agreement, host) if offer.tls and offer.version > 1 else None
-        return cls(endpoint, host, timeout, agreement, sessions)
+        return cls(endpoint, host, settings.handshake_timeout, settings.keepalive, agreement, sessions)
 
     def close(self) -> None:
         """The control connection has ended: its TLS sessions are forgotten."""
@@ -141,7 +143,7 @@ class Route:
         sock: Socket | None = None
         with gevent.Timeout(self.timeout) as late:
             try:
-                sock = dial([self.endpoint], self.timeout)
+                sock = dial([self.endpoint], self.timeout, self.keepalive)
                 return self._prepare(sock)
             except BaseException as error:
                 if sock:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from nodepass.client.names import GRACE, Name
 from nodepass.log import Log
-from nodepass.net.sockets import Endpoint, Socket, dial
+from nodepass.net.sockets import KEEPALIVE, Endpoint, Socket, dial
 from nodepass.urls import Address
 
 
 class Target:
     """One address, and which of its endpoints answer."""
 
-    def __init__(self, address: Address, log: Log) -> None:
+    def __init__(self, address: Address, log: Log, keepalive: float = KEEPALIVE) -> None:
+        """`keepalive`: seconds between probes of its TCP connections."""
         self.name = Name(address, log)
         self._address = address
+        self._keepalive = keepalive
         self._is_reached = True  # by the last dial
         self._answered: Endpoint | None = None  # by TCP, the last one
         self._answered_udp: Endpoint | None = None
@@ -43,12 +45,12 @@ class Target:
     def _dial(self, timeout: float) -> Socket:
         endpoints, version = self.name.endpoints(timeout), self.name.version
         try:
-            sock = dial(_first(self._answered, endpoints), timeout)
+            sock = dial(_first(self._answered, endpoints), timeout, self._keepalive)
         except OSError:
             endpoints = self.name.newer()
             if self.name.version == version:
                 raise
-            sock = dial(endpoints, timeout)
+            sock = dial(endpoints, timeout, self._keepalive)
         if len(endpoints) > 1:
             self._answered = next((each for each in endpoints if each.sockaddr == sock.getpeername()), None)
         return sock

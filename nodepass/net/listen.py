@@ -19,6 +19,7 @@ from nodepass.errors import ListenError, reason
 from nodepass.log import Limit, Log
 from nodepass.net.activation import NOTHING, Share, missing_endpoints
 from nodepass.net.sockets import (
+    KEEPALIVE,
     Endpoint,
     Socket,
     reset_on_close,
@@ -37,15 +38,17 @@ CHOICES = 10  # attempts at a port that is free for TCP and for UDP, where the k
 _CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # errors of accept on a closed listener
 
 
-def listen_tcp(address: Address, what: str, share: Share = NOTHING) -> list[socket.socket]:
+def listen_tcp(
+    address: Address, what: str, share: Share = NOTHING, keepalive: float = KEEPALIVE
+) -> list[socket.socket]:
     """Listeners on every endpoint of an address; an empty host is one dual-stack socket. Raises ListenError.
 
-    `what` names the address in the error. Accepted connections inherit the options set here, which saves their system
-    calls on each one.
+    `what` names the address in the error; `keepalive`: seconds between probes, see `sockets`. Accepted connections
+    inherit the options set here, which saves their system calls on each one.
     """
 
     def prepare(listener: socket.socket) -> None:
-        set_stream_options(listener)
+        set_stream_options(listener, keepalive)
         listener.listen(BACKLOG)
 
     return _listen_all(address, what, share, socket.SOCK_STREAM, prepare)
@@ -64,13 +67,15 @@ def listen_udp(address: Address, what: str, share: Share = NOTHING) -> list[sock
     return _listen_all(address, what, share, socket.SOCK_DGRAM, prepare)
 
 
-def listen_in_range(host: str, ports: Ports, what: str, share: Share = NOTHING) -> list[socket.socket]:
+def listen_in_range(
+    host: str, ports: Ports, what: str, share: Share = NOTHING, keepalive: float = KEEPALIVE
+) -> list[socket.socket]:
     """TCP listeners on the first free port of a range, ports that systemd passed first. Raises ListenError."""
     passed = share.ports(socket.SOCK_STREAM)
     candidates = sorted(range(ports.first, ports.last + 1), key=lambda port: port not in passed)
     for port in candidates:
         try:
-            return listen_tcp(Address(host, port), what, share)
+            return listen_tcp(Address(host, port), what, share, keepalive)
         except ListenError as error:
             if port == candidates[-1] or error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
@@ -78,7 +83,13 @@ def listen_in_range(host: str, ports: Ports, what: str, share: Share = NOTHING) 
 
 
 def listen_both(
-    address: Address, what: str, share: Share = NOTHING, *, tcp: bool = True, udp: bool = True
+    address: Address,
+    what: str,
+    share: Share = NOTHING,
+    keepalive: float = KEEPALIVE,
+    *,
+    tcp: bool = True,
+    udp: bool = True,
 ) -> tuple[list[socket.socket], list[socket.socket]]:
     """TCP and UDP sockets on one port, also where the kernel chooses it; none of what is off. Raises ListenError.
 
@@ -87,7 +98,7 @@ def listen_both(
     if not tcp:
         return [], listen_udp(address, f"{what} (udp)", share)
     for attempt in range(CHOICES):
-        listeners = listen_tcp(address, f"{what} (tcp)", share)
+        listeners = listen_tcp(address, f"{what} (tcp)", share, keepalive)
         for listener in listeners:
             reset_on_close(listener, True)
         if not udp:

@@ -37,7 +37,8 @@ Socket = _socket.socket  # gevent does not patch it
 
 LOCAL = "localhost"  # what an empty host is, to connect to
 LOOKUP_TIMEOUT = 5.0  # seconds after which a lookup counts as failed; resolv.conf's default for one question
-KEEPALIVE = (30, 10, 3)  # seconds idle, seconds between probes, probes: a peer that is gone is found in a minute
+KEEPALIVE = 15.0  # seconds to the first keepalive probe and between probes; firewalls forget after 20 to 30 s at worst
+PROBES = 3  # without an answer, after which the peer is gone: it is found in a minute
 LASTS = 1.0  # seconds between looks at dialled connections; far less than the time to the first probe
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close sends RST
@@ -136,11 +137,11 @@ def endpoint_of(address: Address) -> Endpoint | None:
     return None
 
 
-def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: bool = True) -> Socket:
+def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: float = 0.0) -> Socket:
     """Connect to the first endpoint that answers, trying all of them within `timeout` seconds.
 
-    Without `keepalive` the caller sets the probes (`bound_failure_detection`). Raises OSError, which names the last
-    endpoint tried.
+    With `keepalive`, in seconds, the connection gets probes if it lasts. Raises OSError, which names the last endpoint
+    tried.
     """
     failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
     deadline = time.monotonic() + timeout
@@ -151,7 +152,7 @@ def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: bool = True) 
             _connect(sock, endpoint, share)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if keepalive:
-                keep_alive_if_it_lasts(sock)
+                keep_alive_if_it_lasts(sock, keepalive)
             return sock
         except TimeoutError:
             failure = TimeoutError(errno.ETIMEDOUT, f"{endpoint}: no answer within {share:.3g}s")
@@ -212,16 +213,15 @@ def stalled(sock: Socket, seconds: float) -> bool:
     return info[0] != _TCP_ESTABLISHED or bool(unacknowledged and milliseconds > 1000 * seconds)
 
 
-def set_stream_options(sock: Socket) -> None:
+def set_stream_options(sock: Socket, keepalive: float = KEEPALIVE) -> None:
     """Set keepalive probes and no Nagle delay; connections accepted from a listener inherit both."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    set_keepalive(sock, *KEEPALIVE)
+    set_keepalive(sock, keepalive, PROBES)
 
 
 def bound_failure_detection(sock: Socket, seconds: float) -> None:
     """Let the kernel give up a peer that acknowledges nothing for about `seconds`, also while nothing is sent."""
-    step = min(max(1, round(seconds / 3)), _MOST_KEEPALIVE)
-    set_keepalive(sock, step, step, 2)
+    set_keepalive(sock, seconds / 3, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
 
 
@@ -312,29 +312,33 @@ def _unacknowledged(sock: Socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
 
 
-def set_keepalive(sock: Socket, idle: int, interval: int, probes: int) -> None:
-    """Probe a silent peer after `idle` seconds, then every `interval` seconds, and give it up after `probes` probes."""
+def set_keepalive(sock: Socket, seconds: float, probes: int) -> None:
+    """Probe a peer that has been silent for `seconds`, as often while it does not answer, and give it up then.
+
+    The kernel knows whole seconds, and at least one.
+    """
+    step = min(max(1, round(seconds)), _MOST_KEEPALIVE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, step)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, step)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
 
 
-def keep_alive_if_it_lasts(sock: Socket) -> None:
-    """Set KEEPALIVE on a connection within LASTS seconds, unless it is closed by then."""
-    _dialled.append(sock)
+def keep_alive_if_it_lasts(sock: Socket, seconds: float) -> None:
+    """Set keepalive probes on a connection within LASTS seconds, unless it is closed by then."""
+    _dialled.append((sock, seconds))
     keepalive_timer.start()
 
 
 def _set_due_keepalives() -> bool:
-    for sock in _dialled:
+    for sock, seconds in _dialled:
         with contextlib.suppress(OSError):  # it was reset
             if sock.fileno() >= 0:
-                set_keepalive(sock, *KEEPALIVE)
+                set_keepalive(sock, seconds, PROBES)
     some = bool(_dialled)
     _dialled.clear()
     return some
 
 
-_dialled: list[Socket] = []  # since the timer ran last
+_dialled: list[tuple[Socket, float]] = []  # since the timer ran last
 keepalive_timer = IdleTimer(LASTS, _set_due_keepalives)

@@ -79,7 +79,9 @@ class Server:
         self._port.join(self._slot, self._failed.set_exception)
         try:
             share, wanted = self._share.of(TARGET), self._settings
-            target = listen_both(self.url.target, "target address", share, tcp=wanted.tcp, udp=wanted.udp)
+            target = listen_both(
+                self.url.target, "target address", share, wanted.keepalive, tcp=wanted.tcp, udp=wanted.udp
+            )
             self._visitors, self._datagrams = target
         except BaseException:
             self._port.leave(self._slot)

@@ -147,11 +147,12 @@ class TunnelPort:
     def _open(self) -> None:
         self._has_crashed = False
         with contextlib.ExitStack() as opened:
-            self.tunnel = listen_tcp(self.url.tunnel, "tunnel address", self._share.of(TUNNEL))
+            keepalive = self._settings.keepalive
+            self.tunnel = listen_tcp(self.url.tunnel, "tunnel address", self._share.of(TUNNEL), keepalive)
             opened.callback(close_all, self.tunnel)
             if not self.mux:
                 host, ports = self.url.tunnel.host, self._settings.data_port
-                self.data = listen_in_range(host, ports, "data port", self._share.of(DATA))
+                self.data = listen_in_range(host, ports, "data port", self._share.of(DATA), keepalive)
             opened.pop_all()
 
     def _close(self) -> None:

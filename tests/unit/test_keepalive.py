@@ -6,8 +6,15 @@ import gevent
 import pytest
 from gevent import socket
 
+from nodepass.client.data_dialer import Route
+from nodepass.client.target import Target
+from nodepass.config import Settings
+from nodepass.log import Log
 from nodepass.net import sockets
-from nodepass.net.sockets import KEEPALIVE, Endpoint, Socket, dial
+from nodepass.net.sockets import KEEPALIVE, PROBES, Endpoint, Socket, dial
+from nodepass.tunnel.control import Agreement
+from nodepass.urls import Address
+from nodepass.wire.negotiation import Offer
 
 OPTIONS = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 
@@ -25,12 +32,37 @@ def test_a_dialled_connection_that_lasts_is_probed_and_one_that_was_closed_is_fo
     monkeypatch.setattr(sockets.keepalive_timer, "period", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint = Endpoint(socket.AF_INET, listener.getsockname())
-        lasting, short = dial([endpoint], 10), dial([endpoint], 10)
+        lasting, short = dial([endpoint], 10, 20.0), dial([endpoint], 10, 20.0)
         assert probes(lasting) is None
         short.close()
         with gevent.Timeout(10):
             while sockets.keepalive_timer.active:  # it ends when there is nothing to look at any more
                 gevent.sleep(0.01)
-        assert probes(lasting) == KEEPALIVE
+        assert probes(lasting) == (20, 20, PROBES)
         assert not sockets._dialled
         lasting.close()
+
+
+def test_a_client_probes_targets_and_data_connections_as_its_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets.keepalive_timer, "period", 0.01)
+    with socket.socket() as listener:  # gevent's, so that the dials run meanwhile
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        host, port = listener.getsockname()
+        target = Target(Address(host, port), Log("test"), 7.0)
+        route = Route(Endpoint(socket.AF_INET, (host, port)), host, 10.0, 7.0, Agreement(Offer(port, 0)), None)
+        dialling = gevent.spawn(route.make)
+        accepted, _ = listener.accept()
+        accepted.sendall(b"00000001")
+        _, data = dialling.get(timeout=10)
+        for sock in (target.dial(10), data.sock):
+            with gevent.Timeout(10):
+                while not probes(sock):
+                    gevent.sleep(0.01)
+            assert probes(sock) == (7, 7, PROBES)
+            sock.close()
+        accepted.close()
+
+
+def test_the_default_of_the_setting_is_that_of_listeners_whose_connections_are_no_sessions() -> None:
+    assert Settings().keepalive == KEEPALIVE

@@ -31,7 +31,7 @@ from nodepass.net.listen import (
     listen_udp,
     port_of,
 )
-from nodepass.net.sockets import KEEPALIVE, Endpoint, wait_readable
+from nodepass.net.sockets import PROBES, Endpoint, wait_readable
 from nodepass.urls import Address
 from tests.support.sockets import free_port, has_ipv6
 
@@ -161,13 +161,14 @@ def test_a_name_that_cannot_be_resolved_is_an_error_that_names_it() -> None:
         listen_tcp(Address("nowhere.invalid", 0), "here")
 
 
-def test_accepted_connections_inherit_keepalive_and_no_delay(stack: ExitStack) -> None:
-    listener = one(stack)
+@pytest.mark.parametrize(("keepalive", "seconds"), [(15.0, 15), (0.2, 1), (1e6, 32767)])
+def test_accepted_connections_inherit_keepalive_and_no_delay(stack: ExitStack, keepalive: float, seconds: int) -> None:
+    listener = closed_by(stack, listen_tcp(Address(HOST, 0), "here", keepalive=keepalive))[0]
     connect(stack, listener)
     sock, _ = next(accept_forever(listener, Log("test")))
     options = (socket.TCP_NODELAY, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-    assert tuple(sock.getsockopt(socket.IPPROTO_TCP, each) for each in options) == (1, *KEEPALIVE)
+    assert tuple(sock.getsockopt(socket.IPPROTO_TCP, each) for each in options) == (1, seconds, seconds, PROBES)
     sock.close()
 
 

@@ -104,6 +104,15 @@ def test_a_server_names_its_ports_to_a_client_and_serves_a_visitor(stack: ExitSt
     assert "client 127.0.0.1" in running.server.status()
 
 
+def test_a_server_probes_visitors_and_data_connections_as_its_setting_says(stack: ExitStack) -> None:
+    running = Running(stack, replace(SETTINGS, keepalive=7.0))
+    client, connections = running.connect_client()
+    running.visit(client, connections)
+    session = next(iter(running.server._slot.deadlines._watched))
+    for stream in (session.up.source, session.up.sink):
+        assert stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 7
+
+
 def test_a_server_that_cannot_listen_on_one_address_leaves_none_open(stack: ExitStack) -> None:
     taken = stack.enter_context(closing(socket.socket()))
     taken.bind(("127.0.0.1", 0))

@@ -10,7 +10,7 @@ import pytest
 from nodepass.config import parse_duration, rows
 from nodepass.daemon.key_file import CREDENTIAL, CREDENTIALS
 from nodepass.daemon.limits import OWN, PER_SESSION
-from nodepass.net.sockets import KEEPALIVE
+from nodepass.net.sockets import KEEPALIVE, PROBES
 
 UNITS = Path(__file__).resolve().parents[2] / "contrib" / "systemd"
 EXAMPLE = (UNITS / "example.env").read_text()
@@ -52,5 +52,5 @@ def test_the_unit_names_the_credentials_that_the_program_looks_for(name: str) ->
 
 def test_the_socket_unit_sets_the_options_that_the_program_sets() -> None:
     seconds = [int(value(SOCKET, f"KeepAlive{name}").rstrip("s")) for name in ("TimeSec", "IntervalSec", "Probes")]
-    assert tuple(seconds) == KEEPALIVE
+    assert tuple(seconds) == (KEEPALIVE, KEEPALIVE, PROBES)
     assert value(SOCKET, "NoDelay") == value(SOCKET, "KeepAlive") == value(SOCKET, "PassPacketInfo") == "yes"
