@@ -17,6 +17,7 @@ from nodepass.errors import StartError
 from nodepass.log import Log
 from nodepass.net.activation import Inherited, PassedSocket, Share
 from nodepass.net.listen import close_all, port_of
+from nodepass.net.sockets import format_sockaddr
 from nodepass.server.server import Server
 from nodepass.server.tunnel_port import TunnelPort
 from nodepass.stats import Stats
@@ -123,6 +124,18 @@ def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_
         server.close()
         with connect(target.getsockname()):
             pass
+
+
+def test_a_socket_for_what_is_off_is_left_over_and_refused_by_name(stack: ExitStack) -> None:
+    passed = [stack.enter_context(each) for _ in range(2) for each in bind_pair("127.0.0.1")]
+    tunnel, _, target, datagrams = passed
+    inherited = Inherited([PassedSocket(UNIT, each) for each in (tunnel, target, datagrams)], LISTENER_ROLES)
+    url = ServerURL(*(Address("127.0.0.1", port_of([each])) for each in (tunnel, target)))
+    share, log, stats, settings = inherited.share(), Log("test"), Stats(), Settings(udp=False)
+    server = Server(url, TunnelPort([url], settings, log, stats, share), settings, tuple, log, stats, share)
+    server.start()
+    stack.callback(server.close)
+    assert inherited.unused() == f"{format_sockaddr(datagrams.getsockname())} (udp, {UNIT})"
 
 
 def test_what_one_tunnel_has_taken_is_for_no_other_and_for_no_other_purpose(stack: ExitStack) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from nodepass.tunnel.control import STOPPING, Agreement
 from nodepass.tunnel.part import Common, Loop, Part
 from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
-from nodepass.wire.negotiation import Offer
+from nodepass.wire.negotiation import Hello, Offer, parse_opening
 from tests.unit.controls import V1, V2, read_line, until
 from tests.unit.keys import KEY
 from tests.unit.servers import PATIENT, OpenPort, a_server_room, make_common, occupy, server_url
@@ -231,6 +232,17 @@ def test_at_one_port_the_tunnel_port_is_offered(stack: ExitStack) -> None:
     port = OpenPort(stack, mux=True)
     assert not port.port.data
     assert port.port.offer(2).data_port == port.port.tunnel[0].getsockname()[1]
+
+
+def test_each_tunnel_of_a_port_offers_its_own_heartbeat(stack: ExitStack) -> None:
+    port = OpenPort(stack, tunnels={"": [], "web": []}, report_interval=3.0)
+    web = port.slots[1]
+    web.common = replace(web.common, settings=replace(web.common.settings, report_interval=4.0))
+    for name, heartbeat in (("", 3000), ("web", 4000)):
+        client = port.connect(Hello("0" * 32, "1" * 16, name).encode())
+        offer = parse_opening(read_line(client)[:-1])
+        assert isinstance(offer, Offer)
+        assert offer.heartbeat == heartbeat
 
 
 HERE, ELSEWHERE = (Endpoint(socket.AF_INET, (host, 4711)) for host in ("127.0.0.1", "127.0.0.2"))
