@@ -20,6 +20,7 @@ from nodepass.net.sockets import Socket
 from nodepass.net.stream import Stream, TCPStream
 from nodepass.stats import failure
 from nodepass.tasks import TaskGroup, WorkerPool
+from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ask_target, read_datagram
 from nodepass.wire.signals import LANE, TCP, Launch
@@ -93,7 +94,8 @@ class Launches(Part):
         if sock is None:
             return  # the close of a data connection is a reset, so the visitor is refused, too
         log.debug("target.connected", "connected to target %(target)s", target=self._target)
-        traffic = relay(data, TCPStream(sock), self._stats, began, self._deadlines)
+        with kernel_buffers.share(data.sock, sock):
+            traffic = relay(data, TCPStream(sock), self._stats, began, self._deadlines)
         sentence = "target %(target)s: " + traffic.SENTENCE
         log.debug("session.closed", sentence, target=self._target, **traffic.fields())
 

@@ -31,6 +31,7 @@ from nodepass.net.activation import Inherited
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
 from nodepass.tls.files import RETRY, FileState
+from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
 from nodepass.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.wire.auth import new_client_id
@@ -74,6 +75,8 @@ class Daemon:
         self._signals: Queue[int] = Queue()
         self._failure: StartError | None = None
         self._limits = survey([url.settings(settings) for url in urls], may_need_tls(urls))
+        if self._limits.buffers is not None:
+            kernel_buffers.limit(self._limits.buffers)
         self._settings = settings  # of the process
         self._keys = keys
         self._urls = urls

@@ -15,16 +15,18 @@ from pathlib import Path
 
 from nodepass.config import Settings
 from nodepass.server.pending import PER_PORT, pending_limit
+from nodepass.tunnel.buffers import LEAST as LEAST_BUFFERS
 
 PER_SESSION = 2  # descriptors: the visitor's or the target's, and the data connection
 OWN = 32  # descriptors: listeners, control connections, gevent's own
 LEAST = PER_SESSION + 1  # descriptors of a tunnel: one session, and one connection in its pool
 
-# Measured with 500 and 1,000 sessions held, on either end, bytes moved both ways, the kernel's part included
-# (docs/performance.md): 16 KiB per session without TLS; 45 to 65 with it, most of it OpenSSL's.
+# The worst case, by whether the process uses TLS: its visitors or its target read nothing. Measured in cgroups,
+# with 300 and 500 such sessions, and with 1,000 that were quiet. An idle tunnel takes 20 and 32 MiB; what all stopped
+# directions keep adds 4 MiB (`net.pump`), and so do large batches of TLS (`tls.bio`).
 _MIB = 1 << 20
-MEMORY_OWN = {False: 20 * _MIB, True: 32 * _MIB}  # bytes of a process with an idle tunnel, by whether it uses TLS
-MEMORY_PER_SESSION = {False: 16 << 10, True: 64 << 10}  # bytes
+MEMORY_OWN = {False: 24 * _MIB, True: 40 * _MIB}  # bytes of a process
+MEMORY_PER_SESSION = {False: 16 << 10, True: 80 << 10}  # bytes; most of it is OpenSSL's
 _NO_LIMIT = 1 << 60  # bytes; cgroup v1 has about 2^63 where there is no limit
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -72,6 +74,7 @@ class Survey:
     sessions: int  # that these files allow
     memory: Memory | None
     memory_sessions: int | None  # that this memory allows
+    buffers: int | None = None  # bytes for `kernel_buffers`; None where nothing limits them
 
 
 def survey(settings: Sequence[Settings], tls: bool) -> Survey:
@@ -84,15 +87,22 @@ def survey(settings: Sequence[Settings], tls: bool) -> Survey:
         warnings.append(_too_few_files(settings, fitting, _descriptors(settings) + reserved, files))
     sessions = max(0, (files - reserved - OWN - _pools(fitting)) // PER_SESSION)
     line = f"limits: {files:,} open files allow {sessions:,} sessions"
-    memory_sessions = None
+    memory_sessions = buffers = None
     if memory := min(memory_limits(), key=lambda each: each.size, default=None):
-        memory_sessions = max(0, (memory.size - MEMORY_OWN[tls]) // MEMORY_PER_SESSION[tls])
+        each = memory_per_session(memory, tls)
+        memory_sessions = max(0, (memory.size - MEMORY_OWN[tls]) // each)
         line += f"; {memory} allow about {memory_sessions:,}"
-        wanted = _sessions(fitting)
-        if wanted > memory_sessions:
-            needed = MEMORY_OWN[tls] + wanted * MEMORY_PER_SESSION[tls]
+        needed = MEMORY_OWN[tls] + _sessions(fitting) * each
+        if needed > memory.size:
             warnings.append(_too_little_memory(fitting, needed, memory, max(len(fitting), memory_sessions)))
-    return Survey(fitting, line, warnings, files, sessions, memory, memory_sessions)
+        if memory.what == "cgroup":
+            buffers = max(0, memory.size - needed)
+    return Survey(fitting, line, warnings, files, sessions, memory, memory_sessions, buffers)
+
+
+def memory_per_session(memory: Memory, tls: bool) -> int:
+    """The bytes that a session can take of this memory. Only a cgroup is charged with the kernel's buffers."""
+    return MEMORY_PER_SESSION[tls] + (LEAST_BUFFERS if memory.what == "cgroup" else 0)
 
 
 def _too_few_files(settings: Sequence[Settings], fitting: Sequence[Settings], needed: int, files: int) -> Shortage:

@@ -21,6 +21,7 @@ from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.stream import TCPStream
 from nodepass.server.client_slot import ClientSlot
 from nodepass.tasks import WorkerPool
+from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.signals import TCP
 
@@ -75,7 +76,8 @@ class VisitorListener(Part):
                 log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
                 if self._slot.version == 1 and visitor.peek() is False:
                     gevent.sleep(HEAD_START)
-                traffic = relay(visitor, data, self._stats, began, self._slot.deadlines)
+                with kernel_buffers.share(sock, data.sock):
+                    traffic = relay(visitor, data, self._stats, began, self._slot.deadlines)
                 words = "visitor %(visitor)s: " + traffic.SENTENCE
                 log.debug("session.closed", words, visitor=peer, **traffic.fields())
             finally:

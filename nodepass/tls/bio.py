@@ -31,7 +31,7 @@ HANDSHAKE_RECORDS = 2048  # that `PublicRecords` passes on before payload; each 
 UNSENT = 4096  # bytes of OpenSSL's own that wait for the next write: answers to 150 key updates
 LARGE = 1024  # bytes; smaller batches leave too little in a BIO to be worth giving back
 QUIET = 0.05  # seconds without a large batch, up to twice as many, after which BIOs are replaced
-MOST_HELD = 4 << 20  # bytes of large batches, over all connections: their BIOs take up to three times as much
+MOST_HELD = 2 << 20  # bytes of large batches, over all connections: their BIOs take up to three times as much
 
 # Mapped, so that they take no memory before they are used.
 inbox = memoryview(mmap.mmap(-1, BATCH))  # for records from the kernel
@@ -351,7 +351,7 @@ def _note_large(records: PrivateRecords, size: int) -> None:
     if size > _large.get(records, 0):
         _large[records] = size
         _timer.start()
-        if size > RECORD and sum(_large.values()) > MOST_HELD:
+        if sum(_large.values()) > MOST_HELD:
             _shrink_oldest(records)
 
 

@@ -28,6 +28,8 @@ class MemoryCgroup:
         """Allow so many bytes, and no swap."""
         if self._is_v1:
             (self.path / "memory.limit_in_bytes").write_text(str(size))
+            with contextlib.suppress(OSError):  # version 1 counts the buffers of sockets only where they have a limit
+                (self.path / "memory.kmem.tcp.limit_in_bytes").write_text(str(size))
             with contextlib.suppress(OSError):  # there is no accounting of swap
                 (self.path / "memory.memsw.limit_in_bytes").write_text(str(size))
         else:
@@ -39,6 +41,15 @@ class MemoryCgroup:
     def peak(self) -> int:
         """The most that was in use at any time, page cache included, in bytes."""
         return int((self.path / ("memory.max_usage_in_bytes" if self._is_v1 else "memory.peak")).read_text())
+
+    @property
+    def needed(self) -> int:
+        """What is in use now and cannot be reclaimed, the buffers of sockets included, in bytes."""
+        stat = dict(map(str.split, (self.path / "memory.stat").read_text().splitlines()))
+        if not self._is_v1:
+            return int((self.path / "memory.current").read_text()) - int(stat["file"])
+        names = ("memory.usage_in_bytes", "memory.kmem.tcp.usage_in_bytes")
+        return sum(int((self.path / name).read_text()) for name in names) - int(stat["cache"])
 
     @property
     def kills(self) -> int:

@@ -12,22 +12,40 @@ from hypothesis import strategies as st
 
 from nodepass.config import Settings
 from nodepass.daemon import limits
+from nodepass.tunnel.buffers import LEAST
 
 SMALL = 64 << 20  # bytes
 
 
-@pytest.mark.parametrize(("tls", "fitting"), [(False, 2816), (True, 512)])
+@pytest.mark.parametrize(("tls", "fitting"), [(False, 365), (True, 139)])
 def test_more_sessions_than_fit_into_memory_are_warned_of(
     monkeypatch: pytest.MonkeyPatch, tls: bool, fitting: int
 ) -> None:
-    monkeypatch.setattr(limits, "memory_limits", lambda: [limits.Memory("cgroup", SMALL)])
+    memory = limits.Memory("cgroup", SMALL)
+    monkeypatch.setattr(limits, "memory_limits", lambda: [memory])
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
     assert not limits.survey([Settings(semaphore_limit=fitting)], tls).warnings
     survey = limits.survey([Settings(semaphore_limit=fitting + 1024)], tls)
     (warning,) = survey.warnings
     assert (warning.reason, warning.available, warning.semaphore_limit) == ("memory", SMALL, fitting)
-    assert warning.needed == SMALL + 1024 * limits.MEMORY_PER_SESSION[tls]
+    assert warning.needed == limits.MEMORY_OWN[tls] + (fitting + 1024) * limits.memory_per_session(memory, tls)
     assert survey.settings[0].semaphore_limit == fitting + 1024
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_cgroup_pays_for_the_buffers_of_the_kernel_and_only_it(monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
+    monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
+    settings, size = [Settings(semaphore_limit=10)], 100 << 20
+    for what in ("cgroup", "address space", "machine"):
+        memory = limits.Memory(what, size)
+        monkeypatch.setattr(limits, "memory_limits", lambda memory=memory: [memory])
+        survey = limits.survey(settings, tls)
+        least = LEAST if what == "cgroup" else 0
+        assert survey.memory_sessions == (size - limits.MEMORY_OWN[tls]) // (limits.MEMORY_PER_SESSION[tls] + least)
+        needed = limits.MEMORY_OWN[tls] + 10 * (limits.MEMORY_PER_SESSION[tls] + LEAST)
+        assert survey.buffers == (size - needed if what == "cgroup" else None)
+    monkeypatch.setattr(limits, "memory_limits", lambda: [limits.Memory("cgroup", 1 << 20)])
+    assert limits.survey(settings, tls).buffers == 0
 
 
 def test_settings_are_lowered_in_proportion_but_leave_a_pool() -> None:
@@ -72,7 +90,7 @@ def test_the_limits_of_tunnels_count_by_their_sums(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1000)
     monkeypatch.setattr(limits, "pending_limit", lambda: 100)
     monkeypatch.setattr(
-        limits, "memory_limits", lambda: [limits.Memory("cgroup", limits.MEMORY_OWN[False] + (4 << 20))]
+        limits, "memory_limits", lambda: [limits.Memory("machine", limits.MEMORY_OWN[False] + (4 << 20))]
     )
     large, small = Settings(), Settings(semaphore_limit=64, max_pool_capacity=64)
     files, memory = limits.survey([large, small], False).warnings
@@ -106,7 +124,7 @@ def test_the_line_names_the_smallest_of_the_limits_on_memory(monkeypatch: pytest
     monkeypatch.setattr(limits, "memory_limits", lambda: memory)
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
     survey = limits.survey([Settings()], False)
-    assert survey.line.endswith(" sessions; 64 MiB of memory (cgroup) allow about 2,816")
+    assert survey.line.endswith(" sessions; 64 MiB of memory (cgroup) allow about 365")
     assert survey.memory == memory[1]
     assert str(memory[2]) == "1,048,576 MiB of memory (the machine's)"
 
