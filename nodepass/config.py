@@ -235,6 +235,13 @@ class Settings:
         "server: data connections that carry all flows, opened on demand",
         role="server",
     )
+    udp_answers: str = setting(
+        "target",
+        choice("target", "any"),
+        "UDP",
+        "client: target: only the target's port may answer; any: every port of its host, as TFTP needs",
+        role="client",
+    )
     keepalive: float = setting(
         "15s",
         duration(1, 7200),

@@ -153,10 +153,10 @@ class Launches(Part):
 
     def _ask_target(self, question: bytes, largest: int, timeout: float) -> bytes:
         """The answer of the first endpoint that does not refuse the datagram. Raises OSError."""
-        failure = OSError("no address to send to")
+        failure, any_port = OSError("no address to send to"), self._settings.udp_answers == "any"
         for endpoint in self._target.datagram_endpoints():
             try:
-                answer = ask_target(endpoint, question, largest, timeout)
+                answer = ask_target(endpoint, question, largest, timeout, any_port)
             except (TimeoutError, ProtocolError):
                 raise
             except OSError as error:

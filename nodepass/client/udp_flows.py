@@ -13,7 +13,7 @@ longer one of the target's goes on at another one, from a new port.
 from __future__ import annotations
 
 import contextlib
-import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -26,7 +26,7 @@ from nodepass.log import Limit, Log
 from nodepass.net.pump import Steps
 from nodepass.net.sockets import Endpoint
 from nodepass.net.stream import Stream
-from nodepass.net.udp import dial_udp
+from nodepass.net.udp import AnyPort, dial_udp
 from nodepass.tasks import report_bug
 from nodepass.tunnel.flows import FlowTable
 from nodepass.tunnel.part import Common, Part
@@ -42,7 +42,7 @@ class TargetFlow:
     number: int
     lane: Lane
     untried: list[Endpoint]  # addresses of the target to try if the present one refuses
-    sock: Any = None  # connected to `endpoint`; a socket.socket
+    sock: Any = None  # at `endpoint`; a connected socket.socket, or with UDP_ANSWERS=any an AnyPort
     endpoint: Endpoint | None = None
     watcher: Any = None  # gevent's io watcher, which has no type
     version: int = 0  # of the target's addresses
@@ -63,6 +63,7 @@ class TargetFlows(Part):
         super().__init__(common)
         settings = common.settings
         self._target = target
+        self._any_port = settings.udp_answers == "any"
         self._table: FlowTable[TargetFlow] = FlowTable(
             settings.semaphore_limit, settings.udp_session_timeout, self._end
         )
@@ -128,7 +129,7 @@ class TargetFlows(Part):
         while True:
             endpoint = flow.untried.pop(0)
             try:
-                sock = dial_udp(endpoint)
+                sock = AnyPort(endpoint) if self._any_port else dial_udp(endpoint)
                 break
             except OSError:
                 if not flow.untried:
@@ -136,7 +137,8 @@ class TargetFlows(Part):
         self._disconnect(flow)
         flow.sock, flow.endpoint = sock, endpoint
         flow.watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
-        flow.watcher.start(self._read_answers(flow, cast(Any, sock)._sock).__next__)
+        read = sock.recv if isinstance(sock, AnyPort) else cast(Any, sock)._sock.recv
+        flow.watcher.start(self._read_answers(flow, read).__next__)
 
     def _disconnect(self, flow: TargetFlow) -> None:
         if flow.sock:
@@ -170,13 +172,13 @@ class TargetFlows(Part):
         drop_datagram(self._log, self._stats, "target_refused", words, error=reason(refusal))
         return False
 
-    def _read_answers(self, flow: TargetFlow, sock: socket.socket) -> Steps:
+    def _read_answers(self, flow: TargetFlow, read: Callable[[int], bytes]) -> Steps:
         """Pass on what the target sends. The event loop resumes this; a bare `yield` waits."""
         try:
             while True:
                 try:
                     for _ in range(ANSWERS_PER_TURN):
-                        self._pass_back(flow, sock.recv(65536))
+                        self._pass_back(flow, read(65536))
                 except BlockingIOError:
                     pass
                 except OSError as error:  # refused: nothing listens at the target

@@ -7,17 +7,26 @@ library's, which gevent has patched: `receive_datagram` suspends its greenlet on
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from nodepass.net.sockets import Endpoint, format_sockaddr
+from gevent.socket import wait_read
+
+from nodepass.net.sockets import Endpoint, format_sockaddr, plain_host
 
 IP_PKTINFO = 8  # <linux/in.h>; in the standard library from Python 3.14 on
 LARGEST = 65536  # bytes: more than any datagram has
 _IN_PKTINFO = struct.Struct("@i4s4s")  # interface index, local address, header destination
 _IN6_PKTINFO = struct.Struct("@16si")  # local address, interface index
+# <linux/in.h>, <linux/in6.h>: an ICMP error of an unconnected socket is an error of its next call.
+_REPORTS_ERRORS: dict[int, tuple[int, int]] = {
+    socket.AF_INET: (socket.IPPROTO_IP, 11),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 25),
+}
 _CONTROL = 64  # bytes of control data that fit beside a datagram
 
 
@@ -72,3 +81,63 @@ def dial_udp(endpoint: Endpoint) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+class AnyPort:
+    """A UDP socket that speaks with one host, at the port that it last answered from, at first the endpoint's.
+
+    For services that answer a question from a new port, at which they then expect the rest of the conversation, such as
+    TFTP. Datagrams of other hosts are left out, as a connected socket does. A refusal is an error, and after it the
+    endpoint's own port is used again. Reads never block. Errors are OSErrors.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        dial_udp(endpoint).close()  # without a route, this raises
+        self._endpoint = endpoint
+        self._peer = endpoint.sockaddr
+        self._sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
+        self._sock.setblocking(False)
+        level, option = _REPORTS_ERRORS[self._sock.family]
+        self._sock.setsockopt(level, option, 1)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def send(self, payload: bytes) -> int:
+        try:
+            return self._sock.sendto(payload, self._peer)
+        except ConnectionRefusedError:
+            self._go_back()
+            raise
+
+    def recv(self, size: int) -> bytes:
+        """The next datagram of the host. Raises BlockingIOError where there is none."""
+        while True:
+            try:
+                payload, source = self._sock.recvfrom(size)
+            except BlockingIOError:
+                raise
+            except OSError:
+                self._go_back()
+                raise
+            if plain_host(source) == self._endpoint.host:
+                self._peer = source
+                return payload
+
+    def wait(self, timeout: float) -> bytes:
+        """As `recv`; waits for a datagram. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while True:
+            wait_read(self.fileno(), max(0.001, deadline - time.monotonic()), TimeoutError())
+            with contextlib.suppress(BlockingIOError):
+                return self.recv(LARGEST)
+
+    def _go_back(self) -> None:
+        """Take the kernel's reports of errors, which keep the socket readable, and begin at the endpoint again."""
+        self._peer = self._endpoint.sockaddr
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._sock.recvmsg(0, _CONTROL, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)

@@ -1,9 +1,10 @@
 """The flows of one end of UDP: which there are, how long they live, and which one makes room for another.
 
 A flow has a rank, as in the kernel's connection tracking. One without an answer may be a scanner's or have a forged
-address: it lives UNANSWERED_TIMEOUT, and leaves first where room is needed. Next are those with an answer, whose
-question may have been the only one; last are conversations, in which the visitor has spoken after an answer. Of equal
-rank, the longest idle leaves first. A flood of datagrams from ever new ports, answered or not, so ends its own flows.
+address: it lives UNANSWERED_TIMEOUT, and leaves first where room is needed and these are more than half. Next are those
+with an answer, whose question may have been the only one; last are conversations, in which the visitor has spoken after
+an answer. Of equal rank, the longest idle leaves first. So a flood of datagrams from ever new ports, answered or not,
+ends its own flows, and many short questions end those that have had their answer.
 
 `server.udp_flows` and `client.udp_flows` have one table each. Only the server knows visitors' addresses, and gives one
 network at most a share of its table.
@@ -43,7 +44,7 @@ Flow = TypeVar("Flow", bound=FlowLike)
 
 
 class _Order:
-    """Keys of flows in the order in which they make room: by rank, then the longest idle first."""
+    """Keys of flows in the order in which they make room."""
 
     __slots__ = ("ranks",)
 
@@ -54,7 +55,10 @@ class _Order:
         return sum(map(len, self.ranks))
 
     def first(self) -> Hashable:
-        return next(next(iter(rank)) for rank in self.ranks if rank)
+        new, answered, conversations = self.ranks
+        if new and (2 * len(new) > len(self) or not answered):
+            return next(iter(new))
+        return next(iter(answered or conversations))
 
     def move(self, key: Hashable, before: int, after: int) -> None:
         """Make it the one used last of the rank `after`."""

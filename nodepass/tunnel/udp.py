@@ -27,7 +27,7 @@ from nodepass.errors import ProtocolError, reason
 from nodepass.log import Limit, Log
 from nodepass.net.sockets import Endpoint, stalled
 from nodepass.net.stream import Stream
-from nodepass.net.udp import dial_udp
+from nodepass.net.udp import AnyPort, dial_udp
 from nodepass.stats import Stats
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 
@@ -175,17 +175,20 @@ def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:
     return bytes(buffer[:size])
 
 
-def ask_target(endpoint: Endpoint, question: bytes, largest: int, timeout: float) -> bytes:
-    """The target's answer to one datagram.
+def ask_target(endpoint: Endpoint, question: bytes, largest: int, timeout: float, any_port: bool = False) -> bytes:
+    """The target's answer to one datagram; with `any_port` from any port of its host.
 
     Raises TimeoutError after `timeout` seconds, ConnectionRefusedError if nothing listens, ProtocolError if the answer
     is longer than `largest` bytes.
     """
-    with contextlib.closing(dial_udp(endpoint)) as sock:
-        sock.settimeout(timeout)
+    with contextlib.closing(AnyPort(endpoint) if any_port else dial_udp(endpoint)) as sock:
         sock.send(question)
         try:
-            answer = sock.recv(65536)
+            if isinstance(sock, AnyPort):
+                answer = sock.wait(timeout)
+            else:
+                sock.settimeout(timeout)
+                answer = sock.recv(65536)
         except TimeoutError:
             raise TimeoutError(f"no reply from the target within {timeout:g}s") from None
     if len(answer) > largest:

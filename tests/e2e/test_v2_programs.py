@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import select
 import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +119,25 @@ def test_ten_thousand_questions_from_as_many_ports_are_all_answered(
     assert asker.answered == len(asker.ports) == QUESTIONS
     # A flow that has had its answer may make room for another where the machine allows too few open files.
     assert not server.find("datagram.dropped") + client.find("datagram.dropped")
+
+
+@pytest.mark.programs("in.tftpd", "curl")
+def test_curl_reads_and_writes_files_by_tftp_whose_server_answers_from_other_ports(tmp_path: Path) -> None:
+    """Each transfer has a port of its own at the server."""
+    sent = random.Random(0).randbytes(100_000)
+    (tmp_path / "file").write_bytes(sent)
+    tmp_path.chmod(0o777)
+    port = free_port()
+    command = ("in.tftpd", "--foreground", "--address", f"127.0.0.1:{port}", "--user", "root", "--secure", "--create")
+    server = running(port, *command, str(tmp_path), protocol="udp")
+    with server as address, tunnel_to(address, 1, UDP_ANSWERS="any") as visitors:
+        curl = ["curl", "--silent", "--show-error", "--max-time", "30"]
+        done = subprocess.run([*curl, f"tftp://{visitors}/file"], env=scrubbed(), capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout == sent
+        upload = [*curl, "--upload-file", str(tmp_path / "file"), f"tftp://{visitors}/written"]
+        subprocess.run(upload, env=scrubbed(), check=True)
+        assert (tmp_path / "written").read_bytes() == sent
 
 
 @pytest.mark.programs("iperf3")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.needs import program
 from tests.support.process import scrubbed
 from tests.support.sockets import Address, format_address, until
-from tests.support.tunnel import OurClient, OurServer
+from tests.support.tunnel import CALM, OurClient, OurServer
 
 
 def installed(name: str) -> str:
@@ -21,12 +21,12 @@ def installed(name: str) -> str:
 
 
 @contextlib.contextmanager
-def running(port: int, name: str, *arguments: str) -> Iterator[Address]:
-    """A server program in the foreground, until it listens."""
+def running(port: int, name: str, *arguments: str, protocol: str = "tcp") -> Iterator[Address]:
+    """A server program in the foreground, once it listens on this port of TCP or UDP."""
     command = [installed(name), *arguments]
     with subprocess.Popen(command, env=scrubbed(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
-            until(lambda: _listens(port) or process.poll() is not None)
+            until(lambda: _listens(port, protocol) or process.poll() is not None)
             assert process.poll() is None, f"{command} did not start"
             yield ("127.0.0.1", port)
         finally:
@@ -34,10 +34,11 @@ def running(port: int, name: str, *arguments: str) -> Iterator[Address]:
             process.wait(10)
 
 
-def _listens(port: int) -> bool:
+def _listens(port: int, protocol: str) -> bool:
     """Whether the port is listened on, without connecting to it."""
-    rows = [line.split() for name in ("tcp", "tcp6") for line in _table(name)]
-    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+    rows = [line.split() for name in (protocol, f"{protocol}6") for line in _table(name)]
+    state = {"tcp": "0A", "udp": "07"}[protocol]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == state for row in rows)
 
 
 def _table(name: str) -> list[str]:
@@ -46,10 +47,10 @@ def _table(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def tunnel_to(target: Address, tls: int) -> Iterator[str]:
-    """A tunnel of ours to a running program; the visitors' address as text."""
+def tunnel_to(target: Address, tls: int, **settings: str) -> Iterator[str]:
+    """A tunnel of ours to a running program, with these settings of the client; the visitors' address as text."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(OurServer(tls, log="info"))
-        client = stack.enter_context(OurClient(server.tunnel_address, target, log="info"))
+        client = stack.enter_context(OurClient(server.tunnel_address, target, log="info", env={**CALM, **settings}))
         client.wait_until_connected()
         yield format_address(server.visitor_address)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import gevent
@@ -13,7 +13,7 @@ from gevent import socket
 from nodepass.net import listen, udp
 from nodepass.net.listen import close_all, listen_udp, port_of
 from nodepass.net.sockets import Endpoint
-from nodepass.net.udp import dial_udp, receive_datagram, send_datagram
+from nodepass.net.udp import AnyPort, dial_udp, receive_datagram, send_datagram
 from nodepass.urls import Address
 from tests.support.sockets import has_ipv6
 
@@ -104,6 +104,29 @@ def test_a_refusal_is_an_error_of_a_connected_socket(stack: ExitStack) -> None:
 
 
 @pytest.mark.usefixtures("stack")
-def test_an_endpoint_that_cannot_be_reached_is_an_error_at_once() -> None:
+@pytest.mark.parametrize("dial", [dial_udp, AnyPort])
+def test_an_endpoint_that_cannot_be_reached_is_an_error_at_once(dial: Callable[[Endpoint], object]) -> None:
     with pytest.raises(PermissionError):
-        dial_udp(Endpoint(socket.AF_INET, ("255.255.255.255", 1)))
+        dial(Endpoint(socket.AF_INET, ("255.255.255.255", 1)))
+
+
+def test_a_socket_for_any_port_follows_the_one_that_answers_and_returns_to_the_first(stack: ExitStack) -> None:
+    target, worker = receiver(stack, "127.0.0.1"), receiver(stack, "127.0.0.1")
+    sock = stack.enter_context(closing(AnyPort(Endpoint(socket.AF_INET, target.getsockname()))))
+    sock.send(b"question")
+    _, address = target.recvfrom(100)
+    receiver(stack, "127.0.0.2").sendto(b"of another host", address)
+    worker.sendto(b"answer", address)
+    assert sock.wait(10) == b"answer"
+    sock.send(b"go on")
+    assert worker.recv(100) == b"go on"
+    worker.close()
+    sock.send(b"lost")
+    with pytest.raises(ConnectionRefusedError):
+        sock.wait(10)
+    with pytest.raises(BlockingIOError):  # the error is not reported for ever
+        sock.recv(100)
+    with pytest.raises(TimeoutError):
+        sock.wait(0.05)  # and does not keep the socket readable
+    sock.send(b"from the beginning")
+    assert target.recv(100) == b"from the beginning"

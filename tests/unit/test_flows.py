@@ -46,18 +46,34 @@ def test_the_longest_idle_flow_makes_room_for_a_new_one() -> None:
     assert len(table.table) == 2
 
 
-def test_flows_without_an_answer_make_room_first_then_those_with_one_and_last_conversations() -> None:
+def test_where_most_flows_have_no_answer_one_of_them_makes_room() -> None:
+    """A flood does not end what is answered."""
     table = Table(limit=4)
-    conversation, answered, unanswered, late = table.begin(1, 2, 3, 4)
-    table.table.count_answer(answered)
-    table.table.count_answer(late)
+    conversation, answered, *_ = table.begin(1, 2, 3, 4)
     table.converse(conversation)
-    assert table.table.find(unanswered.key)  # the last one used, and yet the first to leave
-    table.begin(5)
-    assert table.ended == [(3, "evicted")]
-    table.table.count_answer(table.table.find(5) or unanswered)
-    table.begin(6)
-    assert table.ended[1:] == [(2, "evicted")]
+    table.table.count_answer(answered)
+    table.begin(5)  # two of four are new: the answered one leaves
+    assert table.ended == [(2, "evicted")]
+    table.begin(6, 7)
+    assert table.ended[1:] == [(3, "evicted"), (4, "evicted")]
+
+
+def test_a_question_that_waits_for_its_answer_stays_where_others_have_had_theirs() -> None:
+    table = Table(limit=4)
+    conversation, *answered = table.begin(1, 2, 3)
+    table.converse(conversation)
+    for flow in answered:
+        table.table.count_answer(flow)
+    table.begin(4, 5)
+    assert table.ended == [(2, "evicted")]
+
+
+def test_conversations_make_room_last() -> None:
+    table = Table(limit=2)
+    for flow in table.begin(1, 2):
+        table.converse(flow)
+    table.begin(3, 4)
+    assert table.ended == [(1, "evicted"), (3, "evicted")]
 
 
 def test_an_answer_to_a_conversation_keeps_it_one() -> None:

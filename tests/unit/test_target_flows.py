@@ -82,12 +82,12 @@ def test_the_frames_of_one_read_do_not_hold_up_the_event_loop(stack: ExitStack) 
 class Client:
     """The client's flows with one lane, and a target."""
 
-    def __init__(self, stack: ExitStack, limit: int = 8) -> None:
+    def __init__(self, stack: ExitStack, limit: int = 8, **settings: Any) -> None:
         self.stats = Stats()
         log = Log("test")
         self.target = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.target.bind(("127.0.0.1", 0))
-        common = Common(Settings(semaphore_limit=limit), log, self.stats, TaskGroup(log, self.stats))
+        common = Common(Settings(semaphore_limit=limit, **settings), log, self.stats, TaskGroup(log, self.stats))
         self.known = Target(Address(*self.target.getsockname()), log)
         self.flows = TargetFlows(common, self.known)
         stack.callback(self.flows.close)
@@ -132,6 +132,29 @@ def test_flows_of_a_lane_that_ends_in_order_have_timed_out_at_the_server_and_are
     client.server.close()
     until(lambda: not len(client.flows))
     assert client.stats.udp.ended["completed"] == 1
+
+
+def test_a_flow_follows_the_target_to_the_port_that_answers_where_that_is_allowed(stack: ExitStack) -> None:
+    client = Client(stack, udp_answers="any")
+    visitor = client.ask(1)
+    worker = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    worker.sendto(b"answer", visitor)
+    assert list(FrameBuffer().feed(client.server.recv(100))) == [(1, b"answer")]
+    client.server.sendall(encode_frame(1, b"go on"))
+    assert worker.recvfrom(100) == (b"go on", visitor)
+    worker.close()
+    client.server.sendall(encode_frame(1, b"lost"))
+    until(lambda: client.stats.udp_drops["target_refused"])
+    assert client.ask(1) == visitor
+
+
+def test_by_default_a_flow_takes_the_targets_own_answers_only(stack: ExitStack) -> None:
+    client = Client(stack)
+    visitor = client.ask(1)
+    other = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    other.sendto(b"not the target", visitor)
+    client.target.sendto(b"answer", visitor)
+    assert list(FrameBuffer().feed(client.server.recv(100))) == [(1, b"answer")]
 
 
 def test_flows_of_a_lane_that_is_cut_are_lost(stack: ExitStack) -> None:
