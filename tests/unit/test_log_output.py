@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from tests.unit.records import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 10.0  # seconds
-COUNT = 6000  # lines, more than a queue and the kernel's buffers take
+COUNT = 1500  # lines, more than a queue and the kernel's buffers take
 
 
 class Out:
@@ -42,7 +43,7 @@ class Out:
 
     def say(self, *numbers: int) -> None:
         for number in numbers:
-            Log("t").info("a.line", "line %(number)d " + 100 * "x", number=number)
+            Log("t").info("a.line", "line %(number)d " + 400 * "x", number=number)
 
     def read(self) -> list[str]:
         """All lines so far."""
@@ -98,12 +99,20 @@ def a_socket(_: pytest.MonkeyPatch) -> tuple[int, int]:
     return near.detach(), far.detach()
 
 
+def fail(*_: object) -> None:
+    pytest.fail("a write waits")  # no Exception, which `logging` would take
+
+
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The log of other tests stays as it was; what waits is tried again soon."""
     monkeypatch.setattr(log_output, "RETRY", 0.005)
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(30)
     with recorded():
         yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(params=[a_pipe, a_pipe_of_another_user, a_terminal, a_socket], ids=lambda each: each.__name__)
@@ -168,8 +177,8 @@ from nodepass.daemon.log_output import LogOutput
 from nodepass.stats import Stats
 LogOutput.replace_stderr(Stats())
 log.set_up("info", {})
-for number in range(2000):
-    log.Log("t").info("a.line", "line %(number)d " + 100 * "x", number=number)
+for number in range(600):
+    log.Log("t").info("a.line", "line %(number)d " + 400 * "x", number=number)
 sys.stdout.write("crashing\\n")
 sys.stdout.flush()
 raise ValueError("at the end")
@@ -182,8 +191,8 @@ def test_the_traceback_of_a_crash_follows_the_lines_that_were_waiting() -> None:
         assert crashing.stderr
         assert crashing.stdout.readline() == "crashing\n"  # it has written more than the pipe takes
         lines = crashing.stderr.read().splitlines()
-    assert numbers_of(lines) == [*range(2000)]
-    assert lines[2000] == "Traceback (most recent call last):"
+    assert numbers_of(lines) == [*range(600)]
+    assert lines[600] == "Traceback (most recent call last):"
     assert lines[-1] == "ValueError: at the end"
 
 
@@ -191,7 +200,7 @@ def test_at_the_exit_a_reader_that_stands_still_is_waited_for_with_a_limit(
     pipe: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_output, "LAST_CHANCE", 0.05)
-    pipe.say(*range(1000))
+    pipe.say(*range(600))
     pipe.output.finish()
     assert pipe.output._lines
 
