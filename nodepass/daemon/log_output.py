@@ -37,14 +37,13 @@ QUEUED = 256 << 10  # bytes that wait for room at most: some 2,000 lines, beside
 RETRY = 1.0  # seconds between two attempts after an error, such as a full disk
 LAST_CHANCE = 1.0  # seconds at the exit for the lines that wait
 
-WRITE = 2  # event of libev
+WRITE = 2  # libev's event
 
 _poll = get_original("select", "poll")
 _socket = get_original("socket", "socket")
 
-Write = Callable[
-    [bytes], int
-]  # returns how many bytes were taken; raises OSError, BlockingIOError where there is no room
+# Returns how many bytes were taken. Raises OSError: BlockingIOError where there is no room.
+Write = Callable[[bytes], int]
 
 
 class LogOutput(io.TextIOBase):
