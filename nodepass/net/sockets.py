@@ -51,7 +51,7 @@ _LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since the
 _SO_MEMINFO = 55  # since Linux 4.12; not in the standard library
 _MEMINFO = struct.Struct("@12xI4xI")  # SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED: bytes of kernel memory
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info that all supported kernels have
-_TCP_INFO = struct.Struct("@B23xI28xI60xQ16xI80xI")  # those and others that `TCPInfo` has, up to tcpi_snd_wnd
+_TCP_INFO = struct.Struct("@B15xI4xI28xI60xQ16xI80xI")  # those and others that `TCPInfo` has, up to tcpi_snd_wnd
 
 
 class Endpoint(NamedTuple):
@@ -249,7 +249,7 @@ class TCPInfo(NamedTuple):
 
     is_gone: bool  # as the function
     waits: bool  # bytes, or the end of the stream, wait for the peer's acknowledgement
-    window_is_shut: bool  # and the peer's kernel takes none at present
+    window_is_shut: bool  # the peer's kernel takes less than a segment at present
     silent: float  # seconds since the last acknowledgement, of a probe for example
     acknowledged: int  # bytes, since the connection began
 
@@ -257,10 +257,13 @@ class TCPInfo(NamedTuple):
 def read_tcp_info(sock: Socket) -> TCPInfo:
     """How the peer's kernel has answered lately. Raises OSError."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-    # A kernel before 5.4 does not tell the window; there it is shut where nothing is in flight.
-    state, in_flight, milliseconds, acknowledged, unsent, window = _TCP_INFO.unpack(info.ljust(_TCP_INFO.size, b"\xff"))
-    waits = bool(in_flight or unsent)
-    return TCPInfo(state == _TCP_CLOSE, waits, not in_flight or not window, milliseconds / 1000, acknowledged)
+    # A kernel before 5.4 does not tell the window, which then counts as shut.
+    state, segment, in_flight, milliseconds, acknowledged, unsent, window = _TCP_INFO.unpack(
+        info.ljust(_TCP_INFO.size, b"\0")
+    )
+    # Nothing is in flight either while this machine's own link is down.
+    is_shut = not window if in_flight else window < segment
+    return TCPInfo(state == _TCP_CLOSE, bool(in_flight or unsent), is_shut, milliseconds / 1000, acknowledged)
 
 
 def room_to_send(sock: Socket) -> int:
