@@ -135,8 +135,9 @@ def test_a_bug_when_a_busy_stream_has_stalled_ends_the_session_and_is_raised_by_
 ) -> None:
     right = _Gathering.close
 
-    def wrong(_self: _Gathering) -> None:
+    def wrong(gathering: _Gathering) -> None:
         monkeypatch.setattr(_Gathering, "close", right)
+        right(gathering)  # its timer would outlive the test
         raise Bug
 
     monkeypatch.setattr(_Gathering, "close", wrong)
