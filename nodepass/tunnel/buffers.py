@@ -20,9 +20,9 @@ from types import TracebackType
 from nodepass.net.sockets import Socket
 
 CONNECTIONS = 2  # of a session
-# Bytes of kernel memory of a connection, overhead included. With a receive buffer of half of this, loopback with its
-# packets of 64 KiB stalls (0.8 Mbit/s, with this 280); a send buffer always takes the packet that exceeds it.
-LEAST_SIZES = {socket.SO_RCVBUF: 32 << 10, socket.SO_SNDBUF: 16 << 10}
+# Bytes of kernel memory of a connection, overhead included. A new connection has announced a window of 64 KiB. With
+# less than twice as much, a segment of that size fits into no buffer, and is sent again and again in vain.
+LEAST_SIZES = {socket.SO_RCVBUF: 128 << 10, socket.SO_SNDBUF: 16 << 10}
 LEAST = CONNECTIONS * sum(LEAST_SIZES.values())  # bytes, of a session
 PARTS = 16  # of what is left, of which a session gets one
 PLENTY = 4  # times what a session's buffers can take at most: with so much left, nothing is set

@@ -17,7 +17,7 @@ from nodepass.tunnel.buffers import LEAST
 SMALL = 64 << 20  # bytes
 
 
-@pytest.mark.parametrize(("tls", "fitting"), [(False, 365), (True, 139)])
+@pytest.mark.parametrize(("tls", "fitting"), [(False, 134), (True, 66)])
 def test_more_sessions_than_fit_into_memory_are_warned_of(
     monkeypatch: pytest.MonkeyPatch, tls: bool, fitting: int
 ) -> None:
@@ -124,7 +124,7 @@ def test_the_line_names_the_smallest_of_the_limits_on_memory(monkeypatch: pytest
     monkeypatch.setattr(limits, "memory_limits", lambda: memory)
     monkeypatch.setattr(limits, "raise_descriptor_limit", lambda: 1 << 20)
     survey = limits.survey([Settings()], False)
-    assert survey.line.endswith(" sessions; 64 MiB of memory (cgroup) allow about 365")
+    assert survey.line.endswith(" sessions; 64 MiB of memory (cgroup) allow about 134")
     assert survey.memory == memory[1]
     assert str(memory[2]) == "1,048,576 MiB of memory (the machine's)"
 
