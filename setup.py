@@ -89,6 +89,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6.1,<4",
             "hypothesis>=6.100,<7",
+            "proxy-protocol>=0.11,<0.12",
             METRICS,
             RICH,
         ],

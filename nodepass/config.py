@@ -221,6 +221,13 @@ class Settings:
     udp: bool = setting(
         "on", SWITCH, "protocols", "off: a server does not open its target address for UDP, a client refuses flows"
     )
+    proxy_protocol: str = setting(
+        "off",
+        choice("off", "v1", "v2"),
+        "visitors",
+        "client: tell the target each visitor's address in a PROXY protocol header; v2 also in front of each datagram",
+        role="client",
+    )
     udp_data_buf_size: int = setting("8192", count(1, 65507, "bytes"), "UDP", "with a wire v1 peer: largest datagram")
     udp_read_timeout: float = setting(
         "5s", duration(0.001, DAY), "UDP", "with a wire v1 peer: how long the target may take to answer"

@@ -50,9 +50,9 @@ class Client:
         self._failed: AsyncResult[None] = AsyncResult()
         common = Common(settings, log, stats, TaskGroup(log, stats, on_crash=self._failed.set_exception))
         self._target = Target(url.target, log, settings.keepalive)
-        self._flows = TargetFlows(common, self._target)
-        launches = Launches(common, self._target, self._flows)
-        self._connector = Connector(common, url, Terms.of(url, id, keys()), launches, self._log_statistics)
+        self._flows = TargetFlows(common, self._target, url.tunnel_name)
+        launches = Launches(common, self._target, self._flows, url.tunnel_name)
+        self._connector = Connector(common, url, self._terms(keys()), launches, self._log_statistics)
         self._parts: list[Part] = [self._connector, launches, self._flows]  # in the order in which they stop
         self.sessions = launches.sessions
         self.ready = self._connector.ready
@@ -86,7 +86,10 @@ class Client:
         """Take the key that the tunnel has now; where that is another one, connect again with it."""
         keys = self._keys()
         if keys:  # else the server decides; a client that had a key does not go on without
-            self._connector.set_terms(Terms.of(self._url, self._id, keys))
+            self._connector.set_terms(self._terms(keys))
+
+    def _terms(self, keys: Sequence[Key]) -> Terms:
+        return Terms.of(self._url, self._id, keys, wants_addresses=self._settings.proxy_protocol != "off")
 
     def describe(self) -> str:
         """One line for an operator: its status and its counters."""

@@ -18,6 +18,7 @@ from nodepass.client.connection import Connection
 from nodepass.client.data_dialer import Backoff, Route
 from nodepass.client.launches import Launches
 from nodepass.client.names import Name
+from nodepass.config import DAY
 from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import dial
@@ -197,3 +198,6 @@ class Connector(Part):
         if offer.tls and offer.version == 1:
             words = "the signals of this wire v1 server are not encrypted; only data connections are"
             self._log.warning("server.clear_signals", words, Limit(burst=1), server=control.peer)
+        if offer.version == 1 and self._settings.proxy_protocol != "off":
+            words = "this wire v1 server tells no visitor's address: the target's PROXY headers say that it is unknown"
+            self._log.warning("server.no_addresses", words, Limit(seconds=DAY, burst=1), server=control.peer)

@@ -7,6 +7,7 @@ outlive the control connection that launched them, so that a reconnect does not 
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from nodepass.client.pool import ClientPool
@@ -23,6 +24,7 @@ from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ask_target, read_datagram
+from nodepass.wire.proxy_protocol import ProxyHeaders
 from nodepass.wire.signals import LANE, TCP, Launch
 
 LANES_AT_MOST = 256  # a server opens at most 64 (UDP_LANES), and those of its last connections can still run
@@ -31,8 +33,10 @@ LANES_AT_MOST = 256  # a server opens at most 64 (UDP_LANES), and those of its l
 class Launches(Part):
     """Handles the launches of one client, of all its control connections."""
 
-    def __init__(self, common: Common, target: Target, flows: TargetFlows) -> None:
+    def __init__(self, common: Common, target: Target, flows: TargetFlows, name: str = "") -> None:
+        """`name`: of the tunnel."""
         super().__init__(common)
+        self._proxy = ProxyHeaders(self._settings.proxy_protocol, name)
         self.sessions = WorkerPool(self._log, self._stats, self._settings.semaphore_limit)
         self._target = target
         self._flows = flows
@@ -81,7 +85,7 @@ class Launches(Part):
         log = self._log.session(launch.id)
         try:
             if launch.kind == TCP:
-                self._serve_tcp(data, began, log)
+                self._serve_tcp(data, launch, began, log)
             elif launch.kind == LANE:
                 self._flows.run_lane(data, log)
             else:
@@ -89,13 +93,17 @@ class Launches(Part):
         finally:
             data.close()
 
-    def _serve_tcp(self, data: Stream, began: float, log: Log) -> None:
+    def _serve_tcp(self, data: Stream, launch: Launch, began: float, log: Log) -> None:
         sock = self._dial()
         if sock is None:
             return  # the close of a data connection is a reset, so the visitor is refused, too
         log.debug("target.connected", "connected to target %(target)s", target=self._target)
+        target = TCPStream(sock)
+        if header := self._proxy.of_connection(launch.visitor, launch.local):
+            with contextlib.suppress(OSError):  # it has closed already, which the relay reports
+                target.write(header)
         with kernel_buffers.share(data.sock, sock):
-            traffic = relay(data, TCPStream(sock), self._stats, began, self._deadlines)
+            traffic = relay(data, target, self._stats, began, self._deadlines)
         sentence = "target %(target)s: " + traffic.SENTENCE
         log.debug("session.closed", sentence, target=self._target, **traffic.fields())
 
@@ -145,7 +153,7 @@ class Launches(Part):
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
         question = read_datagram(data, largest, timeout)
         self._stats.udp.up.bytes += len(question)
-        answer = self._ask_target(question, largest, timeout)
+        answer = self._ask_target(self._proxy.of_datagram("", "") + question, largest, timeout)
         data.write(answer)
         data.half_close()
         self._stats.udp.down.bytes += len(answer)

@@ -13,6 +13,7 @@ longer one of the target's goes on at another one, from a new port.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,9 @@ from nodepass.tasks import report_bug
 from nodepass.tunnel.flows import FlowTable
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import Lane, drop_datagram
+from nodepass.wire.proxy_protocol import ProxyHeaders
 
+LARGEST_PAYLOAD = 65507  # bytes of a datagram in IPv4
 ANSWERS_PER_TURN = 64  # datagrams read from one socket before others get their turn
 
 
@@ -50,6 +53,7 @@ class TargetFlow:
     network: str = ""  # of the visitor: not known at this end
     last: float = 0.0
     rank: int = 0
+    header: bytes = b""  # in front of each datagram: the PROXY protocol's
 
     @property
     def key(self) -> tuple[Lane, int]:
@@ -59,9 +63,13 @@ class TargetFlow:
 class TargetFlows(Part):
     """Sends the datagrams of lanes to the target, and its answers back, for as long as a flow lives."""
 
-    def __init__(self, common: Common, target: Target) -> None:
+    def __init__(self, common: Common, target: Target, name: str = "") -> None:
+        """`name`: of the tunnel."""
         super().__init__(common)
         settings = common.settings
+        self._proxy = ProxyHeaders(settings.proxy_protocol, name)
+        # Announced flows, the latest last. They stay beyond a flow's end: only the server knows when it is over there.
+        self._addresses: OrderedDict[tuple[Lane, int], tuple[str, str]] = OrderedDict()
         self._target = target
         self._any_port = settings.udp_answers == "any"
         self._table: FlowTable[TargetFlow] = FlowTable(
@@ -84,11 +92,20 @@ class TargetFlows(Part):
         log.debug("lane.opened", "lane opened")
         cut = "crashed"
         try:
-            cut = lane.run(stream, partial(self._deliver, lane))
+            announce = partial(self._note_addresses, lane) if self._settings.proxy_protocol == "v2" else None
+            cut = lane.run(stream, partial(self._deliver, lane), announce)
             log.debug("lane.closed", "lane closed: %(error)s", error=cut or "closed by the peer")
         finally:
             lane.ended = True
             self._table.end(lambda flow: flow.lane is lane, "lost" if cut else "completed")
+            for key in [key for key in self._addresses if key[0] is lane]:
+                del self._addresses[key]
+
+    def _note_addresses(self, lane: Lane, number: int, visitor: str, local: str) -> None:
+        """Keep the addresses of a flow, as many as there may be flows."""
+        self._addresses[lane, number] = visitor, local
+        while len(self._addresses) > self._settings.semaphore_limit:
+            self._addresses.popitem(last=False)
 
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         """Send a datagram of a lane to the target; one that cannot be sent is dropped, counted and logged."""
@@ -96,7 +113,11 @@ class TargetFlows(Part):
             flow = self._table.find((lane, number)) or self._begin(lane, number)
             if flow.version != self._target.name.version:
                 self._follow(flow)
-            self._send(flow, payload)
+            if len(flow.header) + len(payload) > LARGEST_PAYLOAD:
+                words = "a datagram of %(size)d bytes: too large with its PROXY protocol header"
+                drop_datagram(self._log, self._stats, "too_large", words, size=len(payload))
+                return
+            self._send(flow, flow.header + payload)
             self._stats.udp.up.bytes += len(payload)
         except OSError as error:
             words = "a datagram of %(size)d bytes: %(error)s"
@@ -118,6 +139,7 @@ class TargetFlows(Part):
     def _begin(self, lane: Lane, number: int) -> TargetFlow:
         endpoints = self._target.datagram_endpoints()
         flow = TargetFlow(number, lane, list(endpoints), version=self._target.name.version)
+        flow.header = self._proxy.of_datagram(*self._addresses.get(flow.key, ("", "")))
         self._connect(flow)
         self._table.add(flow)
         self._stats.udp.begin()

@@ -107,12 +107,13 @@ class Terms:
     name: str = ""  # of the tunnel
     client: str = ""  # what this client calls itself
     key: Key | None = None
+    wants_addresses: bool = False  # launches carry the visitor's address
 
     @classmethod
-    def of(cls, url: ClientURL, client: str, keys: Sequence[Key]) -> Terms:
+    def of(cls, url: ClientURL, client: str, keys: Sequence[Key], wants_addresses: bool = False) -> Terms:
         """Those of a client URL whose defaults are filled in; of several keys the client proves the first."""
         host = certified_host(url.tunnel.host or "localhost")
-        return cls(host, url.demand, url.wire, url.tunnel_name, client, next(iter(keys), None))
+        return cls(host, url.demand, url.wire, url.tunnel_name, client, next(iter(keys), None), wants_addresses)
 
     def prepare(self) -> None:
         """Do before the connect what the first byte would wait for: a server takes long silence for wire v1."""
@@ -166,7 +167,7 @@ def _start_tls(control: ClientControl, terms: Terms) -> bytes | None:
 
 def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
     """Hello to offer, on the present channel; None where the server wants TLS first."""
-    hello = Hello(new_nonce(), terms.client, terms.name)
+    hello = Hello(new_nonce(), terms.client, terms.name, terms.wants_addresses)
     control.send(hello)
     line = control.read_line()
     opening = parse_opening(line)

@@ -81,10 +81,16 @@ class Lane:
         self._wake.set()
         return True
 
-    def run(self, stream: Stream, deliver: Callable[[int, bytes], object]) -> str:
+    def run(
+        self,
+        stream: Stream,
+        deliver: Callable[[int, bytes], object],
+        announce: Callable[[int, str, str], object] | None = None,
+    ) -> str:
         """Carry frames until the connection ends; the stream is closed then. Returns what cut it, "" if nothing did.
 
-        `deliver` gets the flow and the payload of each frame that arrives. A bug in it or in the writer is raised.
+        `deliver` gets the flow and the payload of each frame that arrives, `announce` a flow's addresses. A bug in one
+        of them or in the writer is raised.
         """
         self._stream = stream
         if self.ended:  # before it could begin
@@ -93,7 +99,7 @@ class Lane:
         stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         writer = Greenlet.spawn(self._write, stream)
         try:
-            self._read(stream, deliver)
+            self._read(stream, deliver, FrameBuffer(announce))
             self._close_in_order(stream)
             return ""
         except OSError as error:
@@ -143,8 +149,8 @@ class Lane:
             self._crash = error
             stream.abort()
 
-    def _read(self, stream: Stream, deliver: Callable[[int, bytes], object]) -> None:
-        buffer, frames = _shared[: stream.batch], FrameBuffer()
+    def _read(self, stream: Stream, deliver: Callable[[int, bytes], object], frames: FrameBuffer) -> None:
+        buffer = _shared[: stream.batch]
         reads = count = 0
         while received := stream.recv_into(buffer):
             for flow, payload in frames.feed(buffer[:received]):

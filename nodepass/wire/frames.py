@@ -8,7 +8,7 @@ datagram where the client wants it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 HEADER = struct.Struct(">IH")
 TEXT = 0xFFFF  # in place of a length: no datagram is so long
@@ -27,10 +27,14 @@ def encode_addresses(flow: int, visitor: str, local: str) -> bytes:
 
 
 class FrameBuffer:
-    """Splits a byte stream into frames. It holds less than one frame, 64 KiB at most. Text is skipped."""
+    """Splits a byte stream into frames. It holds less than one frame, 64 KiB at most.
 
-    def __init__(self) -> None:
+    `announce` is called with a flow and the addresses of its announcement, where they are; without it text is skipped.
+    """
+
+    def __init__(self, announce: Callable[[int, str, str], object] | None = None) -> None:
         self._held = b""
+        self._announce = announce
 
     def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
         """The flow and the payload of each frame that `data` completes. `data` is not looked at after the first one."""
@@ -50,5 +54,14 @@ class FrameBuffer:
                 break
             if begin == start + header:
                 yield flow, data[begin:end]
+            elif self._announce:
+                self._announce(flow, *_parse_addresses(bytes(data[begin:end])))
             start = end
         self._held = data[start:]
+
+
+def _parse_addresses(text: bytes) -> tuple[str, str]:
+    """What an announcement calls `from` and `to`, unchecked; empty where it has none, or is no such text."""
+    pairs = [each.partition("=") for each in text.decode("ascii", "replace").split("&")]
+    named = {name: value for name, _, value in reversed(pairs)}  # the first of two counts
+    return named.get("from", ""), named.get("to", "")

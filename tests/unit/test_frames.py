@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
+from nodepass.wire.frames import HEADER, TEXT, FrameBuffer, encode_addresses, encode_frame
 
 LARGEST = 65507  # bytes of a UDP datagram
 
@@ -62,3 +62,23 @@ def test_a_text_of_any_length_is_skipped(length: int) -> None:
     for byte in (text[:7], text[7:]):
         assert list(buffer.feed(byte)) == []
     assert list(buffer.feed(encode_frame(2, b"behind"))) == [(2, b"behind")]
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses"),
+    [
+        (b"from=192.0.2.1:5&to=[2001:db8::1]:53", ("192.0.2.1:5", "[2001:db8::1]:53")),
+        (b"to=b&x=y&from=a&from=c", ("a", "b")),
+        (b"", ("", "")),
+        (b"\xff\0=&&from", ("", "")),
+    ],
+)
+def test_the_addresses_of_a_flow_are_announced_before_its_first_datagram(
+    text: bytes, addresses: tuple[str, str]
+) -> None:
+    heard: list[object] = []
+    buffer = FrameBuffer(lambda *announced: heard.append(announced))
+    data = HEADER.pack(7, TEXT) + len(text).to_bytes(2, "big") + text + encode_frame(7, b"hello")
+    for at in range(len(data)):  # in any pieces
+        heard += buffer.feed(data[at : at + 1])
+    assert heard == [(7, *addresses), (7, b"hello")]

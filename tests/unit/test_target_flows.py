@@ -22,7 +22,7 @@ from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.part import Common
 from nodepass.tunnel.udp import Lane
 from nodepass.urls import Address
-from nodepass.wire.frames import FrameBuffer, encode_frame
+from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 from tests.unit.controls import run, until
 from tests.unit.streams import tcp_pair
 
@@ -155,6 +155,19 @@ def test_by_default_a_flow_takes_the_targets_own_answers_only(stack: ExitStack) 
     other.sendto(b"not the target", visitor)
     client.target.sendto(b"answer", visitor)
     assert list(FrameBuffer().feed(client.server.recv(100))) == [(1, b"answer")]
+
+
+def test_a_flow_that_begins_again_still_has_its_visitors_addresses(stack: ExitStack) -> None:
+    """The server announces them once; this end may have closed the flow earlier."""
+    client = Client(stack, limit=2, proxy_protocol="v2")
+    for number in (1, 2, 3, 3):
+        client.server.sendall(encode_addresses(number, f"192.0.2.{number}:1", "198.51.100.1:2"))
+    for number in (2, 3, 4, 2):
+        client.server.sendall(encode_frame(number, b"hello"))
+        seen, _ = client.target.recvfrom(100)
+        assert seen.endswith(b"hello")
+        known = bytes([192, 0, 2, number, 198, 51, 100, 1]) if number < 4 else b"\x20\0\0\0"
+        assert known in seen
 
 
 def test_flows_of_a_lane_that_is_cut_are_lost(stack: ExitStack) -> None:

@@ -1,0 +1,237 @@
+"""The PROXY protocol to the target: the service sees the visitor's address, whatever carries it."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxyprotocol.v1 import ProxyProtocolV1
+from proxyprotocol.v2 import ProxyProtocolV2
+
+from nodepass.wire.proxy_protocol import TUNNEL_NAME
+from tests.support.process import scrubbed
+from tests.support.programs import running
+from tests.support.sockets import (
+    Address,
+    connect,
+    datagram_socket,
+    format_address,
+    free_port,
+    has_ipv6,
+    parse_address,
+    receive_exactly,
+    until,
+)
+from tests.support.target import Target
+from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
+from tests.support.v1_server import V1Server
+
+HOSTS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here"))]
+
+
+@contextlib.contextmanager
+def tunnel_with(version: str, host: str = "127.0.0.1", tls: int = 0) -> Iterator[Tunnel]:
+    """A tunnel named web that tells its target who visits."""
+    bracketed = format_address((host, 0))
+    with Target() as target, OurServer(tls, target=bracketed, query="name=web") as server:
+        query = f"tls={tls}&name=web&proxy_protocol={version}"
+        with OurClient(server.tunnel_address, target.address, query=query) as client:
+            client.wait_until_connected()
+            server.wait_for_client()
+            yield Tunnel(server, client, target)
+
+
+def read_v1(service: socket.socket) -> Any:
+    line = b""
+    while not line.endswith(b"\r\n"):
+        line += receive_exactly(service, 1)
+    return ProxyProtocolV1().unpack(line)
+
+
+def read_v2(service: socket.socket) -> Any:
+    start = receive_exactly(service, 16)
+    return ProxyProtocolV2().unpack(start + receive_exactly(service, int.from_bytes(start[14:], "big")))
+
+
+def ends(header: Any) -> tuple[Address, Address]:
+    """Source and destination of a header, as addresses of sockets."""
+    return (str(header.source[0]), header.source[1]), (str(header.dest[0]), header.dest[1])
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("version", "read"), [("v1", read_v1), ("v2", read_v2)])
+def test_a_connection_begins_with_the_visitors_addresses(version: str, read: Any, host: str) -> None:
+    with tunnel_with(version, host) as tunnel, connect(tunnel.visitor_address) as visitor:
+        visitor.sendall(b"hello")
+        with tunnel.target.accept() as service:
+            header = read(service)
+            assert ends(header) == (visitor.getsockname()[:2], tunnel.visitor_address)
+            assert receive_exactly(service, 5) == b"hello"
+            service.sendall(b"welcome")
+            assert receive_exactly(visitor, 7) == b"welcome"
+        if version == "v2":
+            assert header.tlv[TUNNEL_NAME] == b"web"
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_with_v2_every_datagram_begins_with_them_and_answers_do_not(host: str) -> None:
+    with tunnel_with("v2", host, tls=1) as tunnel, datagram_socket(host) as visitor, datagram_socket(host) as other:
+        for speaker, payload in ((visitor, b"one"), (other, b"other"), (visitor, b""), (visitor, bytes(60_000))):
+            speaker.sendto(payload, tunnel.visitor_address)
+            received, source = tunnel.target.udp.recvfrom(65536)
+            header = ProxyProtocolV2().unpack(received)
+            length = 16 + int.from_bytes(received[14:16], "big")
+            assert received[length:] == payload
+            assert ends(header) == (speaker.getsockname()[:2], tunnel.visitor_address)
+            assert header.protocol == socket.SOCK_DGRAM
+            tunnel.target.udp.sendto(b"answer to " + payload[:5], source)
+            assert speaker.recv(100) == b"answer to " + payload[:5]
+
+
+def test_a_datagram_that_is_too_long_with_its_header_is_dropped_and_counted() -> None:
+    with tunnel_with("v2") as tunnel, datagram_socket() as visitor:
+        visitor.sendto(bytes(65_500), tunnel.visitor_address)
+        dropped = tunnel.our_client.wait_for("datagram.dropped", reason="too_large")
+        assert dropped["size"] == 65_500
+        visitor.sendto(b"next", tunnel.visitor_address)
+        assert tunnel.target.udp.recv(65536).endswith(b"next")
+
+
+def test_with_v1_datagrams_have_no_header() -> None:
+    with tunnel_with("v1") as tunnel, datagram_socket() as visitor:
+        visitor.sendto(b"hello", tunnel.visitor_address)
+        assert tunnel.target.udp.recv(65536) == b"hello"
+
+
+def test_a_server_of_wire_v1_knows_no_address_which_is_said_once(stack: contextlib.ExitStack) -> None:
+    target, server = stack.enter_context(Target()), stack.enter_context(V1Server(0))
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, query="tls=0&proxy_protocol=v2"))
+    client.wait_until_connected(wire=1)
+    tunnel = Tunnel(server, client, target)
+    for _ in range(2):
+        with connect(tunnel.visitor_address) as visitor, target.accept() as service:
+            visitor.sendall(b"hello")
+            assert not read_v2(service).proxied
+            assert receive_exactly(service, 5) == b"hello"
+    assert len(client.find("server.no_addresses", level="warn")) == 1
+
+
+# Real services
+
+NGINX = """
+daemon off;
+pid {root}/nginx.pid;
+error_log stderr;
+events {{ }}
+http {{
+    access_log off;
+    server {{
+        listen 127.0.0.1:{port} proxy_protocol;
+        location / {{ return 200 "$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_port"; }}
+    }}
+}}
+"""
+
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 20s
+    timeout server 20s
+frontend front
+    bind 127.0.0.1:{port} accept-proxy
+    http-request return status 200 content-type text/plain lf-string "%[src] %[src_port] %[dst_port]"
+"""
+
+UNBOUND = """
+server:
+    directory: "{root}"
+    chroot: ""
+    username: ""
+    pidfile: "{root}/unbound.pid"
+    use-syslog: no
+    logfile: "{root}/queries"
+    log-queries: yes
+    interface: 127.0.0.1@{port}
+    proxy-protocol-port: {port}
+    do-not-query-localhost: no
+    local-zone: "test." static
+    local-data: "host.test. A 192.0.2.7"
+remote-control:
+    control-enable: no
+"""
+
+
+@contextlib.contextmanager
+def in_front_of(service: Address, version: str, host: str = "127.0.0.1") -> Iterator[Address]:
+    """A tunnel to a real service; its visitors' address."""
+    with OurServer(1, target=format_address((host, 0)), log="info") as server:
+        query = f"tls=1&proxy_protocol={version}"
+        with OurClient(server.tunnel_address, service, query=query, log="info", env=CALM) as client:
+            client.wait_until_connected()
+            yield server.visitor_address
+
+
+def ask_for_addresses(visitors: Address) -> tuple[list[str], Address]:
+    """What the service says that the visitor's address is; and what it is."""
+    with connect(visitors) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while data := sock.recv(4096):
+            answer += data
+        own = sock.getsockname()
+    return answer.rpartition(b"\r\n\r\n")[2].decode().split(), own[:2]
+
+
+@pytest.mark.programs("nginx", "haproxy")
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_nginx_and_haproxy_see_the_visitors_address(tmp_path: Path, version: str, host: str) -> None:
+    port = free_port()
+    (tmp_path / "nginx.conf").write_text(NGINX.format(root=tmp_path, port=port))
+    nginx = running(port, "nginx", "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf"))
+    other = free_port()
+    (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(port=other))
+    haproxy = running(other, "haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg"))
+    with nginx as first, haproxy as second:
+        for service in (first, second):
+            with in_front_of(service, version, host) as visitors:
+                for _ in range(3):
+                    (address, source_port, local_port), own = ask_for_addresses(visitors)
+                    assert (ipaddress.ip_address(address), int(source_port)) == (ipaddress.ip_address(own[0]), own[1])
+                    assert int(local_port) == visitors[1]
+
+
+@pytest.mark.programs("unbound", "dig")
+def test_unbound_sees_the_visitors_address_in_datagrams_and_connections(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "unbound.conf").write_text(UNBOUND.format(root=tmp_path, port=port))
+    server = running(port, "unbound", "-d", "-c", str(tmp_path / "unbound.conf"), protocol="udp")
+    with server as service, in_front_of(service, "v2") as visitors:
+        host, number = parse_address(format_address(visitors))
+        for options, source in (
+            (["+notcp"], "127.0.0.1"),
+            (["+tcp"], "127.0.0.1"),
+            (["+notcp", "-b", "127.0.0.9"], "127.0.0.9"),
+        ):
+            command = [
+                "dig",
+                f"@{host}",
+                "-p",
+                str(number),
+                "+short",
+                "+tries=1",
+                "+time=20",
+                *options,
+                "host.test",
+                "A",
+            ]
+            done = subprocess.run(command, env=scrubbed(), capture_output=True, text=True, check=True, timeout=60)
+            assert done.stdout.strip() == "192.0.2.7"
+            until(lambda source=source: f"{source} host.test. A IN" in (tmp_path / "queries").read_text())
