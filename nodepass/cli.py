@@ -22,7 +22,7 @@ from nodepass import __version__, log
 from nodepass.config import Notice, Scope, Settings, rows
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
-from nodepass.daemon.environment import drop_empty, find_typos, refuse_service_link
+from nodepass.daemon.environment import drop_empty, find_typos, find_unusable_cas, refuse_service_link
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.limits import forbid_core_dumps
 from nodepass.daemon.log_output import LogOutput
@@ -157,8 +157,17 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"nodepass: {error}\n")
         return 2
     except (ListenError, StartError) as error:
-        sys.stderr.write(f"nodepass: {error}\n")
+        sys.stderr.write(f"nodepass: {error}{_name_holder(error)}\n")
         return 1
+
+
+def _name_holder(error: ListenError | StartError) -> str:
+    """Which process has the port, for the end of the line."""
+    if isinstance(error, StartError):
+        return ""
+    from nodepass.tools.check_ports import name_holder
+
+    return name_holder(error)
 
 
 def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Keys]) -> int:
@@ -171,7 +180,9 @@ def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Key
     refuse_conflicts(urls, keys, settings)
     stats = Stats()
     LogOutput.replace_stderr(stats)
-    _start_log(urls, settings, [*keys.notices, *find_typos(os.environ)])
+    has_client = any(isinstance(url, ClientURL) for url in urls)
+    cas = find_unusable_cas(os.environ) if has_client else ()
+    _start_log(urls, settings, [*keys.notices, *find_typos(os.environ), *cas])
     for url in urls:
         keys.of(url).keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
     daemon = Daemon(urls, settings, keys, manager, stats)

@@ -16,12 +16,16 @@ class ConfigError(NodepassError):
 class ListenError(NodepassError):
     """An address cannot be listened on: the process exits with status 1 when this happens at start.
 
-    `errno`: the kernel's reason, None where it was not the kernel's.
+    `errno`: the kernel's reason, None where it was not the kernel's. `host`, which may be empty, `port` and `kind`
+    (SOCK_STREAM, SOCK_DGRAM) say where; port 0 stands for no address of the network.
     """
 
-    def __init__(self, text: str, errno: int | None = None) -> None:
+    def __init__(self, text: str, errno: int | None = None, *, host: str = "", port: int = 0, kind: int = 0) -> None:
         super().__init__(text)
         self.errno = errno
+        self.host = host
+        self.port = port
+        self.kind = kind
 
 
 class StartError(NodepassError):
@@ -32,12 +36,24 @@ class ProtocolError(NodepassError, ConnectionError):
     """The peer sent bytes that the wire does not allow."""
 
 
+class OtherProtocolError(ProtocolError):
+    """The peer speaks another protocol; `protocol` is its name, where it is known."""
+
+    def __init__(self, protocol: str, words: str) -> None:
+        super().__init__(words)
+        self.protocol = protocol
+
+
 class ClosedError(NodepassError, ConnectionError):
     """The peer closed the connection in good order."""
 
 
 class TLSError(NodepassError, ConnectionError):
     """A TLS handshake or record failed."""
+
+
+class CertificateRefusedError(TLSError):
+    """The client refused the server's certificate, as its alert says."""
 
 
 class ClearAnswer(NodepassError, ConnectionError):

@@ -237,6 +237,7 @@ def _check_files(url: str, tls: int | None, given: dict[str, str]) -> None:
     """Raise ConfigError unless there are a certificate and its key with tls=2, and only then."""
     for name in ("crt", "key"):
         if tls == 2 and not given.get(name):
-            raise ConfigError(f"URL {url!r}: tls=2 needs {name}=FILE (PEM); it is missing")
+            cut = "a shell ends the URL at an '&' that is not quoted: nodepass 'server://…?tls=2&crt=FILE&key=FILE'"
+            raise ConfigError(f"URL {url!r}: tls=2 needs {name}=FILE (PEM); it is missing; {cut}")
         if tls != 2 and name in given:
             raise ConfigError(f"URL {url!r}: {name} is given without tls=2; allowed: with tls=2 only")

@@ -19,13 +19,13 @@ from nodepass.client.data_dialer import Backoff, Route
 from nodepass.client.launches import Launches
 from nodepass.client.names import Name
 from nodepass.config import DAY
-from nodepass.errors import RefusedError, VerificationError, reason
+from nodepass.errors import RefusedError, VerificationError
 from nodepass.log import Limit
 from nodepass.net.sockets import dial
 from nodepass.net.stream import TCPStream
 from nodepass.stats import failure
 from nodepass.tunnel.control import STOPPING, Agreement, ClientControl, Ending
-from nodepass.tunnel.handshake import Terms, connect_to_server
+from nodepass.tunnel.handshake import IS_IT, Terms, connect_to_server, explain
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.security import SecurityLog, security_of
 from nodepass.urls import ClientURL
@@ -130,7 +130,7 @@ class Connector(Part):
             failed.callback(stream.close)
             control = ClientControl(stream, self._settings.report_interval, self._log, self._stats)
             failed.callback(control.hang_up)
-            late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s")
+            late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s; {IS_IT}")
             with gevent.Timeout(timeout, late):
                 agreement = connect_to_server(control, self._terms)
             failed.pop_all()
@@ -144,7 +144,7 @@ class Connector(Part):
         check = error.check if isinstance(error, VerificationError) else ""
         # Not by the text, which the server could vary. The kernel's and the resolver's errors have a number.
         kind = " ".join(filter(None, (token, check, "" if error.errno is None else f"errno {error.errno}")))
-        why = reason(error)
+        why = explain(error)
         self.failure = f"{what} the server {self._server}: {why}"
         self._log.log(
             level,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 
 from nodepass.config import Notice, rows
 from nodepass.errors import ConfigError
+from nodepass.tls.files import find_ca_trouble
 
 KEYS = ("TUNNEL_KEY", "TUNNEL_KEY_FILE", "TUNNEL_KEYS_FILE")
 _SETTINGS = tuple(name.upper() for name in rows())
@@ -54,6 +55,12 @@ def find_typos(environ: Mapping[str, str]) -> Iterator[Notice]:
             meant = min(near, key=near.__getitem__)
             words = f"the variable {name} is not one of nodepass; did you mean {meant}?"
             yield Notice("unknown_variable", words)
+
+
+def find_unusable_cas(environ: Mapping[str, str]) -> Iterator[Notice]:
+    """A notice where SSL_CERT_FILE, which clients take CAs from, has none."""
+    if trouble := find_ca_trouble(environ):
+        yield Notice("no_cas", f"{trouble}; no server's certificate is trusted")
 
 
 def _is_link(name: str, value: str) -> bool:

@@ -35,6 +35,7 @@ UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cut
 ACCEPTS_PER_TURN = 4  # then other greenlets run: the handshake that follows may take half a millisecond
 ACCEPT_PAUSES = (0.01, 1.0)  # seconds: first and longest pause after an accept error, which is mostly EMFILE
 CHOICES = 10  # attempts at a port that is free for TCP and for UDP, where the kernel chooses it
+PRIVILEGED = 1024  # ports below need a privilege
 _CLOSED = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # errors of accept on a closed listener
 
 
@@ -142,8 +143,22 @@ def _listen_all(
                     raise
     except OSError as error:
         close_all(opened)
-        raise ListenError(f"cannot listen on {what} {address}: {reason(error)}{share.hint()}", error.errno) from None
+        text = f"cannot listen on {what} {address}: {reason(error)}{_remedy(error, address)}{share.hint()}"
+        raise ListenError(text, error.errno, host=address.host, port=address.port, kind=kind) from None
     return opened
+
+
+def _remedy(error: OSError, address: Address) -> str:
+    """What an operator can do about an error of bind(2), for the end of a line."""
+    if error.errno == errno.EADDRNOTAVAIL:
+        words = f"{address.host} is not an address of this machine (behind NAT, it is the router's)"
+        return f"; {words}; :{address.port} listens on all"
+    if error.errno == errno.EACCES and 0 < address.port < PRIVILEGED:
+        return (
+            f"; ports below {PRIVILEGED} need CAP_NET_BIND_SERVICE, a socket unit (contrib/systemd), or the sysctl"
+            " net.ipv4.ip_unprivileged_port_start"
+        )
+    return ""
 
 
 def _listening_endpoints(address: Address) -> list[Endpoint]:

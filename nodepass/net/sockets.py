@@ -197,6 +197,14 @@ def peek_byte(sock: Socket) -> int | None:
     return data[0] if data else -1
 
 
+def peek_bytes(sock: Socket, size: int) -> bytes:
+    """The bytes that wait to be read, `size` of them at most; none where the connection is over."""
+    try:
+        return sock.recv(size, socket.MSG_PEEK)
+    except OSError:
+        return b""
+
+
 def wait_readable(sock: Any) -> None:
     """Wait until there is something to read, at least for one iteration of the event loop. Raises OSError.
 

@@ -14,8 +14,8 @@ from socket import socket
 
 import gevent
 
-from nodepass.errors import ProtocolError, RefusedError, reason
-from nodepass.log import Limit
+from nodepass.errors import CertificateRefusedError, OtherProtocolError, ProtocolError, RefusedError, reason
+from nodepass.log import Limit, Log
 from nodepass.net.listen import accept_forever
 from nodepass.net.sockets import Endpoint, Socket, peek_byte
 from nodepass.net.stream import Stream, close_gently
@@ -29,11 +29,15 @@ from nodepass.tunnel.control import STOPPING, Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate, accept_client
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.negotiation import BUSY, KEY_REQUIRED, SLASH, TLS_HANDSHAKE, VERSION, DataHello, Hello, Refusal
+from nodepass.wire.signals import CERTIFICATE
 
 # Seconds of silence after which a connection is one of wire v1.
 SILENCE = 0.25
 SILENCE_AFTER_LATE_HELLO = 2.0  # where one from the same address was taken for v1 too early
 
+RARELY = 600.0  # seconds between two lines about the same mistake, which is repeated until it is corrected
+
+_CHECK = "a check (nodepass --check)"
 _SPOKEN = (SLASH, TLS_HANDSHAKE)  # first bytes of wire v2
 
 
@@ -81,9 +85,8 @@ class ControlListener(Part):
             self._reject(opening, peer, error)
         except OSError as error:
             common = self._common_of(opening)
-            common.stats.control_failures[why := failure(error)] += 1
-            words = "control handshake failed: %(error)s"
-            common.log.debug("client.handshake_failed", words, reason=why, error=reason(error), client=peer)
+            common.stats.control_failures[failure(error)] += 1
+            _report_failure(common.log, error, peer)
             opening.stream.close()
         except BaseException:
             opening.stream.close()
@@ -188,7 +191,8 @@ class ControlListener(Part):
         """Serve the client that is connected now until it is gone."""
         log, stats = slot.common.log, slot.common.stats
         stats.connects += 1
-        words = "client connected from %(client)s: wire v%(wire)d"
+        is_check = bool(control.agreement and control.agreement.is_check)
+        words = "client connected from %(client)s: wire v%(wire)d" + f", {_CHECK}" * is_check
         log.info("client.connected", words, Limit(), client=control.peer, wire=control.version)
         slot.on_client()
         beat = slot.common.loops.spawn("send heartbeats", control.beat, slot.pool.__len__)
@@ -204,14 +208,20 @@ class ControlListener(Part):
             words = "client disconnected: %(error)s (%(client)s)"
             why, because = ending.reason, ending.words
             log.info("client.disconnected", words, Limit(), client=control.peer, reason=why, error=because)
+            if why == CERTIFICATE:
+                _report_certificate(log, control.peer, because)
             control.close(ending)
 
     def _reject(self, opening: Opening, peer: Endpoint, error: RefusedError) -> None:
         """Count, log and tell the peer why, where it can read that."""
         common = self._common_of(opening)
         common.stats.control_failures[why := failure(error)] += 1
-        words = "rejected client %(client)s: %(error)s"
-        common.log.warning("client.rejected", words, Limit(), client=peer, reason=why, error=error)
+        if error.reason == BUSY and isinstance(opening.said, Hello) and opening.said.is_check:
+            words = f"%(client)s is {_CHECK}: %(error)s"
+            common.log.info("client.checked", words, Limit(), client=peer, error=error)
+        else:
+            words = "rejected client %(client)s: %(error)s"
+            common.log.warning("client.rejected", words, Limit(), client=peer, reason=why, error=error)
         stream = opening.stream
         try:
             with contextlib.suppress(OSError):  # it has been counted already
@@ -220,3 +230,20 @@ class ControlListener(Part):
                     close_gently(stream)
         finally:
             stream.close()
+
+
+def _report_failure(log: Log, error: OSError, peer: Endpoint) -> None:
+    """Log a failed handshake: at debug, unless the operator can do something about it."""
+    if isinstance(error, OtherProtocolError):
+        limit = Limit(error.protocol, RARELY, 1)
+        log.warning("client.other_protocol", "%(client)s: %(error)s", limit, client=peer, error=error)
+    elif isinstance(error, CertificateRefusedError):
+        _report_certificate(log, peer, str(error))
+    else:
+        words = "control handshake failed: %(error)s"
+        log.debug("client.handshake_failed", words, reason=failure(error), error=reason(error), client=peer)
+
+
+def _report_certificate(log: Log, peer: object, error: str) -> None:
+    words = "%(client)s: %(error)s"
+    log.warning("client.certificate_refused", words, Limit(seconds=RARELY, burst=1), client=peer, error=error)

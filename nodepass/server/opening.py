@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING
 
 import gevent
 
-from nodepass.errors import ClosedError, ProtocolError, RefusedError
-from nodepass.net.sockets import Socket, peek_byte
+from nodepass.errors import ClosedError, OtherProtocolError, ProtocolError, RefusedError
+from nodepass.net.sockets import Socket, peek_byte, peek_bytes
 from nodepass.net.stream import Stream, TCPStream, read_only_line
-from nodepass.wire.lines import MAX_OPENING
+from nodepass.wire.lines import MAX_OPENING, RECOGNIZED, recognize
 from nodepass.wire.negotiation import NO_TLS, SLASH, TLS_HANDSHAKE, VERSION, DataHello, Hello, StartTLS, parse_first
 
 if TYPE_CHECKING:
     from nodepass.tls.certificates import ServerCertificate
 
+_CLEAR_HERE = (
+    "the client began with TLS, and this server does not use it (tls=0); where the client has a key, set the same here,"
+    " else tls=1 or tls=2"
+)
 SILENCE_OF_V1_DATA = 0.01  # seconds: a v1 client's data connection says nothing, every other one begins at once
 
 
@@ -68,7 +72,15 @@ class Opening:
         elif first < 0:
             raise ClosedError("closed by the peer before it said anything")
         else:
-            raise ProtocolError(f"first byte {first:#04x}: neither a line of wire v2 nor TLS")
+            raise self._name_other(first)
+
+    def _name_other(self, first: int) -> ProtocolError:
+        """The error about first bytes that no version of the wire begins with."""
+        protocol = recognize(peek_bytes(self._sock, RECOGNIZED))
+        if not protocol:
+            return ProtocolError(f"first byte {first:#04x}: neither a line of wire v2 nor TLS")
+        words = f"it speaks {protocol}, and this port is for a nodepass client; visitors connect to the target address"
+        return OtherProtocolError(protocol, words)
 
     def _read_in_the_clear(self) -> None:
         self._read_line()
@@ -84,7 +96,7 @@ class Opening:
 
     def _secure(self, has_line: bool) -> None:
         if not self._certificate:
-            raise RefusedError(NO_TLS, "the client began with TLS, and this server does not use it (tls=0)")
+            raise RefusedError(NO_TLS, _CLEAR_HERE)
         from nodepass.tls.contexts import ALPN
         from nodepass.tls.stream import accept_tls
 

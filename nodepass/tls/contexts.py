@@ -20,9 +20,9 @@ from cryptography.x509 import Certificate, load_pem_x509_certificates
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
-from nodepass.errors import ConfigError, TLSError
-from nodepass.tls.files import has_mark, without_mark
-from nodepass.tls.verify import Verify
+from nodepass.errors import ConfigError, TLSError, VerificationError
+from nodepass.tls.files import CA_VARIABLE, find_ca_trouble, has_mark, without_mark
+from nodepass.tls.verify import Rejection, Verify
 from nodepass.wire.lines import printable
 
 ALPN = b"nodepass/2"
@@ -69,12 +69,22 @@ def renew_client_contexts() -> None:
     _client_context.cache_clear()
 
 
+def refused(rejection: Rejection) -> VerificationError:
+    """The error about a rejected certificate, with what can be done; the CAs are read again for the next handshake."""
+    renew_client_contexts()
+    words = f"certificate {rejection.words}"
+    if rejection.check == "chain":
+        remedy = f"the CA must be one of the system's, or in the file that {CA_VARIABLE} names"
+        words += f"; {find_ca_trouble(os.environ) or remedy}"
+    return VerificationError(words, rejection.check)
+
+
 @functools.lru_cache(maxsize=4)  # one for each demand
 def _client_context(loads_cas: bool, v2: bool, _period: int) -> SSL.Context:
     context = _context()
     if loads_cas:
         context.set_default_verify_paths()
-        _add_marked_cas(context, os.environ.get("SSL_CERT_FILE", ""))
+        _add_marked_cas(context, os.environ.get(CA_VARIABLE, ""))
     if v2:
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_alpn_protos([ALPN])

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import codecs
 import os
+from collections.abc import Mapping
 
+from nodepass.errors import reason
+
+CA_VARIABLE = "SSL_CERT_FILE"  # names the file of CAs instead of the system's
 RETRY = 2.0  # seconds between two looks at a file that could not be used
 FileState = tuple[int, ...]  # equal as long as nothing about the file has changed; empty where it cannot be found
 
@@ -26,6 +30,21 @@ def state_of(path: str) -> FileState:
         *(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns),
         *(status.st_mode, status.st_uid, status.st_gid),
     )
+
+
+def find_ca_trouble(environ: Mapping[str, str]) -> str:
+    """Why SSL_CERT_FILE holds no CA, so that no certificate is trusted; "" where it does, or is not set."""
+    path = environ.get(CA_VARIABLE, "")
+    if not path:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            content = without_mark(file.read())
+    except OSError as error:
+        return f"{CA_VARIABLE}={path} cannot be read: {reason(error)}"
+    except UnicodeDecodeError:
+        content = b""
+    return "" if b"-----BEGIN" in content else f"{CA_VARIABLE}={path} has no certificate in it; allowed: PEM"
 
 
 def has_mark(content: bytes) -> bool:

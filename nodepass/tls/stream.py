@@ -15,6 +15,7 @@ data. `sessions` keeps them.
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import NamedTuple
 
@@ -22,17 +23,27 @@ from gevent.socket import wait_read
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
-from nodepass.errors import ClearAnswer, ProtocolError, TLSError, VerificationError
+from nodepass.errors import (
+    CertificateRefusedError,
+    ClearAnswer,
+    OtherProtocolError,
+    ProtocolError,
+    TLSError,
+    VerificationError,
+)
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Data, SocketStream
 from nodepass.tls.bio import BATCH, RECORD, RECORD_OVERHEAD, inbox, open_records
-from nodepass.tls.contexts import ALPN, client_context, renew_client_contexts, translated
+from nodepass.tls.contexts import ALPN, client_context, refused, translated
 from nodepass.tls.verify import Expected, Rejection, Verify, is_ip
-from nodepass.wire.negotiation import SLASH, TLS_RECORDS
+from nodepass.wire.lines import RECOGNIZED, recognize
+from nodepass.wire.negotiation import SLASH, TLS_RECORDS, answers_in
+from nodepass.wire.signals import BYES, CERTIFICATE
 
 EXPORTER_LABEL = b"EXPORTER-nodepass-2"
 EXPORTER_LENGTH = 32  # bytes
 
+_REFUSED = re.compile(r"alert (?:unknown ca|.*\bcertificate)")  # alerts about a certificate, in OpenSSL's words
 FEEDS = 8  # reads from the kernel in a row that bring no payload: key updates, tickets, alerts
 _TLS_13 = "TLSv1.3"
 
@@ -180,12 +191,15 @@ class TLSStream(SocketStream):
         if first and first[0] == SLASH:
             raise ClearAnswer("the server answered the ClientHello in the clear")
         if first and first[0] not in TLS_RECORDS:
+            if protocol := recognize(first):
+                raise OtherProtocolError(protocol, answers_in(protocol))
+            first = first[:1]
             raise ProtocolError(f"the server's answer to the ClientHello begins with {first!r}: neither TLS nor a line")
 
     def _peek_raw(self) -> bytes:
         while True:
             try:
-                return bytes(self._raw.recv(1, socket.MSG_PEEK))
+                return bytes(self._raw.recv(RECOGNIZED, socket.MSG_PEEK))
             except BlockingIOError:
                 self.wait_readable()
 
@@ -245,7 +259,12 @@ def accept_tls(sock: Socket, context: SSL.Context) -> TLSStream:
     connection = SSL.Connection(context, None)
     connection.set_accept_state()
     stream = TLSStream(sock, connection)
-    stream.handshake(is_server=True)
+    try:
+        stream.handshake(is_server=True)
+    except TLSError as error:
+        if _REFUSED.search(str(error)):
+            raise CertificateRefusedError(f"{BYES[CERTIFICATE]} ({error})") from None
+        raise
     return stream
 
 
@@ -315,8 +334,7 @@ def _connect(sock: Socket, judge: _Judge, v2: bool, session: Session | None = No
         stream.handshake()
     except TLSError:
         if judge.rejection:
-            renew_client_contexts()
-            raise VerificationError(f"certificate {judge.rejection.words}", judge.rejection.check) from None
+            raise refused(judge.rejection) from None
         raise
     if v2 and not stream.speaks_v2:
         raise TLSError(f"TLS: the server did not select the protocol {ALPN.decode()} (ALPN)")

@@ -8,7 +8,6 @@ concerns a client and its server, `check_ports` what concerns ports. Called by `
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from nodepass import log
 from nodepass.config import Listen, Settings
 from nodepass.daemon.conflicts import find_conflicts
-from nodepass.daemon.environment import find_typos
+from nodepass.daemon.environment import find_typos, find_unusable_cas
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
 from nodepass.daemon.systemd import ServiceManager
@@ -53,6 +52,9 @@ def run(
     report = Report(stream or sys.stdout, environ)
     urls = [url for text in texts if (url := _parse(text, report))]
     settings = _settings(read_settings, environ, report)
+    if any(isinstance(url, ClientURL) for url in urls):
+        for notice in find_unusable_cas(environ):
+            report.warn("settings", notice.words)
     keys = _keys(find_keys, urls, report)
     inherited = _inherit(environ, report)
     if settings is None or keys is None or report.status == BAD_INPUT:
@@ -64,11 +66,12 @@ def run(
     servers = [url for url in urls if isinstance(url, ServerURL)]
     with ExitStack() as held:  # until all are checked: two URLs may have the same port
         if settings.metrics_listen:
-            _metrics(settings.metrics_listen, report, held)
+            _metrics(settings.metrics_listen, urls, report, held)
         ports: dict[Address, ServerURL] = {}  # tunnel ports, and the URL that has opened each
         for url in servers:
             first = ports.setdefault(url.tunnel, url) if url.tunnel.port else url
-            _Server(url, url.settings(settings), report, inherited.share(), held).check(first)
+            listen = partial(try_to_listen, report, held, urls, url.name)
+            _Server(url, url.settings(settings), report, inherited.share(), listen).check(first)
     for url in urls:
         if isinstance(url, ClientURL):
             key = next(iter(keys.of(url).keys_for(url.tunnel_name)), None)
@@ -163,7 +166,7 @@ def _limits(settings: Sequence[Settings], urls: Sequence[URL], report: Report) -
         report.warn("limits", warning.words)
 
 
-def _metrics(listen: Listen, report: Report, held: ExitStack) -> None:
+def _metrics(listen: Listen, urls: Sequence[URL], report: Report, held: ExitStack) -> None:
     try:
         from nodepass.metrics.endpoint import LOOPBACK, WHAT
     except ModuleNotFoundError as error:
@@ -173,18 +176,21 @@ def _metrics(listen: Listen, report: Report, held: ExitStack) -> None:
         try_unix(report, WHAT, listen.path)
     else:
         address = Address(listen.host or LOOPBACK, listen.port)
-        try_to_listen(report, held, "metrics", WHAT, address, lambda: listen_tcp(address, WHAT))
+        try_to_listen(report, held, urls, "metrics", WHAT, address, lambda: listen_tcp(address, WHAT))
 
 
 class _Server:
     """One server URL: its certificate and its addresses."""
 
-    def __init__(self, url: ServerURL, settings: Settings, report: Report, share: Share, held: ExitStack) -> None:
+    def __init__(
+        self, url: ServerURL, settings: Settings, report: Report, share: Share, listen: Callable[..., None]
+    ) -> None:
+        """`listen`: `try_to_listen` for this URL."""
         self._url = url
         self._settings = settings
         self._report = report
         self._share = share
-        self._listen = partial(try_to_listen, report, held, url.name)
+        self._listen = listen
 
     def check(self, first: ServerURL) -> None:
         """Load the certificate and listen on every address, but on a tunnel port only for the first URL that has it."""
@@ -197,7 +203,7 @@ class _Server:
         if self._settings.tcp:
             self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
         if self._settings.udp:
-            self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share), socket.SOCK_DGRAM)
+            self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share))
 
     def _check_port(self) -> None:
         """What all tunnels of the port share."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gevent
 
@@ -22,7 +22,7 @@ from nodepass.stats import Stats
 from nodepass.tools.check_ports import is_connected
 from nodepass.tools.report import Report
 from nodepass.tunnel.control import STOPPING, Agreement, ClientControl
-from nodepass.tunnel.handshake import Terms, connect_to_server
+from nodepass.tunnel.handshake import IS_IT, Terms, connect_to_server, explain
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key, new_client_id
 from nodepass.wire.negotiation import BUSY
@@ -39,7 +39,7 @@ def check_client(
     if url.tunnel.port in own_ports and url.tunnel.host in _LOCAL:
         report.ok(url.name, f"server {url.tunnel}: another URL of this command; not tried")
         return
-    terms = Terms.of(url, new_client_id(), [key] if key else [])
+    terms = replace(Terms.of(url, new_client_id(), [key] if key else []), is_check=True)
     terms.prepare()
     try:
         endpoints = resolve(url.tunnel)
@@ -82,28 +82,23 @@ class _ServerCheck:
         """Complete the handshake, check the data port, disconnect."""
         timeout = self.settings.handshake_timeout
         try:
-            with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:g}s")):
+            with gevent.Timeout(timeout, TimeoutError(f"no handshake within {timeout:g}s; {IS_IT}")):
                 agreement = connect_to_server(self.control, self.terms)
-        except RefusedError as error:
-            self._report_refusal(error)
-        except TimeoutError as error:
-            if self.already_connected:
-                self._warn(
-                    "no response, as from a wire v1 server that has a client; this machine is already connected to it"
-                )
-            else:
-                self._fail(f"handshake failed: {error}")
         except OSError as error:
-            self._fail(f"handshake failed: {reason(error)}")
+            self.control.hang_up()
+            self._report_failure(error)
         else:
             self._check_agreement(agreement)
 
-    def _report_refusal(self, error: RefusedError) -> None:
-        if error.reason == BUSY:
+    def _report_failure(self, error: OSError) -> None:
+        if isinstance(error, RefusedError) and error.reason == BUSY:
             proven = "; the key matches" if self.terms.key else ""
             self._warn(f"{error}{proven}; expected if that is this tunnel's client")
+        elif isinstance(error, TimeoutError) and self.already_connected:
+            words = "no response, as from a wire v1 server that has a client"
+            self._warn(f"{words}; this machine is already connected to it")
         else:
-            self._fail(f"handshake failed: {error}")
+            self._fail(f"handshake failed: {explain(error)}")
 
     def _check_agreement(self, agreement: Agreement) -> None:
         offer = agreement.offer

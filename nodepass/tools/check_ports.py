@@ -11,17 +11,18 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from nodepass.errors import ListenError
+from nodepass.errors import ConfigError, ListenError
 from nodepass.net.listen import close_all
 from nodepass.net.sockets import Endpoint, plain_host, resolve
 from nodepass.net.unix import UnixListener, is_living
 from nodepass.tools.report import Report
-from nodepass.urls import Address
+from nodepass.urls import Address, ClientURL, ServerURL, parse_url
 
+RUN = "/run/"  # where systemd makes runtime directories
 _ESTABLISHED, _LISTEN, _UNCONNECTED = (
     "01",
     "0A",
@@ -40,45 +41,61 @@ _SocketAddress = tuple[str, int]  # an IPv4-mapped host is written as IPv4
 def try_to_listen(
     report: Report,
     held: ExitStack,
+    urls: Sequence[ServerURL | ClientURL],
     where: str,
     what: str,
     address: Address,
     listen: Callable[[], list[socket.socket]],
-    kind: int = socket.SOCK_STREAM,
 ) -> None:
-    """Listen until `held` is closed, and report the result."""
+    """Listen until `held` is closed, and report the result; `urls`: all of this command."""
     try:
         sockets = listen()
     except ListenError as error:
-        # The kernel checks the privilege before it checks whether the port is in use.
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES) or not _explain(report, where, what, address, kind):
-            hint = "; ports below 1024 need a privilege or a socket unit" if error.errno == errno.EACCES else ""
-            report.fail(where, f"{error}{hint}")
+        holders = _holders_of(error)
+        if holders is None:
+            report.fail(where, str(error))
+        else:
+            _report_use(report, where, f"{what} {address}: in use", holders, urls)
         return
     held.callback(close_all, sockets)
     report.ok(where, f"{what} {address}: can be listened on")
 
 
-def _explain(report: Report, where: str, what: str, address: Address, kind: int) -> bool:
-    """Report which process holds the port; False if none does."""
-    hosts = [str(each.sockaddr[0]) for each in resolve(address)] if address.host else []
-    holders = find_holders(kind, hosts, address.port)
+def name_holder(error: ListenError) -> str:
+    """For the end of the error's line: which process has the port; "" where none has it."""
+    holders = _holders_of(error)
     if holders is None:
-        return False
-    text = f"{what} {address}: in use"
+        return ""
+    return f"; in use by {holders[0]}" if holders else "; the process that has it belongs to another user"
+
+
+def _holders_of(error: ListenError) -> list[Holder] | None:
+    """The visible processes that hold the port of this error; None if none holds it."""
+    # The kernel checks the privilege before it checks whether the port is in use.
+    if not error.port or error.errno not in (errno.EADDRINUSE, errno.EACCES):
+        return None
+    hosts = [str(each.sockaddr[0]) for each in resolve(Address(error.host, error.port))] if error.host else []
+    return find_holders(error.kind, hosts, error.port)
+
+
+def _report_use(
+    report: Report, where: str, text: str, holders: Sequence[Holder], urls: Sequence[ServerURL | ClientURL]
+) -> None:
+    """Report which process holds a port: the service that is checked may run already, another one is in the way."""
     foreign = [each for each in holders if not (each.is_nodepass or each.is_systemd)]
+    running = [each for each in holders if each.is_nodepass]  # systemd holds a socket unit's ports as well
     if any(each.pid == os.getpid() for each in holders):
         report.fail(where, f"{text} by another address of this command")
     elif foreign:
         report.fail(where, f"{text} by {foreign[0]}")
+    elif running and not running[0].may_serve(urls):
+        report.fail(where, f"{text} by a running nodepass ({running[0]}), which has another URL")
     elif holders:
-        running = [each for each in holders if each.is_nodepass]  # systemd holds a socket unit's ports as well
-        who = "a running nodepass" if running else "systemd"
-        report.warn(where, f"{text} by {who} ({(running or holders)[0]}): expected if it runs this tunnel")
+        name = "a running nodepass" if running else "systemd"
+        report.warn(where, f"{text} by {name} ({(running or holders)[0]}): expected if it runs this tunnel")
     else:
         words = "by a process that cannot be seen: expected if this tunnel or its socket unit is running"
         report.warn(where, f"{text} {words}")
-    return True
 
 
 def try_unix(report: Report, what: str, path: str) -> None:
@@ -89,7 +106,12 @@ def try_unix(report: Report, what: str, path: str) -> None:
     try:
         UnixListener(path, what).close()
     except ListenError as error:
-        report.fail("metrics", str(error))
+        directory = os.path.dirname(path)
+        if directory.startswith(RUN) and not os.path.exists(directory):
+            words = f"{directory} does not exist; expected if the unit's RuntimeDirectory= makes it"
+            report.warn("metrics", f"{what} unix:{path}: {words}")
+        else:
+            report.fail("metrics", str(error))
     else:
         report.ok("metrics", f"{what} unix:{path}: can be listened on")
 
@@ -100,6 +122,7 @@ class Holder:
 
     pid: int
     command: list[str]
+    url_variable: str = ""  # its NODEPASS_URL, where that can be seen
 
     @property
     def is_nodepass(self) -> bool:
@@ -111,8 +134,23 @@ class Holder:
         """Whether it is systemd, which passes sockets to units."""
         return self.pid == 1 or os.path.basename(self.command[0]) == "systemd"
 
+    def may_serve(self, urls: Iterable[ServerURL | ClientURL]) -> bool:
+        """Whether one of its URLs is one of these, apart from settings; also where its URLs cannot be seen."""
+        texts = [each for each in self.command if "://" in each] or self.url_variable.split()
+        return not texts or any(_is_same(text, url) for text in texts for url in urls)
+
     def __str__(self) -> str:
         return f"{os.path.basename(self.command[0])}, process {self.pid}"
+
+
+def _is_same(text: str, url: ServerURL | ClientURL) -> bool:
+    """Whether a URL's text is that of this tunnel: its role, its addresses, its name."""
+    try:
+        other = parse_url(text)
+    except ConfigError:
+        return False
+    mine, theirs = ((type(each), each.tunnel, each.target, each.tunnel_name) for each in (url, other))
+    return mine == theirs
 
 
 def is_connected(endpoints: Iterable[Endpoint]) -> bool:
@@ -168,8 +206,18 @@ def _with_sockets(inodes: set[str]) -> Iterator[Holder]:
         with contextlib.suppress(OSError):  # another user's process, or gone
             folder = f"/proc/{pid}/fd"
             if any(_link(f"{folder}/{name}") in wanted for name in os.listdir(folder)):
-                with open(f"/proc/{pid}/cmdline") as file:
-                    yield Holder(int(pid), file.read().rstrip("\0").split("\0"))
+                yield Holder(int(pid), _strings(pid, "cmdline"), _variable(pid, "NODEPASS_URL"))
+
+
+def _strings(pid: str, file: str) -> list[str]:
+    with open(f"/proc/{pid}/{file}", errors="replace") as opened:
+        return opened.read().rstrip("\0").split("\0")
+
+
+def _variable(pid: str, name: str) -> str:
+    with contextlib.suppress(OSError):
+        return next((text.partition("=")[2] for text in _strings(pid, "environ") if text.startswith(f"{name}=")), "")
+    return ""
 
 
 def _link(path: str) -> str:

@@ -80,6 +80,7 @@ class Agreement:
     key: Key | None = None  # that the client has proven
     client: str = ""  # what the client calls itself; v2
     wants_addresses: bool = False  # launches carry the visitor's address
+    is_check: bool = False  # the client is `nodepass --check`, as it says, and leaves at once
 
     @property
     def version(self) -> int:

@@ -7,12 +7,13 @@ or logs: a refusal is a RefusedError whose text is plain words. The server's `co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nodepass.errors import ClearAnswer, ClosedError, ProtocolError, RefusedError, VerificationError
+from nodepass.errors import ClearAnswer, ClosedError, ProtocolError, RefusedError, VerificationError, reason
 from nodepass.hostport import certified_host
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
 from nodepass.urls import ClientURL
@@ -34,11 +35,13 @@ from nodepass.wire.negotiation import (
     parse_opening,
     without_mac,
 )
+from nodepass.wire.signals import CERTIFICATE, Bye
 
 if TYPE_CHECKING:
     from nodepass.tls.verify import Expected
 
 SAME_KEY = "set the same key on both ends"
+IS_IT = "is this the server's tunnel address, and not its target address? If so, its log has the reason"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def accept_client(
             offer = replace(offer, mac=key.server_proof(transcript, text))
             session = key.session(transcript, text)
         control.send(offer)
-        return control.agree(Agreement(offer, session, key, hello.client, hello.wants_addresses))
+        return control.agree(Agreement(offer, session, key, hello.client, hello.wants_addresses, hello.is_check))
 
 
 def _read_proof(control: ServerControl) -> str:
@@ -85,7 +88,7 @@ def _read_proof(control: ServerControl) -> str:
     except ProtocolError as error:
         raise RefusedError(KEY_MISMATCH, f"invalid answer to the challenge: {error}") from None
     except ClosedError:
-        words = "client disconnected after the challenge (no key, or a different one)"
+        words = f"client disconnected after the challenge (no key, or a different one); {SAME_KEY}"
         raise RefusedError(KEY_REQUIRED, words) from None
 
 
@@ -94,7 +97,9 @@ def _find_key(proof: str, keys: Sequence[Key], transcript: Transcript) -> Key:
     for key in keys:
         if same(proof, key.client_proof(transcript)):
             return key
-    raise RefusedError(KEY_MISMATCH, "the client's key for this tunnel is not the server's, or something was changed")
+    raise RefusedError(
+        KEY_MISMATCH, f"the client's key for this tunnel is not the server's, or something was changed; {SAME_KEY}"
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Terms:
     client: str = ""  # what this client calls itself
     key: Key | None = None
     wants_addresses: bool = False  # launches carry the visitor's address
+    is_check: bool = False  # the server's log names a check as such
 
     @classmethod
     def of(cls, url: ClientURL, client: str, keys: Sequence[Key], wants_addresses: bool = False) -> Terms:
@@ -135,11 +141,11 @@ def connect_to_server(control: ClientControl, terms: Terms) -> Agreement:
     The deadline is the caller's. Raises OSError, RefusedError and VerificationError among them.
     """
     if terms.wire == "1":
-        return _take_v1(control, _expect_offer(parse_opening(control.read_line())), terms)
+        return _take_v1(control, _expect_offer(parse_opening(control.read_line()), terms), terms)
     if terms.tls:
         line = _start_tls(control, terms)
         if line is not None:
-            return _take_v1(control, _expect_offer(parse_opening(line)), terms)
+            return _take_v1(control, _expect_offer(parse_opening(line), terms), terms)
     agreement = _negotiate(control, terms)
     if agreement is None:  # the server answered //tls
         if not control.stream.plain:
@@ -167,7 +173,7 @@ def _start_tls(control: ClientControl, terms: Terms) -> bytes | None:
 
 def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
     """Hello to offer, on the present channel; None where the server wants TLS first."""
-    hello = Hello(new_nonce(), terms.client, terms.name, terms.wants_addresses)
+    hello = Hello(new_nonce(), terms.client, terms.name, terms.wants_addresses, is_check=terms.is_check)
     control.send(hello)
     line = control.read_line()
     opening = parse_opening(line)
@@ -182,7 +188,7 @@ def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
         control.send(Auth(terms.key.client_proof(transcript)))
         line = control.read_line()
         opening = parse_opening(line)
-    offer = _expect_offer(opening)
+    offer = _expect_offer(opening, terms)
     if offer.version == 1:
         if not control.stream.plain:
             raise ProtocolError("an offer of wire v1 inside TLS")
@@ -194,10 +200,20 @@ def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
     return control.agree(Agreement(offer, _check_server(offer, line, terms.key, transcript), terms.key))
 
 
-def _expect_offer(opening: Challenge | Refusal | Offer | StartTLS) -> Offer:
+def explain(error: OSError) -> str:
+    """Why there is no connection, and, where the server has left without a word, where to look."""
+    if isinstance(error, ClosedError | ConnectionResetError):
+        return f"{reason(error)} during the handshake; {IS_IT}"
+    return reason(error)
+
+
+def _expect_offer(opening: Challenge | Refusal | Offer | StartTLS, terms: Terms) -> Offer:
     """The offer, if that is what the server said. Raises RefusedError, ProtocolError."""
     if isinstance(opening, Refusal):
-        raise RefusedError(opening.reason, REASONS.get(opening.reason, ""))
+        words = REASONS.get(opening.reason, "")
+        if opening.reason == NO_TLS and terms.key:
+            words += f" because it has a key; {SAME_KEY}"
+        raise RefusedError(opening.reason, words)
     if not isinstance(opening, Offer):
         raise ProtocolError(f"neither an offer nor a rejection: {printable(opening.encode()[:-1])}")
     return opening
@@ -219,14 +235,15 @@ def _check_tls(control: ClientControl, offer: Offer, terms: Terms) -> None:
 
 def _check_certificate(control: ClientControl, host: str) -> None:
     """Whether the handshake has verified the certificate for this host. Raises VerificationError."""
-    from nodepass.tls.contexts import renew_client_contexts
+    from nodepass.tls.contexts import refused
     from nodepass.tls.stream import TLSStream
 
     stream = control.stream
     assert isinstance(stream, TLSStream), "an offer outside TLS has been refused"
     if stream.rejection:
-        renew_client_contexts()
-        raise VerificationError(f"certificate {stream.rejection.words}", stream.rejection.check)
+        with contextlib.suppress(OSError):
+            control.send(Bye(CERTIFICATE))  # its log says why the client leaves
+        raise refused(stream.rejection)
     if stream.verified_for != host:
         raise VerificationError(f"the certificate has not been verified for {host!r}")
 

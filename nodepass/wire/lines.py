@@ -18,6 +18,12 @@ HEX16, HEX32, HEX64 = (re.compile(f"[0-9a-f]{{{size}}}") for size in (16, 32, 64
 TOKEN = re.compile(r"[a-z-]{1,32}")
 
 _LINE = re.compile(rb"//([^/?#\s]*)(?:\?([^#\s]*))?(?:#(\S*))?")
+_OTHERS = (
+    ("HTTP", re.compile(rb"HTTP/|(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ")),
+    ("SSH", re.compile(rb"SSH-")),
+    ("the PROXY protocol", re.compile(rb"PROXY |\r\n\r\n\x00\r\nQUIT\n")),
+)
+RECOGNIZED = 16  # bytes from which each of these can be recognized
 _VISIBLE = re.compile(rb"[\x21-\x7e]*")
 
 
@@ -56,6 +62,11 @@ def parameter(line: bytes, query: dict[str, str], name: str, form: re.Pattern[st
 def printable(data: bytes, limit: int = 60) -> str:
     """A peer's bytes for a log line: cut, and escaped so that they cannot forge another line."""
     return repr(data[:limit])[1:] + ("…" if len(data) > limit else "")
+
+
+def recognize(data: bytes) -> str:
+    """Which other protocol a peer's first bytes are, of those that are often met at the wrong port; "" where none."""
+    return next((name for name, form in _OTHERS if form.match(data)), "")
 
 
 class LineBuffer:

@@ -9,8 +9,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nodepass.errors import ProtocolError
-from nodepass.wire.lines import HEX16, HEX32, HEX64, TOKEN, check_visible, parameter, printable, split, split_strictly
+from nodepass.errors import OtherProtocolError, ProtocolError
+from nodepass.wire.lines import (
+    HEX16,
+    HEX32,
+    HEX64,
+    TOKEN,
+    check_visible,
+    parameter,
+    printable,
+    recognize,
+    split,
+    split_strictly,
+)
 from nodepass.wire.signals import SHUTDOWN
 
 HEARTBEATS = (10, 60_000)  # milliseconds: the bounds of `hb`
@@ -64,12 +75,11 @@ class Hello:
     name: str = ""
     wants_addresses: bool = False  # launches are to carry the visitor's address
     version: str = "2"
+    is_check: bool = False  # for the server's log: it comes from `nodepass --check`
 
     def encode(self) -> bytes:
-        addresses = "&want=from" if self.wants_addresses else ""
-        return (
-            f"//hello?v={self.version}&nonce={self.nonce}&client={self.client}&name={self.name}{addresses}\n".encode()
-        )
+        more = "&want=from" * self.wants_addresses + "&check=1" * self.is_check
+        return f"//hello?v={self.version}&nonce={self.nonce}&client={self.client}&name={self.name}{more}\n".encode()
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ def parse_first(line: bytes) -> Hello | DataHello:
     if (version := query.get("v", "")) != "2":
         return Hello("", version=version)
     nonce, client, name = (parameter(line, query, each, _FORMS[each]) for each in ("nonce", "client", "name"))
-    return Hello(nonce, client, name, query.get("want") == "from")
+    return Hello(nonce, client, name, query.get("want") == "from", is_check=query.get("check") == "1")
 
 
 def parse_auth(line: bytes) -> Auth:
@@ -171,6 +181,8 @@ def parse_auth(line: bytes) -> Auth:
 
 def parse_opening(line: bytes) -> Challenge | Refusal | Offer | StartTLS:
     """What a client reads until the handshake is over. Raises ProtocolError."""
+    if protocol := recognize(line):
+        raise OtherProtocolError(protocol, answers_in(protocol))
     host, query, fragment = split(line)
     if _PORT.fullmatch(host) and "v" not in query:
         return Offer(_data_port(line, host, fragment), int(fragment))
@@ -190,6 +202,11 @@ def parse_opening(line: bytes) -> Challenge | Refusal | Offer | StartTLS:
     sid = parameter(line, query, "sid", _FORMS["sid"]) if "sid" in query else ""
     mac = parameter(line, query, "mac", _FORMS["mac"]) if "mac" in query else ""
     return Offer(port, int(fragment), heartbeat, sid, query.get("mux") == "1", mac)
+
+
+def answers_in(protocol: str) -> str:
+    """The words of a client whose server answers in another protocol."""
+    return f"the answer is {protocol}: is this the tunnel address of a nodepass server, and not its target address?"
 
 
 def without_mac(line: bytes, mac: str) -> bytes:

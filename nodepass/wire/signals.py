@@ -26,10 +26,13 @@ KIND_NAMES = {TCP: "tcp", UDP: "udp", LANE: "lane"}
 SHUTDOWN = "shutdown"
 REPLACED = "replaced"
 RELOAD = "reload"
+CERTIFICATE = "certificate"
 BYES = {
     SHUTDOWN: "the peer is shutting down",
     REPLACED: "another client has taken this one's place",
     RELOAD: "the tunnel's key has been removed or changed",
+    CERTIFICATE: "the client refused this server's certificate: it must be valid, have the name in the client's URL,"
+    " and come from a CA that the client's system or SSL_CERT_FILE has",
 }
 
 _COUNT = re.compile(r"[0-9]{1,9}")

@@ -43,10 +43,11 @@ def test_a_udp_port_in_use_is_told_apart_from_tcp() -> None:
     assert found(done, "ok", rf"target address \(tcp\) {address}")
 
 
-def test_ports_that_a_running_nodepass_holds_are_a_warning(stack: contextlib.ExitStack) -> None:
-    server = stack.enter_context(OurServer())
-    addresses = format_address(server.tunnel_address), format_address(server.visitor_address)
-    done = check_of("server://{}/{}?tls=1".format(*addresses), DATA_PORT=str(server.data_address[1]))
+def test_ports_that_the_same_running_tunnel_holds_are_a_warning(stack: contextlib.ExitStack) -> None:
+    port = free_port(2)
+    tunnel, target = f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"
+    server = stack.enter_context(OurServer(tunnel=tunnel, target=target))
+    done = check_of(f"server://{tunnel}/{target}?tls=1", DATA_PORT=str(server.data_address[1]))
     assert done.code == 0
     assert len(trouble(done)) == 4
     for line in trouble(done):

@@ -225,7 +225,7 @@ def test_a_certificate_that_does_not_verify_is_refused_with_tls_2(authority: Aut
         with adopted.accept(data.address[1]) as side:
             side.negotiate()
             with contextlib.suppress(ConnectionError):
-                assert side.talk.rest() == b""
+                assert side.talk.rest() == b"//bye?reason=certificate\n"
         for label in ("d", "a"):
             entry = clients.wait_in(label, level=loud, server=lambda _: True)
             assert re.search("(?i)certificate|name|valid for", entry["error"]), entry

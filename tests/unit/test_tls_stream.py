@@ -11,7 +11,7 @@ import gevent
 import pytest
 from OpenSSL import SSL
 
-from nodepass.errors import ClearAnswer, ProtocolError, TLSError, VerificationError
+from nodepass.errors import ClearAnswer, OtherProtocolError, ProtocolError, TLSError, VerificationError
 from nodepass.net.sockets import Socket
 from nodepass.tls import bio, contexts
 from nodepass.tls.bio import PrivateRecords, PublicRecords
@@ -291,11 +291,18 @@ def test_a_line_in_the_clear_is_left_in_the_socket() -> None:
         assert read == line
 
 
-@pytest.mark.parametrize("first", [b"\x13", b"\x18", b"H", b"\n", b"\0", b"\xff"])
+@pytest.mark.parametrize("first", [b"\x13", b"\x18", b"\n", b"\0", b"\xff"])
 def test_what_is_neither_tls_nor_a_line_is_an_error(first: bytes) -> None:
     with connected(answer_with(first + b"TTP/1.1"), lambda sock: connect_tls(sock, Expected(HOST))) as (_, error):
         assert isinstance(error, ProtocolError)
         assert repr(first) in str(error)
+
+
+def test_a_service_that_answers_in_its_own_protocol_is_named() -> None:
+    answer = answer_with(b"HTTP/1.1 400 Bad Request\r\n")
+    with connected(answer, lambda sock: connect_tls(sock, Expected(HOST))) as (_, error):
+        assert isinstance(error, OtherProtocolError)
+        assert error.protocol == "HTTP"
 
 
 @pytest.mark.parametrize("first", [0x14, 0x15, 0x16, 0x17])
