@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from nodepass.errors import ConfigError
-from nodepass.hostport import normal_host, split_host_port
+from nodepass.hostport import Network, normal_host, parse_network, split_host_port
 
 # The syntax of Go's time.ParseDuration without a sign, as NodePass has it.
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -62,6 +62,17 @@ class Listen:
     host: str = ""
     port: int = 0
     path: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """ALLOW or DENY: networks, or the file that has one a line; with neither, there is no such rule."""
+
+    networks: tuple[Network, ...] = ()
+    file: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.networks or self.file)
 
 
 def parse_duration(text: str) -> float:
@@ -142,6 +153,22 @@ def choice(*values: str) -> Kind:
         return text
 
     return Kind("word", " or ".join(values), parse)
+
+
+def networks(absent: str) -> Kind:
+    """Networks of visitors, or a file of them; the word `absent` says that there is no such rule."""
+
+    def parse(text: str) -> Rule:
+        if text == absent:
+            return Rule()
+        if text.startswith("@"):
+            if not text[1:].strip() or "\0" in text:
+                raise ValueError("not a path")
+            return Rule(file=text[1:])
+        return Rule(tuple(parse_network(each.strip()) for each in text.split(",")))
+
+    allowed = f"{absent}, addresses and networks separated by commas, such as 192.0.2.0/24,2001:db8::1, or @FILE"
+    return Kind("networks", allowed, parse)
 
 
 def parse_switch(text: str) -> bool:
@@ -248,6 +275,20 @@ class Settings:
         "UDP",
         "client: target: only the target's port may answer; any: every port of its host, as TFTP needs",
         role="client",
+    )
+    allow: Rule = setting(
+        "all",
+        networks("all"),
+        "visitors",
+        "server: the only visitors that are served; @FILE has a network a line, read again at SIGHUP",
+        role="server",
+    )
+    deny: Rule = setting(
+        "none",
+        networks("none"),
+        "visitors",
+        "server: visitors that are refused, also those that ALLOW has; @FILE as for ALLOW",
+        role="server",
     )
     keepalive: float = setting(
         "15s",

@@ -1,5 +1,7 @@
 """The one reader of `host:port` as a user writes it: for URLs, METRICS_LISTEN, `nodepass top` and the health check.
 
+Also of addresses and networks as numbers, for rules about visitors.
+
 What an empty host means, and what else may stand in its place (a scheme, a path, `off`), is the business of the caller.
 `normal_host` gives a host the form in which it is looked up, and `certified_host` that in which TLS names it.
 Nothing is imported at the top, because the health check is a process of its own every few seconds.
@@ -7,6 +9,7 @@ Nothing is imported at the top, because the health check is a process of its own
 
 from __future__ import annotations
 
+Network = tuple[int, int, int]  # 4 or 6, its first and its last address as numbers
 _IPV6 = frozenset("0123456789ABCDEFabcdef:.")
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")  # an underscore is in many names of containers
 _AMBIGUOUS = frozenset("\u00df\u03c2\u200c\u200d")  # IDNA 2003 and 2008 make different names of these
@@ -62,6 +65,38 @@ def normal_host(host: str) -> str:
 def certified_host(host: str) -> str:
     """What a certificate and SNI call a normal host: without the final dot of a name and the zone of an address."""
     return host.partition("%")[0].removesuffix(".")
+
+
+def parse_ip(text: str) -> tuple[int, int]:
+    """4 or 6, and an address as a number: IPv4-mapped IPv6 is IPv4, and a zone is left out. Raises ValueError."""
+    import socket
+
+    try:
+        if ":" not in text:
+            return 4, int.from_bytes(socket.inet_pton(socket.AF_INET, text), "big")
+        number = int.from_bytes(socket.inet_pton(socket.AF_INET6, text.partition("%")[0]), "big")
+    except (OSError, ValueError):
+        raise ValueError("it is not an IP address") from None
+    return (4, number & 0xFFFFFFFF) if number >> 32 == 0xFFFF else (6, number)
+
+
+def parse_network(text: str) -> Network:
+    """A network such as 192.0.2.0/24, or one address. Raises ValueError, whose text says what is wrong."""
+    host, slash, prefix = text.partition("/")
+    if "%" in host:
+        raise ValueError("a network has no zone")
+    version, first = parse_ip(host)
+    width = length = 128 if ":" in host else 32
+    if slash:
+        if not (prefix.isascii() and prefix.isdigit() and len(prefix) <= 3 and int(prefix) <= width):
+            raise ValueError(f"the prefix must be a number from 0 to {width}")
+        length = int(prefix)
+    if version == 4 and width == 128:  # IPv4-mapped: its first 96 bits are those of all such addresses
+        width, length = 32, length - 96
+    rest = (1 << (width - max(length, 0))) - 1
+    if length < 0 or first & rest:
+        raise ValueError("it has bits beyond its prefix")
+    return version, first, first | rest
 
 
 def _normal_ipv6(host: str) -> str:

@@ -59,6 +59,7 @@ UDP_DROPS = (
     "unserved",
     "visitor_unreachable",
 )
+REFUSALS = ("denied", "not_allowed")  # of visitors, by the policy
 TROUBLE = (
     "bugs",
     "crashes",
@@ -127,6 +128,7 @@ class Stats:
         self.control_failures = _zeros(CONTROL_FAILURES)
         self.data_failures = _zeros(DATA_FAILURES)
         self.udp_drops = _zeros(UDP_DROPS)
+        self.visitors_refused = _zeros(REFUSALS)  # connections and datagrams
         self.trouble = _zeros(TROUBLE)  # other drops, rejections and failures, by kind
         self.pool_waits = Histogram()
         self.target_dials = Histogram()
@@ -161,6 +163,7 @@ class Stats:
             "control_failures": self.control_failures,
             "data_failures": self.data_failures,
             "udp_drops": self.udp_drops,
+            "visitors_refused": self.visitors_refused,
             "trouble": self.trouble,
         }
         for name, counter in by_reason.items():
@@ -184,6 +187,7 @@ _PREFIXES = {
     "control_failures": "control handshake failed: ",
     "data_failures": "data connection failed: ",
     "udp_drops": "dropped: ",
+    "visitors_refused": "visitors refused: ",
     "trouble": "",
 }
 

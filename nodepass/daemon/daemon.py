@@ -2,7 +2,8 @@
 
 The parts are the metrics endpoint, the tunnels under their supervisors, and the notifier. A signal's handler only
 queues its number; the main greenlet acts. SIGTERM and SIGINT drain and stop, and a second one exits at once. SIGHUP
-reloads the certificate files, or stops where the terminal was closed. SIGUSR1 logs statistics and lists the greenlets.
+reads certificates, keys and lists of networks again, or stops where the terminal was closed. SIGUSR1 logs statistics
+and lists the greenlets.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Part(Protocol):
 
 
 class Daemon:
-    """The whole process. Raises ConfigError where a certificate or what METRICS_LISTEN needs is not usable."""
+    """The whole process. Raises ConfigError where a file of a tunnel, or what METRICS_LISTEN needs, is not usable."""
 
     def __init__(
         self,
@@ -212,7 +213,9 @@ class Daemon:
 
     def _reload(self) -> None:
         with self._reloading:
-            self._log.info("process.reloading", "SIGHUP: reading the certificates and the keys file")
+            self._log.info(
+                "process.reloading", "SIGHUP: reading the certificates, the keys file and the visitors' rules"
+            )
             self._notifier.begin_reload()
             self._read_files()
             self._notifier.end_reload()
@@ -286,7 +289,7 @@ class Daemon:
 def make_tunnels(
     urls: Sequence[ServerURL | ClientURL], settings: Sequence[Settings], keys: Keys, inherited: Inherited
 ) -> list[Callable[[], Tunnel]]:
-    """How to make the tunnel of each URL, again after a crash. Raises ConfigError where a certificate is not usable.
+    """How to make the tunnel of each URL, again after a crash. Raises ConfigError where a file is not usable.
 
     `settings`: of each tunnel. A tunnel's log and counters outlive it, and so does the tunnel port that servers share.
     """

@@ -201,6 +201,12 @@ FAMILIES: tuple[Number | Distribution, ...] = (
     ),
     Counter("nodepass_udp_drops_total", "Dropped datagrams.", ("reason",), lambda w: _by_key(w.stats.udp_drops)),
     Counter(
+        "nodepass_visitors_refused_total",
+        "Visitors' connections and datagrams that the rules refused; servers.",
+        ("reason",),
+        lambda w: _by_key(w.stats.visitors_refused) if w.view.role == "server" else [],
+    ),
+    Counter(
         "nodepass_trouble_total",
         "Other drops, rejections and failures.",
         ("kind",),

@@ -1,7 +1,8 @@
 """Receives visitors' datagrams on one UDP socket, and sends each on as the wire of the connected client has it.
 
 With a v2 client they go on lanes (`udp_flows`); with a v1 client each is a session of its own, within SEMAPHORE_LIMIT;
-without a client they wait for one, as sessions do. No datagram waits here for the session of another.
+without a client they wait for one, as sessions do. Before, `visitors.policy` judges where each comes from. No datagram
+waits here for the session of another.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nodepass.server.client_slot import ClientSlot
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
+from nodepass.visitors.policy import Policy
 from nodepass.wire.signals import UDP
 
 DATAGRAMS_PER_TURN = 32  # received in a row; then the greenlets that they have started run
@@ -29,11 +31,20 @@ RECEIVE_PAUSE = 0.01  # seconds after the kernel has refused to give a datagram
 class DatagramListener(Part):
     """Receives from `start` to `stop`; the socket stays open for answers until the server closes it."""
 
-    def __init__(self, common: Common, sock: socket.socket, slot: ClientSlot, sessions: WorkerPool) -> None:
+    def __init__(
+        self,
+        common: Common,
+        sock: socket.socket,
+        slot: ClientSlot,
+        sessions: WorkerPool,
+        policy: Policy | None = None,
+    ) -> None:
+        """`policy`: None where all visitors are served."""
         super().__init__(common)
         self._sock = sock
         self._slot = slot
         self._sessions = sessions
+        self._policy = policy
 
     def start(self) -> None:
         self._start_loop("receive datagrams", self._receive)
@@ -58,6 +69,8 @@ class DatagramListener(Part):
                 wait_readable(self._sock)
 
     def _begin(self, payload: bytes, visitor: ReplyAddress) -> None:
+        if self._policy and not self._policy.admits(visitor.sockaddr[0], visitor):
+            return
         if self._slot.version == 2:
             self._slot.flows.carry(self._sock, payload, visitor)
         elif self._sessions.full():

@@ -1,8 +1,8 @@
 """The server: opens the listeners of one tunnel, makes the parts that serve them, and starts, stops and closes those.
 
 Its client and that one's data connections come through `tunnel_port`, which tunnels of different names share; visitors
-come to `visitor_listener` and `datagram_listener`; what they meet in is `client_slot`. The process calls a server as
-`tunnel.interface` says.
+come to `visitor_listener` and `datagram_listener`, which ask `visitors.policy`; what they meet in is `client_slot`. The
+process calls a server as `tunnel.interface` says.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from nodepass.tunnel.interface import TARGET, View, name_protocols, report_field
 from nodepass.tunnel.part import Common, Loop, Part, stop_parts
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
 from nodepass.urls import Address, ServerURL
+from nodepass.visitors.policy import Policy
 from nodepass.wire.auth import Key
 
 
@@ -49,7 +50,10 @@ class Server:
         stats: Stats,
         share: Share,
     ) -> None:
-        """`port`: the tunnel port that this tunnel will join; `keys`: each of which its client may prove now."""
+        """`port`: the tunnel port that this tunnel will join; `keys`: each of which its client may prove now.
+
+        Raises ConfigError where a list of visitors cannot be used.
+        """
         self.url = url
         self.log = log
         self.stats = stats
@@ -62,6 +66,7 @@ class Server:
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
         self._common = Common(settings, log, stats, loops)
+        self._policy = Policy.of(self._common, url.name)
         present = keys()
         self._security = SecurityLog(security_of(url, bool(present)), log)
         self._slot = ClientSlot(self._common, url.tunnel_name, present, self._report_security)
@@ -123,11 +128,11 @@ class Server:
 
     def _make_parts(self) -> list[Part]:
         """All parts, in the order in which they stop: first what lets in clients, then what lets in visitors."""
-        common, slot = self._common, self._slot
+        common, slot, policy = self._common, self._slot, self._policy
         return [
             slot,
-            *(DatagramListener(common, sock, slot, self.sessions) for sock in self._datagrams),
-            VisitorListener(common, self._visitors, slot, self.sessions),
+            *(DatagramListener(common, sock, slot, self.sessions, policy) for sock in self._datagrams),
+            VisitorListener(common, self._visitors, slot, self.sessions, policy),
             slot.flows,
             Loop(common, "report", self._report),
         ]
@@ -145,10 +150,12 @@ class Server:
         )
 
     def reload(self) -> None:
-        """Read the certificate files again, and take the keys that the tunnel has now."""
+        """Read the files of visitors and of the certificate again, and take the keys that the tunnel has now."""
         if self._slot.set_keys(self._keys()):
             words = "cut %(sessions)d sessions of the client whose key has been removed"
             self.log.warning("client.revoked", words, sessions=self.sessions.kill())
+        if self._policy:
+            self._policy.reload()
         if self._port.certificate:
             self._port.certificate.reload(asked=True)
 

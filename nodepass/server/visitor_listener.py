@@ -1,6 +1,7 @@
 """Accepts visitors' TCP connections, and relays each over a data connection, within SEMAPHORE_LIMIT.
 
-At the limit the next visitor waits in the kernel's queue. Where a data connection comes from is decided by
+At the limit the next visitor waits in the kernel's queue. Which visitors are served is decided by `visitors.policy`:
+one that is refused is reset before it costs the client anything. Where a data connection comes from is decided by
 `client_slot`; bytes are moved by `net.relay`.
 """
 
@@ -23,6 +24,7 @@ from nodepass.server.client_slot import ClientSlot
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
+from nodepass.visitors.policy import Policy
 from nodepass.wire.signals import TCP
 
 # Seconds by which a launch precedes the end of a visitor's stream that came with it: a v1 client takes an idle data
@@ -33,11 +35,20 @@ HEAD_START = 0.1
 class VisitorListener(Part):
     """Serves visitors; `stop` still accepts those that have connected already, and then closes the listeners."""
 
-    def __init__(self, common: Common, listeners: list[socket.socket], slot: ClientSlot, sessions: WorkerPool) -> None:
+    def __init__(
+        self,
+        common: Common,
+        listeners: list[socket.socket],
+        slot: ClientSlot,
+        sessions: WorkerPool,
+        policy: Policy | None = None,
+    ) -> None:
+        """`policy`: None where all visitors are served."""
         super().__init__(common)
         self._listeners = listeners
         self._slot = slot
         self._sessions = sessions
+        self._policy = policy
 
     def start(self) -> None:
         for listener in self._listeners:
@@ -70,6 +81,8 @@ class VisitorListener(Part):
         """One visitor: launch a data connection, relay until both have ended, close both."""
         visitor = TCPStream(sock, resets=True)  # see listen_both
         try:
+            if self._policy and not self._policy.admits(peer.host, peer):
+                return
             id, data = self._slot.launch(TCP, self._settings.pool_get_timeout, sock)
             try:
                 log = self._log.session(id)

@@ -31,6 +31,7 @@ from nodepass.tools.report import BAD_INPUT, Report
 from nodepass.tunnel.interface import DATA, LISTENER_ROLES, TARGET, TUNNEL
 from nodepass.tunnel.security import Security, describe, find_weakness, security_of
 from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url, with_defaults
+from nodepass.visitors.rules import Rules
 
 if TYPE_CHECKING:
     from nodepass.tls.certificates import Identity
@@ -180,7 +181,7 @@ def _metrics(listen: Listen, urls: Sequence[URL], report: Report, held: ExitStac
 
 
 class _Server:
-    """One server URL: its certificate and its addresses."""
+    """One server URL: its lists of visitors, its certificate and its addresses."""
 
     def __init__(
         self, url: ServerURL, settings: Settings, report: Report, share: Share, listen: Callable[..., None]
@@ -195,6 +196,7 @@ class _Server:
     def check(self, first: ServerURL) -> None:
         """Load the certificate and listen on every address, but on a tunnel port only for the first URL that has it."""
         url = self._url
+        self._check_rules()
         if url is first:
             self._check_port()
         else:
@@ -204,6 +206,16 @@ class _Server:
             self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
         if self._settings.udp:
             self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share))
+
+    def _check_rules(self) -> None:
+        settings = self._settings
+        if given := " and ".join(name for name, rule in (("ALLOW", settings.allow), ("DENY", settings.deny)) if rule):
+            try:
+                Rules(settings, self._url.name)
+            except ConfigError as error:
+                self._report.bad(self._url.name, str(error))
+            else:
+                self._report.ok(self._url.name, f"visitors: limited by {given}")
 
     def _check_port(self) -> None:
         """What all tunnels of the port share."""

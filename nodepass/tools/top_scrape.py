@@ -138,6 +138,7 @@ class Tunnel:
     up: float = 0.0  # bytes
     down: float = 0.0
     drops: float = 0.0  # datagrams
+    refused: float = 0.0  # visitors
     handshakes_failed: float = 0.0
 
 
@@ -196,7 +197,12 @@ _WHOLE = {
     "pool_idle_connections": "pool_idle",
     "pool_capacity_connections": "pool_capacity",
 }
-_SUMS = {"udp_drops_total": "drops", "handshake_failures_total": "handshakes_failed", "sessions_total": "ended"}
+_SUMS = {
+    "udp_drops_total": "drops",
+    "visitors_refused_total": "refused",
+    "handshake_failures_total": "handshakes_failed",
+    "sessions_total": "ended",
+}
 
 
 def _add(tunnel: Tunnel, name: str, labels: dict[str, str], value: float) -> None:

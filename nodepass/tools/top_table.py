@@ -39,6 +39,7 @@ COLUMNS = (
     Column("SESS/S", 6, 8),
     Column("FAIL/S", 6, 9),
     Column("DROP/S", 6, 10),
+    Column("REFUSE/S", 8, 11),
     Column("UP/S", 8, 2),
     Column("DOWN/S", 8, 2),
 )
@@ -51,6 +52,7 @@ class Rates:
     ended: float
     failed: float
     drops: float
+    refused: float
     up: float
     down: float
 
@@ -113,6 +115,7 @@ def _rates(before: Tunnel, now: Tunnel, seconds: float) -> Rates:
         rate(before.ended, now.ended),
         rate(before.failed + before.handshakes_failed, now.failed + now.handshakes_failed),
         rate(before.drops, now.drops),
+        rate(before.refused, now.refused),
         rate(before.up, now.up),
         rate(before.down, now.down),
     )
@@ -131,8 +134,8 @@ def _cells(tunnel: Tunnel, rates: Rates | None) -> tuple[str, ...]:
         str(tunnel.udp_open),
     )
     if rates is None:
-        return (*cells, *[NOTHING] * 5)
-    numbers = tuple(f"{each:.3g}" for each in (rates.ended, rates.failed, rates.drops))
+        return (*cells, *[NOTHING] * 6)
+    numbers = tuple(f"{each:.3g}" for each in (rates.ended, rates.failed, rates.drops, rates.refused))
     return (*cells, *numbers, size(rates.up), size(rates.down))
 
 

@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 from gevent import Greenlet, socket
 
+from nodepass.config import rows
 from nodepass.net.listen import close_all, listen_udp
 from nodepass.server import datagram_listener as module
 from nodepass.server.client_slot import ClientSlot
@@ -17,6 +18,7 @@ from nodepass.tasks import WorkerPool
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common
 from nodepass.urls import Address
+from nodepass.visitors.policy import Policy
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 from nodepass.wire.negotiation import Offer
 from tests.unit.controls import V1, V2, read_line, until
@@ -48,13 +50,15 @@ class Port:
         stack.callback(self.sessions.kill)
         self.sock = sockets[0]
         self.listener: DatagramListener = start(
-            stack, DatagramListener(self.common, self.sock, self.slot, self.sessions)
+            stack,
+            DatagramListener(self.common, self.sock, self.slot, self.sessions, Policy.of(self.common, "server")),
         )
 
-    def visitor(self) -> socket.socket:
+    def visitor(self, source: str = "127.0.0.1") -> socket.socket:
         """A visitor that speaks UDP."""
         sock = self._stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         sock.settimeout(10)
+        sock.bind((source, 0))
         sock.connect(self.sock.getsockname())
         return cast(socket.socket, sock)
 
@@ -196,6 +200,24 @@ def test_a_flow_begins_with_its_addresses_where_the_client_wants_them(stack: Exi
     while len(received) < len(expected):
         received += data.recv(1000)
     assert received == expected
+
+
+# Rules about visitors
+
+
+@pytest.mark.parametrize("agreement", [V1, V2, None], ids=["v1", "v2", "no client"])
+def test_a_refused_datagram_is_dropped_and_takes_nothing(stack: ExitStack, agreement: Agreement | None) -> None:
+    port = Port(stack, deny=rows()["deny"].kind.parse("127.0.0.2"))
+    if agreement:
+        occupy(stack, port.slot, agreement)
+        fill(stack, port.slot, "00000001")
+    port.visitor("127.0.0.2").send(b"question")
+    refused = port.common.stats.visitors_refused
+    until(lambda: refused["denied"] == 1)
+    assert (len(port.sessions), len(port.slot.flows), len(port.slot.pool)) == (0, 0, bool(agreement))
+    port.visitor().send(b"question")
+    until(lambda: len(port.sessions) + len(port.slot.flows) == 1)
+    assert refused.total() == 1
 
 
 # Stop

@@ -42,6 +42,8 @@ FROM_INSIDE = {
     "process.bugs",
     "process.dump_failed",
     "process.reloading",
+    "rules.kept",
+    "rules.reloaded",
     "tunnel.report",
     # a timer
     "certificate.expiring",

@@ -9,12 +9,14 @@ import gevent
 import pytest
 from gevent import socket
 
+from nodepass.config import rows
 from nodepass.net.sockets import reset_on_close
 from nodepass.server import visitor_listener as module
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common
+from nodepass.visitors.policy import Policy
 from tests.unit.controls import V1, Ends, read_line, until
 from tests.unit.servers import a_server_room, connect, fill, listen_on, make_slot, occupy, start
 from tests.unit.streams import receive_all
@@ -41,12 +43,23 @@ class Port:
         self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
         stack.callback(self.sessions.kill)
         self.listener: VisitorListener = start(
-            stack, VisitorListener(self.common, [self.sock], self.slot, self.sessions)
+            stack,
+            VisitorListener(self.common, [self.sock], self.slot, self.sessions, Policy.of(self.common, "server")),
         )
 
-    def connect(self) -> socket.socket:
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
         """A visitor."""
-        return connect(self._stack, self.sock)
+        return connect(self._stack, self.sock, source)
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """Which visitors have been refused, by reason."""
+        return {why: number for why, number in self.common.stats.visitors_refused.items() if number}
+
+
+def parse(name: str, text: str) -> object:
+    """A setting as a user writes it."""
+    return rows()[name].kind.parse(text)
 
 
 def assert_relayed(client: Ends, data: socket.socket, visitor: socket.socket, id: str = "00000001") -> None:
@@ -126,6 +139,21 @@ def test_at_the_limit_the_next_visitor_waits_until_a_session_has_ended(stack: Ex
     first.close()
     second_data.close()
     assert_relayed(client, first_data, second)
+
+
+# Rules about visitors
+
+
+def test_a_refused_visitor_is_reset_and_takes_no_data_connection(stack: ExitStack) -> None:
+    port = Port(stack, allow=parse("allow", "127.0.0.0/30"), deny=parse("deny", "127.0.0.2"))
+    client, _ = occupy(stack, port.slot)
+    [data] = fill(stack, port.slot, "00000001")
+    for source in ("127.0.0.2", "127.0.0.9"):
+        with pytest.raises(ConnectionResetError):
+            port.connect(source).recv(1)
+    assert port.refused == {"denied": 1, "not_allowed": 1}
+    assert len(port.slot.pool) == 1
+    assert_relayed(client, data, port.connect())
 
 
 # Stop and close

@@ -1,0 +1,1 @@
+"""Which visitors a server serves."""

@@ -1,0 +1,54 @@
+"""The policy of a server about visitors: whether one is served, by its address alone.
+
+It judges an address and no socket, so that the address may come from elsewhere. A refusal is counted by its reason and
+logged; the caller resets the connection or drops the datagram. `server.visitor_listener` and `server.datagram_listener`
+ask it; a server without any of these settings has no policy, and its visitors cost nothing here.
+"""
+
+from __future__ import annotations
+
+from gevent import get_hub
+
+from nodepass.hostport import parse_ip
+from nodepass.log import Limit
+from nodepass.tunnel.part import Common
+from nodepass.visitors.rules import Rules
+
+
+class Policy:
+    """The rules of one tunnel, and what is counted of them."""
+
+    def __init__(self, common: Common, rules: Rules) -> None:
+        self._log = common.log
+        self._stats = common.stats
+        self._rules = rules
+
+    @classmethod
+    def of(cls, common: Common, place: str) -> Policy | None:
+        """The policy of a tunnel, None where its settings serve all; `place` names it in a ConfigError."""
+        settings = common.settings
+        return cls(common, Rules(settings, place)) if settings.allow or settings.deny else None
+
+    def admits(self, host: str, visitor: object) -> bool:
+        """Whether the rules serve a visitor: its address as the kernel or a user writes it, and its text for the log.
+
+        Raises ValueError where the host is no address.
+        """
+        refusal = self._rules.find_refusal(parse_ip(host))
+        if refusal:
+            self._refuse(visitor, refusal)
+        return not refusal
+
+    def reload(self) -> None:
+        """Read the files of networks again. Sessions that run go on."""
+        if not self._rules.has_file:
+            return
+        if error := get_hub().threadpool.apply(self._rules.reload):
+            self._log.error("rules.kept", "%(error)s; the rules stay as they were", error=error)
+        else:
+            self._log.info("rules.reloaded", "read the rules about visitors again")
+
+    def _refuse(self, visitor: object, why: str) -> None:
+        self._stats.visitors_refused[why] += 1
+        words = "refused visitor %(visitor)s: %(reason)s"
+        self._log.warning("visitor.refused", words, Limit(why), visitor=visitor, reason=why)
