@@ -21,7 +21,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Terms
-from nodepass.tunnel.interface import View, name_protocols, report_fields
+from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Part, stop_parts
 from nodepass.tunnel.security import summarize
 from nodepass.urls import ClientURL
@@ -118,7 +118,7 @@ class Client:
         connection = self._connector.connection
         return View(
             role="client",
-            unready="" if connection else "not connected to the server",
+            unready=self._unready(),
             peer=connection.control.peer if connection else "",
             wire=connection.control.version if connection else 0,
             round_trip=connection.control.round_trip if connection else None,
@@ -131,6 +131,14 @@ class Client:
             security=self._connector.security.of(self.control),
             protocols=self._settings.protocols,
         )
+
+    def _unready(self) -> str:
+        connection = self._connector.connection
+        if not connection:
+            return "not connected to the server"
+        if connection.pool.is_lacking:
+            return NO_DATA_CONNECTIONS
+        return "" if self._target.answers else "the target does not answer"
 
     def _log_statistics(self) -> None:
         self.log.debug("tunnel.report", literal(self.describe()), **report_fields(self.view(), self.stats))

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 DIALS_AT_ONCE = 64
 SAME_MOMENT = 0.1  # seconds: a server that goes away refuses dials, too; then its going is logged, and this is not
+UNREACHABLE = ("closed", "timeout", "unreachable")  # failures of which a firewall can be the cause
+RARELY = Limit(seconds=60.0, burst=1)
 FIRST_PAUSE = 0.1  # seconds before a failed attempt is repeated; doubled with each failure
 
 
@@ -66,6 +68,7 @@ class DataDialer(Part):
         self._dials = WorkerPool(self._log, self._stats, DIALS_AT_ONCE)
         self._backoff = Backoff(self._settings.service_cooldown)
         self._failures = 0  # since the last success
+        self._is_lacking = False  # and the log says so
 
     def start(self) -> None:
         self._start_loop("fill pool", self._fill)
@@ -93,15 +96,9 @@ class DataDialer(Part):
             id, stream = self._route.make()
         except OSError as error:
             self._failures += 1
-            self._stats.data_failures[why := failure(error)] += 1
+            self._pool.note_failed_dial()
             gevent.sleep(SAME_MOMENT)
-            level, check = logging.WARNING, ""
-            if isinstance(error, VerificationError):
-                level, check = logging.ERROR, error.check
-            words = "cannot open a data connection: %(error)s"
-            self._log.log(
-                level, "data.dial_failed", words, Limit(burst=1), reason=why, check=check, error=reason(error)
-            )
+            self._report_failure(error)
         except Exception:
             self._failures += 1  # a bug must not be repeated without a pause
             raise
@@ -110,8 +107,28 @@ class DataDialer(Part):
             self._failures = 0
             self._backoff.reset()
             self._pool.add(id, stream)
+            if self._is_lacking:
+                self._is_lacking = False
+                self._log.info("data.restored", "data connections can be opened again", RARELY)
         finally:
             self._pool.end_dial()
+
+    def _report_failure(self, error: OSError) -> None:
+        """Count and log it; where the pool has run out, also what that means and where to look."""
+        why, because = failure(error), reason(error)
+        self._stats.data_failures[why] += 1
+        level, check = logging.WARNING, ""
+        if isinstance(error, VerificationError):
+            level, check = logging.ERROR, error.check
+        words = "cannot open a data connection: %(error)s"
+        self._log.log(level, "data.dial_failed", words, Limit(burst=1), reason=why, check=check, error=because)
+        if self._pool.is_lacking and not self._is_lacking:
+            self._is_lacking = True
+            words = "no data connections to %(address)s, so visitors are not served: %(error)s"
+            if why in UNREACHABLE and not self._route.agreement.offer.mux:
+                words += "; is the data port reachable? DATA_PORT=tunnel on the server needs one port only"
+            address = self._route.endpoint
+            self._log.warning("data.missing", words, RARELY, address=address, reason=why, error=because)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from nodepass.tunnel.udp import ask_target, read_datagram
 from nodepass.wire.proxy_protocol import ProxyHeaders
 from nodepass.wire.signals import LANE, TCP, Launch
 
+WATCH_EVERY = 60.0  # seconds between attempts to reach a target that is down, at most
 LANES_AT_MOST = 256  # a server opens at most 64 (UDP_LANES), and those of its last connections can still run
 
 
@@ -51,6 +52,9 @@ class Launches(Part):
     def start(self) -> None:
         if self._target.name.is_followed:
             self._start_loop("follow the target's name", self._target.name.follow)
+        if self._settings.tcp:
+            interval = min(self._settings.report_interval, WATCH_EVERY)
+            self._start_loop("watch the target", self._target.watch, interval, self._settings.handshake_timeout)
 
     def close(self) -> None:
         """End everything at once."""

@@ -243,8 +243,18 @@ class ClientPool(Pool):
         """A connection is being made; `end_dial` follows, however that goes."""
         self._states.dialling += 1
 
+    @property
+    def is_lacking(self) -> bool:
+        """Whether none is idle, and the last dial, if there was one, has failed."""
+        return not self._idle and not self._is_supplied
+
+    def note_failed_dial(self) -> None:
+        """A connection could not be made."""
+        self._is_supplied = False
+
     def add(self, id: str, stream: Stream) -> None:
         """Take over a connection that is ready for its launch."""
+        self._is_supplied = True
         if waiter := self._waiting.pop(id, None):
             self._states.capacity.count_created()
             waiter.give(id, stream)

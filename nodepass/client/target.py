@@ -6,8 +6,13 @@ last comes first; TCP and UDP may be served at different ones. `launches` and `u
 
 from __future__ import annotations
 
+import contextlib
+
+import gevent
+from gevent.event import Event
+
 from nodepass.client.names import GRACE, Name
-from nodepass.log import Log
+from nodepass.log import Limit, Log
 from nodepass.net.sockets import KEEPALIVE, Endpoint, Socket, dial
 from nodepass.urls import Address
 
@@ -20,7 +25,8 @@ class Target:
         self.name = Name(address, log)
         self._address = address
         self._keepalive = keepalive
-        self._is_reached = True  # by the last dial
+        self._log = log
+        self._lost = Event()  # the last dial has failed
         self._answered: Endpoint | None = None  # by TCP, the last one
         self._answered_udp: Endpoint | None = None
 
@@ -30,17 +36,31 @@ class Target:
     @property
     def answers(self) -> bool:
         """Whether the last dial reached it, and its name can be resolved; heartbeats tell the server."""
-        return self._is_reached and (self.name.has_endpoints or not self.name.failure)
+        return not self._lost.is_set() and (self.name.has_endpoints or not self.name.failure)
 
     def dial(self, timeout: float) -> Socket:
         """A TCP connection to the target. Raises OSError, after a second attempt where it has moved."""
         try:
             sock = self._dial(timeout)
         except OSError:
-            self._is_reached = False
+            self._lost.set()
             raise
-        self._is_reached = True
+        if self._lost.is_set():
+            self._lost.clear()
+            self._log.info("target.reachable", "the target %(target)s can be reached again", Limit(), target=self)
         return sock
+
+    def watch(self, interval: float, timeout: float) -> None:
+        """While it cannot be reached, connect to it every `interval` seconds. Never returns.
+
+        Else only a visitor would find out that it is back, and an end that is unready may get none.
+        """
+        while True:
+            self._lost.wait()
+            gevent.sleep(interval)
+            if self._lost.is_set():
+                with contextlib.suppress(OSError):
+                    self.dial(timeout).close()
 
     def _dial(self, timeout: float) -> Socket:
         endpoints, version = self.name.endpoints(timeout), self.name.version

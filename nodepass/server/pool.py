@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
@@ -28,10 +29,21 @@ class ServerPool(Pool):
         self._taken = 0  # in this interval
         self._trimmed = 0  # in the interval before
         self._replaced = 0  # intervals in a row in which the client replaced what had been trimmed
+        self._last_idle = 0.0  # time.monotonic() when a connection was idle, or came, while there was one
+
+    def is_lacking(self, patience: float) -> bool:
+        """Whether a session would wait in vain: the last one did, or none was idle and none came for so many seconds.
+
+        A pool that is empty for a moment, under load, does not lack any.
+        """
+        if self._idle:
+            return False
+        return not self._is_supplied or time.monotonic() - self._last_idle > patience
 
     def add(self, id: str, stream: Stream) -> None:
         """Take over a connection that is ready for its session."""
         self._capacity.count_created()
+        self._is_supplied, self._last_idle = True, time.monotonic()
         if self._waiting:
             waiter = next(iter(self._waiting))
             del self._waiting[waiter]
@@ -53,6 +65,7 @@ class ServerPool(Pool):
             id = next(reversed(self._idle))
             if self._idle[id].peek() is None:
                 self._taken += 1
+                self._last_idle = time.monotonic()
                 self._stats.pool_waits.observe(0.0)
                 stream = self._idle.pop(id)
                 stream.unwatch()
@@ -65,6 +78,9 @@ class ServerPool(Pool):
         self._waiting[waiter] = None
         try:
             return waiter.wait(timeout, f"no data connection within {timeout:g}s")
+        except NoDataConnection:
+            self._is_supplied = False
+            raise
         finally:
             self._waiting.pop(waiter, None)
             self._given.pop(waiter, None)
@@ -77,6 +93,7 @@ class ServerPool(Pool):
             self._close(id, stream, "flushed", because)
         for stream in self._given.values():
             stream.close()
+        self._is_supplied = False
         self._capacity.skip_first_fill()
         self._trimmed = self._replaced = 0
 
@@ -110,4 +127,5 @@ class ServerPool(Pool):
 
     def _lose(self, id: str) -> None:
         self._stats.trouble["idle_connections_lost"] += 1
+        self._last_idle = time.monotonic()
         self._close(id, self._idle.pop(id), "dead", "dead")

@@ -16,7 +16,7 @@ import gevent
 from gevent.event import AsyncResult, Event
 
 from nodepass.config import Settings
-from nodepass.log import Log, literal
+from nodepass.log import Limit, Log, literal
 from nodepass.net.activation import Share
 from nodepass.net.listen import close_all, listen_both, port_of
 from nodepass.net.sockets import format_sockaddr
@@ -28,13 +28,16 @@ from nodepass.server.tunnel_port import TunnelPort
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
-from nodepass.tunnel.control import GOODBYE, ServerControl
-from nodepass.tunnel.interface import TARGET, View, name_protocols, report_fields
+from nodepass.tunnel.control import GOODBYE, MISSED_HEARTBEATS, ServerControl
+from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, TARGET, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, stop_parts
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
 from nodepass.urls import Address, ServerURL
 from nodepass.visitors.policy import Policy
 from nodepass.wire.auth import Key
+from nodepass.wire.negotiation import HEARTBEATS
+
+RARELY = Limit(seconds=60.0, burst=1)
 
 
 class Server:
@@ -63,6 +66,7 @@ class Server:
         self._port = port
         self._keys = keys
         self._share = share
+        self._beat = min(settings.report_interval, HEARTBEATS[1] / 1000)  # seconds
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
         self._common = Common(settings, log, stats, loops)
@@ -134,6 +138,7 @@ class Server:
             *(DatagramListener(common, sock, slot, self.sessions, policy) for sock in self._datagrams),
             VisitorListener(common, self._visitors, slot, self.sessions, policy),
             slot.flows,
+            Loop(common, "watch data connections", self._watch_supply),
             Loop(common, "report", self._report),
         ]
 
@@ -181,7 +186,7 @@ class Server:
         control, pool = self._slot.control, self._slot.pool
         return View(
             role="server",
-            unready="" if control else "no client is connected",
+            unready=self._unready(),
             peer=control.endpoint.host if control else "",  # its port changes with each reconnect
             wire=control.version if control else 0,
             round_trip=control.round_trip if control else None,
@@ -194,6 +199,40 @@ class Server:
             security=self._security.of(control),
             protocols=self._settings.protocols,
         )
+
+    def _unready(self) -> str:
+        control = self.control
+        if not control:
+            return "no client is connected"
+        if self._slot.pool.is_lacking(MISSED_HEARTBEATS * self._beat):
+            return NO_DATA_CONNECTIONS
+        return "" if control.target_answers else "the client's target does not answer"
+
+    def _watch_supply(self) -> None:
+        """Log once that no data connections come from the client, and once that they come again."""
+        seen, is_reported = None, False
+        while True:
+            gevent.sleep(self._beat)
+            is_lacking = self._unready() == NO_DATA_CONNECTIONS
+            if is_lacking and seen is self.control and not is_reported:  # one that has just connected gets its time
+                is_reported = True
+                self._report_lacking()
+            elif is_reported and self.control and not is_lacking:
+                is_reported = False
+                self.log.info("data.restored", "data connections come from the client again", RARELY)
+            seen = self.control if is_lacking else None
+
+    def _report_lacking(self) -> None:
+        words = "no data connections come from the client, so visitors are not served"
+        port = port_of(self._port.data or self._port.tunnel)
+        if self._port.mux:
+            words += "; its log has the reason"
+        else:
+            words += (
+                ": is the data port reachable? The firewall must let TCP port %(port)d through; DATA_PORT=tunnel needs"
+                " one port only"
+            )
+        self.log.warning("data.missing", words, RARELY, port=port)
 
     def _report_security(self) -> None:
         self._security.report(self.control)

@@ -346,9 +346,20 @@ class ServerControl(Control):
 
     def _take_answer(self, answer: BeatAnswer) -> None:
         self._answers += 1
-        self.target_answers = answer.ok
+        if answer.ok != self.target_answers:
+            self._report_target(answer.ok)
         if self._unanswered:
             self.round_trip = time.monotonic() - self._unanswered.popleft()
+
+    def _report_target(self, answers: bool) -> None:
+        self.target_answers = answers
+        limit = Limit(seconds=60.0, burst=3)
+        if answers:
+            words = "the target of client %(client)s answers again"
+            self._log.info("client.target_reachable", words, limit, client=self.peer)
+        else:
+            words = "the target of client %(client)s does not answer, so visitors are closed; its log has the reason"
+            self._log.warning("client.target_unreachable", words, limit, client=self.peer)
 
 
 class ClientControl(Control):

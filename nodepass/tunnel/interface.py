@@ -21,6 +21,8 @@ from nodepass.tunnel.security import Security, summarize
 # What a server listens for. A socket unit of systemd may name its sockets so (FileDescriptorName=).
 TUNNEL, DATA, TARGET = LISTENER_ROLES = ("tunnel", "data", "target")
 
+NO_DATA_CONNECTIONS = "no data connections"  # why an end is unready
+
 
 @dataclass(frozen=True)
 class View:

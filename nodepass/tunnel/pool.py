@@ -92,6 +92,7 @@ class Pool:
         self._log = log
         self._stats = stats
         self._logged = capacity.size
+        self._is_supplied = False  # a connection has come since a session, or a dial, failed for the want of one
 
     @property
     def capacity(self) -> int:

@@ -1,7 +1,7 @@
 """What is said when it goes wrong between two ends: each that can know has one line with the cause and the remedy.
 
 The client's line is that of `--check`, which says the same as a client does in its log. tests/unit/test_said.py has
-what one process finds alone.
+what one process finds alone, tests/faults/test_unready.py what a connected tunnel lacks.
 """
 
 from __future__ import annotations

@@ -69,6 +69,39 @@ def test_a_connection_is_handed_out_once(server: ServerPool, connections: Connec
         server.take(0.01)
 
 
+def test_the_servers_pool_lacks_connections_until_one_comes_and_after_a_wait_in_vain(
+    server: ServerPool, connections: Connections
+) -> None:
+    lacking = [server.is_lacking(60)]
+    connections.add_to(server)
+    lacking.append(server.is_lacking(0))
+    server.take(1)
+    lacking += [server.is_lacking(60), server.is_lacking(0)]  # empty: for a moment, or for too long
+    with pytest.raises(NoDataConnection):
+        server.take(0.01)
+    lacking.append(server.is_lacking(60))
+    connections.add_to(server)
+    lacking.append(server.is_lacking(0))
+    server.flush("its client disconnected")
+    lacking.append(server.is_lacking(60))
+    assert lacking == [True, False, False, True, True, False, True]
+
+
+def test_the_clients_pool_lacks_connections_while_it_is_empty_and_dials_fail(
+    client: ClientPool, connections: Connections
+) -> None:
+    lacking = [client.is_lacking]
+    [id] = connections.add_to(client)
+    client.note_failed_dial()
+    lacking.append(client.is_lacking)
+    client.claim(id, 1)
+    lacking.append(client.is_lacking)
+    [id] = connections.add_to(client)
+    client.claim(id, 1)
+    lacking.append(client.is_lacking)
+    assert lacking == [True, False, True, False]
+
+
 def test_who_has_waited_longest_is_served_first(server: ServerPool, connections: Connections) -> None:
     waiting = [gevent.Greenlet.spawn(server.take, 10) for _ in range(3)]
     gevent.idle()

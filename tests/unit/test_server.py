@@ -254,7 +254,13 @@ def test_no_loop_of_a_running_server_is_without_a_watch(stack: ExitStack) -> Non
     server = Running(stack).server
     watched = [[loop.name for part in parts for loop in part._loops] for parts in (server._parts, server._port._parts)]
     assert len(server._common.loops) == len(watched[0])
-    assert sorted(watched[0]) == ["accept visitors", "receive datagrams", "report", "sweep flows"]
+    assert sorted(watched[0]) == [
+        "accept visitors",
+        "receive datagrams",
+        "report",
+        "sweep flows",
+        "watch data connections",
+    ]
     assert sorted(watched[1]) == ["accept clients", "accept data connections"]
 
 
