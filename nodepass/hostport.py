@@ -23,7 +23,7 @@ def split_host_port(text: str, lowest_port: int = 0, in_url: bool = False) -> tu
     """
     in_brackets = text.startswith("[")
     host, _, port = text[1:].partition("]:") if in_brackets else text.partition(":")
-    if ":" in port and not in_brackets:
+    if ":" in port and _IPV6.issuperset(text):
         host, _, port = text.rpartition(":")
         raise ValueError(f"an IPv6 address must be in brackets, as in [{host or '::'}]:{port or 10101}")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and lowest_port <= int(port) <= 65535):
