@@ -25,7 +25,8 @@ def split_host_port(text: str, lowest_port: int = 0, in_url: bool = False) -> tu
     host, _, port = text[1:].partition("]:") if in_brackets else text.partition(":")
     if ":" in port and _IPV6.issuperset(text):
         host, _, port = text.rpartition(":")
-        raise ValueError(f"an IPv6 address must be in brackets, as in [{host or '::'}]:{port or 10101}")
+        example = f"[{host}]:{port}" if host and port and _IPV6.issuperset(host) and port.isdigit() else "[::1]:10101"
+        raise ValueError(f"an IPv6 address must be in brackets, as in {example}")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and lowest_port <= int(port) <= 65535):
         raise ValueError(f"the port must be a number from {lowest_port} to 65535")
     allowed = _ESCAPED if in_url else _IPV6

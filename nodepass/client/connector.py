@@ -197,7 +197,7 @@ class Connector(Part):
         )
         if offer.tls and offer.version == 1:
             words = "the signals of this wire v1 server are not encrypted; only data connections are"
-            self._log.warning("server.clear_signals", words, Limit(burst=1), server=control.peer)
+            self._log.warning("server.clear_signals", words, Limit(), server=control.peer)
         if offer.version == 1 and self._settings.proxy_protocol != "off":
             words = "this wire v1 server tells no visitor's address: the target's PROXY headers say that it is unknown"
             self._log.warning("server.no_addresses", words, Limit(seconds=DAY, burst=1), server=control.peer)

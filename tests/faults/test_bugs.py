@@ -108,7 +108,7 @@ IN_A_LOOP: dict[str, tuple[str, str, Act]] = {
     "reading signals": ("client", "nodepass.client.pool:ClientPool.reserve", visit),
     "filling the pool": ("client", "nodepass.client.pool:ClientPool.should_pause", wait),
     "dispatching launches": ("client", "nodepass.client.connection:Connection._dispatch", wait),
-    "ending silent flows": ("client", "nodepass.tunnel.udp:FlowTable.sweep_forever", wait),
+    "ending silent flows": ("client", "nodepass.tunnel.flows:FlowTable.sweep_forever", wait),
 }
 
 
