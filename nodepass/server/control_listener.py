@@ -185,7 +185,7 @@ class ControlListener(Part):
         words = "control handshake failed: %(error)s"
         error = f"it was silent, as clients of wire v1 are, and then {did}"
         slot.common.log.debug("client.handshake_failed", words, reason="silent", error=error, client=peer)
-        control.stream.close()
+        close_gently(control.stream)  # a reset, which unread bytes cause, does not pass every proxy
 
     def _stay_with(self, control: ServerControl, slot: ClientSlot) -> None:
         """Serve the client that is connected now until it is gone."""

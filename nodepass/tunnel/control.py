@@ -331,8 +331,8 @@ class ServerControl(Control):
 
         That byte, or -1.
         """
-        try:
-            if not self.stream.recv_into(_buffer[:1]):
+        try:  # all of a late hello: to close on unread bytes is a reset, which does not pass every proxy
+            if not self.stream.recv_into(_buffer):
                 raise ClosedError("closed by the peer")
         except OSError as error:
             self._end_by(error)
