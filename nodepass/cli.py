@@ -20,6 +20,7 @@ import configargparse
 
 from nodepass import __version__, log
 from nodepass.config import Notice, Scope, Settings, rows
+from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.environment import drop_empty, find_typos, find_unusable_cas, refuse_service_link
@@ -185,7 +186,7 @@ def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Key
     _start_log(urls, settings, [*keys.notices, *find_typos(os.environ), *cas])
     for url in urls:
         keys.of(url).keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
-    daemon = Daemon(urls, settings, keys, manager, stats)
+    daemon = Daemon(urls, settings, keys, manager, stats, AccessOutputs(stats, os.environ))
     gc.collect()
     gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
     daemon.run()

@@ -75,6 +75,17 @@ class Rule:
         return bool(self.networks or self.file)
 
 
+@dataclass(frozen=True)
+class AccessPlace:
+    """Where an access log goes: a file, a Unix datagram socket, or without a path standard output."""
+
+    path: str = ""
+    is_socket: bool = False
+
+    def __str__(self) -> str:
+        return f"{'unix:' * self.is_socket}{self.path}" or "-"
+
+
 def parse_duration(text: str) -> float:
     """Seconds in a duration in Go's syntax: `500ms`, `1h30m`, `5s`, `0`. Raises ValueError."""
     if text == "0":
@@ -118,6 +129,19 @@ def parse_listen(text: str) -> Listen | None:
         return Listen(path=path)
     host, port = split_host_port(text)
     return Listen(normal_host(host), port)
+
+
+def parse_access_log(text: str) -> AccessPlace | None:
+    """`off`, which is None, `-`, `/path` or `unix:/path`. Raises ValueError."""
+    if text == "off":
+        return None
+    if text == "-":
+        return AccessPlace()
+    is_socket = text.startswith("unix:")
+    path = text.removeprefix("unix:")
+    if not path.startswith("/") or "\0" in path or (is_socket and len(path.encode()) > _LONGEST_PATH):
+        raise ValueError("not an absolute path")
+    return AccessPlace(path, is_socket)
 
 
 def count(lowest: int, highest: int, unit: str) -> Kind:
@@ -186,6 +210,12 @@ LISTEN = Kind(
     "address",
     f"HOST:PORT, [IPv6]:PORT, :PORT (this machine only), unix:/PATH of at most {_LONGEST_PATH} bytes, or off",
     parse_listen,
+)
+
+ACCESS_LOG = Kind(
+    "place",
+    f"off, - (standard output), /FILE, or unix:/PATH of a datagram socket, of at most {_LONGEST_PATH} bytes",
+    parse_access_log,
 )
 
 
@@ -353,6 +383,12 @@ class Settings:
         "log",
         "text: lines for people; json: one object per line for programs",
         scope=Scope.PROCESS,
+    )
+    access_log: AccessPlace | None = setting(
+        "off",
+        ACCESS_LOG,
+        "visitors",
+        "a line for each session at its end, in a file, on a Unix datagram socket, or on standard output (-)",
     )
     metrics_listen: Listen | None = setting(
         "off",

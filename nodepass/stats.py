@@ -135,6 +135,7 @@ class Stats:
         self.data_dials = Histogram()
         self.first_bytes = Histogram()
         self.log_lines_lost = 0  # of the whole process
+        self.access_lines_lost = 0  # likewise
 
     @property
     def bytes_up(self) -> int:

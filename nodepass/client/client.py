@@ -16,13 +16,12 @@ from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config import Settings
 from nodepass.errors import reason
-from nodepass.log import Log, literal
-from nodepass.stats import Stats
+from nodepass.log import literal
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, View, name_protocols, report_fields
-from nodepass.tunnel.part import Common, Part, stop_parts
+from nodepass.tunnel.part import Common, Part, Records, stop_parts
 from nodepass.tunnel.security import summarize
 from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
@@ -37,10 +36,10 @@ class Client:
         id: str,
         keys: Callable[[], Sequence[Key]],
         settings: Settings,
-        log: Log,
-        stats: Stats,
+        records: Records,
     ) -> None:
         """`id`: what the client calls itself; `keys`: those that its tunnel has now, of which it proves the first."""
+        log, stats, access = records
         self.log = log
         self.stats = stats
         self._url = url
@@ -48,7 +47,7 @@ class Client:
         self._keys = keys
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
-        common = Common(settings, log, stats, TaskGroup(log, stats, on_crash=self._failed.set_exception))
+        common = Common(settings, log, stats, TaskGroup(log, stats, on_crash=self._failed.set_exception), access)
         self._target = Target(url.target, log, settings.keepalive)
         self._flows = TargetFlows(common, self._target, url.tunnel_name)
         launches = Launches(common, self._target, self._flows, url.tunnel_name)
@@ -89,7 +88,8 @@ class Client:
             self._connector.set_terms(self._terms(keys))
 
     def _terms(self, keys: Sequence[Key]) -> Terms:
-        return Terms.of(self._url, self._id, keys, wants_addresses=self._settings.proxy_protocol != "off")
+        wants_addresses = self._settings.proxy_protocol != "off" or self._settings.access_log is not None
+        return Terms.of(self._url, self._id, keys, wants_addresses)
 
     def describe(self) -> str:
         """One line for an operator: its status and its counters."""

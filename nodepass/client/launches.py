@@ -24,6 +24,7 @@ from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ask_target, read_datagram
+from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.wire.proxy_protocol import ProxyHeaders
 from nodepass.wire.signals import LANE, TCP, Launch
 
@@ -38,6 +39,7 @@ class Launches(Part):
         """`name`: of the tunnel."""
         super().__init__(common)
         self._proxy = ProxyHeaders(self._settings.proxy_protocol, name)
+        self._access = AccessLog.of(common)
         self.sessions = WorkerPool(self._log, self._stats, self._settings.semaphore_limit)
         self._target = target
         self._flows = flows
@@ -91,14 +93,15 @@ class Launches(Part):
             if launch.kind == TCP:
                 self._serve_tcp(data, launch, began, log)
             elif launch.kind == LANE:
-                self._flows.run_lane(data, log)
+                self._flows.run_lane(data, launch.id)
             else:
-                self._serve_datagram(data, log)
+                self._serve_datagram(data, launch, began, log)
         finally:
             data.close()
 
     def _serve_tcp(self, data: Stream, launch: Launch, began: float, log: Log) -> None:
-        sock = self._dial()
+        visit = self._begin_visit("tcp", launch, began)
+        sock = self._dial(visit)
         if sock is None:
             return  # the close of a data connection is a reset, so the visitor is refused, too
         log.debug("target.connected", "connected to target %(target)s", target=self._target)
@@ -107,11 +110,20 @@ class Launches(Part):
             with contextlib.suppress(OSError):  # it has closed already, which the relay reports
                 target.write(header)
         with kernel_buffers.share(data.sock, sock):
-            traffic = relay(data, target, self._stats, began, self._deadlines)
+            on_end = visit.end_relayed if visit else None
+            traffic = relay(data, target, self._stats, began, self._deadlines, on_end)
         sentence = "target %(target)s: " + traffic.SENTENCE
         log.debug("session.closed", sentence, target=self._target, **traffic.fields())
 
-    def _dial(self) -> Socket | None:
+    def _begin_visit(self, protocol: str, launch: Launch, began: float) -> Visit | None:
+        """The session in the access log, if there is one."""
+        if not self._access:
+            return None
+        visit = self._access.begin(protocol, began, launch.visitor, launch.local)
+        visit.session, visit.target = launch.id, str(self._target)
+        return visit
+
+    def _dial(self, visit: Visit | None) -> Socket | None:
         """A connection to the target; None, logged and counted, if it cannot be reached."""
         began = time.monotonic()
         try:
@@ -119,6 +131,9 @@ class Launches(Part):
         except OSError as error:
             self._stats.tcp.ended["unreachable"] += 1
             why = failure(error)
+            if visit:
+                visit.dial = why
+                visit.end("unreachable")
             self._log.warning(
                 "target.unreachable",
                 "cannot reach the target: %(error)s",
@@ -128,16 +143,19 @@ class Launches(Part):
                 error=reason(error),
             )
             return None
+        if visit:
+            visit.dial = "ok"
         self._stats.target_dials.observe(time.monotonic() - began)
         return sock
 
-    def _serve_datagram(self, data: Stream, log: Log) -> None:
+    def _serve_datagram(self, data: Stream, launch: Launch, began: float, log: Log) -> None:
         """Wire v1: a session is one datagram and its answer."""
+        visit = self._begin_visit("udp", launch, began)
         data.reset_on_close(False)  # a reset could overtake the answer
         udp, outcome = self._stats.udp, "unanswered"
         udp.begin()
         try:
-            asked, answered = self._ask(data)
+            asked, answered = self._ask(data, visit)
         except ProtocolError as error:
             self._stats.udp_drops["too_large"] += 1
             words = "dropped a datagram: %(error)s"
@@ -151,16 +169,22 @@ class Launches(Part):
             log.debug("datagram.answered", words, target=self._target, asked=asked, answered=answered)
         finally:
             udp.end(outcome)
+            if visit:
+                visit.end(outcome)
 
-    def _ask(self, data: Stream) -> tuple[int, int]:
+    def _ask(self, data: Stream, visit: Visit | None) -> tuple[int, int]:
         """Carry one datagram to the target and its answer back; their sizes in bytes. Raises OSError."""
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
         question = read_datagram(data, largest, timeout)
         self._stats.udp.up.bytes += len(question)
+        if visit:
+            visit.count_up(len(question))
         answer = self._ask_target(self._proxy.of_datagram("", "") + question, largest, timeout)
         data.write(answer)
         data.half_close()
         self._stats.udp.down.bytes += len(answer)
+        if visit:
+            visit.count_down(len(answer))
         return len(question), len(answer)
 
     def _ask_target(self, question: bytes, largest: int, timeout: float) -> bytes:

@@ -13,6 +13,7 @@ longer one of the target's goes on at another one, from a new port.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import gevent
 
 from nodepass.client.target import Target
 from nodepass.errors import reason
-from nodepass.log import Limit, Log
+from nodepass.log import Limit
 from nodepass.net.pump import Steps
 from nodepass.net.sockets import Endpoint
 from nodepass.net.stream import Stream
@@ -32,6 +33,7 @@ from nodepass.tasks import report_bug
 from nodepass.tunnel.flows import FlowTable
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import Lane, drop_datagram
+from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.wire.proxy_protocol import ProxyHeaders
 
 LARGEST_PAYLOAD = 65507  # bytes of a datagram in IPv4
@@ -54,6 +56,7 @@ class TargetFlow:
     last: float = 0.0
     rank: int = 0
     header: bytes = b""  # in front of each datagram: the PROXY protocol's
+    visit: Visit | None = None  # in the access log
 
     @property
     def key(self) -> tuple[Lane, int]:
@@ -68,6 +71,7 @@ class TargetFlows(Part):
         super().__init__(common)
         settings = common.settings
         self._proxy = ProxyHeaders(settings.proxy_protocol, name)
+        self._access = AccessLog.of(common)
         # Announced flows, the latest last. They stay beyond a flow's end: only the server knows when it is over there.
         self._addresses: OrderedDict[tuple[Lane, int], tuple[str, str]] = OrderedDict()
         self._target = target
@@ -86,13 +90,16 @@ class TargetFlows(Part):
     def __len__(self) -> int:
         return len(self._table)
 
-    def run_lane(self, stream: Stream, log: Log) -> None:
-        """Serve one lane until it ends; its flows end with it."""
+    def run_lane(self, stream: Stream, id: str) -> None:
+        """Serve one lane, a data connection of this id, until it ends; its flows end with it."""
         lane = Lane()
+        lane.id = id
+        log = self._log.session(id)
         log.debug("lane.opened", "lane opened")
         cut = "crashed"
         try:
-            announce = partial(self._note_addresses, lane) if self._settings.proxy_protocol == "v2" else None
+            wanted = self._access or self._settings.proxy_protocol == "v2"
+            announce = partial(self._note_addresses, lane) if wanted else None
             cut = lane.run(stream, partial(self._deliver, lane), announce)
             log.debug("lane.closed", "lane closed: %(error)s", error=cut or "closed by the peer")
         finally:
@@ -119,6 +126,8 @@ class TargetFlows(Part):
                 return
             self._send(flow, flow.header + payload)
             self._stats.udp.up.bytes += len(payload)
+            if flow.visit:
+                flow.visit.count_up(len(payload))
         except OSError as error:
             words = "a datagram of %(size)d bytes: %(error)s"
             drop_datagram(self._log, self._stats, "target_unreachable", words, size=len(payload), error=reason(error))
@@ -139,7 +148,11 @@ class TargetFlows(Part):
     def _begin(self, lane: Lane, number: int) -> TargetFlow:
         endpoints = self._target.datagram_endpoints()
         flow = TargetFlow(number, lane, list(endpoints), version=self._target.name.version)
-        flow.header = self._proxy.of_datagram(*self._addresses.get(flow.key, ("", "")))
+        visitor, local = self._addresses.get(flow.key, ("", ""))
+        flow.header = self._proxy.of_datagram(visitor, local)
+        if self._access:
+            flow.visit = self._access.begin("udp", time.monotonic(), visitor, local)
+            flow.visit.session, flow.visit.target = lane.name_flow(number), str(self._target)
         self._connect(flow)
         self._table.add(flow)
         self._stats.udp.begin()
@@ -220,12 +233,16 @@ class TargetFlows(Part):
             self._target.note_answer(flow.endpoint)
         if flow.lane.send(flow.number, answer):
             self._stats.udp.down.bytes += len(answer)
+            if flow.visit:
+                flow.visit.count_down(len(answer))
         else:
             words = "a reply of %(size)d bytes: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(answer))
 
     def _end(self, flow: TargetFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)
+        if flow.visit:
+            flow.visit.end(outcome)
         self._disconnect(flow)
         self._log.debug("flow.closed", "flow %(flow)d closed", flow=flow.number, outcome=outcome)
         if outcome == "evicted":

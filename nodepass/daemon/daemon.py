@@ -19,6 +19,7 @@ from gevent.lock import Semaphore
 from gevent.queue import Queue
 
 from nodepass.config import Settings, format_duration
+from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.dump import count_greenlets, list_greenlets, save
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
@@ -34,6 +35,7 @@ from nodepass.tasks import TaskGroup, report_bug
 from nodepass.tls.files import RETRY, FileState
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
+from nodepass.tunnel.part import Records
 from nodepass.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.wire.auth import new_client_id
 
@@ -67,8 +69,9 @@ class Daemon:
         keys: Keys,
         manager: ServiceManager,
         stats: Stats,
+        access: AccessOutputs,
     ) -> None:
-        """`stats`: of what belongs to no tunnel."""
+        """`stats`: of what belongs to no tunnel; `access`: where the tunnels' access logs go."""
         self._log = Log("nodepass")
         self._stats = stats
         self._tasks = TaskGroup(self._log, self._stats)
@@ -80,13 +83,14 @@ class Daemon:
             kernel_buffers.limit(self._limits.buffers)
         self._settings = settings  # of the process
         self._keys = keys
+        self._access = access
         self._urls = urls
         self._runtime_directory = manager.runtime_directory
         self._terminal = Terminal()
         self._reloading = Semaphore()
         self._unusable_keys: FileState | None = None  # of the keys file, where it could not be used at a reload
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
-        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited)
+        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited, access)
         self._tunnels = [
             Supervisor(make, own.service_cooldown, self._tasks)
             for make, own in zip(makers, self._limits.settings, strict=True)
@@ -217,6 +221,7 @@ class Daemon:
                 "process.reloading", "SIGHUP: reading the certificates, the keys file and the visitors' rules"
             )
             self._notifier.begin_reload()
+            self._access.reopen()
             self._read_files()
             self._notifier.end_reload()
 
@@ -287,20 +292,25 @@ class Daemon:
 
 
 def make_tunnels(
-    urls: Sequence[ServerURL | ClientURL], settings: Sequence[Settings], keys: Keys, inherited: Inherited
+    urls: Sequence[ServerURL | ClientURL],
+    settings: Sequence[Settings],
+    keys: Keys,
+    inherited: Inherited,
+    access: AccessOutputs,
 ) -> list[Callable[[], Tunnel]]:
     """How to make the tunnel of each URL, again after a crash. Raises ConfigError where a file is not usable.
 
-    `settings`: of each tunnel. A tunnel's log and counters outlive it, and so does the tunnel port that servers share.
+    `settings`: of each tunnel. A tunnel's records outlive it, and so does the tunnel port that servers share.
     """
     makers: list[Callable[[], Tunnel]] = []
     ports: dict[object, TunnelPort] = {}
     for url, own, name in zip(urls, settings, name_tunnels(urls), strict=True):
         log, stats, tunnel_keys = Log(name), Stats(), partial(keys.of(url).keys_for, url.tunnel_name)
+        records = Records(log, stats, access.writer(own.access_log))
         if isinstance(url, ClientURL):
             from nodepass.client.client import Client  # here, because most processes are one end only
 
-            makers.append(partial(Client, url, new_client_id(), tunnel_keys, own, log, stats))
+            makers.append(partial(Client, url, new_client_id(), tunnel_keys, own, records))
             continue
         from nodepass.server.server import Server
         from nodepass.server.tunnel_port import TunnelPort
@@ -310,7 +320,7 @@ def make_tunnels(
         if address not in ports:
             sharing = [other for other in urls if isinstance(other, ServerURL) and other.tunnel == url.tunnel]
             ports[address] = TunnelPort(sharing if url.tunnel.port else [url], own, log, stats, share)
-        makers.append(partial(Server, url, ports[address], own, tunnel_keys, log, stats, share))
+        makers.append(partial(Server, url, ports[address], own, tunnel_keys, records, share))
     return makers
 
 

@@ -2,7 +2,8 @@
 
 A pipe or terminal that is not read makes a plain write wait, and with it every tunnel. Here a write takes what stderr
 accepts at once. The rest is queued until the event loop finds room. When the queue is full, lines are lost: they are
-counted in `Stats`, and the log says how many once there is room again. Lines keep their order.
+counted in `Stats`, and the log says how many once there is room again. Lines keep their order. That is a `LineQueue`,
+which `access_output` has, too.
 
 `cli` puts a LogOutput in place of `sys.stderr`, so that tracebacks of the interpreter and the reason of a failed start
 follow the lines that are queued, and cannot make the process wait either. `finish` runs when the interpreter exits.
@@ -46,60 +47,42 @@ _socket = get_original("socket", "socket")
 Write = Callable[[bytes], int]
 
 
-class LogOutput(io.TextIOBase):
-    """A text stream on a descriptor; `write` never waits."""
+class LineQueue:
+    """Lines on their way to a descriptor. `put` never waits; beyond QUEUED bytes, lines are lost.
 
-    def __init__(self, descriptor: int, encoding: str, stats: Stats) -> None:
+    `on_lost` is called with the number of lines that are missing at this place, once there is room again.
+    """
+
+    def __init__(self, descriptor: int, write: Write, on_lost: Callable[[int], object]) -> None:
         self._descriptor = descriptor
-        self._encoding = encoding
-        self._stats = stats
-        self._opened = ExitStack()
-        self._write = _open(descriptor, self._opened)
+        self._write = write
+        self._on_lost = on_lost
         self._lines: deque[bytes] = deque()
         self._size = 0  # bytes of them
-        self._lost = 0  # lines since the log last said how many
+        self._lost = 0  # lines since `on_lost` was last called
         self._broken = False  # the last write failed, and not for lack of room
         self._room: Any = get_hub().loop.io(descriptor, WRITE)  # gevent's, which has no type
         self._timer = IdleTimer(RETRY, self._retry)
 
-    @classmethod
-    def replace_stderr(cls, stats: Stats) -> None:
-        """Put one in place of sys.stderr until the process ends, unless that is no file."""
-        try:
-            descriptor = sys.stderr.fileno()
-        except (AttributeError, OSError):  # it was closed when the process started, or is a program's own object
-            return
-        output = cls(descriptor, sys.stderr.encoding, stats)
-        sys.stderr = cast(TextIO, output)
-        atexit.register(output.finish)
+    def put(self, line: bytes) -> bool:
+        """Write or queue one line; False where it is lost.
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._encoding
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        """Write or queue one line, or count it as lost.
-
-        Once one is lost, all are until half of the queue is written: the log has few gaps, and each is reported.
+        Once one is lost, all are until half of the queue is written: there are few gaps, and each is reported.
         """
-        if self._lost or self._size >= QUEUED:
-            self._lost += 1
-            self._stats.log_lines_lost += 1
-        elif text:
-            line = text.encode(self._encoding, "backslashreplace")
+        is_taken = not self._lost and self._size < QUEUED
+        if is_taken:
             self._lines.append(line)
             self._size += len(line)
+        else:
+            self._lost += 1
         self._go_on()
-        return len(text)
+        return is_taken
+
+    def move(self, descriptor: int) -> None:
+        """Go on at another descriptor, to which `write` writes from now on."""
+        self._room.close()
+        self._descriptor, self._room = descriptor, get_hub().loop.io(descriptor, WRITE)
+        self._go_on()
 
     def finish(self) -> None:
         """Write what waits, for at most LAST_CHANCE seconds. What is not taken by then is given up."""
@@ -113,11 +96,9 @@ class LogOutput(io.TextIOBase):
         """Write nothing more; the descriptor itself stays open."""
         self._timer.stop()
         self._room.close()
-        self._opened.close()
-        super().close()
 
     def _go_on(self) -> None:
-        """Write what stderr takes now. The rest follows when it has room, or after RETRY where it has an error."""
+        """Write what is taken now. The rest follows when there is room, or after RETRY where there is an error."""
         if not self._drain():
             self._room.stop()
         elif self._broken:
@@ -132,7 +113,7 @@ class LogOutput(io.TextIOBase):
         return self._broken
 
     def _drain(self) -> bool:
-        """Write what stderr takes now; whether lines are still waiting."""
+        """Write what is taken now; whether lines are still waiting."""
         self._broken = False
         try:
             while self._lines:
@@ -149,12 +130,63 @@ class LogOutput(io.TextIOBase):
             self._broken = not isinstance(error, BlockingIOError)
         if self._lost and self._size <= QUEUED // 2:
             lost, self._lost = self._lost, 0
-            words = "lost %(lines)d lines of the log: stderr was not read, or could not be written"
-            Log("nodepass").error("log.lost", words, lines=lost)
+            self._on_lost(lost)
         return bool(self._lines)
 
 
-def _open(descriptor: int, opened: ExitStack) -> Write:
+class LogOutput(io.TextIOBase):
+    """A text stream on a descriptor; `write` never waits."""
+
+    def __init__(self, descriptor: int, encoding: str, stats: Stats) -> None:
+        self._descriptor = descriptor
+        self._encoding = encoding
+        self._stats = stats
+        self._opened = ExitStack()
+        self.lines = LineQueue(descriptor, open_without_waiting(descriptor, self._opened), _report_lost)
+
+    @classmethod
+    def replace_stderr(cls, stats: Stats) -> None:
+        """Put one in place of sys.stderr until the process ends, unless that is no file."""
+        try:
+            descriptor = sys.stderr.fileno()
+        except (AttributeError, OSError):  # it was closed when the process started, or is a program's own object
+            return
+        output = cls(descriptor, sys.stderr.encoding, stats)
+        sys.stderr = cast(TextIO, output)
+        atexit.register(output.lines.finish)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        """Write or queue one line, or count it as lost."""
+        if text and not self.lines.put(text.encode(self._encoding, "backslashreplace")):
+            self._stats.log_lines_lost += 1
+        return len(text)
+
+    def close(self) -> None:
+        """Write nothing more; the descriptor itself stays open."""
+        self.lines.close()
+        self._opened.close()
+        super().close()
+
+
+def _report_lost(lost: int) -> None:
+    words = "lost %(lines)d lines of the log: stderr was not read, or could not be written"
+    Log("nodepass").error("log.lost", words, lines=lost)
+
+
+def open_without_waiting(descriptor: int, opened: ExitStack) -> Write:
     """How to write to a descriptor without waiting; `opened` closes what this takes.
 
     O_NONBLOCK belongs to the open file description, which other processes share, so it must not be set there. A pipe or

@@ -63,6 +63,8 @@ class _TunnelCollector(Collector):
         yield build
         lost = "Lines of the log that were lost, because stderr was not read or could not be written."
         yield CounterMetricFamily("nodepass_log_lines_lost", lost, self._stats.log_lines_lost)
+        lost = "Lines of access logs that were lost, because they were not read or could not be written."
+        yield CounterMetricFamily("nodepass_access_log_lines_lost", lost, self._stats.access_lines_lost)
         watched = self._watch()
         for family in FAMILIES:
             metric = family.build(_one_by_one(watched))

@@ -18,6 +18,7 @@ a tunnel; the relay knows nothing of either.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,6 +41,7 @@ class Traffic:
 
     up: int = 0
     down: int = 0
+    first_byte: float | None = None  # seconds to the first byte of the way back
     ended: int = 0  # directions that reached the end of their stream
     failure: str = ""  # the first
     failed: str = ""  # the outcome that it stands for
@@ -66,12 +68,17 @@ class Traffic:
 
 
 def relay(
-    near: Stream, far: Stream, stats: Stats, began: float | None = None, deadlines: Deadlines | None = None
+    near: Stream,
+    far: Stream,
+    stats: Stats,
+    began: float | None = None,
+    deadlines: Deadlines | None = None,
+    on_end: Callable[[Traffic], object] | None = None,
 ) -> Traffic:
     """Move bytes until both directions have ended; up is from `near` to `far`. Both streams are closed on return.
 
     With `began`, in time.monotonic(), the time from then to the first byte of the way back is counted. A session that
-    misses one of the `deadlines` is ended.
+    misses one of the `deadlines` is ended. `on_end` gets what is counted, even where a bug or a kill is raised.
     """
     session = _Session(near, far, stats, began)
     traffic = session.traffic
@@ -88,6 +95,8 @@ def relay(
                 stream.abort()
     finally:
         stats.tcp.end(traffic.outcome)
+        if on_end:
+            on_end(traffic)
         for stream in (near, far):
             stream.reset_on_close(traffic.ended < 2)
             stream.close()
@@ -157,7 +166,8 @@ class _Session:
 
     def _time_first_byte(self) -> None:
         if self._began is not None:
-            self._stats.first_bytes.observe(time.monotonic() - self._began)
+            self.traffic.first_byte = time.monotonic() - self._began
+            self._stats.first_bytes.observe(self.traffic.first_byte)
 
     def _count_end(self, pump: Pump) -> bool:
         """Count an end of stream; whether the sink needs a half-close."""

@@ -84,6 +84,11 @@ class ClientSlot(Part):
         return self.control.version if self.control else 0
 
     @property
+    def client(self) -> str:
+        """The address of the connected client, "" while none is."""
+        return self.control.peer if self.control else ""
+
+    @property
     def agreement(self) -> Agreement | None:
         """What was agreed with the connected client."""
         return self.control.agreement if self.control else None
@@ -130,6 +135,7 @@ class ClientSlot(Part):
                 raise RefusedError(BUSY, f"another client, {self.control.peer}, has taken the place meanwhile")
             yield
             self.control = control
+            self.flows.client = control.peer
             self.flows.sends_addresses = bool(control.agreement and control.agreement.wants_addresses)
             self._connected.set()
             self._left.clear()

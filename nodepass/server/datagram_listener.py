@@ -8,19 +8,21 @@ waits here for the session of another.
 from __future__ import annotations
 
 import socket
+import time
 
 import gevent
 
 from nodepass.config import format_duration
 from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Limit
-from nodepass.net.sockets import wait_readable
+from nodepass.net.sockets import format_without_zone, wait_readable
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, receive_datagram, send_datagram
 from nodepass.server.client_slot import ClientSlot
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
+from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.visitors.policy import Policy
 from nodepass.wire.signals import UDP
 
@@ -45,6 +47,7 @@ class DatagramListener(Part):
         self._slot = slot
         self._sessions = sessions
         self._policy = policy
+        self._access = AccessLog.of(common)
 
     def start(self) -> None:
         self._start_loop("receive datagrams", self._receive)
@@ -81,6 +84,7 @@ class DatagramListener(Part):
 
     def _serve(self, payload: bytes, visitor: ReplyAddress) -> None:
         """A datagram that came while no v2 client was connected."""
+        began = time.monotonic()
         timeout = self._settings.pool_get_timeout
         largest = self._settings.udp_data_buf_size
         if not self._slot.wait_for_client(timeout):
@@ -93,25 +97,32 @@ class DatagramListener(Part):
         elif len(payload) > largest:
             self._drop(payload, visitor, "too_large", f"larger than UDP_DATA_BUF_SIZE ({largest})")
         else:
-            self._serve_by_v1(payload, visitor)
+            self._serve_by_v1(payload, visitor, began)
 
-    def _serve_by_v1(self, question: bytes, visitor: ReplyAddress) -> None:
+    def _serve_by_v1(self, question: bytes, visitor: ReplyAddress, began: float) -> None:
         """One data connection carries the datagram and its one answer."""
         timeout = self._settings.pool_get_timeout
+        visit = self._begin_visit(visitor, began)
         try:
             id, data = self._slot.launch(UDP, timeout)
         except NoDataConnection:
             self._stats.udp.ended["unserved"] += 1
+            if visit:
+                visit.end("unserved")
             self._drop(question, visitor, "unserved", f"no data connection within {format_duration(timeout)}")
             return
+        if visit:
+            visit.session, visit.client = id, self._slot.client
         log, udp, outcome = self._log.session(id), self._stats.udp, "unanswered"
         log.debug("datagram.received", "visitor %(visitor)s sent %(size)d bytes", visitor=visitor, size=len(question))
         udp.begin()
         try:
-            answer = self._ask(data, question)
+            answer = self._ask(data, question, visit)
             if answer:
                 send_datagram(self._sock, answer, visitor)
                 udp.down.bytes += len(answer)
+                if visit:
+                    visit.count_down(len(answer))
                 outcome = "completed"
             words = "replied to visitor %(visitor)s with %(size)d bytes"
             log.debug("datagram.answered", words, visitor=visitor, size=len(answer))
@@ -121,11 +132,22 @@ class DatagramListener(Part):
         finally:
             data.close()
             udp.end(outcome)
+            if visit:
+                visit.end(outcome)
 
-    def _ask(self, data: Stream, question: bytes) -> bytes:
+    def _begin_visit(self, visitor: ReplyAddress, began: float) -> Visit | None:
+        """The session in the access log, if there is one."""
+        if not self._access:
+            return None
+        local = visitor.local(self._sock.getsockname()[1])
+        return self._access.begin("udp", began, format_without_zone(visitor.sockaddr), format_without_zone(local))
+
+    def _ask(self, data: Stream, question: bytes, visit: Visit | None) -> bytes:
         """What the client answers; empty where it closes without an answer. Raises OSError."""
         data.write(question)
         self._stats.udp.up.bytes += len(question)
+        if visit:
+            visit.count_up(len(question))
         return read_datagram(data, self._settings.udp_data_buf_size, self._settings.udp_read_timeout + ANSWER_GRACE)
 
     def _drop(self, payload: bytes, visitor: ReplyAddress, why: str, because: str) -> None:

@@ -16,7 +16,7 @@ import gevent
 from gevent.event import AsyncResult, Event
 
 from nodepass.config import Settings
-from nodepass.log import Limit, Log, literal
+from nodepass.log import Limit, literal
 from nodepass.net.activation import Share
 from nodepass.net.listen import close_all, listen_both, port_of
 from nodepass.net.sockets import format_sockaddr
@@ -26,11 +26,10 @@ from nodepass.server.data_listener import DataListener
 from nodepass.server.datagram_listener import DatagramListener
 from nodepass.server.tunnel_port import TunnelPort
 from nodepass.server.visitor_listener import VisitorListener
-from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import GOODBYE, MISSED_HEARTBEATS, ServerControl
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, TARGET, View, name_protocols, report_fields
-from nodepass.tunnel.part import Common, Loop, Part, stop_parts
+from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
 from nodepass.urls import Address, ServerURL
 from nodepass.visitors.policy import Policy
@@ -49,8 +48,7 @@ class Server:
         port: TunnelPort,
         settings: Settings,
         keys: Callable[[], Sequence[Key]],
-        log: Log,
-        stats: Stats,
+        records: Records,
         share: Share,
     ) -> None:
         """`port`: the tunnel port that this tunnel will join; `keys`: each of which its client may prove now.
@@ -58,6 +56,7 @@ class Server:
         Raises ConfigError where a list of visitors cannot be used.
         """
         self.url = url
+        log, stats, access = records
         self.log = log
         self.stats = stats
         self.ready = Event()  # every listener is open
@@ -69,7 +68,7 @@ class Server:
         self._beat = min(settings.report_interval, HEARTBEATS[1] / 1000)  # seconds
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
-        self._common = Common(settings, log, stats, loops)
+        self._common = Common(settings, log, stats, loops, access)
         self._policy = Policy.of(self._common, url.name)
         present = keys()
         self._security = SecurityLog(security_of(url, bool(present)), log)

@@ -7,6 +7,7 @@ client has gone. What both ends share is in `tunnel.udp`.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from nodepass.tasks import TaskGroup
 from nodepass.tunnel.flows import NETWORK_SHARE, FlowTable
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import Lane, drop_datagram
+from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.wire.signals import LANE
 
 LAST_NUMBER = 0xFFFFFFFF  # of a flow; then 1 follows
@@ -34,6 +36,7 @@ class VisitorFlow:
     sock: socket.socket
     visitor: ReplyAddress
     network: str
+    visit: Visit | None = None  # in the access log
     last: float = 0.0
     rank: int = 0
 
@@ -48,8 +51,10 @@ class VisitorFlows(Part):
     def __init__(self, common: Common, launch: Callable[[int, float], tuple[str, Stream]]) -> None:
         super().__init__(common)
         settings = common.settings
-        self.sends_addresses = False  # the connected client wants the addresses of visitors
+        self.client = ""  # the address of the one that was connected last
+        self.sends_addresses = False  # that client wants the addresses of visitors
         self._launch = launch
+        self._access = AccessLog.of(common)
         self._tasks = TaskGroup(self._log, self._stats)
         limit = settings.semaphore_limit
         self._table: FlowTable[VisitorFlow] = FlowTable(
@@ -79,6 +84,8 @@ class VisitorFlows(Part):
         flow = flow or self._begin(sock, visitor)
         if flow.lane.send(flow.number, payload):
             self._stats.udp.up.bytes += len(payload)
+            if flow.visit:
+                flow.visit.count_up(len(payload))
         else:
             words = "a datagram of %(size)d bytes from %(visitor)s: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(payload), visitor=visitor)
@@ -99,15 +106,23 @@ class VisitorFlows(Part):
         flow.lane.flows += 1
         self._table.add(flow)
         self._by_number[number] = flow
-        if self.sends_addresses:
-            local = visitor.local(sock.getsockname()[1])
-            if not flow.lane.announce(number, format_without_zone(visitor.sockaddr), format_without_zone(local)):
-                words = "the addresses of flow %(flow)d: the lane is full"
-                drop_datagram(self._log, self._stats, "lane_full", words, flow=number)
+        if self.sends_addresses or self._access:
+            self._note_addresses(flow)
         self._stats.udp.begin()
         words = "flow %(flow)d opened: visitor %(visitor)s, %(flows)d flows"
         self._log.debug("flow.opened", words, flow=number, visitor=visitor, flows=len(self))
         return flow
+
+    def _note_addresses(self, flow: VisitorFlow) -> None:
+        """Have the client and the access log know the visitor's address and the one that it sent to."""
+        local = format_without_zone(flow.visitor.local(flow.sock.getsockname()[1]))
+        visitor = format_without_zone(flow.visitor.sockaddr)
+        if self._access:
+            flow.visit = self._access.begin("udp", time.monotonic(), visitor, local)
+            flow.visit.client = self.client
+        if self.sends_addresses and not flow.lane.announce(flow.number, visitor, local):
+            words = "the addresses of flow %(flow)d: the lane is full"
+            drop_datagram(self._log, self._stats, "lane_full", words, flow=flow.number)
 
     def _free_number(self) -> int:
         """The next number that no open flow has: an old flow may still be open when the numbers wrap."""
@@ -130,6 +145,7 @@ class VisitorFlows(Part):
         cut = "no data connection"
         try:
             id, stream = self._launch(LANE, self._settings.pool_get_timeout)
+            lane.id = id
             log = self._log.session(id)
             words = "lane opened, %(lanes)d of %(maximum)d"
             log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._settings.udp_lanes)
@@ -154,12 +170,17 @@ class VisitorFlows(Part):
         try:
             send_datagram(flow.sock, payload, flow.visitor)
             self._stats.udp.down.bytes += len(payload)
+            if flow.visit:
+                flow.visit.count_down(len(payload))
         except OSError as error:
             words = "a reply of %(size)d bytes: %(error)s"
             drop_datagram(self._log, self._stats, "visitor_unreachable", words, size=len(payload), error=reason(error))
 
     def _end(self, flow: VisitorFlow, outcome: str) -> None:
         self._stats.udp.end(outcome)
+        if flow.visit:
+            flow.visit.session = flow.lane.name_flow(flow.number)
+            flow.visit.end(outcome)
         del self._by_number[flow.number]
         flow.lane.flows -= 1
         words = "flow %(flow)d closed: visitor %(visitor)s"

@@ -18,12 +18,13 @@ from nodepass.errors import NoDataConnection
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever, accept_waiting, close_all
 from nodepass.net.relay import relay
-from nodepass.net.sockets import Endpoint, Socket
+from nodepass.net.sockets import Endpoint, Socket, format_without_zone
 from nodepass.net.stream import TCPStream
 from nodepass.server.client_slot import ClientSlot
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
+from nodepass.visitors.access_log import AccessLog
 from nodepass.visitors.policy import Policy
 from nodepass.wire.signals import TCP
 
@@ -49,6 +50,7 @@ class VisitorListener(Part):
         self._slot = slot
         self._sessions = sessions
         self._policy = policy
+        self._access = AccessLog.of(common)
 
     def start(self) -> None:
         for listener in self._listeners:
@@ -83,20 +85,28 @@ class VisitorListener(Part):
         try:
             if self._policy and not self._policy.admits(peer.host, peer):
                 return
+            visit = self._access and self._access.begin(
+                "tcp", began, format_without_zone(peer.sockaddr), format_without_zone(sock.getsockname())
+            )
             id, data = self._slot.launch(TCP, self._settings.pool_get_timeout, sock)
             try:
+                if visit:
+                    visit.session, visit.client = id, self._slot.client
                 log = self._log.session(id)
                 log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
                 if self._slot.version == 1 and visitor.peek() is False:
                     gevent.sleep(HEAD_START)
                 with kernel_buffers.share(sock, data.sock):
-                    traffic = relay(visitor, data, self._stats, began, self._slot.deadlines)
+                    on_end = visit.end_relayed if visit else None
+                    traffic = relay(visitor, data, self._stats, began, self._slot.deadlines, on_end)
                 words = "visitor %(visitor)s: " + traffic.SENTENCE
                 log.debug("session.closed", words, visitor=peer, **traffic.fields())
             finally:
                 data.close()
         except NoDataConnection:
             self._report_unserved(peer)
+            if visit:
+                visit.end("unserved")
         finally:
             visitor.close()
 

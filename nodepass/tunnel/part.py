@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gevent import Greenlet, killall
 
@@ -16,6 +17,14 @@ from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
+
+
+class Records(NamedTuple):
+    """What is kept about one tunnel. It outlives the tunnel's end, so that a new one after a crash goes on with it."""
+
+    log: Log
+    stats: Stats
+    access: Callable[[str], object] | None = None  # writes a line of the access log, where there is one
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Common:
     log: Log
     stats: Stats
     loops: TaskGroup  # a crash in it fails the end
+    access: Callable[[str], object] | None = None  # writes a line of the access log, where there is one
 
 
 class Part:

@@ -52,6 +52,7 @@ class Lane:
     """One data connection that carries frames, or will once it is launched."""
 
     def __init__(self) -> None:
+        self.id = ""  # of its data connection, once it has one
         self.flows = 0  # that the lane's end gave to it
         self.ended = False
         self.orphaned = False  # its client is not the connected one any more
@@ -64,6 +65,10 @@ class Lane:
     def __repr__(self) -> str:
         state = "ended" if self.ended else "open" if self._stream else "waiting"
         return f"<Lane {state}, {self.flows} flows, {self._queued} bytes queued>"
+
+    def name_flow(self, number: int) -> str:
+        """A flow's name in the access logs of both ends: the lane's id and its number; "" before it has a lane."""
+        return f"{self.id}.{number}" if self.id else ""
 
     def send(self, flow: int, payload: bytes) -> bool:
         """Queue one datagram; False if the lane cannot take it. Never blocks."""

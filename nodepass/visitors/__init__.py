@@ -1,1 +1,1 @@
-"""Which visitors a server serves."""
+"""Which visitors a server serves, and the record of their sessions."""

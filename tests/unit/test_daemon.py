@@ -11,6 +11,7 @@ from gevent.event import Event
 
 from nodepass.client.client import Client
 from nodepass.config import Settings
+from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon, make_tunnels, name_tunnels
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.supervisor import Supervisor
@@ -23,11 +24,13 @@ from nodepass.server.server import Server
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.interface import Tunnel, View
+from nodepass.tunnel.part import Records
 from nodepass.tunnel.security import security_of
 from nodepass.urls import ClientURL, ServerURL, parse_url
 from nodepass.wire.auth import Key
 from tests.unit.records import recorded
 
+NO_ACCESS = AccessOutputs(Stats(), {})
 URLS = [parse_url(f"server://:{port}/:2?tls=0") for port in (1, 3)]
 VIEW = View("server", "", "", 0, None, 0, 0, 0, 1, 0, None, security_of(URLS[0], has_key=False), ("tcp", "udp"))
 
@@ -192,13 +195,13 @@ def make_daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Daemon, 
         left = list(crashes)
 
         def make_server(
-            _url: object, _port: object, _settings: object, _keys: object, log: Log, stats: Stats, _share: object
+            _url: object, _port: object, _settings: object, _keys: object, records: Records, _share: object
         ) -> Stub:
-            return Stub(log.tunnel, stats, calls, left)
+            return Stub(records.log.tunnel, records.stats, calls, left)
 
         monkeypatch.setattr(server, "Server", make_server)
         settings = Settings(shutdown_timeout=4, service_cooldown=0.01, start_timeout=start_timeout)
-        made = Daemon(URLS, settings, Keys(), ServiceManager(), Stats())
+        made = Daemon(URLS, settings, Keys(), ServiceManager(), Stats(), NO_ACCESS)
         return made, calls
 
     return make
@@ -251,7 +254,7 @@ def test_tunnels_of_one_port_are_numbered() -> None:
 def make(*texts: str, keys: Keys | None = None) -> list[Any]:
     """The tunnels of these URLs, whose defaults are filled in."""
     urls: list[ServerURL | ClientURL] = [parse_url(text) for text in texts]
-    return [make() for make in make_tunnels(urls, [Settings()] * len(urls), keys or Keys(), Inherited())]
+    return [make() for make in make_tunnels(urls, [Settings()] * len(urls), keys or Keys(), Inherited(), NO_ACCESS)]
 
 
 def test_servers_of_one_address_share_a_tunnel_port_and_others_do_not() -> None:
@@ -277,7 +280,7 @@ def test_a_tunnel_is_made_again_with_its_own_log_counters_and_port() -> None:
     urls = [
         cast(ServerURL, parse_url(f"server://:10101/:{port}?tls=0&name={name}")) for port, name in ((1, ""), (2, "web"))
     ]
-    makers = make_tunnels(urls, [Settings()] * len(urls), Keys(), Inherited())
+    makers = make_tunnels(urls, [Settings()] * len(urls), Keys(), Inherited(), NO_ACCESS)
     first, again, other = cast(list[Server], [makers[0](), makers[0](), makers[1]()])
     assert first is not again
     assert (first.log, first.stats, first._port) == (again.log, again.stats, again._port)
@@ -301,6 +304,6 @@ def test_each_tunnel_has_the_keys_of_its_name() -> None:
 
 def test_a_client_calls_itself_the_same_after_a_crash_and_differently_from_every_other() -> None:
     urls = [cast(ClientURL, parse_url(f"client://localhost:10101/localhost:{port}?tls=0")) for port in (1, 2)]
-    makers = make_tunnels(urls, [Settings()] * len(urls), Keys(), Inherited())
+    makers = make_tunnels(urls, [Settings()] * len(urls), Keys(), Inherited(), NO_ACCESS)
     first, again, other = (cast(Any, make())._connector for make in (makers[0], makers[0], makers[1]))
     assert first._terms.client == again._terms.client != other._terms.client

@@ -11,6 +11,7 @@ import gevent
 import pytest
 
 from nodepass.config import Settings
+from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.dump import NAME
 from nodepass.daemon.key_file import Keys
@@ -23,7 +24,9 @@ from tests.unit.records import recorded
 def dump(directory: str) -> list[tuple[str, dict[str, object]]]:
     """What a process logs at SIGUSR1, but for the greenlets."""
     urls = [parse_url("server://127.0.0.1:1/127.0.0.1:2?tls=0")]
-    daemon = Daemon(urls, Settings(), Keys(), ServiceManager(runtime_directory=directory), Stats())
+    daemon = Daemon(
+        urls, Settings(), Keys(), ServiceManager(runtime_directory=directory), Stats(), AccessOutputs(Stats(), {})
+    )
     with recorded() as records:
         daemon._dump()
     return [(each.event, each.fields) for each in records if each.event != "process.greenlets"]

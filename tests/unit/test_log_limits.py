@@ -32,6 +32,7 @@ FROM_INSIDE = {
     "process.stopped",
     "process.stopping",
     # a signal or a file that has changed
+    "access.reopen_failed",
     "certificate.kept",
     "certificate.reloaded",
     "certificate.unchanged",
@@ -46,6 +47,7 @@ FROM_INSIDE = {
     "rules.reloaded",
     "tunnel.report",
     # a timer
+    "access.lost",  # once for half a queue at most
     "certificate.expiring",
     "log.lost",  # once for half a queue at most
     "log.suppressed",

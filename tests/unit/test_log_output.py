@@ -60,7 +60,7 @@ class Out:
         return self.read()
 
     def is_waiting(self) -> bool:
-        return bool(self.output._timer.active or self.output._room.active)
+        return bool(self.output.lines._timer.active or self.output.lines._room.active)
 
 
 def numbers_of(lines: list[str]) -> list[int]:
@@ -144,7 +144,7 @@ def test_a_line_is_written_at_once_where_there_is_room(out: Out) -> None:
 def test_a_reader_that_stands_still_stops_nothing_and_finds_every_line_or_its_loss(out: Out) -> None:
     out.say(*range(COUNT))
     assert out.stats.log_lines_lost > 0
-    assert out.output._size < QUEUED + 1000
+    assert out.output.lines._size < QUEUED + 1000
     lost = lost_of(out.read_until("lost .* written$"))
     out.say(COUNT)
     lines = out.read_until(f"line {COUNT} x+$")
@@ -201,8 +201,8 @@ def test_at_the_exit_a_reader_that_stands_still_is_waited_for_with_a_limit(
 ) -> None:
     monkeypatch.setattr(log_output, "LAST_CHANCE", 0.05)
     pipe.say(*range(600))
-    pipe.output.finish()
-    assert pipe.output._lines
+    pipe.output.lines.finish()
+    assert pipe.output.lines._lines
 
 
 def test_without_a_reader_the_exit_waits_for_nothing(pipe: Out, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_without_a_reader_the_exit_waits_for_nothing(pipe: Out, monkeypatch: pyt
     os.close(pipe.reading)
     pipe.say(1)
     assert pipe.is_waiting()
-    pipe.output.finish()
+    pipe.output.lines.finish()
 
 
 def test_a_line_that_a_full_disk_does_not_take_is_written_later(
@@ -219,10 +219,10 @@ def test_a_line_that_a_full_disk_does_not_take_is_written_later(
     path = tmp_path / "log"
     with path.open("w") as file, path.open() as reading:
         one = Out(file.fileno(), reading.fileno())
-        write = one.output._write
-        monkeypatch.setattr(one.output, "_write", refuse)
+        write = one.output.lines._write
+        monkeypatch.setattr(one.output.lines, "_write", refuse)
         one.say(1)
         assert one.read() == []
-        monkeypatch.setattr(one.output, "_write", write)
+        monkeypatch.setattr(one.output.lines, "_write", write)
         one.read_until("line 1 ")
         one.output.close()

@@ -12,6 +12,7 @@ import pytest
 
 from nodepass.config import Settings
 from nodepass.daemon import daemon
+from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.systemd import ServiceManager
@@ -46,7 +47,7 @@ class Process:
         self.keys = Keys.find(None, str(file), {})
         self.tunnels = tunnels
         urls = [parse_url(f"server://:1/:2?name={name}") for name in NAMES]
-        self.daemon = Daemon(urls, Settings(), self.keys, ServiceManager(), Stats())
+        self.daemon = Daemon(urls, Settings(), self.keys, ServiceManager(), Stats(), AccessOutputs(Stats(), {}))
 
     def write(self, **secrets: str) -> None:
         self.file.write_text("".join(f"{name} {secret}\n" for name, secret in secrets.items()))

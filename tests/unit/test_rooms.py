@@ -10,18 +10,8 @@ from pathlib import Path
 import nodepass
 
 PACKAGE = Path(nodepass.__file__).parent
-ROOMS = (
-    "wire",
-    "net",
-    "tls",
-    "tunnel",
-    "visitors",
-    "server",
-    "client",
-    "metrics",
-    "daemon",
-    "tools",
-)  # in the order of imports
+# In the order of imports.
+ROOMS = ("wire", "net", "tls", "tunnel", "visitors", "server", "client", "metrics", "daemon", "tools")
 APART = {"server", "client"}
 LIMIT = 12  # modules in a room, and
 ROOT_LIMIT = 10  # at the root

@@ -23,6 +23,7 @@ from nodepass.server.tunnel_port import TunnelPort
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
+from nodepass.tunnel.part import Records
 from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import DataHello, Hello, Offer, parse_opening
@@ -48,7 +49,7 @@ def make_server(
 ) -> Server:
     log, stats = Log("server"), Stats()
     port = port or TunnelPort([url], settings, log, stats, NOTHING)
-    return Server(url, port, settings, lambda: keys, log, stats, NOTHING)
+    return Server(url, port, settings, lambda: keys, Records(log, stats), NOTHING)
 
 
 class Running:

@@ -20,7 +20,7 @@ from nodepass.net import udp
 from nodepass.net.sockets import Endpoint
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
-from nodepass.tunnel.part import Common
+from nodepass.tunnel.part import Common, Records
 from nodepass.urls import Address, ClientURL
 from tests.unit.controls import run
 from tests.unit.resolver import Resolver
@@ -104,7 +104,7 @@ def test_the_server_is_told_of_a_target_whose_name_has_never_been_resolved(targe
 
 
 def test_the_status_says_that_a_name_cannot_be_resolved() -> None:
-    client = Client(ClientURL(Address("127.0.0.1", 9), ADDRESS), "id", list, Settings(), LOG, Stats())
+    client = Client(ClientURL(Address("127.0.0.1", 9), ADDRESS), "id", list, Settings(), Records(LOG, Stats()))
     assert "moving.example" not in client.status()
     client._target.name.failure = OSError("cannot resolve 'moving.example': no such name")
     assert "target: cannot resolve 'moving.example': no such name" in client.status()

@@ -92,7 +92,7 @@ class Client:
         self.flows = TargetFlows(common, self.known)
         stack.callback(self.flows.close)
         stream, self.server = stack.enter_context(tcp_pair())
-        run(stack, self.flows.run_lane, stream, log)
+        run(stack, self.flows.run_lane, stream, "0123abcd")
 
     def move(self, *sockets: Any) -> None:
         """Have the target's name resolve to the addresses of these sockets from now on."""

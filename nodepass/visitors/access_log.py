@@ -1,0 +1,126 @@
+"""The access log: one line for each session at its end, the same COLUMNS on both ends, as text or as a JSON object.
+
+A part that serves sessions begins a `Visit` for each, notes in it what becomes known, and ends it where `stats` counts
+the session's outcome: so the sums of the lines are those of the metrics. Without ACCESS_LOG there is no `AccessLog`,
+and a session has no visit. Where the lines go is not known here: the daemon's `access_output` takes them, and it never
+waits.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from nodepass.net.relay import Traffic
+from nodepass.tunnel.part import Common
+
+# After the time; docs/visitors.md says what they mean. A new one follows the last, so that programs that count go on.
+COLUMNS = (
+    *("tunnel", "session", "protocol", "visitor", "local", "client", "target", "dial"),
+    *("up", "down", "first_byte", "seconds", "outcome"),
+)
+Value = str | int | float | None  # None is unknown
+# What a peer sent may be no address, and could forge a column: anything but such a word is unknown.
+_WORD = re.compile(r"[!-~]{1,300}")
+
+
+class AccessLog:
+    """Makes the lines of one tunnel."""
+
+    def __init__(self, common: Common, write: Callable[[str], object]) -> None:
+        self._log = common.log  # has the tunnel's name, which is complete only once its port is open
+        self._write = write
+        self._form: _Form = _JSON() if common.settings.log_format == "json" else _Text()
+
+    @classmethod
+    def of(cls, common: Common) -> AccessLog | None:
+        """That of a tunnel, if it has one."""
+        return cls(common, common.access) if common.access else None
+
+    def begin(self, protocol: str, began: float, visitor: str = "", local: str = "") -> Visit:
+        """A session that began then, in time.monotonic(), from a visitor's address to one of the server's."""
+        return Visit(self, protocol, began, visitor, local)
+
+    def write(self, visit: Visit, outcome: str) -> None:
+        """Write the line of a session that has ended."""
+        seconds = time.monotonic() - visit.began
+        who = (self._log.tunnel, visit.session, visit.protocol, visit.visitor, visit.local)
+        where = (visit.client, visit.target, visit.dial)
+        words = (text if _WORD.fullmatch(text) else None for text in (*who, *where))
+        self._write(self._form.line(time.time(), (*words, visit.up, visit.down, visit.first_byte, seconds, outcome)))
+
+
+@dataclass(eq=False, slots=True)
+class Visit:
+    """One session, as far as this end knows it; an empty text is unknown."""
+
+    log: AccessLog
+    protocol: str  # tcp or udp
+    began: float  # time.monotonic()
+    visitor: str
+    local: str
+    session: str = ""
+    client: str = ""  # on a server: the client that the session is passed to
+    target: str = ""  # on a client
+    dial: str = ""  # on a client: ok, or the reason why there is no connection to the target
+    up: int = 0  # payload bytes
+    down: int = 0
+    first_byte: float | None = None  # seconds to the first byte of the way back
+
+    def count_up(self, size: int) -> None:
+        """A datagram has been passed on to the target."""
+        self.up += size
+
+    def count_down(self, size: int) -> None:
+        """A datagram has been passed back to the visitor."""
+        if self.first_byte is None:
+            self.first_byte = time.monotonic() - self.began
+        self.down += size
+
+    def end(self, outcome: str) -> None:
+        """It has ended, or could not begin."""
+        self.log.write(self, outcome)
+
+    def end_relayed(self, traffic: Traffic) -> None:
+        """It has ended after a relay of these bytes."""
+        self.up, self.down, self.first_byte = traffic.up, traffic.down, traffic.first_byte
+        self.log.write(self, traffic.outcome)
+
+
+class _Form(Protocol):
+    def line(self, now: float, values: Iterable[Value]) -> str:
+        """The line of these COLUMNS, written at `now` (Unix time)."""
+
+
+class _Text:
+    """For people, awk and fail2ban: words with blanks between, local time as in the log."""
+
+    def line(self, now: float, values: Iterable[Value]) -> str:
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        return f"{date}.{int(now % 1 * 1000):03d} {' '.join(map(_as_word, values))}"
+
+
+class _JSON:
+    """For programs: an object, in UTC as in the log."""
+
+    def __init__(self) -> None:
+        import datetime
+        import json
+
+        self._encode = json.JSONEncoder().encode
+        self._from_timestamp = datetime.datetime.fromtimestamp
+        self._utc = datetime.timezone.utc
+
+    def line(self, now: float, values: Iterable[Value]) -> str:
+        time = self._from_timestamp(now, self._utc).isoformat(timespec="milliseconds")
+        rounded = (round(each, 6) if isinstance(each, float) else each for each in values)
+        return self._encode({"time": time, **dict(zip(COLUMNS, rounded, strict=True))})
+
+
+def _as_word(value: Value) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
