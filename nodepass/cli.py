@@ -23,7 +23,7 @@ from nodepass.config import Notice, Scope, Settings, rows
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
-from nodepass.daemon.environment import drop_empty, find_typos, find_unusable_cas, refuse_service_link
+from nodepass.daemon.environment import find_typos, find_unusable_cas, refuse_service_link, tidy
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.limits import forbid_core_dumps
 from nodepass.daemon.log_output import LogOutput
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the program; its exit status."""
     gc.freeze()  # what is imported is not collected at the exit: a fifth of the time of a run that only says something
     gc.enable()
-    drop_empty(os.environ)
+    tidy(os.environ)
     parser = make_parser()
     namespace = parser.parse_strictly(list(arguments))
     if namespace.generate_key and namespace.urls:

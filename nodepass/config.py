@@ -402,7 +402,7 @@ class Settings:
     def from_texts(cls, texts: Mapping[str, tuple[str, str]]) -> Settings:
         """Settings from texts: name -> (the flag or variable, what it says).
 
-        Raises ConfigError naming the flag or variable.
+        Raises ConfigError naming the flag or variable. Whether they are usable together is asked for each tunnel.
         """
         values: dict[str, Any] = {}
         for name, (place, text) in texts.items():
@@ -411,20 +411,17 @@ class Settings:
                 values[name] = kind.parse(text)
             except ValueError:
                 raise ConfigError(f"{place}: {text!r} is not usable; allowed: {kind.allowed}") from None
-        settings = cls(**values)
-        if contradiction := settings._find_contradiction():
-            named = " and ".join(texts[name][0] for name in contradiction.names if name in texts)
-            raise ConfigError(f"{named}: {contradiction.words}")
-        return settings
+        return cls(**values)
 
     def for_tunnel(self, overrides: Iterable[tuple[str, str]], place: str) -> Settings:
         """The settings of a tunnel whose URL has these, each of which is usable alone.
 
-        Raises ConfigError, which begins with `place`, where they are not usable together.
+        Raises ConfigError, which begins with `place`, where they are not usable together. Not asked of the process's
+        own: a URL may have the value that makes them fit.
         """
         settings = replace(self, **{name: rows()[name].kind.parse(text) for name, text in overrides})
         if contradiction := settings._find_contradiction():
-            raise ConfigError(f"{place}: {contradiction.words}")
+            raise ConfigError(f"{place}: {contradiction}")
         return settings
 
     @property
@@ -432,24 +429,14 @@ class Settings:
         """What is carried: tcp, udp, or both."""
         return tuple(name for name, is_on in (("tcp", self.tcp), ("udp", self.udp)) if is_on)
 
-    def _find_contradiction(self) -> Contradiction | None:
-        """Which settings are usable alone, but not together."""
+    def _find_contradiction(self) -> str:
+        """Which settings are usable alone, but not together; "" where all are."""
         if self.min_pool_capacity > self.max_pool_capacity:
-            words = (
+            return (
                 f"MIN_POOL_CAPACITY {self.min_pool_capacity} is above MAX_POOL_CAPACITY {self.max_pool_capacity};"
                 " allowed: at most as much"
             )
-            return Contradiction(("min_pool_capacity", "max_pool_capacity"), words)
-        if not self.protocols:
-            return Contradiction(("tcp", "udp"), "TCP and UDP are both off; allowed: one of them")
-        return None
-
-
-class Contradiction(NamedTuple):
-    """Settings that do not go together, and why not."""
-
-    names: tuple[str, ...]
-    words: str
+        return "" if self.protocols else "TCP and UDP are both off; allowed: one of them"
 
 
 def rows() -> dict[str, Row]:

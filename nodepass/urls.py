@@ -26,6 +26,8 @@ ROLES = ("server", "client")  # a URL's scheme
 _PARAMETERS = {"name": "", "tls": "", "crt": "server", "key": "server", "log": "", "tunnel_key_file": ""}
 _OF_PROCESS = ("tunnel_keys_file",)  # beside the settings of that scope
 _SECRET = re.compile(r"[?&]tunnel[_-]?key=", re.IGNORECASE)
+# Errors show neither the value of a parameter whose name suggests a secret, such as a mistyped one, nor a user part.
+_HIDDEN = re.compile(r"((?:key|pass|secret|token|psk|auth)[^=&]*=)[^&]*|(/)[^/?]*(?=@)", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
 NAMELESS = "-"  # stands for the empty name where a word is needed
 _FORM = "server://HOST:PORT/HOST:PORT?tls=0|1|2 or client://HOST:PORT/HOST:PORT"
@@ -110,25 +112,25 @@ def parse_url(text: str) -> ServerURL | ClientURL:
             "URL …?tunnel_key=…: a key is not allowed in a URL, because every user of the machine can see it in the"
             " process list; allowed: tunnel_key_file=FILE"
         )
+    shown = _HIDDEN.sub(r"\1\2…", text)
     try:
         parts = urlsplit(text)
     except ValueError as error:
-        raise ConfigError(f"URL {text!r}: {error}; allowed: {_FORM}") from None
+        raise ConfigError(f"URL {shown!r}: {error}; allowed: {_FORM}") from None
     scheme = parts.scheme
     if scheme not in ROLES or not text.lower().startswith(f"{scheme}://"):
-        raise ConfigError(f"URL {text!r}: the scheme must be server:// or client://; allowed: {_FORM}")
-    if "@" in parts.netloc:
-        # The text is not repeated: the part before the @ may be a secret.
+        raise ConfigError(f"URL {shown!r}: the scheme must be server:// or client://; allowed: {_FORM}")
+    if "@" in parts.netloc + parts.path:
         raise ConfigError(
             f"URL {scheme}://…@…: a user part is not allowed, because a key would show in the process list; use"
             f" TUNNEL_KEY_FILE; allowed: {_FORM}"
         )
     if "#" in text:
-        raise ConfigError(f"URL {text!r}: a fragment (#) is not allowed; allowed: {_FORM}")
+        raise ConfigError(f"URL {shown!r}: a fragment (#) is not allowed; allowed: {_FORM}")
     lowest_port = 0 if scheme == "server" else 1
-    tunnel = _parse_address(text, "tunnel address", parts.netloc, lowest_port)
-    target = _parse_address(text, "target address", parts.path.removeprefix("/"), lowest_port)
-    return _parse_parameters(text, scheme, tunnel, target, _parse_query(text, scheme, parts.query))
+    tunnel = _parse_address(shown, "tunnel address", parts.netloc, lowest_port)
+    target = _parse_address(shown, "target address", parts.path.removeprefix("/"), lowest_port)
+    return _parse_parameters(shown, scheme, tunnel, target, _parse_query(shown, scheme, parts.query))
 
 
 def _parse_parameters(

@@ -27,11 +27,20 @@ _LINK = re.compile(r".+_SERVICE_(HOST|PORT(_.+)?)|.+_PORT_\d+_(TCP|UDP|SCTP)(_(P
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 
-def drop_empty(environ: MutableMapping[str, str]) -> None:
-    """Remove the variables that are empty or blank and therefore not set."""
+def tidy(environ: MutableMapping[str, str]) -> None:
+    """Remove the variables that are empty or blank and therefore not set, and the blanks around the others' values.
+
+    `docker run --env-file` with a file from Windows leaves a carriage return at the end of each.
+    """
     for name in _MAY_BE_EMPTY:
-        if name in environ and not environ[name].strip():
+        if name not in environ:
+            continue
+        if value := environ[name].strip():
+            environ[name] = value
+        else:
             del environ[name]
+    for name in (each for each in KEYS if each in environ):
+        environ[name] = environ[name].strip()
 
 
 def refuse_service_link(name: str, value: str, flag: str) -> None:

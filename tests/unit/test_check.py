@@ -58,7 +58,11 @@ def test_settings_of_a_url_are_checked_and_a_protocol_that_is_off_is_not_tried()
     ("arguments", "env", "said"),
     [
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1&udp=off",), {"TCP": "off"}, "TCP and UDP are both off"),
-        (("server://127.0.0.1:0/127.0.0.1:0?tls=1",), {"TCP": "off", "UDP": "off"}, "TCP and UDP: TCP and UDP are"),
+        (
+            ("server://127.0.0.1:0/127.0.0.1:0?tls=1",),
+            {"TCP": "off", "UDP": "off"},
+            "the settings of server:0: TCP and UDP are",
+        ),
         (("server://127.0.0.1:0/127.0.0.1:0?tunnel_key_file=/none",), {}, "tunnel_key_file=/none: cannot be read"),
         (("clien://a:1/b:2",), {}, "the scheme must be"),
         (("server://127.0.0.1:0/127.0.0.1:0?tls=3",), {}, "tls='3' is not usable"),

@@ -66,8 +66,3 @@ def test_every_row_is_complete_and_in_the_readme(name: str) -> None:
 def test_every_setting_refuses_nonsense_and_says_where_it_was_written(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=r"^THE PLACE: .* is not usable; allowed: "):
         Settings.from_texts({name: ("THE PLACE", text)})
-
-
-def test_the_bounds_of_the_pool_must_fit_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"--min: .*2000.*1024"):
-        Settings.from_texts({"min_pool_capacity": ("--min", "2000")})

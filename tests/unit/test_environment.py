@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nodepass.config import rows
-from nodepass.daemon.environment import KEYS, drop_empty, find_typos
+from nodepass.daemon.environment import KEYS, find_typos, tidy
 from tests.support.checks import check_here, found
 from tests.support.command import Accepted, call, refusals
 
@@ -30,11 +30,15 @@ LINKS = {  # of services called data, date, log-format and nodepass
 def test_an_empty_or_blank_variable_is_not_set(name: str) -> None:
     for blank in ("", " ", "\r\n"):
         environ = {name.upper(): blank, "OTHER": ""}
-        drop_empty(environ)
+        tidy(environ)
         assert environ == {"OTHER": ""}
-    environ = {name.upper(): "x"}
-    drop_empty(environ)
-    assert environ
+
+
+@pytest.mark.parametrize("name", [*rows(), "nodepass_url", "ssl_cert_file", *map(str.lower, KEYS)])
+def test_the_blanks_around_a_value_are_no_part_of_it(name: str) -> None:
+    environ = {name.upper(): " x\r\n", "OTHER": " y\r"}
+    tidy(environ)
+    assert environ == {name.upper(): "x", "OTHER": " y\r"}
 
 
 def test_settings_from_a_template_without_values_are_those_of_no_variables() -> None:

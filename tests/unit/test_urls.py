@@ -156,11 +156,32 @@ def test_a_bad_url_is_refused_with_a_word_of_what_is_wrong(text: str, word: str)
     assert "\n" not in str(caught.value)
 
 
-def test_a_user_part_is_refused_and_not_repeated() -> None:
+@pytest.mark.parametrize("url", ["server://hunter2@a:1/b:2", "server://a:1/hunter2@b:2", "client://a:1/u:hunter2@b:2"])
+def test_a_user_part_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match="user part") as caught:
+        parse_url(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://hunter2@a:1/b:2",
+        "server:/hunter2@a:1/b:2",
+        "client://:1/:2?key=hunter2",
+        "server://:1/:2?key=hunter2",
+        "server://:1/:2#tunnel_key=hunter2",
+        *(
+            f"server://:1/:2?{name}=hunter2"
+            for name in ("tunnel%5Fkey", "tunnel.key", "amp;tunnel_key", "a=b;tunnel_key")
+        ),
+        *(f"server://:1/:2?log=loud&{name}=hunter2" for name in ("password", "secret", "Token", "psk", "NODEPASS_KEY")),
+    ],
+)
+def test_no_error_repeats_what_was_meant_as_a_secret(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_url("server://secret@a:1/b:2")
-    assert "user part" in str(caught.value)
-    assert "secret" not in str(caught.value)
+        parse_url(url)
+    assert "hunter2" not in str(caught.value)
 
 
 # Not any character of Unicode: its tables take seconds to make.
@@ -209,6 +230,14 @@ def test_a_setting_in_a_url_wins_and_is_for_its_tunnel_only() -> None:
     one, other = (parse_url(f"server://:1/:2{query}") for query in ("?min_pool_capacity=7&data_port=20000-20099", ""))
     assert one.settings(common) == Settings(min_pool_capacity=7, udp_lanes=2, data_port=Ports(20000, 20099))
     assert other.settings(common) == common
+
+
+def test_settings_of_the_process_that_do_not_go_together_are_refused_unless_the_url_makes_them_fit() -> None:
+    common = Settings.from_texts({"min_pool_capacity": ("--min", "2000"), "tcp": ("", "off"), "udp": ("", "off")})
+    with_defaults(parse_url("server://:1/:2?max_pool_capacity=3000&tcp=on"), False, common)
+    for fitting, words in (("tcp=on", "MIN_POOL_CAPACITY 2000 is above"), ("min_pool_capacity=2", "are both off")):
+        with pytest.raises(ConfigError, match=f"^the settings of server:1: .*{words}"):
+            with_defaults(parse_url(f"server://:1/:2?{fitting}"), False, common)
 
 
 def test_settings_that_do_not_go_together_are_refused_where_a_url_causes_that() -> None:
