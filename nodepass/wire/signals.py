@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 from nodepass.errors import ProtocolError
-from nodepass.hostport import split_host_port
+from nodepass.hostport import parse_ip, split_host_port
 from nodepass.wire.lines import TOKEN, parameter, printable, split, split_strictly
 
 ID_LENGTH = 8  # bytes of a data connection's id: hex digits, which the server writes first on it
@@ -149,7 +148,8 @@ def _address(text: str) -> str:
     """`ip:port` or `[ip]:port` as it is; nothing where the text is no such address."""
     try:
         host, _ = split_host_port(text)
-        if ip_address(host).version == 6 and "%" in host:
+        parse_ip(host)
+        if "%" in host:
             raise ValueError("a zone means nothing on another machine")
     except ValueError:
         return ""

@@ -91,7 +91,7 @@ def test_a_datagram_back_tells_the_time_to_the_first_byte_once() -> None:
     assert shown["first_byte"] == round(first, 6) >= 0.25
 
 
-@pytest.mark.parametrize("forged", ["a b", "a\nb", "\x1b[2J", "", "ä", "x" * 301])
+@pytest.mark.parametrize("forged", ["a b", "a\nb", 'a"b', "a\\b", "\x1b[2J", "", "ä", "x" * 301])
 def test_text_of_a_peer_that_is_no_word_is_unknown(forged: str) -> None:
     lines, objects = Lines(), Lines("json")
     for each in (lines, objects):
