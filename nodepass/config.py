@@ -86,6 +86,18 @@ class AccessPlace:
         return f"{'unix:' * self.is_socket}{self.path}" or "-"
 
 
+@dataclass(frozen=True)
+class Quota:
+    """How many sessions one address may have: at a time, or new ones within `seconds`. 0: no limit.
+
+    `prefixes`: of IPv4 and of IPv6; addresses that share one count as the same.
+    """
+
+    most: int = 0
+    seconds: float = 0.0
+    prefixes: tuple[int, int] = (32, 64)
+
+
 def parse_duration(text: str) -> float:
     """Seconds in a duration in Go's syntax: `500ms`, `1h30m`, `5s`, `0`. Raises ValueError."""
     if text == "0":
@@ -193,6 +205,28 @@ def networks(absent: str) -> Kind:
 
     allowed = f"{absent}, addresses and networks separated by commas, such as 192.0.2.0/24,2001:db8::1, or @FILE"
     return Kind("networks", allowed, parse)
+
+
+def quota(is_rate: bool) -> Kind:
+    """A number of sessions, in a time if it is a rate, and the prefixes that count as one address."""
+    time = r"/(\w[\w.]*)" if is_rate else "()"
+    pattern = re.compile(rf"(\d{{1,7}}){time}(?:,/(\d{{1,3}}))?(?:,/(\d{{1,3}}))?", re.ASCII)
+    in_time = duration(0.01, DAY)
+
+    def parse(text: str) -> Quota:
+        if text == "0":
+            return Quota()
+        match = pattern.fullmatch(text)
+        if not match:
+            raise ValueError("not a quota")
+        most, lengths = int(match[1]), (int(match[3] or 32), int(match[4] or 64))
+        if not (1 <= most <= 1_000_000 and lengths[0] <= 32 and lengths[1] <= 128):
+            raise ValueError("out of range")
+        return Quota(most, in_time.parse(match[2]) if is_rate else 0.0, lengths)
+
+    example = "20/10s" if is_rate else "20"
+    allowed = f"0 (no limit), or as {example}, or as {example},/24,/56 with prefixes that count as one address"
+    return Kind("rate" if is_rate else "sessions", allowed, parse)
 
 
 def parse_switch(text: str) -> bool:
@@ -318,6 +352,20 @@ class Settings:
         networks("none"),
         "visitors",
         "server: visitors that are refused, also those that ALLOW has; @FILE as for ALLOW",
+        role="server",
+    )
+    sessions_per_address: Quota = setting(
+        "0",
+        quota(is_rate=False),
+        "visitors",
+        "server: sessions and flows of one address at a time; more are refused; 0: no limit",
+        role="server",
+    )
+    new_sessions_per_address: Quota = setting(
+        "0",
+        quota(is_rate=True),
+        "visitors",
+        "server: new sessions and flows of one address in a time; more are refused; 0: no limit",
         role="server",
     )
     keepalive: float = setting(

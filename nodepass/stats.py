@@ -59,7 +59,7 @@ UDP_DROPS = (
     "unserved",
     "visitor_unreachable",
 )
-REFUSALS = ("denied", "not_allowed")  # of visitors, by the policy
+REFUSALS = ("address_rate", "address_sessions", "denied", "not_allowed")  # of visitors, by the policy
 TROUBLE = (
     "bugs",
     "crashes",

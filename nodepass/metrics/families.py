@@ -202,7 +202,7 @@ FAMILIES: tuple[Number | Distribution, ...] = (
     Counter("nodepass_udp_drops_total", "Dropped datagrams.", ("reason",), lambda w: _by_key(w.stats.udp_drops)),
     Counter(
         "nodepass_visitors_refused_total",
-        "Visitors' connections and datagrams that the rules refused; servers.",
+        "Visitors' connections and datagrams that were refused; servers.",
         ("reason",),
         lambda w: _by_key(w.stats.visitors_refused) if w.view.role == "server" else [],
     ),

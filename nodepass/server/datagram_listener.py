@@ -96,8 +96,13 @@ class DatagramListener(Part):
             self._drop(payload, visitor, "empty", "empty, which wire v1 cannot carry")
         elif len(payload) > largest:
             self._drop(payload, visitor, "too_large", f"larger than UDP_DATA_BUF_SIZE ({largest})")
-        else:
+        elif not self._policy:
             self._serve_by_v1(payload, visitor, began)
+        elif counted := self._policy.begin(visitor.sockaddr[0], visitor):
+            try:
+                self._serve_by_v1(payload, visitor, began)
+            finally:
+                self._policy.end(counted)
 
     def _serve_by_v1(self, question: bytes, visitor: ReplyAddress, began: float) -> None:
         """One data connection carries the datagram and its one answer."""

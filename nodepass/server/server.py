@@ -73,6 +73,7 @@ class Server:
         present = keys()
         self._security = SecurityLog(security_of(url, bool(present)), log)
         self._slot = ClientSlot(self._common, url.tunnel_name, present, self._report_security)
+        self._slot.flows.policy = self._policy
         self._visitors: list[socket.socket] = []  # listeners
         self._datagrams: list[socket.socket] = []  # sockets
         self._parts: list[Part] = []  # from `start` on

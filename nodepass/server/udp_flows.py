@@ -22,6 +22,8 @@ from nodepass.tunnel.flows import NETWORK_SHARE, FlowTable
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import Lane, drop_datagram
 from nodepass.visitors.access_log import AccessLog, Visit
+from nodepass.visitors.policy import Policy
+from nodepass.visitors.quotas import Address
 from nodepass.wire.signals import LANE
 
 LAST_NUMBER = 0xFFFFFFFF  # of a flow; then 1 follows
@@ -37,6 +39,7 @@ class VisitorFlow:
     visitor: ReplyAddress
     network: str
     visit: Visit | None = None  # in the access log
+    counted: Address | None = None  # by the policy
     last: float = 0.0
     rank: int = 0
 
@@ -51,6 +54,7 @@ class VisitorFlows(Part):
     def __init__(self, common: Common, launch: Callable[[int, float], tuple[str, Stream]]) -> None:
         super().__init__(common)
         settings = common.settings
+        self.policy: Policy | None = None  # None: all visitors are served
         self.client = ""  # the address of the one that was connected last
         self.sends_addresses = False  # that client wants the addresses of visitors
         self._launch = launch
@@ -75,13 +79,20 @@ class VisitorFlows(Part):
         return len(self._table)
 
     def carry(self, sock: socket.socket, payload: bytes, visitor: ReplyAddress) -> None:
-        """Send a visitor's datagram on its flow; one that the lane cannot take is dropped, counted and logged."""
+        """Send a visitor's datagram on its flow; one that the lane cannot take is dropped, counted and logged.
+
+        So is one whose visitor may not begin a flow.
+        """
         flow = self._table.find(visitor)
         if flow and flow.lane.lost():
             lost = flow.lane
             self._table.end(lambda each: each.lane is lost, "lost")
             flow = None
-        flow = flow or self._begin(sock, visitor)
+        if flow is None:
+            counted = self.policy.begin(visitor.sockaddr[0], visitor) if self.policy else None
+            if self.policy and not counted:
+                return
+            flow = self._begin(sock, visitor, counted)
         if flow.lane.send(flow.number, payload):
             self._stats.udp.up.bytes += len(payload)
             if flow.visit:
@@ -100,9 +111,9 @@ class VisitorFlows(Part):
         """End every lane, and with it its flows."""
         self._tasks.kill()
 
-    def _begin(self, sock: socket.socket, visitor: ReplyAddress) -> VisitorFlow:
+    def _begin(self, sock: socket.socket, visitor: ReplyAddress, counted: Address | None) -> VisitorFlow:
         number = self._free_number()
-        flow = VisitorFlow(number, self._lane(), sock, visitor, network_of(visitor.sockaddr))
+        flow = VisitorFlow(number, self._lane(), sock, visitor, network_of(visitor.sockaddr), counted=counted)
         flow.lane.flows += 1
         self._table.add(flow)
         self._by_number[number] = flow
@@ -181,6 +192,8 @@ class VisitorFlows(Part):
         if flow.visit:
             flow.visit.session = flow.lane.name_flow(flow.number)
             flow.visit.end(outcome)
+        if self.policy and flow.counted:
+            self.policy.end(flow.counted)
         del self._by_number[flow.number]
         flow.lane.flows -= 1
         words = "flow %(flow)d closed: visitor %(visitor)s"

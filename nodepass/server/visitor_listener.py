@@ -82,8 +82,9 @@ class VisitorListener(Part):
     def _serve(self, sock: Socket, peer: Endpoint, began: float) -> None:
         """One visitor: launch a data connection, relay until both have ended, close both."""
         visitor = TCPStream(sock, resets=True)  # see listen_both
+        counted = None
         try:
-            if self._policy and not self._policy.admits(peer.host, peer):
+            if self._policy and not (counted := self._policy.begin(peer.host, peer)):
                 return
             visit = self._access and self._access.begin(
                 "tcp", began, format_without_zone(peer.sockaddr), format_without_zone(sock.getsockname())
@@ -109,6 +110,8 @@ class VisitorListener(Part):
                 visit.end("unserved")
         finally:
             visitor.close()
+            if self._policy and counted:
+                self._policy.end(counted)
 
     def _report_unserved(self, peer: Endpoint) -> None:
         self._stats.tcp.ended["unserved"] += 1

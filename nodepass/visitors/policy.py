@@ -12,22 +12,27 @@ from gevent import get_hub
 from nodepass.hostport import parse_ip
 from nodepass.log import Limit
 from nodepass.tunnel.part import Common
+from nodepass.visitors.quotas import Address, Concurrency, Rate
 from nodepass.visitors.rules import Rules
 
 
 class Policy:
-    """The rules of one tunnel, and what is counted of them."""
+    """The rules and quotas of one tunnel, and what is counted of them."""
 
     def __init__(self, common: Common, rules: Rules) -> None:
+        settings = common.settings
         self._log = common.log
         self._stats = common.stats
         self._rules = rules
+        self._sessions = Concurrency(settings.sessions_per_address) if settings.sessions_per_address.most else None
+        self._rate = Rate(settings.new_sessions_per_address) if settings.new_sessions_per_address.most else None
 
     @classmethod
     def of(cls, common: Common, place: str) -> Policy | None:
         """The policy of a tunnel, None where its settings serve all; `place` names it in a ConfigError."""
         settings = common.settings
-        return cls(common, Rules(settings, place)) if settings.allow or settings.deny else None
+        quotas = settings.sessions_per_address.most or settings.new_sessions_per_address.most
+        return cls(common, Rules(settings, place)) if settings.allow or settings.deny or quotas else None
 
     def admits(self, host: str, visitor: object) -> bool:
         """Whether the rules serve a visitor: its address as the kernel or a user writes it, and its text for the log.
@@ -39,6 +44,19 @@ class Policy:
             self._refuse(visitor, refusal)
         return not refusal
 
+    def begin(self, host: str, visitor: object) -> Address | None:
+        """Begin a session of a visitor, as for `admits`: what `end` takes at its end, None where it is refused."""
+        address = parse_ip(host)
+        refusal = self._rules.find_refusal(address) or self._take(address)
+        if refusal:
+            self._refuse(visitor, refusal)
+        return None if refusal else address
+
+    def end(self, address: Address) -> None:
+        """A session has ended that `begin` has admitted."""
+        if self._sessions is not None:
+            self._sessions.release(address)
+
     def reload(self) -> None:
         """Read the files of networks again. Sessions that run go on."""
         if not self._rules.has_file:
@@ -47,6 +65,15 @@ class Policy:
             self._log.error("rules.kept", "%(error)s; the rules stay as they were", error=error)
         else:
             self._log.info("rules.reloaded", "read the rules about visitors again")
+
+    def _take(self, address: Address) -> str:
+        """Count a new session; why there may be none, or ""."""
+        if self._sessions is not None and not self._sessions.take(address):
+            return "address_sessions"
+        if self._rate is not None and not self._rate.take(address):
+            self.end(address)
+            return "address_rate"
+        return ""
 
     def _refuse(self, visitor: object, why: str) -> None:
         self._stats.visitors_refused[why] += 1

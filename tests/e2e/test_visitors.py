@@ -14,7 +14,8 @@ from tests.support.sockets import PATIENCE, datagram_socket
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
 
-FRIEND, OTHER, STRANGER = "127.0.0.2", "127.0.0.3", "127.0.0.9"
+FRIEND, OTHER, BUSY, STRANGER = "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.9"
+MOST = 5
 
 
 def visit(tunnel: Tunnel, source: str) -> socket.socket:
@@ -55,7 +56,7 @@ def test_rules_of_a_url_decide_and_files_are_read_again(stack: contextlib.ExitSt
     deny = tmp_path / "deny"
     deny.write_text(f"# not these\n{OTHER}\n")
     target = stack.enter_context(Target())
-    server = stack.enter_context(OurServer(query=f"allow=127.0.0.0/29&deny=@{deny}"))
+    server = stack.enter_context(OurServer(query=f"allow=127.0.0.0/29&deny=@{deny}&sessions_per_address={MOST}"))
     client = stack.enter_context(OurClient(server.tunnel_address, target.address))
     client.wait_until_connected()
     tunnel = Tunnel(server, client, target)
@@ -76,6 +77,11 @@ def test_rules_of_a_url_decide_and_files_are_read_again(stack: contextlib.ExitSt
         assert_connected(visitor, service)
     assert_refused(tunnel, FRIEND, "denied")
     assert_served(tunnel, OTHER)
+
+    for number in range(MOST):
+        stack.enter_context(datagram_socket(BUSY)).sendto(b"%d" % number, tunnel.visitor_address)
+        assert target.udp.recv(64) == b"%d" % number
+    assert_refused(tunnel, BUSY, "address_sessions")
     assert not server.find_crashes()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from urllib.parse import quote
 
-from nodepass.config import Listen, Ports, format_duration, parse_duration, rows
+from nodepass.config import AccessPlace, Listen, Ports, Quota, Rule, format_duration, parse_duration, rows
 from nodepass.errors import ConfigError
 from nodepass.urls import Address, ClientURL, ServerURL, parse_url
 from tests.fuzz.scripted import assert_plain
@@ -68,14 +68,24 @@ def check_setting(data: bytes) -> None:
         return
     if isinstance(value, Ports):
         assert 0 <= value.first <= value.last <= 65535
-        return
-    if value is None or isinstance(value, Listen):
+    elif value is None or isinstance(value, Listen):
         assert value is None or value.path or 0 <= value.port <= 65535
-        return
-    if isinstance(value, str):
+    elif isinstance(value, Rule):
+        assert not (value.networks and value.file)
+        assert all(0 <= first <= last < 2 ** {4: 32, 6: 128}[version] for version, first, last in value.networks)
+    elif isinstance(value, Quota):
+        assert 0 <= value.most <= 1_000_000
+        assert all(0 <= length <= 128 for length in value.prefixes)
+    elif isinstance(value, AccessPlace):
+        assert str(value) == text
+    elif isinstance(value, str):
         assert value == text
         assert value in row.kind.allowed
-        return
+    else:
+        _check_number(value)
+
+
+def _check_number(value: float) -> None:
     assert math.isfinite(value)
     assert value >= 0
     if isinstance(value, float):

@@ -49,9 +49,10 @@ class Port:
         stack.callback(close_all, sockets)
         stack.callback(self.sessions.kill)
         self.sock = sockets[0]
+        policy = self.slot.flows.policy = Policy.of(self.common, "server")
         self.listener: DatagramListener = start(
             stack,
-            DatagramListener(self.common, self.sock, self.slot, self.sessions, Policy.of(self.common, "server")),
+            DatagramListener(self.common, self.sock, self.slot, self.sessions, policy),
         )
 
     def visitor(self, source: str = "127.0.0.1") -> socket.socket:
@@ -218,6 +219,40 @@ def test_a_refused_datagram_is_dropped_and_takes_nothing(stack: ExitStack, agree
     port.visitor().send(b"question")
     until(lambda: len(port.sessions) + len(port.slot.flows) == 1)
     assert refused.total() == 1
+
+
+def test_flows_of_one_address_are_limited_until_they_end(stack: ExitStack) -> None:
+    port = Port(stack, sessions_per_address=rows()["sessions_per_address"].kind.parse("2"))
+    occupy(stack, port.slot)
+    fill(stack, port.slot, "00000001")
+    refused, visitors = port.common.stats.visitors_refused, [port.visitor() for _ in range(3)]
+    for visitor in visitors:
+        visitor.send(b"question")
+    until(lambda: refused["address_sessions"] == 1)
+    visitors[0].send(b"a flow that runs goes on")
+    port.visitor("127.0.0.2").send(b"another address")
+    until(lambda: len(port.slot.flows) == 3)
+    port.slot.flows.end_all()
+    until(lambda: len(port.slot.flows) == 0)
+    visitors[2].send(b"question")
+    until(lambda: len(port.slot.flows) == 1)
+    assert refused.total() == 1
+
+
+def test_with_a_v1_client_datagrams_of_one_address_are_limited_while_they_are_served(stack: ExitStack) -> None:
+    port = Port(stack, sessions_per_address=rows()["sessions_per_address"].kind.parse("1"))
+    occupy(stack, port.slot, V1)
+    one, other = fill(stack, port.slot, "00000001", "00000002")
+    visitor = port.visitor()
+    visitor.send(b"question")
+    assert other.recv(100) == b"question"
+    visitor.send(b"question")
+    until(lambda: port.common.stats.visitors_refused["address_sessions"] == 1)
+    other.sendall(b"answer")
+    assert visitor.recv(100) == b"answer"
+    until(lambda: len(port.sessions) == 0)
+    visitor.send(b"question")
+    assert one.recv(100) == b"question"
 
 
 # Stop

@@ -156,6 +156,35 @@ def test_a_refused_visitor_is_reset_and_takes_no_data_connection(stack: ExitStac
     assert_relayed(client, data, port.connect())
 
 
+def test_sessions_of_one_address_are_limited_until_one_ends(stack: ExitStack) -> None:
+    port = Port(stack, sessions_per_address=parse("sessions_per_address", "1"))
+    client, _ = occupy(stack, port.slot)
+    first_data, second_data = fill(stack, port.slot, "00000001", "00000002")
+    first = port.connect()
+    assert_relayed(client, second_data, first, "00000002")
+    with pytest.raises(ConnectionResetError):
+        port.connect().recv(1)
+    assert port.refused == {"address_sessions": 1}
+    first.close()
+    second_data.close()
+    until(lambda: len(port.sessions) == 0)
+    assert_relayed(client, first_data, port.connect())
+
+
+def test_a_refused_visitor_leaves_the_count_of_its_address_alone(stack: ExitStack) -> None:
+    port = Port(
+        stack,
+        pool_get_timeout=SOON,
+        sessions_per_address=parse("sessions_per_address", "2"),
+        new_sessions_per_address=parse("new_sessions_per_address", "1/1h"),
+    )
+    for _ in range(4):
+        with pytest.raises(ConnectionResetError):
+            port.connect().recv(1)
+    until(lambda: len(port.sessions) == 0)
+    assert port.refused == {"address_rate": 3}
+
+
 # Stop and close
 
 
