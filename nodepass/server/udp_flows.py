@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import gevent
+
 from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import format_without_zone, network_of
@@ -26,6 +28,8 @@ from nodepass.visitors.policy import Policy
 from nodepass.visitors.quotas import Address
 from nodepass.wire.signals import LANE
 
+REFUSED_WITHIN = 1.0  # seconds in which a client that serves no lane, with UDP=off for example, cuts a new one,
+REFUSED_PAUSE = 1.0  # and seconds before it is asked again: each lane costs a data connection, and it may be a flood's
 LAST_NUMBER = 0xFFFFFFFF  # of a flow; then 1 follows
 
 
@@ -67,6 +71,7 @@ class VisitorFlows(Part):
         self._by_number: dict[int, VisitorFlow] = {}
         self._last_number = 0
         self._lanes: list[Lane] = []
+        self._refused: list[Lane] = []  # lately; they still count as lanes
 
     def start(self) -> None:
         self._start_loop("sweep flows", self._table.sweep_forever)
@@ -89,6 +94,10 @@ class VisitorFlows(Part):
             self._table.end(lambda each: each.lane is lost, "lost")
             flow = None
         if flow is None:
+            if len(self._refused) >= self._settings.udp_lanes:
+                words = "a datagram of %(size)d bytes from %(visitor)s: the client serves no lanes (is UDP=off there?)"
+                drop_datagram(self._log, self._stats, "lane_missing", words, size=len(payload), visitor=visitor)
+                return
             counted = self.policy.begin(visitor.sockaddr[0], visitor) if self.policy else None
             if self.policy and not counted:
                 return
@@ -106,10 +115,12 @@ class VisitorFlows(Part):
         for lane in self._lanes:
             lane.orphaned = True
         self._lanes.clear()
+        self._refused.clear()
 
     def end_all(self) -> None:
         """End every lane, and with it its flows."""
         self._tasks.kill()
+        self._refused.clear()
 
     def _begin(self, sock: socket.socket, visitor: ReplyAddress, counted: Address | None) -> VisitorFlow:
         number = self._free_number()
@@ -145,7 +156,7 @@ class VisitorFlows(Part):
     def _lane(self) -> Lane:
         """The lane of a new flow: a new one while there are fewer than allowed, then the least busy."""
         alive = [lane for lane in self._lanes if not lane.ended]
-        if len(alive) < self._settings.udp_lanes:
+        if len(alive) + len(self._refused) < self._settings.udp_lanes:
             lane = Lane()
             self._lanes.append(lane)
             self._tasks.spawn("lane", self._run, lane)
@@ -153,9 +164,10 @@ class VisitorFlows(Part):
         return min(alive, key=lambda lane: lane.flows)
 
     def _run(self, lane: Lane) -> None:
-        cut = "no data connection"
+        cut, opened = "no data connection", 0.0
         try:
             id, stream = self._launch(LANE, self._settings.pool_get_timeout)
+            opened = time.monotonic()
             lane.id = id
             log = self._log.session(id)
             words = "lane opened, %(lanes)d of %(maximum)d"
@@ -167,9 +179,15 @@ class VisitorFlows(Part):
             drop_datagram(self._log, self._stats, "lane_missing", words, flows=lane.flows, error=error)
         finally:
             lane.ended = True
-            if lane in self._lanes:
+            is_current = lane in self._lanes
+            if is_current:
                 self._lanes.remove(lane)
             self._table.end(lambda flow: flow.lane is lane, "lost" if cut else "completed")
+        if cut and is_current and time.monotonic() - opened < REFUSED_WITHIN:
+            self._refused.append(lane)
+            gevent.sleep(REFUSED_PAUSE)
+            if lane in self._refused:
+                self._refused.remove(lane)
 
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         flow = self._by_number.get(number)

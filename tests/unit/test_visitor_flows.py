@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -9,6 +10,7 @@ import pytest
 from gevent import socket
 
 from nodepass.net.udp import ReplyAddress
+from nodepass.server import udp_flows
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.udp_flows import LAST_NUMBER
 from nodepass.tunnel import udp as lanes
@@ -127,6 +129,26 @@ def test_a_lane_without_flows_ends_in_order_so_that_the_client_sees_no_cut_strea
     assert read_frame(data) == (1, b"hello")
     assert data.recv(1) == b""  # and no reset
     assert flows.common.stats.udp.ended["unanswered"] == 1
+
+
+def test_a_client_that_serves_no_lanes_is_asked_again_after_a_pause_only(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(udp_flows, "REFUSED_PAUSE", 0.3)
+    flows = Flows(stack, udp_lanes=1)
+    occupy(stack, flows.slot)
+    first, second = fill(stack, flows.slot, "00000001", "00000002")
+    flows.visitor().send(b"one")
+    assert read_frame(second) == (1, b"one")
+    second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    second.close()
+    until(lambda: not len(flows.flows))
+    flows.visitor().send(b"two")
+    assert flows.drops == {"lane_missing": 1}
+    assert len(flows.slot.pool) == 1
+    until(lambda: not flows.flows._refused)
+    flows.visitor().send(b"three")
+    assert read_frame(first)[1] == b"three"
 
 
 def test_one_network_has_at_most_a_quarter_of_the_flows(stack: ExitStack) -> None:
