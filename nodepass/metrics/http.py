@@ -164,5 +164,6 @@ def read_request(sock: socket.socket) -> Request:
     if len(hosts) > 1:
         raise BadRequest(HTTPStatus.BAD_REQUEST, "more than one Host")
     host = hosts[0].strip().decode("ascii", "replace").lower() if hosts else ""
-    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    address, closed, rest = host[1:].partition("]") if host.startswith("[") else (host.partition(":")[0], "]", "")
+    host = address if closed and (not rest or rest.startswith(":")) else host  # else it is refused as a name
     return Request(words[0].decode(), words[1].partition(b"?")[0].decode("ascii", "replace"), host.removesuffix("."))

@@ -185,6 +185,8 @@ NAMES = [
     ("127.0.0.1.attacker.example", 421),
     ("localhost.attacker.example", 421),
     ("[attacker.example]:9464", 421),
+    ("[::1]attacker.example", 421),
+    ("[::1", 421),
 ]
 
 
