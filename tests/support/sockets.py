@@ -6,6 +6,7 @@ Every socket made here has a time limit, so that a broken tunnel fails a test an
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import struct
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 PATIENCE = 20.0
 """Seconds a test waits for anything: generous, since only a failure ever waits that long."""
+
+WORKERS = 8
+"""Slices of the ports to choose from: tests that run at the same time must not find the same port free."""
 
 UNPRIVILEGED = range(12000, 30000)
 """Ports to choose from: below the kernel's ephemeral range, so that no outgoing socket takes them."""
@@ -59,8 +63,10 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 def free_port(count: int = 1) -> int:
     """The first of `count` ports in a row that nobody uses, for programs that cannot take port 0."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
+    own = UNPRIVILEGED[worker * len(UNPRIVILEGED) // WORKERS : (worker + 1) * len(UNPRIVILEGED) // WORKERS - count]
     while True:
-        first = random.choice(UNPRIVILEGED)
+        first = random.choice(own)
         if all(is_free(port, "0.0.0.0") for port in range(first, first + count)):
             return first
 
