@@ -9,11 +9,11 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
 import pytest
 
 from tests.support.process import Nodepass
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, Address, connect, receive_exactly
 from tests.support.tunnel import STEADY, OurClient, OurServer
 
@@ -24,7 +24,7 @@ IN_ALL = [3_000, pytest.param(10_000, marks=pytest.mark.soak)]
 WORKERS = 32
 
 
-class EchoTarget:
+class EchoTarget(Closes):
     """A service that answers every byte with itself, in one thread for any number of sessions."""
 
     def __init__(self) -> None:
@@ -40,12 +40,7 @@ class EchoTarget:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._stopping.set()
         self._thread.join()
         for key in list(self._selector.get_map().values()):

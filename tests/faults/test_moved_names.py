@@ -79,7 +79,7 @@ def test_a_target_that_moves_is_followed_by_visitors_and_by_flows_that_exist(
 
     second = stack.enter_context(Service(TWO, port))
     hosts.write_text(HOSTS.format(TWO))
-    first.__exit__(None, None, None)
+    first.close()
     until(lambda: is_served(server.visitor_address, second))
     until(lambda: is_heard(flow, second))
     client.wait_for("name.changed", host="moving.example", addresses=TWO)
@@ -115,7 +115,7 @@ def test_silent_name_servers_delay_no_reconnect_no_visitor_and_no_end(place: Pla
     client.wait_until_connected(after=mark)
     assert place.network.client.inside(lambda: is_served(second.visitor_address, target))
 
-    target.__exit__(None, None, None)
+    target.close()
     asked = names.asked
     until(lambda: place.network.client.inside(lambda: is_refused(second.visitor_address)) and names.asked > asked)
     began = time.monotonic()

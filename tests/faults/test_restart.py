@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tests.support.process import Nodepass
+from tests.support.scope import Closes
 from tests.support.sockets import Address, connect, free_port, until
 from tests.support.tunnel import CALM, OurClient, OurServer
 from tests.support.workers import WorkerPool
@@ -20,7 +21,7 @@ BACK = 1.0
 """Seconds until the service is back, once the process is."""
 
 
-class Greeter:
+class Greeter(Closes):
     """A target that says `!` to everybody at once, then echoes; a context manager."""
 
     def __enter__(self) -> Greeter:
@@ -30,7 +31,7 @@ class Greeter:
         self.workers.spawn(self._accept)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.workers.close()
 
     def _accept(self) -> None:
@@ -81,7 +82,7 @@ def test_no_visitor_is_lost_that_connected_before_the_server_was_stopped(stack: 
         assert is_greeted(visitor)
 
 
-class Load:
+class Load(Closes):
     """Visitors one after another, each served or not; a context manager."""
 
     def __init__(self, address: Address) -> None:
@@ -95,10 +96,7 @@ class Load:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
+    def close(self) -> None:
         """No more visitors."""
         self._over.set()
         self._thread.join()
@@ -173,7 +171,7 @@ def test_kill_9_under_load_is_over_as_soon_as_the_process_is_back(
     times.sort()
     print(f"\nback after: median {times[len(times) // 2]:.2f} s, longest {times[-1]:.2f} s")
     assert times[-1] < within
-    load.stop()
+    load.close()
     survivor.wait_for_descriptors(descriptors + 16)
     assert not survivor.find_crashes()
 

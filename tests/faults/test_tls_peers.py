@@ -12,6 +12,7 @@ import pytest
 from tests.support.key_updates import handshake, key_updates
 from tests.support.proc import cpu_seconds, resident_bytes
 from tests.support.process import Nodepass
+from tests.support.scope import Closes
 from tests.support.sockets import format_address, until
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
@@ -27,7 +28,7 @@ LITTLE = 0.2
 """Seconds of CPU time for what costs milliseconds."""
 
 
-class Openssl:
+class Openssl(Closes):
     """A data connection made with `openssl s_client`, told by letters what to do; a context manager."""
 
     def __init__(self, address: tuple[str, int], version: str) -> None:
@@ -42,7 +43,7 @@ class Openssl:
         self._reader.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
         self._reader.join()

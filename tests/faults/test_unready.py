@@ -42,7 +42,7 @@ def test_both_ends_are_unready_and_say_why_while_a_visitor_would_not_be_served()
             for end in (server, client):
                 end.wait_for("data.restored")
                 until(partial(readiness, end, 200, "ready"))
-            target.__exit__(None, None, None)
+            target.close()
             with connect(server.visitor_address) as visitor, contextlib.suppress(ConnectionResetError):
                 visitor.recv(1)
             client.wait_for("target.unreachable", error=re.compile("Connection refused"))

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Mapping
 
+from tests.support.scope import Closes
 from tests.support.sockets import Address, reset
 
 CHUNK = 1 << 17
@@ -64,7 +65,7 @@ class Carried:
                 half.pull()
 
 
-class Middle:
+class Middle(Closes):
     """Forwards from some addresses to others; a context manager."""
 
     def __init__(self, ways: Mapping[Address, Address]) -> None:
@@ -84,7 +85,7 @@ class Middle:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._waking.close()
         self._thread.join()
         for carried in list(self._carried):

@@ -15,6 +15,7 @@ from tests.soak.service import Service
 from tests.support.certificates import LOCAL_NAMES, Authority, Certificate
 from tests.support.log import Entry, loud
 from tests.support.process import Nodepass
+from tests.support.scope import Closes
 from tests.support.sockets import Address, free_port
 from tests.support.tunnel import OurClient, OurServer
 from tests.support.v2_network import SERVER
@@ -106,7 +107,7 @@ class Run:
         return [f"{self.kind}: {entry}" for entry in odd if not any(each.matches(entry) for each in known)]
 
 
-class Pair:
+class Pair(Closes):
     """A tunnel with its service; a context manager."""
 
     def __init__(self, name: str, place: Here, shape: Shape, authority: Authority, has_middle: bool = False) -> None:
@@ -145,7 +146,7 @@ class Pair:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._stack.close()
 
     def _kill(self) -> None:

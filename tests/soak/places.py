@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import TypeVar
 
+from tests.support.scope import Closes
 from tests.support.v2_network import SERVER, Network
 
 T = TypeVar("T")
 
 
-class Here:
+class Here(Closes):
     """One machine for both ends."""
 
     host = "127.0.0.1"
     """Where the server listens."""
 
-    def __enter__(self) -> Here:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         """Nothing to take away."""
 
     def at_server(self, make: Callable[[], T]) -> T:
@@ -43,10 +38,8 @@ class Apart(Here):
         self.network = Network().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.network.__exit__(kind, error, trace)
+    def close(self) -> None:
+        self.network.close()
 
     def at_server(self, make: Callable[[], T]) -> T:
         return self.network.server.inside(make)

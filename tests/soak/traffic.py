@@ -13,6 +13,7 @@ from tests.soak.conversation import PATIENCE, Conversation, End
 from tests.soak.datagrams import Count, Flow
 from tests.soak.pairs import Pair
 from tests.soak.sessions import Session, outcome, wrongs
+from tests.support.scope import Closes
 from tests.support.sockets import connect, datagram_socket
 
 VISITORS = 4
@@ -82,7 +83,7 @@ def visit(pair: Pair, session: Session, patience: float = PATIENCE) -> End:
     return end
 
 
-class Traffic:
+class Traffic(Closes):
     """One pair's visitors during one phase."""
 
     def __init__(self, pair: Pair, tally: Tally, seed: str, is_quiet: bool) -> None:
@@ -104,7 +105,7 @@ class Traffic:
             thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Let what has begun come to its end, and judge what could not be judged before."""
         self._stopping.set()
         for thread in self._threads:

@@ -19,9 +19,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
+from tests.support.scope import Closes
 from tests.support.sockets import Address, parse_address, reset
 
 Then = Literal["hold", "pour", "drip", "reset"]
@@ -149,7 +149,7 @@ class Swarm:
             sock.close()
 
 
-class Attack:
+class Attack(Closes):
     """An attack that runs in a process of its own; a context manager."""
 
     def __init__(
@@ -170,12 +170,7 @@ class Attack:
             view = view[self._process.stdin.write(view) :]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.communicate()
 

@@ -18,11 +18,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from tests.support.log import Entry, check_wanted, parse
 from tests.support.process import REPOSITORY
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, until
 from tests.support.v2_network import inside
 
@@ -54,7 +54,7 @@ class BootError(Exception):
     """No systemd can be booted here; the text is what was said."""
 
 
-class Machine:
+class Machine(Closes):
     """A machine in which nothing of ours is installed; a context manager that boots it and throws it away."""
 
     def __enter__(self: Made) -> Made:
@@ -71,21 +71,13 @@ class Machine:
                 self._init = int(self._booter.stdout.readline() or 0)
                 until(self._is_up, what="systemd is still starting")
             except BaseException as error:
-                self._end()
+                self.close()
                 said.seek(0)
                 raise BootError(said.read().decode(errors="replace").strip() or str(error)) from error
         self.root = Path(f"/proc/{self._init}/root")
         self.network = Path(f"/proc/{self._init}/ns/net")
         self._install()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end()
 
     def _install(self) -> None:
         """Nothing."""
@@ -97,7 +89,7 @@ class Machine:
             return False
         return self.systemctl("is-system-running", check=False).strip() in ("running", "degraded")
 
-    def _end(self) -> None:
+    def close(self) -> None:
         self._booter.communicate(timeout=PATIENCE)  # the end of its input is what it waits for
         self._directory.cleanup()
 
@@ -153,7 +145,7 @@ class Box(Machine):
         self.systemctl("daemon-reload")
 
 
-class Unit:
+class Unit(Closes):
     """One instance of nodepass in a box: nodepass@<name>.service, and its socket unit where it is used."""
 
     def __init__(self, box: Box, name: str, urls: str, settings: Mapping[str, str] | None = None) -> None:
@@ -163,15 +155,7 @@ class Unit:
         self.socket = f"nodepass@{name}.socket"
         self.configure(urls, settings)
 
-    def __enter__(self) -> Unit:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         print(*self.journal(), sep="\n")  # which a failed test shows
         self.box.systemctl("stop", self.socket, self.name, check=False)
         self.box.systemctl("reset-failed", check=False)

@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-from types import TracebackType
 
 from tests.support import v2_network
 from tests.support.process import REPOSITORY
@@ -59,15 +58,10 @@ class DelayLine(Network):
         """round_trip: in seconds."""
         self._delay = round_trip / 2
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        super().__exit__(kind, error, trace)
+        super().close()
 
     def _plug_in(self) -> None:
         devices = [_plug_in(self.server, SERVER), _plug_in(self.client, CLIENT)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 from pathlib import Path
-from types import TracebackType
 
 from tests.support.process import PROGRAM
+from tests.support.scope import Closes
 from tests.support.tunnel import OurClient
 
 _BIND = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
@@ -23,7 +23,7 @@ class ClientWithNames(OurClient):
         self.program = ("unshare", "--mount", "sh", "-c", _BIND, "sh", str(file), place, str(PROGRAM))
 
 
-class NameServer:
+class NameServer(Closes):
     """Answers every question at 127.0.0.1:53 with 127.0.0.1, unless it is `silent`. Entered inside a namespace."""
 
     def __init__(self) -> None:
@@ -36,12 +36,7 @@ class NameServer:
         threading.Thread(target=self._serve, daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._sock.close()
 
     def _serve(self) -> None:

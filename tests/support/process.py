@@ -18,11 +18,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from tests.support.log import Entry, check_wanted, parse
 from tests.support.proc import count_descriptors
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def run(*arguments: str, env: Environment | None = None, timeout: float = PATIEN
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-class Nodepass:
+class Nodepass(Closes):
     """One run of the program; a context manager that starts it and makes sure that it has ended.
 
     `prefix`: a command that runs the program, and becomes it or passes signals on.
@@ -134,12 +134,7 @@ class Nodepass:
         runs.append(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if IS_MEASURED and self.is_running:  # `make coverage`: a killed process would take its lines with it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.send(signal.SIGTERM)

@@ -14,9 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from tests.support.process import REPOSITORY
+from tests.support.scope import Closes
 from tests.support.sockets import Address, format_address, parse_address, reset
 
 BURST = 0.02
@@ -25,7 +25,7 @@ BURST = 0.02
 IPV6_FREEBIND = 78
 
 
-class SilentFlood:
+class SilentFlood(Closes):
     """Such a process; a context manager. It lives in the network namespace of the thread that enters it."""
 
     def __init__(self, address: Address, rate: int, most: int, sources: Sequence[str]) -> None:
@@ -37,12 +37,7 @@ class SilentFlood:
         self._process = subprocess.Popen(self._command, cwd=REPOSITORY)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
 

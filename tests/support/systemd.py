@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from tests.support.process import PROGRAM, Environment, Nodepass
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE
 
 PASS = """\
@@ -29,7 +29,7 @@ os.execv(command[0], command)
 NamedSocket = tuple[str, socket.socket]
 
 
-class NotifySocket:
+class NotifySocket(Closes):
     """Where notifications go: below a directory, or with an abstract name."""
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -40,15 +40,7 @@ class NotifySocket:
         self.heard: list[str] = []
         self._ahead: list[str] = []
 
-    def __enter__(self) -> NotifySocket:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._sock.close()
 
     def wait_for(self, beginning: str, timeout: float = PATIENCE) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from types import TracebackType
 
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, Address
 
 
@@ -24,7 +24,7 @@ def bind_pair(host: str) -> tuple[socket.socket, socket.socket]:
             return listener, datagrams
 
 
-class Target:
+class Target(Closes):
     """The service behind a tunnel, played by the test: a TCP and a UDP socket on one address."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
@@ -32,15 +32,7 @@ class Target:
         self.udp.settimeout(PATIENCE)
         self.address: Address = self._listener.getsockname()[:2]
 
-    def __enter__(self) -> Target:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._listener.close()
         self.udp.close()
 

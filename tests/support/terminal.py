@@ -12,9 +12,9 @@ import struct
 import subprocess
 import termios
 import time
-from types import TracebackType
 
 from tests.support.process import PROGRAM, Environment, scrubbed
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -25,7 +25,7 @@ LEAVES = "\x1b[?1049l"
 """What brings the terminal back to what it showed before."""
 
 
-class Terminal:
+class Terminal(Closes):
     """One run of the program with a pseudo-terminal as all three of its streams."""
 
     def __init__(self, *arguments: str, env: Environment | None = None, lines: int = 24, columns: int = 160) -> None:
@@ -42,12 +42,7 @@ class Terminal:
             self._slave = slave  # kept, so that what was written before the end can still be read
         self.raw = ""
 
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self.process.kill()
         self.process.wait()
         os.close(self._slave)

@@ -116,10 +116,6 @@ class OurClient(Nodepass):
         url = f"client://{format_address(tunnel)}/{format_address(target)}?log={log}" + (f"&{query}" if query else "")
         super().__init__(*flags, url, env=CALM if env is None else env)
 
-    def __enter__(self) -> OurClient:
-        super().__enter__()
-        return self
-
     def wait_until_connected(self, after: int = 0, timeout: float = PATIENCE, **fields: Any) -> Entry:
         """Return once it is connected to a server."""
         return self.wait_for("server.connected", after=after, timeout=timeout, **fields)

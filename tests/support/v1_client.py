@@ -16,9 +16,9 @@ import ssl
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import urlsplit
 
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, Address, abort, connect, until
 from tests.support.v1_stream import (
     PlainStream,
@@ -51,7 +51,7 @@ def client_context(verifies: bool, cafile: Path | None) -> ssl.SSLContext:
     return context
 
 
-class V1Client:
+class V1Client(Closes):
     """One client; a context manager."""
 
     def __init__(
@@ -84,12 +84,7 @@ class V1Client:
             self.workers.spawn(self._run)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.workers.is_closed = True
         self._taken.set()
         self.workers.close()

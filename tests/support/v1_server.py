@@ -15,9 +15,9 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from tests.support.certificates import Certificate
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, Address, abort, free_port
 from tests.support.v1_stream import PlainStream, Stream, TLSStream, relay
 from tests.support.workers import WorkerPool
@@ -32,7 +32,7 @@ def random_id() -> bytes:
     return secrets.token_hex(4).encode()
 
 
-class V1Server:
+class V1Server(Closes):
     """One server; a context manager that listens on kernel-chosen ports of the loopback address."""
 
     def __init__(
@@ -77,12 +77,7 @@ class V1Server:
         self.workers.spawn(self._receive_datagrams)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.workers.is_closed = True
         with self._changed:
             self._control = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from types import TracebackType
 
+from tests.support.scope import Closes
 from tests.support.sockets import Address, datagram_socket
 from tests.support.wire2.lane import LARGEST
 
@@ -15,7 +15,7 @@ ROOM = 4 << 20
 STOP = b"\0stop"
 
 
-class DatagramEcho:
+class DatagramEcho(Closes):
     """The service; a context manager. `sources` are the addresses that it heard from."""
 
     def __init__(self) -> None:
@@ -30,12 +30,7 @@ class DatagramEcho:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         with datagram_socket() as waker:
             waker.sendto(STOP, self.address)
         self._thread.join()

@@ -13,8 +13,9 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
+
+from tests.support.scope import Closes
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ def enter(namespace: Path) -> None:
             raise OSError(ctypes.get_errno(), f"setns to {namespace}")
 
 
-class Network:
+class Network(Closes):
     """A server's and a client's namespace, SERVER and CLIENT being their addresses; a context manager."""
 
     def __enter__(self) -> Network:
@@ -101,12 +102,7 @@ class Network:
         self._plug_in()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.client.delete()
         self.server.delete()
 

@@ -15,6 +15,7 @@ import pytest
 from nodepass.daemon.key_file import generate
 from tests.support.box import UNITS, BootError, Box, Unit
 from tests.support.certificates import Authority, Certificate
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, connect, datagram_socket, is_silent, receive_all, until
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, assert_connected
@@ -139,7 +140,7 @@ def test_a_socket_that_fits_no_url_fails_the_unit_with_one_line_and_for_good(
     assert any(re.search(r"\[::\]:443 \(tcp, .*\), \[::\]:443 \(udp, .*\)", line) for line in server.errors())
 
 
-class Load:
+class Load(Closes):
     """Visitors who come one after another, several at once, by TCP; and one who goes on sending datagrams."""
 
     def __init__(self, box: Box, target: Target) -> None:
@@ -150,10 +151,7 @@ class Load:
         self._visitors = [self._start(each, self._leaving) for each in [self._come] * 6 + [self._ask]]
         self._services = [self._start(each, self._closing) for each in (self._serve, self._answer)]
 
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for ending, threads in ((self._leaving, self._visitors), (self._closing, self._services)):
             ending.set()
             for thread in threads:

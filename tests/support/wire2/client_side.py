@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from OpenSSL import SSL
 
+from tests.support.scope import Closes
 from tests.support.sockets import Address
 from tests.support.wire2 import lines
 from tests.support.wire2.lines import LONGEST, Line
@@ -31,7 +31,7 @@ class GoodbyeError(ConnectionError):
     """The server has said that it ends the connection; its text is the token of the reason."""
 
 
-class ClientSide:
+class ClientSide(Closes):
     """One client; a context manager that closes every connection that it has made."""
 
     talk: Talk
@@ -67,15 +67,7 @@ class ClientSide:
         self.tls = 0
         self.idle: int | None = None
 
-    def __enter__(self) -> ClientSide:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for talk in self.made:
             talk.abort()
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import TypeVar
 
 from OpenSSL import SSL
 
 from tests.support.certificates import Certificate
+from tests.support.scope import Closes
 from tests.support.sockets import Address, connect
 from tests.support.v1_stream import Stream
 from tests.support.v1_stream import relay as relay_streams
@@ -106,7 +106,7 @@ Running = TypeVar("Running", bound="Forwarder")
 Handle = Callable[[Encounter], None]
 
 
-class Middle:
+class Middle(Closes):
     """The man in the middle; a context manager. `seen` is what passed, `met` counts the connections to either port."""
 
     def __init__(
@@ -129,12 +129,7 @@ class Middle:
             self.workers.spawn(lambda listener=listener, handle=handle: self._accept(listener, handle))  # type: ignore[misc]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.workers.close()
 
     def _accept(self, listener: socket.socket, handle: Handle) -> None:
@@ -160,7 +155,7 @@ class Middle:
                 talk.abort()
 
 
-class Forwarder:
+class Forwarder(Closes):
     """A port that leads to another address, as a container's mapped port does; a context manager.
 
     `near` are its connections with the client.
@@ -178,12 +173,7 @@ class Forwarder:
         self.workers.spawn(lambda: self._accept(listener))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.workers.close()
 
     def _accept(self, listener: socket.socket) -> None:

@@ -161,7 +161,3 @@ class OurClients(Tunnels):
             for label, (where, query) in servers.items()
         ]
         super().__init__(*urls, env=CALM if env is None else env)
-
-    def __enter__(self) -> OurClients:
-        super().__enter__()
-        return self

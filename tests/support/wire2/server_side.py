@@ -11,11 +11,11 @@ import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 from OpenSSL import SSL
 
 from tests.support.certificates import Certificate
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, Address, abort
 from tests.support.wire2 import lines
 from tests.support.wire2.lines import LONGEST, Line
@@ -56,7 +56,7 @@ def make_id() -> bytes:
     return secrets.token_hex(4).encode()
 
 
-class ServerSide:
+class ServerSide(Closes):
     """The server's end of one connection, control or data; a context manager that closes it."""
 
     hello: Line
@@ -69,15 +69,7 @@ class ServerSide:
         self.sid = lines.make_nonce() if terms.has_sid or terms.mux else None
         self.agreement = Agreement(terms.secret, terms.name)
 
-    def __enter__(self) -> ServerSide:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.talk.abort()
 
     # The negotiation, one step at a time
@@ -220,7 +212,7 @@ class ServerSide:
 
 
 @dataclass
-class Listener:
+class Listener(Closes):
     """A port of the loopback address that a test accepts connections on; a context manager."""
 
     terms: Terms = Terms()
@@ -233,12 +225,7 @@ class Listener:
         self.address: Address = self._listener.getsockname()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for sock in (self._listener, *self.accepted):
             abort(sock)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import select
 import socket
 import time
-from types import TracebackType
 
 from OpenSSL import SSL
 
+from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE
 from tests.support.v1_stream import CHUNK, PlainStream
 from tests.support.wire2.lines import LONGEST_SIGNAL, Line, parse
@@ -40,7 +40,7 @@ class ClearStream(PlainStream):
         return self.sock.recv(CHUNK) or None
 
 
-class Talk:
+class Talk(Closes):
     """One connection; a context manager that closes it."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -49,15 +49,7 @@ class Talk:
         self._buffered = b""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def __enter__(self) -> Talk:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.abort()
 
     # TLS
