@@ -98,8 +98,8 @@ class Connection(Part):
                 "launch.received", "received launch %(id)s (%(kind)s)", id=launch.id, kind=KIND_NAMES[launch.kind]
             )
             self.pool.reserve(launch.id)
-            protocol = "tcp" if launch.kind == TCP else "udp"
-            if protocol not in self._settings.protocols:
+            if not (self._settings.tcp if launch.kind == TCP else self._settings.udp):
+                protocol = "tcp" if launch.kind == TCP else "udp"
                 self._drop(launch.id, f"{protocol}_off", f"{protocol.upper()}=off on this client")
                 continue
             if launch.kind == LANE:

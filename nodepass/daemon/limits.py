@@ -89,10 +89,10 @@ def survey(settings: Sequence[Settings], tls: bool) -> Survey:
     line = f"limits: {files:,} open files allow {sessions:,} sessions"
     memory_sessions = buffers = None
     if memory := min(memory_limits(), key=lambda each: each.size, default=None):
-        each = memory_per_session(memory, tls)
-        memory_sessions = max(0, (memory.size - MEMORY_OWN[tls]) // each)
+        per_session = memory_per_session(memory, tls)
+        memory_sessions = max(0, (memory.size - MEMORY_OWN[tls]) // per_session)
         line += f"; {memory} allow about {memory_sessions:,}"
-        needed = MEMORY_OWN[tls] + _sessions(fitting) * each
+        needed = MEMORY_OWN[tls] + _sessions(fitting) * per_session
         if needed > memory.size:
             warnings.append(_too_little_memory(fitting, needed, memory, max(len(fitting), memory_sessions)))
         if memory.what == "cgroup":

@@ -8,9 +8,9 @@ of the process: `read` and `send` (see `stream.Stream`) never switch to another 
 spliced: the kernel moves the bytes.
 
 What the sink does not take is copied, and a sink whose peer does not read keeps that copy for as long as the peer
-likes. So a read is of at most MESSAGE bytes. Where it brought as many, the sink is asked how much it takes, and the
-next read is not larger: more stays in the source, whose peer is held back. Once all copies of the process together
-reach RESTS_AT_MOST, every read is preceded by that question, and hardly anything is copied any more.
+likes. So a read is of at most MESSAGE bytes. Where it brought as many, the sink is asked how much it takes, and until
+that is used up no read is larger: more stays in the source, whose peer is held back. Once all copies of the process
+together reach RESTS_AT_MOST, every read is preceded by that question, and hardly anything is copied any more.
 
 A pump moves bytes and passes the end of a stream on. What the end or the failure of a direction means for the other one
 is decided in `relay`, the only caller. Errors of the source are OSErrors, errors of the sink `SinkError`s.
@@ -232,6 +232,7 @@ class Pump:
     def _watching_sink(self) -> Iterator[None]:
         """Watch the sink instead of the source: nothing is read before the sink has taken what was."""
         assert self._resume
+        self._room = 0  # it was less than believed
         self.source.unwatch()
         self.sink.watch_writable(self._resume)
         stopped_directions.add(self)

@@ -27,6 +27,7 @@ _REPORTS_ERRORS: dict[int, tuple[int, int]] = {
     socket.AF_INET: (socket.IPPROTO_IP, 11),
     socket.AF_INET6: (socket.IPPROTO_IPV6, 25),
 }
+STRAYS_PER_TURN = 64  # datagrams of other hosts that are left out in a row, before others get their turn
 _CONTROL = 64  # bytes of control data that fit beside a datagram
 
 
@@ -98,7 +99,8 @@ class AnyPort:
         self._sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
         self._sock.setblocking(False)
         level, option = _REPORTS_ERRORS[self._sock.family]
-        self._sock.setsockopt(level, option, 1)
+        with contextlib.suppress(OSError):  # not everywhere, as in gVisor: then a refusal is silence
+            self._sock.setsockopt(level, option, 1)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -114,8 +116,8 @@ class AnyPort:
             raise
 
     def recv(self, size: int) -> bytes:
-        """The next datagram of the host. Raises BlockingIOError where there is none."""
-        while True:
+        """The next datagram of the host. Raises BlockingIOError where there is none, or others' only for the moment."""
+        for _ in range(STRAYS_PER_TURN):
             try:
                 payload, source = self._sock.recvfrom(size)
             except BlockingIOError:
@@ -126,14 +128,16 @@ class AnyPort:
             if plain_host(source) == self._endpoint.host:
                 self._peer = source
                 return payload
+        raise BlockingIOError
 
     def wait(self, timeout: float) -> bytes:
         """As `recv`; waits for a datagram. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
-        while True:
-            wait_read(self.fileno(), max(0.001, deadline - time.monotonic()), TimeoutError())
+        while (left := deadline - time.monotonic()) > 0:
+            wait_read(self.fileno(), left, TimeoutError())
             with contextlib.suppress(BlockingIOError):
                 return self.recv(LARGEST)
+        raise TimeoutError
 
     def _go_back(self) -> None:
         """Take the kernel's reports of errors, which keep the socket readable, and begin at the endpoint again."""

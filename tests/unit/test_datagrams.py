@@ -13,7 +13,7 @@ from gevent import socket
 from nodepass.net import listen, udp
 from nodepass.net.listen import close_all, listen_udp, port_of
 from nodepass.net.sockets import Endpoint
-from nodepass.net.udp import AnyPort, dial_udp, receive_datagram, send_datagram
+from nodepass.net.udp import STRAYS_PER_TURN, AnyPort, dial_udp, receive_datagram, send_datagram
 from nodepass.urls import Address
 from tests.support.sockets import has_ipv6
 
@@ -108,6 +108,27 @@ def test_a_refusal_is_an_error_of_a_connected_socket(stack: ExitStack) -> None:
 def test_an_endpoint_that_cannot_be_reached_is_an_error_at_once(dial: Callable[[Endpoint], object]) -> None:
     with pytest.raises(PermissionError):
         dial(Endpoint(socket.AF_INET, ("255.255.255.255", 1)))
+
+
+def test_a_flood_of_other_hosts_neither_holds_up_the_loop_nor_lengthens_the_wait(stack: ExitStack) -> None:
+    target, other = receiver(stack, "127.0.0.1"), receiver(stack, "127.0.0.2")
+    sock = stack.enter_context(closing(AnyPort(Endpoint(socket.AF_INET, target.getsockname()))))
+    sock.send(b"question")
+    _, address = target.recvfrom(100)
+
+    def flood() -> None:
+        while True:
+            for _ in range(2 * STRAYS_PER_TURN):
+                other.sendto(b"stray", address)
+            gevent.sleep(0)
+
+    flooding = gevent.spawn(flood)
+    stack.callback(flooding.kill)
+    gevent.sleep(0)
+    with pytest.raises(BlockingIOError):  # and others get their turn
+        sock.recv(100)
+    with pytest.raises(TimeoutError):
+        sock.wait(0.1)
 
 
 def test_a_socket_for_any_port_follows_the_one_that_answers_and_returns_to_the_first(stack: ExitStack) -> None:
