@@ -184,10 +184,11 @@ def test_both_protocols_get_one_port_also_where_the_kernel_chooses_it(stack: Exi
 
 @pytest.mark.parametrize(("tcp", "udp"), [(True, False), (False, True)])
 def test_a_protocol_that_is_off_is_not_opened(stack: ExitStack, tcp: bool, udp: bool) -> None:
-    listeners, datagrams = listen_both(Address(HOST, 0), "here", tcp=tcp, udp=udp)
+    port, kind = free_port(), socket.SOCK_DGRAM if tcp else socket.SOCK_STREAM  # one that no other program is given
+    listeners, datagrams = listen_both(Address(HOST, port), "here", tcp=tcp, udp=udp)
     closed_by(stack, [*listeners, *datagrams])
     assert (len(listeners), len(datagrams)) == (tcp, udp)
-    occupy(stack, port_of(listeners or datagrams), kind=socket.SOCK_DGRAM if tcp else socket.SOCK_STREAM)
+    occupy(stack, port, kind=kind)
 
 
 def test_a_connection_that_is_closed_unserved_is_reset(stack: ExitStack) -> None:
