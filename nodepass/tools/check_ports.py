@@ -23,11 +23,8 @@ from nodepass.tools.report import Report
 from nodepass.urls import Address, ClientURL, ServerURL, parse_url
 
 RUN = "/run/"  # where systemd makes runtime directories
-_ESTABLISHED, _LISTEN, _UNCONNECTED = (
-    "01",
-    "0A",
-    "07",
-)  # states in /proc/self/net; the last is that of a bound UDP socket
+# States in /proc/self/net; the last is that of a bound UDP socket.
+_ESTABLISHED, _LISTEN, _UNCONNECTED = "01", "0A", "07"
 _LOCAL, _REMOTE, _STATE, _INODE = 1, 2, 3, 9  # columns
 _WILDCARDS = ("0.0.0.0", "::")
 _TABLES: dict[int, tuple[tuple[str, int], ...]] = {
