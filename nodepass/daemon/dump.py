@@ -30,13 +30,19 @@ def count_greenlets(lines: Sequence[str]) -> int:
 def save(lines: Sequence[str], directory: str) -> str:
     """Replace the file of the last dump; its path. Only the process's user can read it. Raises OSError.
 
-    A link in its place is replaced, not followed.
+    A link in its place is replaced, not followed. A dump that fails leaves nothing, for what is full may be memory.
     """
     path = os.path.join(directory, NAME)
     fresh = f"{path}.new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(fresh)  # of a dump that was cut short
-    with open(os.open(fresh, _NEW_FILE, 0o600), "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    os.replace(fresh, path)
+    try:
+        # Not in the locale's encoding: an error would be no OSError.
+        with open(os.open(fresh, _NEW_FILE, 0o600), "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        os.replace(fresh, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        raise
     return path

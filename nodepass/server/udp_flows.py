@@ -120,6 +120,8 @@ class VisitorFlows(Part):
     def end_all(self) -> None:
         """End every lane, and with it its flows."""
         self._tasks.kill()
+        self._table.end(lambda _: True, "lost")  # a lane that was killed before it ran has ended none of its own
+        self._lanes.clear()
         self._refused.clear()
 
     def _begin(self, sock: socket.socket, visitor: ReplyAddress, counted: Address | None) -> VisitorFlow:

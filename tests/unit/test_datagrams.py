@@ -151,3 +151,21 @@ def test_a_socket_for_any_port_follows_the_one_that_answers_and_returns_to_the_f
         sock.wait(0.05)  # and does not keep the socket readable
     sock.send(b"from the beginning")
     assert target.recv(100) == b"from the beginning"
+
+
+def test_a_refusal_that_the_next_datagram_meets_is_an_error_and_it_is_sent_from_the_beginning(stack: ExitStack) -> None:
+    target, worker = receiver(stack, "127.0.0.1"), receiver(stack, "127.0.0.1")
+    sock = stack.enter_context(closing(AnyPort(Endpoint(socket.AF_INET, target.getsockname()))))
+    sock.send(b"question")
+    worker.sendto(b"answer", target.recvfrom(100)[1])
+    assert sock.wait(10) == b"answer"
+    worker.close()
+    sock.send(b"lost")
+    with pytest.raises(ConnectionRefusedError):
+        sock.send(b"refused")
+    sock.send(b"from the beginning")
+    assert target.recv(100) == b"from the beginning"
+
+
+def test_a_local_address_that_the_kernel_has_not_reported_is_unknown() -> None:
+    assert udp.ReplyAddress(("192.0.2.1", 1), ()).local(80) == ("::", 80)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import gevent
@@ -13,11 +15,12 @@ import pytest
 from nodepass.config import Settings
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon
-from nodepass.daemon.dump import NAME
+from nodepass.daemon.dump import NAME, save
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.stats import Stats
 from nodepass.urls import parse_url
+from tests.support.process import REPOSITORY, scrubbed
 from tests.unit.records import recorded
 
 
@@ -66,3 +69,18 @@ def test_a_directory_that_cannot_be_written_is_named_and_the_log_has_the_list(tm
     events = dump(str(tmp_path / "missing"))
     assert [event for event, _ in events] == ["tunnel.report", "process.dump_failed", "process.bugs"]
     assert events[2][1]["path"] == ""
+
+
+def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(IsADirectoryError):
+        save(["line"], str(tmp_path))
+    assert os.listdir(tmp_path) == [NAME]
+
+
+def test_a_name_outside_the_locales_encoding_is_no_error(tmp_path: Path) -> None:
+    """Nor is one that no encoding has, from a file name in a traceback."""
+    code = "import sys; from nodepass.daemon.dump import save; save(['\\xe4 \\udcff'], sys.argv[1])"
+    env = scrubbed({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, cwd=REPOSITORY, check=True)
+    assert (tmp_path / NAME).read_text(encoding="utf-8") == "ä \\udcff\n"

@@ -282,6 +282,19 @@ def test_lanes_of_a_client_that_has_vanished_end(stack: ExitStack) -> None:
     assert len(flows.flows) == 0
 
 
+def test_a_flow_whose_lane_was_ended_before_it_ran_does_not_stay_on_it(stack: ExitStack) -> None:
+    flows = Flows(stack, udp_lanes=1)
+    occupy(stack, flows.slot)
+    visitor = flows.visitor()
+    visitor.send(b"lost")
+    flows.flows.end_all()
+    assert len(flows.flows) == 0
+    [data] = fill(stack, flows.slot, "00000001")
+    visitor.send(b"hello")
+    assert read_frame(data) == (2, b"hello")
+    assert flows.common.stats.udp.ended["lost"] == 1
+
+
 def test_flows_end_when_they_are_closed(stack: ExitStack) -> None:
     flows = Flows(stack)
     occupy(stack, flows.slot)
