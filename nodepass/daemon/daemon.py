@@ -300,7 +300,8 @@ def make_tunnels(
 ) -> list[Callable[[], Tunnel]]:
     """How to make the tunnel of each URL, again after a crash. Raises ConfigError where a file is not usable.
 
-    `settings`: of each tunnel. A tunnel's records outlive it, and so does the tunnel port that servers share.
+    `settings`: of each tunnel. A tunnel's records and its rules about visitors outlive it, and so does the tunnel port
+    that servers share.
     """
     makers: list[Callable[[], Tunnel]] = []
     ports: dict[object, TunnelPort] = {}
@@ -314,13 +315,15 @@ def make_tunnels(
             continue
         from nodepass.server.server import Server
         from nodepass.server.tunnel_port import TunnelPort
+        from nodepass.visitors.rules import Rules
 
         share = inherited.share()
         address: object = url.tunnel if url.tunnel.port else object()  # a port that the kernel chooses is not shared
         if address not in ports:
             sharing = [other for other in urls if isinstance(other, ServerURL) and other.tunnel == url.tunnel]
             ports[address] = TunnelPort(sharing if url.tunnel.port else [url], own, log, stats, share)
-        makers.append(partial(Server, url, ports[address], own, tunnel_keys, records, share))
+        rules = Rules(own, url.name)
+        makers.append(partial(Server, url, ports[address], own, tunnel_keys, records, share, rules))
     return makers
 
 

@@ -33,6 +33,7 @@ from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
 from nodepass.urls import Address, ServerURL
 from nodepass.visitors.policy import Policy
+from nodepass.visitors.rules import Rules
 from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import HEARTBEATS
 
@@ -50,11 +51,9 @@ class Server:
         keys: Callable[[], Sequence[Key]],
         records: Records,
         share: Share,
+        rules: Rules,
     ) -> None:
-        """`port`: the tunnel port that this tunnel will join; `keys`: each of which its client may prove now.
-
-        Raises ConfigError where a list of visitors cannot be used.
-        """
+        """`port`: the tunnel port that this tunnel will join; `keys`: each of which its client may prove now."""
         self.url = url
         log, stats, access = records
         self.log = log
@@ -69,7 +68,7 @@ class Server:
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
         self._common = Common(settings, log, stats, loops, access)
-        self._policy = Policy.of(self._common, url.name)
+        self._policy = Policy.of(self._common, rules)
         present = keys()
         self._security = SecurityLog(security_of(url, bool(present)), log)
         self._slot = ClientSlot(self._common, url.tunnel_name, present, self._report_security)
@@ -133,7 +132,7 @@ class Server:
     def _make_parts(self) -> list[Part]:
         """All parts, in the order in which they stop: first what lets in clients, then what lets in visitors."""
         common, slot, policy = self._common, self._slot, self._policy
-        return [
+        parts: list[Part] = [
             slot,
             *(DatagramListener(common, sock, slot, self.sessions, policy) for sock in self._datagrams),
             VisitorListener(common, self._visitors, slot, self.sessions, policy),
@@ -141,6 +140,9 @@ class Server:
             Loop(common, "watch data connections", self._watch_supply),
             Loop(common, "report", self._report),
         ]
+        if policy:
+            parts.append(Loop(common, "watch the files of visitors", policy.watch))
+        return parts
 
     def _log_listening(self) -> None:
         self.log.info(

@@ -7,10 +7,14 @@ ask it; a server without any of these settings has no policy, and its visitors c
 
 from __future__ import annotations
 
+import gevent
 from gevent import get_hub
+from gevent.event import Event
+from gevent.lock import Semaphore
 
 from nodepass.hostport import parse_ip
 from nodepass.log import Limit
+from nodepass.tls.files import RETRY
 from nodepass.tunnel.part import Common
 from nodepass.visitors.quotas import Address, Concurrency, Rate
 from nodepass.visitors.rules import Rules
@@ -26,13 +30,17 @@ class Policy:
         self._rules = rules
         self._sessions = Concurrency(settings.sessions_per_address) if settings.sessions_per_address.most else None
         self._rate = Rate(settings.new_sessions_per_address) if settings.new_sessions_per_address.most else None
+        self._reloading = Semaphore()  # of two reloads at a time, the one that ends last could have read first
+        self._is_unusable = Event()  # a file was, at the last look
+        if rules.unusable is not None:
+            self._is_unusable.set()
 
     @classmethod
-    def of(cls, common: Common, place: str) -> Policy | None:
-        """The policy of a tunnel, None where its settings serve all; `place` names it in a ConfigError."""
+    def of(cls, common: Common, rules: Rules) -> Policy | None:
+        """The policy of a tunnel that has these rules, None where its settings serve all."""
         settings = common.settings
         quotas = settings.sessions_per_address.most or settings.new_sessions_per_address.most
-        return cls(common, Rules(settings, place)) if settings.allow or settings.deny or quotas else None
+        return cls(common, rules) if settings.allow or settings.deny or quotas else None
 
     def admits(self, host: str, visitor: object) -> bool:
         """Whether the rules serve a visitor: its address as the kernel or a user writes it, and its text for the log.
@@ -61,10 +69,23 @@ class Policy:
         """Read the files of networks again. Sessions that run go on."""
         if not self._rules.has_file:
             return
-        if error := get_hub().threadpool.apply(self._rules.reload):
+        with self._reloading:
+            error = get_hub().threadpool.apply(self._rules.reload)
+        if error:
+            self._is_unusable.set()
             self._log.error("rules.kept", "%(error)s; the rules stay as they were", error=error)
         else:
             self._log.info("rules.reloaded", "read the rules about visitors again")
+
+    def watch(self) -> None:
+        """Read files that could not be used at a reload as soon as they have changed in any way. Never returns."""
+        while True:
+            self._is_unusable.wait()
+            gevent.sleep(RETRY)
+            if self._rules.unusable is None:
+                self._is_unusable.clear()
+            elif self._rules.unusable != self._rules.file_states:
+                self.reload()
 
     def _take(self, address: Address) -> str:
         """Count a new session; why there may be none, or ""."""

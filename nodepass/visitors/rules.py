@@ -2,6 +2,9 @@
 
 DENY wins; an ALLOW list refuses all others. Networks stand in the setting or in a file, one a line. `reload` replaces
 both lists together or, where a file cannot be used, neither. What happens to a refused visitor is decided by `policy`.
+
+`daemon` makes the rules of a tunnel once. They outlive the tunnel, so that after a crash no file is read, and one that
+has become unusable does not keep the tunnel down.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Iterator
 from nodepass.config import Rule, Settings
 from nodepass.errors import ConfigError, reason
 from nodepass.hostport import Network, parse_network
-from nodepass.tls.files import without_mark
+from nodepass.tls.files import FileState, state_of, without_mark
 from nodepass.visitors.network_set import NetworkSet
 
 LARGEST = 64 << 20  # bytes of a file: a million networks and their comments
@@ -27,12 +30,22 @@ class Rules:
         """`place`: the tunnel, for errors. Reads the files. Raises ConfigError."""
         self._settings = settings
         self._place = place
+        self.unusable: list[FileState] | None = None  # the files as they were, where the last reload could not use them
         self._allow, self._deny = self._load()
 
     @property
     def has_file(self) -> bool:
         """Whether a list stands in a file."""
-        return bool(self._settings.allow.file or self._settings.deny.file)
+        return bool(self._files)
+
+    @property
+    def file_states(self) -> list[FileState]:
+        """Others where a file has changed in any way."""
+        return [state_of(file) for file in self._files]
+
+    @property
+    def _files(self) -> list[str]:
+        return [rule.file for rule in (self._settings.allow, self._settings.deny) if rule.file]
 
     def find_refusal(self, address: tuple[int, int]) -> str:
         """Why an address, as `hostport.parse_ip` returns it, is refused: denied, not_allowed, or ""."""
@@ -45,10 +58,13 @@ class Rules:
 
         A list of 100,000 takes a quarter of a second, so this is called in a thread, where gevent prints exceptions.
         """
+        states = self.file_states
         try:
             self._allow, self._deny = self._load()
         except ConfigError as error:
+            self.unusable = states
             return error
+        self.unusable = None
         return None
 
     def _load(self) -> tuple[NetworkSet | None, NetworkSet | None]:

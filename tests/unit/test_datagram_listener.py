@@ -19,6 +19,7 @@ from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common
 from nodepass.urls import Address
 from nodepass.visitors.policy import Policy
+from nodepass.visitors.rules import Rules
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 from nodepass.wire.negotiation import Offer
 from tests.unit.controls import V1, V2, read_line, until
@@ -49,7 +50,7 @@ class Port:
         stack.callback(close_all, sockets)
         stack.callback(self.sessions.kill)
         self.sock = sockets[0]
-        policy = self.slot.flows.policy = Policy.of(self.common, "server")
+        policy = self.slot.flows.policy = Policy.of(self.common, Rules(self.common.settings, "server"))
         self.listener: DatagramListener = start(
             stack,
             DatagramListener(self.common, self.sock, self.slot, self.sessions, policy),

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import gevent
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nodepass.config import Rule, Settings
+from nodepass.daemon.access_output import AccessOutputs
+from nodepass.daemon.daemon import make_tunnels
+from nodepass.daemon.key_file import Keys
 from nodepass.errors import ConfigError
 from nodepass.hostport import parse_ip, parse_network
+from nodepass.log import Log
+from nodepass.net.activation import Inherited
+from nodepass.stats import Stats
+from nodepass.tasks import TaskGroup
+from nodepass.tunnel.part import Common
+from nodepass.urls import parse_url
 from nodepass.visitors import network_set
 from nodepass.visitors.network_set import NetworkSet
+from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
+from tests.unit.controls import until
+from tests.unit.records import recorded
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -249,3 +263,64 @@ def test_a_reload_changes_both_lists_or_neither(tmp_path: Path) -> None:
     deny.write_text("")
     assert "ALLOW" in str(rules.reload())
     assert judged() == ["not_allowed", "denied", ""]
+
+
+def denies(rules: Rules, host: str) -> bool:
+    return rules.find_refusal(parse_ip(host)) == "denied"
+
+
+@pytest.fixture
+def policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Policy, Rules, Path]]:
+    """A policy with a file of DENY, which watches it, its rules, and the file."""
+    monkeypatch.setattr("nodepass.visitors.policy.RETRY", 0.001)
+    path = tmp_path / "deny"
+    path.write_text("192.0.2.1")
+    rules, log, stats = of_file(path), Log("server:1"), Stats()
+    policy = Policy(Common(rules._settings, log, stats, TaskGroup(log, stats)), rules)
+    watching = gevent.spawn(policy.watch)
+    yield policy, rules, path
+    watching.kill()
+    assert watching.successful()
+
+
+def test_a_file_that_could_not_be_used_is_read_once_it_has_changed(policy: tuple[Policy, Rules, Path]) -> None:
+    watched, rules, path = policy
+    with recorded() as records:
+        path.write_text("nonsense")
+        watched.reload()
+        gevent.sleep(0.01)
+        assert [each.event for each in records] == ["rules.kept"], "as long as nothing has changed, nothing is read"
+        path.chmod(0o640)
+        until(lambda: len(records) == 2)
+        path.write_text("192.0.2.2")
+        until(lambda: denies(rules, "192.0.2.2"))
+        until(lambda: not watched._is_unusable.is_set())
+        path.write_text("192.0.2.3")
+        gevent.sleep(0.01)
+    assert [each.event for each in records] == ["rules.kept", "rules.kept", "rules.reloaded"]
+    assert denies(rules, "192.0.2.2"), "a file that could be used waits for a reload"
+
+
+def test_rules_without_a_file_have_nothing_to_reload() -> None:
+    settings, log, stats = Settings(deny=Rule((parse_network("192.0.2.1"),))), Log("server:1"), Stats()
+    with recorded() as records:
+        Policy(Common(settings, log, stats, TaskGroup(log, stats)), Rules(settings, "server:1")).reload()
+    assert not records
+
+
+def test_a_tunnel_that_is_made_again_after_a_crash_keeps_its_rules_and_reads_no_file(tmp_path: Path) -> None:
+    """It would hold up the other tunnels, and one that cannot be used would keep the tunnel down."""
+    path = tmp_path / "deny"
+    path.write_text("192.0.2.1")
+    url = parse_url("server://127.0.0.1:0/127.0.0.1:0?tls=0")
+    settings = Settings(deny=Rule(file=str(path)))
+    [make] = make_tunnels([url], [settings], Keys(), Inherited(), AccessOutputs(Stats(), {}))
+    before = make()
+    path.write_text("nonsense")
+    before.reload()
+    path.unlink()
+    with recorded() as records:
+        after: Any = make()
+        assert not records
+        assert denies(after._policy._rules, "192.0.2.1")
+        assert after._policy._is_unusable.is_set(), "it is still to be read once it has changed"

@@ -25,6 +25,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Records
 from nodepass.urls import Address, ServerURL
+from nodepass.visitors.rules import Rules
 from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import DataHello, Hello, Offer, parse_opening
 from nodepass.wire.signals import ID_LENGTH
@@ -49,7 +50,7 @@ def make_server(
 ) -> Server:
     log, stats = Log("server"), Stats()
     port = port or TunnelPort([url], settings, log, stats, NOTHING)
-    return Server(url, port, settings, lambda: keys, Records(log, stats), NOTHING)
+    return Server(url, port, settings, lambda: keys, Records(log, stats), NOTHING, Rules(settings, url.name))
 
 
 class Running:

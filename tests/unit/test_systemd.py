@@ -24,6 +24,7 @@ from nodepass.stats import Stats
 from nodepass.tunnel.interface import LISTENER_ROLES, Observed
 from nodepass.tunnel.part import Records
 from nodepass.urls import Address, ServerURL
+from nodepass.visitors.rules import Rules
 from tests.support.sockets import connect
 from tests.support.target import bind_pair
 
@@ -119,7 +120,7 @@ def test_a_tunnel_that_starts_anew_takes_the_same_sockets_and_closing_it_leaves_
     share, log, stats = inherited.share(), Log("test"), Stats()
     port = TunnelPort([url], Settings(), log, stats, share)
     for _ in range(3):
-        server = Server(url, port, Settings(), tuple, Records(log, stats), share)
+        server = Server(url, port, Settings(), tuple, Records(log, stats), share, Rules(Settings(), url.name))
         server.start()
         assert not inherited.unused()
         server.close()
@@ -133,7 +134,8 @@ def test_a_socket_for_what_is_off_is_left_over_and_refused_by_name(stack: ExitSt
     inherited = Inherited([PassedSocket(UNIT, each) for each in (tunnel, target, datagrams)], LISTENER_ROLES)
     url = ServerURL(*(Address("127.0.0.1", port_of([each])) for each in (tunnel, target)))
     share, log, stats, settings = inherited.share(), Log("test"), Stats(), Settings(udp=False)
-    server = Server(url, TunnelPort([url], settings, log, stats, share), settings, tuple, Records(log, stats), share)
+    port = TunnelPort([url], settings, log, stats, share)
+    server = Server(url, port, settings, tuple, Records(log, stats), share, Rules(settings, url.name))
     server.start()
     stack.callback(server.close)
     assert inherited.unused() == f"{format_sockaddr(datagrams.getsockname())} (udp, {UNIT})"

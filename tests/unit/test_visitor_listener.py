@@ -17,6 +17,7 @@ from nodepass.server.visitor_listener import VisitorListener
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common
 from nodepass.visitors.policy import Policy
+from nodepass.visitors.rules import Rules
 from tests.unit.controls import V1, Ends, read_line, until
 from tests.unit.servers import a_server_room, connect, fill, listen_on, make_slot, occupy, start
 from tests.unit.streams import receive_all
@@ -42,9 +43,10 @@ class Port:
         reset_on_close(self.sock, True)  # as `listen_both` has it
         self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
         stack.callback(self.sessions.kill)
+        policy = Policy.of(self.common, Rules(self.common.settings, "server"))
         self.listener: VisitorListener = start(
             stack,
-            VisitorListener(self.common, [self.sock], self.slot, self.sessions, Policy.of(self.common, "server")),
+            VisitorListener(self.common, [self.sock], self.slot, self.sessions, policy),
         )
 
     def connect(self, source: str = "127.0.0.1") -> socket.socket:
