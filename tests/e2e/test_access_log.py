@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.process import REPOSITORY, scrubbed
-from tests.support.programs import installed, running, tunnel_to
+from tests.support.programs import installed, running_nginx, tunnel_to
 from tests.support.scrape import WATCHED, metrics_of, scrape
 from tests.support.sockets import (
     Address,
@@ -225,10 +225,6 @@ def test_logrotate_rotates_it_and_no_line_is_lost(logged: Logged, tmp_path: Path
 
 
 NGINX = """
-daemon off;
-pid {root}/nginx.pid;
-error_log stderr;
-events {{ }}
 http {{
     log_format bytes "$request_length $bytes_sent";
     access_log {root}/served bytes;
@@ -247,10 +243,9 @@ def test_nginx_counts_the_same_bytes(tmp_path: Path) -> None:
     for name, size in (("small", 10), ("large", 3_000_000)):
         (tmp_path / name).write_bytes(bytes(size))
     tmp_path.chmod(0o755)
-    (tmp_path / "nginx.conf").write_text(NGINX.format(root=tmp_path, port=port))
-    command = ("nginx", "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf"))
+    blocks = NGINX.format(root=tmp_path, port=port)
     names = ["small", "large", "missing", "small"]
-    with running(port, *command) as nginx, tunnel_to(nginx, 1, ACCESS_LOG=str(path)) as visitors:
+    with running_nginx(tmp_path, port, blocks) as nginx, tunnel_to(nginx, 1, ACCESS_LOG=str(path)) as visitors:
         for name in names:
             with connect(parse_address(visitors)) as visitor:
                 visitor.sendall(f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

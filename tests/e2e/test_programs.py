@@ -13,16 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.process import scrubbed
-from tests.support.programs import running, tunnel_to
+from tests.support.programs import running, running_nginx, tunnel_to
 from tests.support.sockets import Address, free_port
 
 NGINX = """
-daemon off;
-pid {root}/nginx.pid;
-error_log stderr;
 worker_processes 1;
 {user}
-events {{ }}
 http {{
     access_log off;
     client_max_body_size 0;
@@ -44,11 +40,9 @@ http {{
 def nginx(tmp_path: Path) -> Iterator[Address]:
     port = free_port()
     user = "user root;" if os.geteuid() == 0 else ""
-    config = tmp_path / "nginx.conf"
     (tmp_path / "html").mkdir()
     (tmp_path / "upload").mkdir()
-    config.write_text(NGINX.format(root=tmp_path, port=port, user=user))
-    with running(port, "nginx", "-p", str(tmp_path), "-e", "stderr", "-c", str(config)) as address:
+    with running_nginx(tmp_path, port, NGINX.format(root=tmp_path, port=port, user=user)) as address:
         yield address
 
 

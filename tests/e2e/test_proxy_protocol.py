@@ -16,7 +16,7 @@ from proxyprotocol.v2 import ProxyProtocolV2
 
 from nodepass.wire.proxy_protocol import TUNNEL_NAME
 from tests.support.process import scrubbed
-from tests.support.programs import running
+from tests.support.programs import running, running_nginx, tunnel_to
 from tests.support.sockets import (
     Address,
     connect,
@@ -25,11 +25,12 @@ from tests.support.sockets import (
     free_port,
     has_ipv6,
     parse_address,
+    receive_all,
     receive_exactly,
     until,
 )
 from tests.support.target import Target
-from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel
+from tests.support.tunnel import OurClient, OurServer, Tunnel
 from tests.support.v1_server import V1Server
 
 HOSTS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here"))]
@@ -125,10 +126,6 @@ def test_a_server_of_wire_v1_knows_no_address_which_is_said_once(stack: contextl
 # Real services
 
 NGINX = """
-daemon off;
-pid {root}/nginx.pid;
-error_log stderr;
-events {{ }}
 http {{
     access_log off;
     server {{
@@ -168,23 +165,11 @@ remote-control:
 """
 
 
-@contextlib.contextmanager
-def in_front_of(service: Address, version: str, host: str = "127.0.0.1") -> Iterator[Address]:
-    """A tunnel to a real service; its visitors' address."""
-    with OurServer(1, target=format_address((host, 0)), log="info") as server:
-        query = f"tls=1&proxy_protocol={version}"
-        with OurClient(server.tunnel_address, service, query=query, log="info", env=CALM) as client:
-            client.wait_until_connected()
-            yield server.visitor_address
-
-
 def ask_for_addresses(visitors: Address) -> tuple[list[str], Address]:
     """What the service says that the visitor's address is; and what it is."""
     with connect(visitors) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        answer = b""
-        while data := sock.recv(4096):
-            answer += data
+        answer = receive_all(sock)
         own = sock.getsockname()
     return answer.rpartition(b"\r\n\r\n")[2].decode().split(), own[:2]
 
@@ -194,18 +179,16 @@ def ask_for_addresses(visitors: Address) -> tuple[list[str], Address]:
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_nginx_and_haproxy_see_the_visitors_address(tmp_path: Path, version: str, host: str) -> None:
     port = free_port()
-    (tmp_path / "nginx.conf").write_text(NGINX.format(root=tmp_path, port=port))
-    nginx = running(port, "nginx", "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf"))
     other = free_port()
     (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(port=other))
     haproxy = running(other, "haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg"))
-    with nginx as first, haproxy as second:
+    with running_nginx(tmp_path, port, NGINX.format(port=port)) as first, haproxy as second:
         for service in (first, second):
-            with in_front_of(service, version, host) as visitors:
+            with tunnel_to(service, 1, host, PROXY_PROTOCOL=version) as visitors:
                 for _ in range(3):
-                    (address, source_port, local_port), own = ask_for_addresses(visitors)
+                    (address, source_port, local_port), own = ask_for_addresses(parse_address(visitors))
                     assert (ipaddress.ip_address(address), int(source_port)) == (ipaddress.ip_address(own[0]), own[1])
-                    assert int(local_port) == visitors[1]
+                    assert int(local_port) == parse_address(visitors)[1]
 
 
 @pytest.mark.programs("unbound", "dig")
@@ -213,8 +196,8 @@ def test_unbound_sees_the_visitors_address_in_datagrams_and_connections(tmp_path
     port = free_port()
     (tmp_path / "unbound.conf").write_text(UNBOUND.format(root=tmp_path, port=port))
     server = running(port, "unbound", "-d", "-c", str(tmp_path / "unbound.conf"), protocol="udp")
-    with server as service, in_front_of(service, "v2") as visitors:
-        host, number = parse_address(format_address(visitors))
+    with server as service, tunnel_to(service, 1, PROXY_PROTOCOL="v2") as visitors:
+        host, number = parse_address(visitors)
         for options, source in (
             (["+notcp"], "127.0.0.1"),
             (["+tcp"], "127.0.0.1"),

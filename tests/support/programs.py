@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.support.needs import program
@@ -34,6 +35,13 @@ def running(port: int, name: str, *arguments: str, protocol: str = "tcp") -> Ite
             process.wait(10)
 
 
+def running_nginx(root: Path, port: int, blocks: str) -> AbstractContextManager[Address]:
+    """nginx with these blocks of its configuration, once it listens on this port; its files are below `root`."""
+    config = root / "nginx.conf"
+    config.write_text(f"daemon off;\npid {root}/nginx.pid;\nerror_log stderr;\nevents {{ }}\n{blocks}")
+    return running(port, "nginx", "-p", str(root), "-e", "stderr", "-c", str(config))
+
+
 def _listens(port: int, protocol: str) -> bool:
     """Whether the port is listened on, without connecting to it."""
     rows = [line.split() for name in (protocol, f"{protocol}6") for line in _table(name)]
@@ -47,10 +55,13 @@ def _table(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def tunnel_to(target: Address, tls: int, **settings: str) -> Iterator[str]:
-    """A tunnel of ours to a running program, with these settings of the client; the visitors' address as text."""
+def tunnel_to(target: Address, tls: int, host: str = "127.0.0.1", **settings: str) -> Iterator[str]:
+    """A tunnel of ours to a running program, with these settings of the client; the visitors' address as text.
+
+    host: where visitors come.
+    """
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(OurServer(tls, log="info"))
+        server = stack.enter_context(OurServer(tls, target=format_address((host, 0)), log="info"))
         client = stack.enter_context(OurClient(server.tunnel_address, target, log="info", env={**CALM, **settings}))
         client.wait_until_connected()
         yield format_address(server.visitor_address)
