@@ -4,9 +4,6 @@ good.
 
 from __future__ import annotations
 
-import hashlib
-import socket
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -15,12 +12,11 @@ from tests.support.certificates import Authority
 from tests.support.sockets import (
     connect,
     is_closed_both_ways,
-    receive_all,
     receive_exactly,
     reset,
     until,
 )
-from tests.support.tunnel import Pair, Tunnel, assert_connected, open_tunnel
+from tests.support.tunnel import Pair, Tunnel, assert_arrives, assert_connected, assert_half_closes_pass, open_tunnel
 from tests.support.v1_client import V1Client
 from tests.support.v1_server import V1Server
 
@@ -41,34 +37,14 @@ def test_v1_peers_carry_more_sessions_than_their_pool_holds(peers: Tunnel) -> No
 
 def test_v1_peers_pass_a_half_close_in_both_directions(peers: Tunnel) -> None:
     with peers.session() as (visitor, service):
-        visitor.sendall(b"question")
-        visitor.shutdown(socket.SHUT_WR)
-        assert receive_all(service) == b"question"
-        service.sendall(b"answer")
-        service.shutdown(socket.SHUT_WR)
-        assert receive_all(visitor) == b"answer"
+        assert_half_closes_pass(visitor, service)
     with peers.session() as (visitor, service):
-        service.sendall(b"greeting")
-        service.shutdown(socket.SHUT_WR)
-        assert receive_all(visitor) == b"greeting"
-        visitor.sendall(b"thanks")
-        visitor.shutdown(socket.SHUT_WR)
-        assert receive_all(service) == b"thanks"
+        assert_half_closes_pass(service, visitor)
 
 
 def test_v1_peers_carry_megabytes_unharmed(peers: Tunnel) -> None:
-    sent = bytes(range(256)) * (4 << 12)
-
-    def write() -> None:
-        visitor.sendall(sent)
-        visitor.shutdown(socket.SHUT_WR)
-
     with peers.session() as (visitor, service):
-        writer = threading.Thread(target=write)
-        writer.start()
-        received = receive_all(service)
-        writer.join()
-    assert hashlib.sha256(received).digest() == hashlib.sha256(sent).digest()
+        assert_arrives(bytes(range(256)) * (4 << 12), visitor, service)
 
 
 def test_v1_peers_carry_datagrams_that_fit_the_first_tls_record(peers: Tunnel) -> None:

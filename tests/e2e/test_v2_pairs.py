@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import random
-import socket
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.certificates import Authority
-from tests.support.sockets import datagram_socket, receive_all
-from tests.support.tunnel import Tunnel, assert_connected
+from tests.support.sockets import datagram_socket
+from tests.support.tunnel import Tunnel, assert_arrives, assert_connected, assert_half_closes_pass
 from tests.support.v2_tunnel import V2Pair, V2Side, open_v2_tunnels
 
 SIDES: tuple[tuple[V2Side, V2Side], ...] = (("ours", "ours"), ("ours", "v2"), ("v2", "ours"))
@@ -52,28 +49,13 @@ def test_many_sessions_at_once_keep_apart(v2_tunnel: Tunnel) -> None:
 @every_pair
 def test_a_half_close_passes_in_both_directions(v2_tunnel: Tunnel) -> None:
     with v2_tunnel.session() as (visitor, service):
-        visitor.sendall(b"question")
-        visitor.shutdown(socket.SHUT_WR)
-        assert receive_all(service) == b"question"
-        service.sendall(b"answer")
-        service.shutdown(socket.SHUT_WR)
-        assert receive_all(visitor) == b"answer"
+        assert_half_closes_pass(visitor, service)
 
 
 @every_pair
 def test_megabytes_pass_unharmed(v2_tunnel: Tunnel) -> None:
-    sent = random.Random(7).randbytes(2 << 20)
-
-    def write() -> None:
-        visitor.sendall(sent)
-        visitor.shutdown(socket.SHUT_WR)
-
     with v2_tunnel.session() as (visitor, service):
-        writer = threading.Thread(target=write)
-        writer.start()
-        received = receive_all(service)
-        writer.join()
-    assert hashlib.sha256(received).digest() == hashlib.sha256(sent).digest()
+        assert_arrives(random.Random(7).randbytes(2 << 20), visitor, service)
 
 
 @every_pair

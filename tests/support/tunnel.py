@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tests.support.sockets import (
     datagram_socket,
     format_address,
     parse_address,
+    receive_all,
     receive_exactly,
 )
 from tests.support.target import Target
@@ -213,6 +215,30 @@ def assert_connected(visitor: socket.socket, service: socket.socket) -> None:
     assert receive_exactly(service, 4) == b"ping"
     service.sendall(b"pong")
     assert receive_exactly(visitor, 4) == b"pong"
+
+
+def assert_half_closes_pass(first: socket.socket, second: socket.socket) -> None:
+    """Check that an end of a session that has said all hears the other one, and that both ends of streams pass."""
+    first.sendall(b"question")
+    first.shutdown(socket.SHUT_WR)
+    assert receive_all(second) == b"question"
+    second.sendall(b"answer")
+    second.shutdown(socket.SHUT_WR)
+    assert receive_all(first) == b"answer"
+
+
+def assert_arrives(sent: bytes, source: socket.socket, sink: socket.socket) -> None:
+    """Send more than buffers hold, and the end of the stream, and check that it arrives unharmed."""
+
+    def write() -> None:
+        source.sendall(sent)
+        source.shutdown(socket.SHUT_WR)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    received = receive_all(sink)
+    writer.join()
+    assert received == sent, f"{len(received)} of {len(sent)} bytes, or others"
 
 
 @contextlib.contextmanager

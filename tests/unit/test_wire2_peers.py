@@ -14,9 +14,9 @@ import pytest
 from OpenSSL import SSL
 
 from tests.support.certificates import Authority
-from tests.support.sockets import datagram_socket, receive_all, until
+from tests.support.sockets import datagram_socket, until
 from tests.support.target import Target
-from tests.support.tunnel import Tunnel
+from tests.support.tunnel import Tunnel, assert_arrives, assert_half_closes_pass
 from tests.support.wire2 import lines
 from tests.support.wire2.client import V2Client
 from tests.support.wire2.client_side import ClientSide
@@ -131,26 +131,12 @@ def test_v2_peers_carry_more_sessions_than_their_pool_holds(peers: Tunnel) -> No
 
 def test_v2_peers_pass_a_half_close(peers: Tunnel) -> None:
     with peers.session() as (visitor, service):
-        visitor.sendall(b"question")
-        visitor.shutdown(socket.SHUT_WR)
-        assert receive_all(service) == b"question"
-        service.sendall(b"answer")
-        service.shutdown(socket.SHUT_WR)
-        assert receive_all(visitor) == b"answer"
+        assert_half_closes_pass(visitor, service)
 
 
 def test_v2_peers_carry_a_megabyte_unharmed(peers: Tunnel) -> None:
-    sent = bytes(range(256)) * (4 << 10)
-
-    def write() -> None:
-        visitor.sendall(sent)
-        visitor.shutdown(socket.SHUT_WR)
-
     with peers.session() as (visitor, service):
-        writer = threading.Thread(target=write)
-        writer.start()
-        assert receive_all(service) == sent
-        writer.join()
+        assert_arrives(bytes(range(256)) * (4 << 10), visitor, service)
 
 
 def test_v2_peers_carry_datagrams_of_any_size(peers: Tunnel) -> None:
