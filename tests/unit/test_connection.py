@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, cast
 
-import gevent
 import pytest
 from gevent.event import Event
 
@@ -23,12 +21,6 @@ from nodepass.wire.negotiation import HEARTBEATS, Offer
 from nodepass.wire.signals import LANE, TCP, Launch
 from tests.unit.controls import connect_ends, run, until
 from tests.unit.records import recorded
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
 
 
 class FullLaunches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
 from unittest import mock
@@ -36,12 +36,6 @@ SHORT = 0.01  # seconds between heartbeats, where a test waits for some
 VERSIONS = pytest.mark.parametrize("agreement", [V1, V2], ids=["v1", "v2"])
 BRISK = Agreement(Offer(10102, 0, round(1000 * SHORT)))  # v2, with a heartbeat every SHORT seconds
 ANSWER = b"//beat?ok=1\n"
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -21,12 +21,11 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+def stack(monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> ExitStack:
     """Sockets are gevent's, as in the patched program."""
     for module in (listen, udp):
         monkeypatch.setattr(module, "socket", socket)
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
+    return stack
 
 
 def receiver(stack: ExitStack, host: str) -> Any:

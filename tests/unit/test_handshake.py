@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import gevent
 import pytest
 from gevent import Greenlet, socket
 from OpenSSL import SSL
@@ -58,12 +57,6 @@ def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
     _client_context.cache_clear()
     yield authority
     _client_context.cache_clear()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
 
 
 @pytest.fixture

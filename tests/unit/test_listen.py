@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
@@ -43,12 +43,11 @@ Sockets = list[Any]  # the standard library's for the program, gevent's here
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+def stack(monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> ExitStack:
     """Sockets are gevent's, as in the patched program."""
     monkeypatch.setattr(sockets, "socket", socket)
     monkeypatch.setattr(listen, "socket", socket)
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
+    return stack
 
 
 def closed_by(stack: ExitStack, opened: Sockets) -> Sockets:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import gevent
@@ -30,17 +29,6 @@ class Events(Log):
 
     def log(self, level: int, event: str, *_: object, **__: object) -> None:  # type: ignore[override]  # noqa: ARG002
         self.events.append(event)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
-
-
-@pytest.fixture
-def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
-    return Resolver(monkeypatch)
 
 
 @pytest.fixture

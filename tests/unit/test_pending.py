@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import gevent
@@ -51,12 +50,6 @@ class Peer:
     def is_dropped(self) -> bool:
         """Whether the program has closed it."""
         return self.accepted.fileno() < 0
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
 
 
 def make_pending(stack: ExitStack, stats: Stats | None = None) -> PendingConnections:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import cast
 
@@ -18,12 +17,6 @@ from tests.unit.streams import reset
 
 LONGEST = 20
 SECURED = pytest.mark.parametrize("secured", [False, True], ids=["clear", "tls"])
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
 
 
 def connect(stack: ExitStack, secured: bool) -> tuple[Stream, Stream]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -30,15 +29,10 @@ LOG = Log("test")
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+def stack(monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> ExitStack:
+    """Sockets are gevent's, as in the patched program, until all has been left."""
     monkeypatch.setattr(udp, "socket", socket)
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
-
-
-@pytest.fixture
-def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
-    return Resolver(monkeypatch)
+    return stack
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,10 +27,10 @@ from tests.unit.streams import tcp_pair
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+def stack(monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> ExitStack:
+    """Sockets are gevent's, as in the patched program, until all has been left."""
     monkeypatch.setattr(udp, "socket", socket)
-    with ExitStack() as stack, gevent.Timeout(20):
-        yield stack
+    return stack
 
 
 def test_a_full_lane_takes_no_more_until_what_it_has_is_written(
