@@ -57,16 +57,21 @@ def open_session(place: Place, server: OurServer, target: Target) -> tuple[socke
     return visitor, service
 
 
+def assert_both_are_reset(visitor: socket.socket, service: socket.socket) -> None:
+    """Check that both ends of a session are reset, once each has sent what will never arrive."""
+    visitor.sendall(b"are you there?")
+    service.sendall(b"are you?")
+    for end in (visitor, service):
+        with pytest.raises(ConnectionResetError):
+            end.recv(1)
+
+
 def test_sessions_with_bytes_in_flight_end_when_nothing_is_acknowledged(place: Place) -> None:
     server, client, target = start(place, SLOW, bounded(SHORT, LONG))
     visitor, service = open_session(place, server, target)
     with visitor, service:
         place.network.pull()
-        visitor.sendall(b"are you there?")
-        service.sendall(b"are you?")
-        for end in (visitor, service):
-            with pytest.raises(ConnectionResetError):
-                end.recv(1)
+        assert_both_are_reset(visitor, service)
     for run in (server, client):
         run.wait_for("session.closed", outcome="vanished")
 
@@ -77,11 +82,7 @@ def test_when_the_other_end_has_vanished_its_sessions_end_and_idle_ones_survive(
     marks = server.mark(), client.mark()
     with visitor, service, idle, idle_service:
         place.network.pull()
-        visitor.sendall(b"are you there?")
-        service.sendall(b"are you?")
-        for end in (visitor, service):
-            with pytest.raises(ConnectionResetError):
-                end.recv(1)
+        assert_both_are_reset(visitor, service)
         for run, mark in ((server, marks[0]), (client, marks[1])):
             run.wait_for("session.closed", after=mark, outcome="vanished")
         place.network.mend()

@@ -219,12 +219,17 @@ def look(deadlines: Deadlines) -> None:
     gevent.sleep(0)
 
 
+def let_pass(seconds: float, deadlines: Deadlines, clock: Clock) -> None:
+    """Look now, and again so many seconds later."""
+    look(deadlines)
+    clock.now += seconds
+    look(deadlines)
+
+
 def test_a_session_without_a_byte_either_way_ends(begin: Begin, clock: Clock) -> None:
     deadlines, ends = begin(idle=60)
     ends.speak()
-    look(deadlines)
-    clock.now += 59
-    look(deadlines)
+    let_pass(59, deadlines, clock)
     assert not ends.running.ready()
     clock.now += 1
     for each in (ends.visitor, ends.target):
@@ -240,9 +245,7 @@ def test_a_session_in_which_one_end_speaks_now_and_then_is_not_idle(begin: Begin
     for _ in range(3):
         ends.target.sendall(b"!")
         assert ends.visitor.recv(1) == b"!"
-        look(deadlines)
-        clock.now += 59
-        look(deadlines)
+        let_pass(59, deadlines, clock)
     assert not ends.running.ready()
 
 
@@ -254,9 +257,7 @@ def test_a_session_is_not_idle_while_a_slow_reader_takes_what_the_kernel_holds(b
         ends.far.send(b"held")  # past the relay
         assert ends.target.recv(4) == b"held"
         wait_delivered(ends.far, 10)
-        look(deadlines)
-        clock.now += 59
-        look(deadlines)
+        let_pass(59, deadlines, clock)
     assert not ends.running.ready()
 
 

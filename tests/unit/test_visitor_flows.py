@@ -83,6 +83,16 @@ def receive_exactly(sock: socket.socket, size: int) -> bytes:
     return data
 
 
+def begin_flow(stack: ExitStack, **settings: object) -> tuple[Flows, socket.socket]:
+    """The flows of a slot, of which one has begun, and its lane."""
+    flows = Flows(stack, **settings)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    flows.visitor().send(b"hello")
+    assert read_frame(data) == (1, b"hello")
+    return flows, data
+
+
 def test_a_visitors_datagrams_are_one_flow_and_its_answers_come_back(stack: ExitStack) -> None:
     flows = Flows(stack)
     occupy(stack, flows.slot)
@@ -110,11 +120,7 @@ def test_visitors_share_lanes_the_least_busy_first(stack: ExitStack) -> None:
 
 
 def test_a_flow_ends_when_it_has_been_silent_and_its_lane_with_it(stack: ExitStack) -> None:
-    flows = Flows(stack, udp_session_timeout=0.3)
-    occupy(stack, flows.slot)
-    [data] = fill(stack, flows.slot, "00000001")
-    flows.visitor().send(b"hello")
-    assert read_frame(data) == (1, b"hello")
+    flows, data = begin_flow(stack, udp_session_timeout=0.3)
     data.sendall(encode_frame(1, b"answer"))
     assert data.recv(1) == b""
     assert len(flows.flows) == 0
@@ -122,11 +128,7 @@ def test_a_flow_ends_when_it_has_been_silent_and_its_lane_with_it(stack: ExitSta
 
 
 def test_a_lane_without_flows_ends_in_order_so_that_the_client_sees_no_cut_stream(stack: ExitStack) -> None:
-    flows = Flows(stack, udp_session_timeout=0.2)
-    occupy(stack, flows.slot)
-    [data] = fill(stack, flows.slot, "00000001")
-    flows.visitor().send(b"hello")
-    assert read_frame(data) == (1, b"hello")
+    flows, data = begin_flow(stack, udp_session_timeout=0.2)
     assert data.recv(1) == b""  # and no reset
     assert flows.common.stats.udp.ended["unanswered"] == 1
 
@@ -296,11 +298,7 @@ def test_a_flow_whose_lane_was_ended_before_it_ran_does_not_stay_on_it(stack: Ex
 
 
 def test_flows_end_when_they_are_closed(stack: ExitStack) -> None:
-    flows = Flows(stack)
-    occupy(stack, flows.slot)
-    [data] = fill(stack, flows.slot, "00000001")
-    flows.visitor().send(b"hello")
-    assert read_frame(data) == (1, b"hello")
+    flows, data = begin_flow(stack)
     flows.flows.close()
     with pytest.raises(ConnectionResetError):
         data.recv(1)
