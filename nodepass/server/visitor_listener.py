@@ -84,11 +84,12 @@ class VisitorListener(Part):
         visitor = TCPStream(sock, resets=True)  # see listen_both
         counted = None
         try:
-            if self._policy and not (counted := self._policy.begin(peer.host, peer)):
+            visit = None
+            if self._access:
+                ends = format_without_zone(peer.sockaddr), format_without_zone(sock.getsockname())
+                visit = self._access.begin("tcp", began, *ends)
+            if self._policy and not (counted := self._policy.begin(peer.host, peer, visit)):
                 return
-            visit = self._access and self._access.begin(
-                "tcp", began, format_without_zone(peer.sockaddr), format_without_zone(sock.getsockname())
-            )
             id, data = self._slot.launch(TCP, self._settings.pool_get_timeout, sock)
             try:
                 if visit:

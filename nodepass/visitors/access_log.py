@@ -1,9 +1,10 @@
 """The access log: one line for each session at its end, the same COLUMNS on both ends, as text or as a JSON object.
 
 A part that serves sessions begins a `Visit` for each, notes in it what becomes known, and ends it where `stats` counts
-the session's outcome: so the sums of the lines are those of the metrics. Without ACCESS_LOG there is no `AccessLog`,
-and a session has no visit. Where the lines go is not known here: the daemon's `access_output` takes them, and it never
-waits.
+the session's outcome, or that a connection was refused: so the sums of the lines are those of the metrics. A refused
+datagram begins no session, and has no line: its source can be forged, and there may be very many. Without ACCESS_LOG
+there is no `AccessLog`, and a session has no visit. Where the lines go is not known here: the daemon's `access_output`
+takes them, and it never waits.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from nodepass.hostport import parse_ip
 from nodepass.log import Limit
 from nodepass.tls.files import RETRY
 from nodepass.tunnel.part import Common
+from nodepass.visitors.access_log import Visit
 from nodepass.visitors.quotas import Address, Concurrency, Rate
 from nodepass.visitors.rules import Rules
 
@@ -52,13 +53,19 @@ class Policy:
             self._refuse(visitor, refusal)
         return not refusal
 
-    def begin(self, host: str, visitor: object) -> Address | None:
-        """Begin a session of a visitor, as for `admits`: what `end` takes at its end, None where it is refused."""
+    def begin(self, host: str, visitor: object, visit: Visit | None = None) -> Address | None:
+        """Begin a session of a visitor, as for `admits`: what `end` takes at its end, None where it is refused.
+
+        `visit`: its session in the access log, which a refusal ends.
+        """
         address = parse_ip(host)
         refusal = self._rules.find_refusal(address) or self._take(address)
-        if refusal:
-            self._refuse(visitor, refusal)
-        return None if refusal else address
+        if not refusal:
+            return address
+        self._refuse(visitor, refusal)
+        if visit:
+            visit.end(refusal)
+        return None
 
     def end(self, address: Address) -> None:
         """A session has ended that `begin` has admitted."""

@@ -14,7 +14,7 @@ import pytest
 from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.net.relay import Traffic, relay
-from nodepass.stats import Stats
+from nodepass.stats import REFUSALS, Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Common
 from nodepass.visitors.access_log import COLUMNS, AccessLog, Visit
@@ -144,9 +144,12 @@ def test_the_filter_of_fail2ban_finds_visitors_that_send_nothing(style: str, tmp
     ):
         lines.begin(visitor).end_relayed(traffic)
     lines.begin("203.0.113.9:1").end("unserved")
+    for number, why in enumerate(REFUSALS):
+        lines.log.begin("tcp", time.monotonic(), f"198.51.100.{number}:1", "198.51.100.9:443").end(why)
     lines.begin("203.0.113.10:1", protocol="udp").end("unanswered")
     of_client.begin("203.0.113.11:1").end_relayed(Traffic(ended=2))
     path = tmp_path / "access.log"
     path.write_text("\n".join([*lines, *of_client, ""]))
     assert banned(path) == ["203.0.113.7", "2001:db8::7"]
     assert banned(path, "any") == ["203.0.113.7", "2001:db8::7", "203.0.113.8"]
+    assert banned(path, "refused") == [f"198.51.100.{number}" for number in range(len(REFUSALS))]

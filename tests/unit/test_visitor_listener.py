@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import gevent
 import pytest
@@ -16,6 +17,7 @@ from nodepass.server.client_slot import ClientSlot
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common
+from nodepass.visitors.access_log import COLUMNS
 from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
 from tests.unit.controls import V1, Ends, read_line, until
@@ -34,11 +36,15 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
 class Port:
     """A target port that is served, with a limit of sessions."""
 
-    def __init__(self, stack: ExitStack, limit: int = 10, **settings: object) -> None:
+    def __init__(
+        self, stack: ExitStack, limit: int = 10, access: Callable[[str], object] | None = None, **settings: object
+    ) -> None:
+        """`access`: gets the lines of the access log."""
         self._stack = stack
         self.common: Common
         self.slot: ClientSlot
-        self.common, self.slot = make_slot(stack, **settings)
+        common, self.slot = make_slot(stack, **settings)
+        self.common = replace(common, access=access)
         self.sock = listen_on(stack)
         reset_on_close(self.sock, True)  # as `listen_both` has it
         self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
@@ -156,6 +162,21 @@ def test_a_refused_visitor_is_reset_and_takes_no_data_connection(stack: ExitStac
     assert port.refused == {"denied": 1, "not_allowed": 1}
     assert len(port.slot.pool) == 1
     assert_relayed(client, data, port.connect())
+
+
+def test_the_access_log_has_refused_visitors_with_the_reason_as_their_outcome(stack: ExitStack) -> None:
+    lines: list[str] = []
+    port = Port(stack, access=lines.append, pool_get_timeout=SOON, deny=parse("deny", "127.0.0.2"))
+    for source in ("127.0.0.2", "127.0.0.1"):
+        visitor = port.connect(source)
+        with pytest.raises(ConnectionResetError):
+            visitor.recv(1)
+    until(lambda: len(lines) == 2)
+    shown = [dict(zip(COLUMNS, line.split(" ")[2:], strict=True)) for line in lines]
+    assert [each["outcome"] for each in shown] == ["denied", "unserved"]
+    assert shown[0]["visitor"].startswith("127.0.0.2:")
+    assert [shown[0][name] for name in ("session", "client", "up", "down", "first_byte")] == ["-", "-", "0", "0", "-"]
+    assert port.refused == {"denied": 1}
 
 
 def test_sessions_of_one_address_are_limited_until_one_ends(stack: ExitStack) -> None:
