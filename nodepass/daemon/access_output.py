@@ -4,6 +4,7 @@ Nothing here waits, as in `log_output`, whose queue each place has: what a place
 queue lines are lost, counted in `Stats` and reported in the log. A file is opened again at SIGHUP, so that it can be
 rotated. A datagram socket is connected again once its reader is back. What a line says is the business of
 `visitors.access_log`. `cli` makes the one `AccessOutputs`; `daemon` gives tunnels their writers, and reopens it.
+`check` asks `find_trouble`.
 """
 
 from __future__ import annotations
@@ -179,6 +180,25 @@ class _StandardOutput(_Output):
     def close(self) -> None:
         super().close()
         self._opened.close()
+
+
+def find_trouble(place: AccessPlace) -> str:
+    """Why this user cannot write to a place now, or "", for `check`.
+
+    Nothing is opened: a new file would belong to this user, and the reader of a FIFO would find its end.
+    """
+    directory = os.path.dirname(place.path)
+    if not place.path:
+        return ""
+    if not os.path.isdir(directory):
+        return f"there is no directory {directory}"
+    if os.path.isdir(place.path):
+        return "it is a directory"
+    if os.path.exists(place.path):
+        return "" if os.access(place.path, os.W_OK) else "this user cannot write to it"
+    if place.is_socket:
+        return "there is no reader"
+    return "" if os.access(directory, os.W_OK | os.X_OK) else f"this user cannot make files in {directory}"
 
 
 def _open_file(path: str) -> int:

@@ -16,7 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 from nodepass import log
-from nodepass.config import Listen, Settings
+from nodepass.config import AccessPlace, Listen, Settings
+from nodepass.daemon.access_output import find_trouble
 from nodepass.daemon.conflicts import find_conflicts
 from nodepass.daemon.environment import find_typos, find_unusable_cas
 from nodepass.daemon.key_file import Keys
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 URL = ServerURL | ClientURL
 EXPIRES_SOON = 14.0  # days
+LOGS = "/var/log/"  # where systemd makes directories for logs
 _OTHERS = stat.S_IROTH | stat.S_IWOTH
 
 
@@ -64,6 +66,7 @@ def run(
     if report.status == BAD_INPUT:
         return report.status
     _limits([url.settings(settings) for url in urls], urls, report)
+    _access_logs([url.settings(settings) for url in urls], report)
     servers = [url for url in urls if isinstance(url, ServerURL)]
     with ExitStack() as held:  # until all are checked: two URLs may have the same port
         if settings.metrics_listen:
@@ -178,6 +181,24 @@ def _metrics(listen: Listen, urls: Sequence[URL], report: Report, held: ExitStac
     else:
         address = Address(listen.host or LOOPBACK, listen.port)
         try_to_listen(report, held, urls, "metrics", WHAT, address, lambda: listen_tcp(address, WHAT))
+
+
+def _access_logs(settings: Sequence[Settings], report: Report) -> None:
+    """Whether their places can be written to, each once."""
+    for place in filter(None, dict.fromkeys(each.access_log for each in settings)):
+        _access_log(place, report)
+
+
+def _access_log(place: AccessPlace, report: Report) -> None:
+    text, trouble = f"ACCESS_LOG={place}", find_trouble(place)
+    if not trouble:
+        report.ok("settings", f"{text}: can be written to")
+    elif place.is_socket:
+        report.warn("settings", f"{text}: {trouble}; lines wait for it")
+    elif place.path.startswith(LOGS) and not os.path.isdir(os.path.dirname(place.path)):
+        report.warn("settings", f"{text}: {trouble}; expected if the unit's LogsDirectory= makes it")
+    else:
+        report.fail("settings", f"{text}: {trouble}")
 
 
 class _Server:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.config import Settings
+from nodepass.daemon import access_output
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.tools import check, check_ports
 from nodepass.tools.report import Report
@@ -224,3 +225,35 @@ def test_the_address_for_metrics_is_listened_on_too() -> None:
         done = check_here(URL, METRICS_LISTEN=f":{port}")
     assert done.code == 1
     assert found(done, "fail", rf"metrics: METRICS_LISTEN localhost:{port}: in use by ")
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "level", "said"),
+    [
+        ("-", 0, "ok", "can be written to"),
+        ("{}/new.log", 0, "ok", "can be written to"),
+        ("{}/old.log", 0, "ok", "can be written to"),
+        ("{}", 1, "fail", "it is a directory"),
+        ("{}/read-only.log", 1, "fail", "this user cannot write to it"),
+        ("{}/read-only/access.log", 1, "fail", "this user cannot make files in {}/read-only"),
+        ("{}/none/access.log", 1, "fail", "there is no directory {}/none"),
+        ("/var/log/none/access.log", 0, "warn", "there is no directory /var/log/none; expected if the unit"),
+        ("unix:{}/socket", 0, "warn", "there is no reader; lines wait for it"),
+        ("unix:{}/old.log", 0, "ok", "can be written to"),
+    ],
+)
+def test_an_access_log_is_tried_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: int, level: str, said: str
+) -> None:
+    """Root may write everywhere, so what the kernel says about that is played."""
+    (tmp_path / "old.log").touch()
+    (tmp_path / "read-only.log").touch()
+    (tmp_path / "read-only").mkdir()
+    monkeypatch.setattr(access_output.os, "access", lambda path, _: "read-only" not in path)
+    before = sorted(tmp_path.rglob("*"))
+    place, said = place.format(tmp_path), said.format(tmp_path)
+    done = check_here("server://127.0.0.1:0/127.0.0.1:0", TUNNEL_KEY=generate(), ACCESS_LOG=place)
+    assert done.code == code
+    assert found(done, level, re.escape(f"settings: ACCESS_LOG={place}: {said}"))
+    assert len(trouble(done)) == (level != "ok")
+    assert sorted(tmp_path.rglob("*")) == before
