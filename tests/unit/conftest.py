@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.certificates import Authority
+
 if TYPE_CHECKING:
     from tests.unit.resolver import Resolver
 
@@ -23,6 +25,12 @@ def stack() -> Iterator[ExitStack]:
 
     with ExitStack() as stack, gevent.Timeout(20):
         yield stack
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A certificate authority, which a test may have its clients trust."""
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture

@@ -61,11 +61,6 @@ WRONG_URLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 @pytest.mark.parametrize("wrong", WRONG_SETTINGS, ids=str)
 def test_a_wrong_value_is_refused_in_one_line(wrong: WrongSetting) -> None:
     done = call(*wrong.arguments, CLIENT, env=wrong.environment)

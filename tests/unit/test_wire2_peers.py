@@ -72,11 +72,6 @@ def test_frames_and_announcements_are_in_network_order() -> None:
     assert make_announcement(2, "from=a") == bytes.fromhex("00000002 ffff 0006") + b"from=a"
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 KINDS: dict[str, tuple[Terms, int]] = {
     "plain": (Terms(), 0),
     "key in the clear": (Terms(secret=SECRET), 0),
