@@ -169,6 +169,17 @@ def become_the_client(server: OurServer, client: Client, after: int = 0, within:
         client.wait_until_full()
 
 
+def assert_follower_is_served_at_once(place: Place, server: OurServer, kind: str) -> None:
+    """Check that a client which comes now takes the place of the one that the server still has."""
+    mark = server.mark()
+    target = place.on_client(Target)
+    began = time.monotonic()
+    client = place.on_client(lambda: CLIENTS[kind](server.tunnel_address, target.address))
+    become_the_client(server, client, mark, left(began, SERVED))
+    place.assert_works(server, target)
+    assert time.monotonic() - began < SERVED
+
+
 @pytest.mark.parametrize(("first", "second"), FOLLOWERS)
 def test_a_client_that_reappears_from_the_same_address_is_served_at_once(place: Place, first: str, second: str) -> None:
     """Its machine has lost its power, say: to the server the old control connection looks alive."""
@@ -176,13 +187,7 @@ def test_a_client_that_reappears_from_the_same_address_is_served_at_once(place: 
     ghost = place.on_client(lambda: CLIENTS[first](server.tunnel_address, target.address))
     become_the_client(server, ghost)
     place.network.replace_client()
-    mark = server.mark()
-    target = place.on_client(Target)
-    began = time.monotonic()
-    client = place.on_client(lambda: CLIENTS[second](server.tunnel_address, target.address))
-    become_the_client(server, client, mark, left(began, SERVED))
-    place.assert_works(server, target)
-    assert time.monotonic() - began < SERVED
+    assert_follower_is_served_at_once(place, server, second)
 
 
 def test_a_v1_client_that_reappears_is_not_turned_away_for_its_own_ghost(place: Place) -> None:
@@ -204,13 +209,7 @@ def test_a_client_whose_machine_moved_to_another_address_is_served_at_once(
     ghost = place.on_client(lambda: CLIENTS[first](server.tunnel_address, target.address))
     become_the_client(server, ghost)
     place.network.move_client()
-    mark = server.mark()
-    target = place.on_client(Target)
-    began = time.monotonic()
-    client = place.on_client(lambda: CLIENTS[second](server.tunnel_address, target.address))
-    become_the_client(server, client, mark, left(began, SERVED))
-    place.assert_works(server, target)
-    assert time.monotonic() - began < SERVED
+    assert_follower_is_served_at_once(place, server, second)
 
 
 def test_a_visitor_who_goes_on_sending_datagrams_reaches_the_client_that_took_over(place: Place) -> None:
