@@ -128,7 +128,8 @@ class Connector(Part):
         stream = TCPStream(dial(self._name.endpoints(timeout), timeout))
         with contextlib.ExitStack() as failed:
             failed.callback(stream.close)
-            control = ClientControl(stream, self._settings.report_interval, self._log, self._stats)
+            settings = self._settings
+            control = ClientControl(stream, settings.report_interval, self._log, self._stats, settings.keepalive)
             failed.callback(control.hang_up)
             late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s; {IS_IT}")
             with gevent.Timeout(timeout, late):

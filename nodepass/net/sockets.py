@@ -44,6 +44,7 @@ LASTS = 1.0  # seconds between looks at dialled connections; far less than the t
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close sends RST
 _GRACEFUL = struct.pack("ii", 0, 0)
 _MOST_KEEPALIVE = 32767  # seconds: the kernel's limit (MAX_TCP_KEEPIDLE)
+_MOST_PROBES = 127  # likewise (MAX_TCP_KEEPCNT)
 _TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
 _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked: segments that the peer has not acknowledged
@@ -227,9 +228,13 @@ def set_stream_options(sock: Socket, keepalive: float = KEEPALIVE) -> None:
     set_keepalive(sock, keepalive, PROBES)
 
 
-def bound_failure_detection(sock: Socket, seconds: float) -> None:
-    """Let the kernel give up a peer that acknowledges nothing for about `seconds`, also while nothing is sent."""
-    set_keepalive(sock, seconds / 3, 2)
+def bound_failure_detection(sock: Socket, seconds: float, keepalive: float) -> None:
+    """Let the kernel give up a peer that acknowledges nothing for about `seconds`, also while nothing is sent.
+
+    It sends probes at least every `keepalive` seconds, so that no firewall forgets the connection meanwhile.
+    """
+    step = min(seconds / 3, keepalive)
+    set_keepalive(sock, step, min(round(seconds / step) - 1, _MOST_PROBES))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
 
 

@@ -163,7 +163,8 @@ class ControlListener(Part):
 
     def _control(self, stream: Stream, slot: ClientSlot | None) -> ServerControl:
         common = slot.common if slot else self.common
-        return ServerControl(stream, common.settings.report_interval, common.log, common.stats)
+        settings = common.settings
+        return ServerControl(stream, settings.report_interval, common.log, common.stats, settings.keepalive)
 
     def _try_v1(self, opening: Opening, sock: Socket, slot: ClientSlot, peer: Endpoint) -> None:
         """A v1 client: it gets its line, and is the client from its first data connection on."""

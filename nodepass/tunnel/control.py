@@ -22,7 +22,7 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError, reason
 from nodepass.log import Limit, Log
-from nodepass.net.sockets import Endpoint, acknowledged, bound_failure_detection
+from nodepass.net.sockets import KEEPALIVE, Endpoint, acknowledged, bound_failure_detection
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tunnel.security import Security
@@ -91,8 +91,8 @@ class Agreement:
 class Control:
     """What both ends of a control connection have in common."""
 
-    def __init__(self, stream: Stream, interval: float, log: Log, stats: Stats) -> None:
-        """`interval`: seconds between heartbeats."""
+    def __init__(self, stream: Stream, interval: float, log: Log, stats: Stats, keepalive: float = KEEPALIVE) -> None:
+        """`interval`: seconds between heartbeats; `keepalive`: at most so many between the kernel's probes."""
         self.stream = stream
         self.sock = stream.sock
         self.endpoint = Endpoint(self.sock.family, self.sock.getpeername())  # a closed connection has none
@@ -102,6 +102,7 @@ class Control:
         self.vanished = False  # it ended without a close by either end: the peer's other connections are dead, too
         self.round_trip: float | None = None  # seconds, of the last heartbeat that was answered
         self._interval = interval
+        self._keepalive = keepalive
         self._log = log
         self._stats = stats
         self._sending = Semaphore()
@@ -110,7 +111,7 @@ class Control:
         self._goodbye: Any = None  # the timer that closes the connection after `finish`, which has no type
         self._silence: float | None = None  # seconds without a line after which the peer is given up
         self._last_read = time.monotonic()
-        bound_failure_detection(self.sock, MISSED_HEARTBEATS * interval)
+        bound_failure_detection(self.sock, MISSED_HEARTBEATS * interval, keepalive)
 
     @property
     def version(self) -> int:
@@ -163,7 +164,7 @@ class Control:
         if agreement.offer.heartbeat:
             self._interval = agreement.offer.heartbeat / 1000
             self._silence = MISSED_HEARTBEATS * self._interval
-            bound_failure_detection(self.sock, self._silence)
+            bound_failure_detection(self.sock, self._silence, self._keepalive)
         self._last_read = time.monotonic()
         return agreement
 
@@ -279,8 +280,8 @@ class Control:
 class ServerControl(Control):
     """The server's end: sends heartbeats, takes their answers, and probes whether the client is alive."""
 
-    def __init__(self, stream: Stream, interval: float, log: Log, stats: Stats) -> None:
-        super().__init__(stream, interval, log, stats)
+    def __init__(self, stream: Stream, interval: float, log: Log, stats: Stats, keepalive: float = KEEPALIVE) -> None:
+        super().__init__(stream, interval, log, stats, keepalive)
         self.target_answers = True  # as the client's last heartbeat says
         self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
         self._answers = 0

@@ -12,9 +12,11 @@ from nodepass.config import Settings
 from nodepass.log import Log
 from nodepass.net import sockets
 from nodepass.net.sockets import KEEPALIVE, PROBES, Endpoint, Socket, dial
-from nodepass.tunnel.control import Agreement
+from nodepass.stats import Stats
+from nodepass.tunnel.control import Agreement, ClientControl
 from nodepass.urls import Address
 from nodepass.wire.negotiation import Offer
+from tests.unit.streams import tcp_pair
 
 OPTIONS = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 
@@ -66,3 +68,23 @@ def test_a_client_probes_targets_and_data_connections_as_its_setting_says(monkey
 
 def test_the_default_of_the_setting_is_that_of_listeners_whose_connections_are_no_sessions() -> None:
     assert Settings().keepalive == KEEPALIVE
+
+
+@pytest.mark.parametrize(
+    ("interval", "heartbeat", "keepalive", "expected"),
+    [
+        (5.0, 5000, 15.0, (5, 5, 2)),
+        (5.0, 60_000, 15.0, (15, 15, 11)),
+        (60.0, 60_000, 7200.0, (60, 60, 2)),
+        (60.0, 60_000, 1.0, (1, 1, 127)),
+    ],
+)
+def test_a_control_connection_with_rare_heartbeats_is_probed_between_them_and_ends_no_earlier(
+    interval: float, heartbeat: int, keepalive: float, expected: tuple[int, ...]
+) -> None:
+    with tcp_pair() as (stream, _):
+        control = ClientControl(stream, interval, Log("client"), Stats(), keepalive)
+        control.agree(Agreement(Offer(1, 0, heartbeat)))
+        assert probes(stream.sock) == expected
+        bound = stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert bound == 3 * heartbeat

@@ -106,12 +106,13 @@ def test_a_server_names_its_ports_to_a_client_and_serves_a_visitor(stack: ExitSt
     assert "client 127.0.0.1" in running.server.status()
 
 
-def test_a_server_probes_visitors_and_data_connections_as_its_setting_says(stack: ExitStack) -> None:
+def test_a_server_probes_its_client_visitors_and_data_connections_as_its_setting_says(stack: ExitStack) -> None:
     running = Running(stack, replace(SETTINGS, keepalive=7.0))
     client, connections = running.connect_client()
     running.visit(client, connections)
     session = next(iter(running.server._slot.deadlines._watched))
-    for stream in (session.up.source, session.up.sink):
+    assert running.server.control
+    for stream in (session.up.source, session.up.sink, running.server.control.stream):
         assert stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 7
 
 
