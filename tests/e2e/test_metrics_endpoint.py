@@ -215,7 +215,12 @@ def test_the_name_in_metrics_listen_is_its_own() -> None:
         assert endpoint._answer(read_request(mine)).status == 200
 
 
-@pytest.mark.parametrize("request_", [b"\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics\r\n\r\n", b"\x16\x03\x01\r\n\r\n"])
+TWO_HOSTS = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: attacker.example\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_", [TWO_HOSTS, b"\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics\r\n\r\n", b"\x16\x03\x01\r\n\r\n"]
+)
 def test_what_is_no_request_is_answered_with_400(server: OurServer, request_: bytes) -> None:
     with connect(metrics_of(server)) as sock:
         sock.sendall(request_)

@@ -121,6 +121,15 @@ def test_a_keys_file_is_checked(tmp_path: Path) -> None:
     assert found(done, "ok", f"key: TUNNEL_KEYS_FILE={file}: of 2 tunnels")
 
 
+def test_a_key_file_of_a_url_is_checked_and_what_is_weak_about_it_is_a_warning_of_its_tunnel(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(generate())
+    file.chmod(0o644)
+    done = check_here(f"server://127.0.0.1:0/127.0.0.1:0?tunnel_key_file={file}")
+    assert done.code == 0
+    assert found(done, "warn", f"server:0: server:0: tunnel_key_file={file}: readable by group or others")
+
+
 @pytest.fixture
 def _log_as_before() -> Iterator[None]:
     logger = logging.getLogger("nodepass")

@@ -14,8 +14,9 @@ from nodepass.daemon.key_file import Keys, generate
 from nodepass.errors import ConfigError
 from nodepass.log import Log
 from nodepass.tls import certificates
-from nodepass.tls.certificates import ServerCertificate, load_pair
-from nodepass.tls.files import state_of
+from nodepass.tls.certificates import ServerCertificate, load_pair, self_signed
+from nodepass.tls.contexts import server_context
+from nodepass.tls.files import find_ca_trouble, state_of
 from tests.support.certificates import Authority, Certificate
 from tests.support.sockets import until
 from tests.unit.records import recorded
@@ -128,3 +129,28 @@ def test_certificates_that_could_not_be_read_are_read_once_their_mode_lets_that(
         watching.kill()
     events = [record.event for record in log if record.event != "certificate.expiring"]
     assert events == ["certificate.loaded", "certificate.kept", "certificate.unchanged"]
+
+
+CUT_SHORT = b"\xff\xfe\x00\xd8"
+"""In UTF-16, by its mark."""
+
+
+@pytest.mark.parametrize("part", ["crt", "key"])
+def test_a_pair_that_is_no_text_is_bad_input(tmp_path: Path, pair: Certificate, part: str) -> None:
+    paths = {"crt": pair.crt, "key": pair.key, part: tmp_path / "broken"}
+    paths[part].write_bytes(CUT_SHORT)
+    with pytest.raises(ConfigError, match=f"^{part}={paths[part]}: not text .PEM."):
+        load_pair(str(paths["crt"]), str(paths["key"]))
+
+
+def test_a_file_of_cas_that_is_no_text_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "cas"
+    path.write_bytes(CUT_SHORT)
+    assert "has no certificate in it" in find_ca_trouble({"SSL_CERT_FILE": str(path)})
+
+
+def test_a_pair_that_openssl_rejects_is_bad_input(pair: Certificate) -> None:
+    """As it does with weak keys, by its own level of security."""
+    identity = load_pair(str(pair.crt), str(pair.key))
+    with pytest.raises(ConfigError, match=r"^the certificate cannot be used: TLS: "):
+        server_context(identity.chain, self_signed().key)

@@ -21,7 +21,7 @@ import pytest
 
 from nodepass import log
 from nodepass.daemon import log_output
-from nodepass.daemon.log_output import QUEUED, LogOutput
+from nodepass.daemon.log_output import QUEUED, LineQueue, LogOutput
 from nodepass.log import Log
 from nodepass.stats import Stats
 from tests.unit.records import recorded
@@ -226,3 +226,22 @@ def test_a_line_that_a_full_disk_does_not_take_is_written_later(
         monkeypatch.setattr(one.output.lines, "_write", write)
         one.read_until("line 1 ")
         one.output.close()
+
+
+def test_a_write_that_takes_nothing_is_tried_again_when_there_is_room(pipe: Out) -> None:
+    taken: list[bytes] = []
+
+    def write(data: bytes) -> int:
+        taken.append(data)
+        return len(data) if len(taken) > 1 else 0
+
+    queue = LineQueue(pipe.writing, write, fail)
+    queue.put(b"line\n")
+    assert taken == [b"line\n"]
+    with gevent.Timeout(PATIENCE):
+        while len(taken) < 2:
+            gevent.sleep(0.01)
+    assert taken == [b"line\n"] * 2
+    gevent.sleep(0.01)
+    assert not queue._room.active
+    queue.close()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import gevent
 import pytest
 from gevent import socket
 
-from nodepass.net.sockets import Endpoint, format_sockaddr, format_without_zone, peek_byte, plain_host
-from tests.unit.controls import until
+from nodepass.net.sockets import Endpoint, format_sockaddr, format_without_zone, peek_byte, peek_bytes, plain_host
 from tests.unit.streams import reset, tcp_pair
 
 
@@ -27,12 +24,14 @@ def test_the_first_byte_is_looked_at_and_left(first: bytes) -> None:
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["end", "reset"])
 def test_a_connection_that_is_over_has_no_first_byte(leave: object) -> None:
-    with ExitStack() as stack:
-        stream, peer = stack.enter_context(tcp_pair())
-        stack.enter_context(gevent.Timeout(10))
-        leave(peer)  # type: ignore[operator]
-        until(lambda: peek_byte(stream._raw) is not None)
-        assert peek_byte(stream._raw) == -1
+    for size in (1, 100):
+        with tcp_pair() as (stream, peer), gevent.Timeout(10):
+            leave(peer)  # type: ignore[operator]
+            stream.wait_readable()
+            if size == 1:
+                assert peek_byte(stream._raw) == -1
+            else:
+                assert peek_bytes(stream._raw, size) == b""
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,22 @@ def test_a_datagram_of_wire_v1_is_answered_by_the_first_address_that_does_not_re
     service.sendto(payload.upper(), asker)
     assert asking.get() == b"QUESTION"
     assert target.datagram_endpoints()[0] == endpoint(service)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_datagram_of_wire_v1_without_an_answer_is_an_error(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, is_open: bool
+) -> None:
+    sock = stack.enter_context(closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+    sock.bind(("127.0.0.1", 0))
+    stats = Stats()
+    common = Common(Settings(), LOG, stats, TaskGroup(LOG, stats))
+    target = Target(Address(*sock.getsockname()), LOG)
+    refreshed: list[bool] = []
+    monkeypatch.setattr(target.name, "refresh", lambda: refreshed.append(True))
+    if not is_open:
+        sock.close()
+    launches = Launches(common, target, TargetFlows(common, target))
+    with pytest.raises(TimeoutError if is_open else ConnectionRefusedError):
+        launches._ask_target(b"question", 100, 0.05)
+    assert refreshed == ([] if is_open else [True]), "a target that refuses may have moved"

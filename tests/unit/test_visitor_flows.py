@@ -271,6 +271,24 @@ def test_lanes_of_a_client_that_was_replaced_go_on_and_new_flows_go_to_the_next(
     assert staying.sock.recv(100) == b"answer"
 
 
+def test_a_flow_on_a_replaced_clients_lane_that_acknowledges_nothing_begins_again(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flows = Flows(stack)
+    _, control = occupy(stack, flows.slot)
+    [old] = fill(stack, flows.slot, "00000001")
+    visitor = flows.visitor()
+    visitor.send(b"hello")
+    assert read_frame(old) == (1, b"hello")
+    flows.slot.release(control, STOPPING)
+    occupy(stack, flows.slot)
+    [new] = fill(stack, flows.slot, "00000002")
+    monkeypatch.setattr(lanes, "stalled", lambda *_: True)
+    visitor.send(b"again")
+    assert read_frame(new) == (2, b"again")
+    assert flows.common.stats.udp.ended["lost"] == 1
+
+
 def test_lanes_of_a_client_that_has_vanished_end(stack: ExitStack) -> None:
     flows = Flows(stack)
     _, control = occupy(stack, flows.slot)
