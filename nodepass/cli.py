@@ -19,7 +19,8 @@ from typing import NoReturn
 import configargparse
 
 from nodepass import __version__, log
-from nodepass.config import Notice, Scope, Settings, rows
+from nodepass.config.settings import Scope, Settings, rows
+from nodepass.config.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url, with_defaults
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
@@ -28,9 +29,8 @@ from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.limits import forbid_core_dumps
 from nodepass.daemon.log_output import LogOutput
 from nodepass.daemon.systemd import ServiceManager
-from nodepass.errors import ConfigError, ListenError, StartError
+from nodepass.errors import ConfigError, ListenError, Notice, StartError
 from nodepass.stats import Stats
-from nodepass.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url, with_defaults
 
 BUGS = 3  # exit status
 
@@ -76,7 +76,7 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArgP
 
 
 def make_parser() -> Parser:
-    """The parser of the command line; its settings are those of the table in `config`."""
+    """The parser of the command line; its settings are those of the table in `config.settings`."""
     parser = Parser(
         prog="nodepass",
         description=DESCRIPTION,

@@ -4,6 +4,8 @@ Everything raised on purpose is a `NodepassError`. What ends one connection is a
 a connection needs one `except OSError` for the errors of the kernel, of TLS and of this program.
 """
 
+from typing import NamedTuple
+
 
 class NodepassError(Exception):
     """Base of the errors that this program raises on purpose; its text is one line for the user."""
@@ -11,6 +13,13 @@ class NodepassError(Exception):
 
 class ConfigError(NodepassError):
     """A setting, a URL or a certificate file is not usable: the process exits with status 2."""
+
+
+class Notice(NamedTuple):
+    """A warning for the user, as a token and in words."""
+
+    reason: str
+    words: str
 
 
 class ListenError(NodepassError):

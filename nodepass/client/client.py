@@ -14,7 +14,8 @@ from nodepass.client.connector import Connector
 from nodepass.client.launches import Launches
 from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import ClientURL
 from nodepass.errors import reason
 from nodepass.log import literal
 from nodepass.tasks import TaskGroup
@@ -23,7 +24,6 @@ from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Part, Records, stop_parts
 from nodepass.tunnel.security import summarize
-from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key
 
 

@@ -18,7 +18,8 @@ from nodepass.client.connection import Connection
 from nodepass.client.data_dialer import Backoff, Route
 from nodepass.client.launches import Launches
 from nodepass.client.names import Name
-from nodepass.config import DAY
+from nodepass.config.kinds import DAY
+from nodepass.config.urls import ClientURL
 from nodepass.errors import RefusedError, VerificationError
 from nodepass.log import Limit
 from nodepass.net.sockets import dial
@@ -28,7 +29,6 @@ from nodepass.tunnel.control import STOPPING, Agreement, ClientControl, Ending
 from nodepass.tunnel.handshake import IS_IT, Terms, connect_to_server, explain
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.security import SecurityLog, security_of
-from nodepass.urls import ClientURL
 from nodepass.wire.negotiation import BUSY
 from nodepass.wire.signals import BYES, RELOAD, REPLACED, SHUTDOWN
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import gevent
 
 from nodepass.client.pool import ClientPool
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
 from nodepass.errors import ClosedError, ProtocolError, VerificationError, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import Endpoint, Socket, dial

@@ -18,10 +18,10 @@ import gevent
 from gevent.event import Event
 from gevent.lock import Semaphore
 
+from nodepass.config.urls import Address
 from nodepass.errors import reason, with_words
 from nodepass.log import Limit, Log
 from nodepass.net.sockets import LOCAL, LOOKUP_TIMEOUT, Endpoint, endpoint_of, look_up, lookup_late
-from nodepass.urls import Address
 
 REFRESH = 30.0  # seconds between the lookups of a name; most dynamic names live for a minute
 RETRY = 5.0  # seconds after a lookup that failed

@@ -12,9 +12,9 @@ import gevent
 from gevent.event import Event
 
 from nodepass.client.names import GRACE, Name
+from nodepass.config.urls import Address
 from nodepass.log import Limit, Log
 from nodepass.net.sockets import KEEPALIVE, Endpoint, Socket, dial
-from nodepass.urls import Address
 
 
 class Target:

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 
 from gevent.monkey import get_original
 
-from nodepass.config import AccessPlace
+from nodepass.config.kinds import AccessPlace
 from nodepass.daemon.log_output import LineQueue, open_without_waiting
 from nodepass.errors import ConfigError, reason
 from nodepass.log import Limit, Log, journald_reads

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from nodepass.config import Scope, Settings, rows
+from nodepass.config.settings import Scope, Settings, rows
+from nodepass.config.urls import ClientURL, ServerURL, TunnelURL
 from nodepass.daemon.key_file import Keys
 from nodepass.errors import ConfigError
-from nodepass.urls import ClientURL, ServerURL, TunnelURL
 
 URL = ServerURL | ClientURL
 PORT_SETTINGS = [name for name, row in rows().items() if row.scope is Scope.PORT]

@@ -18,7 +18,10 @@ import gevent
 from gevent.lock import Semaphore
 from gevent.queue import Queue
 
-from nodepass.config import Settings, format_duration
+from nodepass.config.files import RETRY, FileState
+from nodepass.config.kinds import format_duration
+from nodepass.config.settings import Settings
+from nodepass.config.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.dump import count_greenlets, list_greenlets, save
 from nodepass.daemon.key_file import Keys
@@ -32,11 +35,9 @@ from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
-from nodepass.tls.files import RETRY, FileState
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
 from nodepass.tunnel.part import Records
-from nodepass.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.wire.auth import new_client_id
 
 if TYPE_CHECKING:

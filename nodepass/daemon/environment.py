@@ -1,7 +1,7 @@
 """The environment variables: which of them are set, which are Kubernetes', and which look like a typo of a setting.
 
-Nothing here says what a value means: that is the table in `config`, and `key_file` for the keys. Called by `cli` once,
-before anything else reads the environment, and by `check`.
+Nothing here says what a value means: that is the table in `config.settings`, and `key_file` for the keys. Called by
+`cli` once, before anything else reads the environment, and by `check`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 
-from nodepass.config import Notice, rows
-from nodepass.errors import ConfigError
-from nodepass.tls.files import find_ca_trouble
+from nodepass.config.files import find_ca_trouble
+from nodepass.config.settings import rows
+from nodepass.errors import ConfigError, Notice
 
 KEYS = ("TUNNEL_KEY", "TUNNEL_KEY_FILE", "TUNNEL_KEYS_FILE")
 _SETTINGS = tuple(name.upper() for name in rows())

@@ -16,10 +16,9 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nodepass.config import Notice
-from nodepass.errors import ConfigError
-from nodepass.tls.files import FileState, state_of, without_mark
-from nodepass.urls import NAME, NAMELESS, TunnelURL
+from nodepass.config.files import FileState, as_text, state_of
+from nodepass.config.urls import NAME, NAMELESS, TunnelURL
+from nodepass.errors import ConfigError, Notice
 
 if TYPE_CHECKING:
     from nodepass.wire.auth import Key
@@ -190,12 +189,7 @@ def _read(file: str, place: str, credentials: str, notices: list[Notice]) -> str
     is_systemds = credentials and os.path.dirname(os.path.realpath(file)) == os.path.realpath(credentials)
     if status.st_mode & _MAY_READ and not is_systemds:  # systemd lets in the service's user by an ACL, shown as a group
         notices.append(Notice("key_readable", f"{place}: readable by group or others; run chmod 600 {file}"))
-    if len(content) > LARGEST:
-        raise ConfigError(f"{place}: longer than {LARGEST} bytes, so it holds no keys")
-    try:
-        return without_mark(content).decode()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{place}: not UTF-8 text") from None
+    return as_text(content, place, LARGEST)
 
 
 def _judge_access(status: os.stat_result, file: str, place: str) -> None:

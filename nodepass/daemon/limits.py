@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
 from nodepass.server.pending import PER_PORT, pending_limit
 from nodepass.tunnel.buffers import LEAST as LEAST_BUFFERS
 

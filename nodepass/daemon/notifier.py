@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import gevent
 
-from nodepass.config import Settings, format_duration
+from nodepass.config.kinds import format_duration
+from nodepass.config.settings import Settings
 from nodepass.daemon.systemd import ServiceManager, extend_timeout, reloading, status
 from nodepass.errors import StartError, reason
 from nodepass.log import Limit, Log

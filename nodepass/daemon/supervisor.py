@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from gevent.event import Event
 
-from nodepass.config import format_duration
+from nodepass.config.kinds import format_duration
 from nodepass.errors import NodepassError
 from nodepass.log import Log
 from nodepass.stats import Stats

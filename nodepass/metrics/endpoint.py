@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address
 
-from nodepass.config import Listen
+from nodepass.config.kinds import Listen
+from nodepass.config.urls import Address
 from nodepass.log import Limit, Log
 from nodepass.metrics.exposition import CONTENT_TYPE, Exposition
 from nodepass.metrics.http import Answer, HTTPServer, Request
@@ -19,7 +20,6 @@ from nodepass.net.sockets import format_sockaddr
 from nodepass.net.unix import UnixListener
 from nodepass.stats import Stats
 from nodepass.tunnel.interface import Watched
-from nodepass.urls import Address
 
 WHAT = "METRICS_LISTEN"
 LOOPBACK = "localhost"  # where no host is given: the metrics are for this machine unless configured otherwise

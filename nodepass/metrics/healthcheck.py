@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from nodepass.hostport import split_host_port
+from nodepass.config.hostport import split_host_port
 
 TIMEOUT = 4.0  # seconds: a process that needs longer is unhealthy
 _LOOPBACK = {"": "localhost", "0.0.0.0": "127.0.0.1", "::": "::1"}

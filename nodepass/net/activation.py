@@ -12,9 +12,9 @@ import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from nodepass.config.urls import Address
 from nodepass.errors import ConfigError
 from nodepass.net.sockets import Endpoint, format_sockaddr, plain_host
-from nodepass.urls import Address
 
 KINDS: dict[int, str] = {socket.SOCK_STREAM: "tcp", socket.SOCK_DGRAM: "udp"}
 

@@ -18,7 +18,7 @@ import errno
 import time
 from typing import NamedTuple, Protocol
 
-from nodepass.config import format_duration
+from nodepass.config.kinds import format_duration
 from nodepass.errors import ExpiredError
 from nodepass.net.pump import Pump
 from nodepass.net.sockets import pending_error, read_tcp_info

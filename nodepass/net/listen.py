@@ -14,7 +14,8 @@ from typing import Any
 
 import gevent
 
-from nodepass.config import Ports
+from nodepass.config.kinds import Ports
+from nodepass.config.urls import Address
 from nodepass.errors import ListenError, reason
 from nodepass.log import Limit, Log
 from nodepass.net.activation import NOTHING, Share, missing_endpoints
@@ -28,7 +29,6 @@ from nodepass.net.sockets import (
     wait_readable,
 )
 from nodepass.net.udp import IP_PKTINFO
-from nodepass.urls import Address
 
 BACKLOG = 4096  # connections; the kernel cuts it to net.core.somaxconn
 UDP_QUEUE = 4 << 20  # bytes of datagrams that may wait in the kernel, which cuts it to net.core.rmem_max

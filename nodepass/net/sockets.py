@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.socket import wait_write
 
+from nodepass.config.urls import Address
 from nodepass.errors import reason, with_words
 from nodepass.tasks import IdleTimer
-from nodepass.urls import Address
 
 Socket = _socket.socket  # gevent does not patch it
 

@@ -12,7 +12,7 @@ import time
 
 import gevent
 
-from nodepass.config import format_duration
+from nodepass.config.kinds import format_duration
 from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import format_without_zone, wait_readable

@@ -15,7 +15,8 @@ from dataclasses import replace
 import gevent
 from gevent.event import AsyncResult, Event
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address, ServerURL
 from nodepass.log import Limit, literal
 from nodepass.net.activation import Share
 from nodepass.net.listen import close_all, listen_both, port_of
@@ -31,7 +32,6 @@ from nodepass.tunnel.control import GOODBYE, MISSED_HEARTBEATS, ServerControl
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, TARGET, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
-from nodepass.urls import Address, ServerURL
 from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
 from nodepass.wire.auth import Key

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gevent.lock import Semaphore
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import ServerURL
 from nodepass.errors import RefusedError
 from nodepass.log import Log
 from nodepass.net.activation import Share
@@ -30,7 +31,6 @@ from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.interface import DATA, TUNNEL
 from nodepass.tunnel.part import Common, Part
-from nodepass.urls import ServerURL
 from nodepass.wire.auth import Key, unknown_key
 from nodepass.wire.negotiation import HEARTBEATS, UNKNOWN_NAME, Hello, Offer
 

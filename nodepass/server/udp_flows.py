@@ -14,6 +14,7 @@ from functools import partial
 
 import gevent
 
+from nodepass.config.hostport import IP
 from nodepass.errors import NoDataConnection, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import format_without_zone, network_of
@@ -25,7 +26,6 @@ from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import Lane, drop_datagram
 from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.visitors.policy import Policy
-from nodepass.visitors.quotas import Address
 from nodepass.wire.signals import LANE
 
 REFUSED_WITHIN = 1.0  # seconds in which a client that serves no lane, with UDP=off for example, cuts a new one,
@@ -43,7 +43,7 @@ class VisitorFlow:
     visitor: ReplyAddress
     network: str
     visit: Visit | None = None  # in the access log
-    counted: Address | None = None  # by the policy
+    counted: IP | None = None  # by the policy
     last: float = 0.0
     rank: int = 0
 
@@ -124,7 +124,7 @@ class VisitorFlows(Part):
         self._lanes.clear()
         self._refused.clear()
 
-    def _begin(self, sock: socket.socket, visitor: ReplyAddress, counted: Address | None) -> VisitorFlow:
+    def _begin(self, sock: socket.socket, visitor: ReplyAddress, counted: IP | None) -> VisitorFlow:
         number = self._free_number()
         flow = VisitorFlow(number, self._lane(), sock, visitor, network_of(visitor.sockaddr), counted=counted)
         flow.lane.flows += 1

@@ -13,7 +13,7 @@ import time
 
 import gevent
 
-from nodepass.config import format_duration
+from nodepass.config.kinds import format_duration
 from nodepass.errors import NoDataConnection
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever, accept_waiting, close_all

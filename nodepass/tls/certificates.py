@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from gevent.event import Event
 
+from nodepass.config.files import RETRY, FileState, state_of, without_mark
 from nodepass.errors import ConfigError, reason
 from nodepass.log import Log
 from nodepass.tls.contexts import PrivateKey, server_context
-from nodepass.tls.files import RETRY, FileState, state_of, without_mark
 from nodepass.tls.verify import names_of
 
 EXPIRY_WARNING = datetime.timedelta(days=14)

@@ -20,8 +20,8 @@ from cryptography.x509 import Certificate, load_pem_x509_certificates
 from OpenSSL import SSL
 from OpenSSL.crypto import X509
 
+from nodepass.config.files import CA_VARIABLE, find_ca_trouble, has_mark, without_mark
 from nodepass.errors import ConfigError, TLSError, VerificationError
-from nodepass.tls.files import CA_VARIABLE, find_ca_trouble, has_mark, without_mark
 from nodepass.tls.verify import Rejection, Verify
 from nodepass.wire.lines import printable
 

@@ -16,7 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 from nodepass import log
-from nodepass.config import AccessPlace, Listen, Settings
+from nodepass.config.kinds import AccessPlace, Listen
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url, with_defaults
 from nodepass.daemon.access_output import find_trouble
 from nodepass.daemon.conflicts import find_conflicts
 from nodepass.daemon.environment import find_typos, find_unusable_cas
@@ -31,7 +33,6 @@ from nodepass.tools.check_ports import try_to_listen, try_unix
 from nodepass.tools.report import BAD_INPUT, Report
 from nodepass.tunnel.interface import DATA, LISTENER_ROLES, TARGET, TUNNEL
 from nodepass.tunnel.security import Security, describe, find_weakness, security_of
-from nodepass.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url, with_defaults
 from nodepass.visitors.rules import Rules
 
 if TYPE_CHECKING:

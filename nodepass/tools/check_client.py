@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import gevent
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import ClientURL
 from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Log
 from nodepass.net.sockets import Endpoint, dial, resolve
@@ -23,7 +24,6 @@ from nodepass.tools.check_ports import is_connected
 from nodepass.tools.report import Report
 from nodepass.tunnel.control import STOPPING, Agreement, ClientControl
 from nodepass.tunnel.handshake import IS_IT, Terms, connect_to_server, explain
-from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key, new_client_id
 from nodepass.wire.negotiation import BUSY
 from nodepass.wire.signals import SHUTDOWN

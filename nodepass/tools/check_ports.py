@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from nodepass.config.urls import Address, ClientURL, ServerURL, parse_url
 from nodepass.errors import ConfigError, ListenError
 from nodepass.net.listen import close_all
 from nodepass.net.sockets import Endpoint, plain_host, resolve
 from nodepass.net.unix import UnixListener, is_living
 from nodepass.tools.report import Report
-from nodepass.urls import Address, ClientURL, ServerURL, parse_url
 
 RUN = "/run/"  # where systemd makes runtime directories
 # States in /proc/self/net; the last is that of a bound UDP socket.

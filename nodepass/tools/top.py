@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nodepass.config import parse_duration
+from nodepass.config.kinds import parse_duration
 from nodepass.errors import ConfigError
 from nodepass.tools.top_scrape import ALLOWED, NoAnswer, Scrape, Source, parse_source, take
 from nodepass.tools.top_table import Watch, plain

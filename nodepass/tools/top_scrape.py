@@ -16,10 +16,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from nodepass.config.hostport import split_host_port
+from nodepass.config.urls import Address
 from nodepass.errors import ConfigError, NodepassError
-from nodepass.hostport import split_host_port
 from nodepass.tunnel.security import abbreviate
-from nodepass.urls import Address
 
 TIMEOUT = 5.0  # seconds for one response
 LARGEST = 4 << 20  # bytes: some 400 tunnels; parsing takes a second for each megabyte

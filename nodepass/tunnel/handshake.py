@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from nodepass.config.hostport import certified_host
+from nodepass.config.urls import ClientURL
 from nodepass.errors import ClearAnswer, ClosedError, ProtocolError, RefusedError, VerificationError, reason
-from nodepass.hostport import certified_host
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
-from nodepass.urls import ClientURL
 from nodepass.wire.auth import Key, SessionKey, Transcript, new_nonce, same
 from nodepass.wire.lines import printable
 from nodepass.wire.negotiation import (

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from gevent import Greenlet, killall
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended

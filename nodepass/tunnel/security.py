@@ -11,8 +11,8 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+from nodepass.config.urls import ClientURL, ServerURL
 from nodepass.log import Log
-from nodepass.urls import ClientURL, ServerURL
 
 NONE = "none"
 _KEY_ALONE = "without TLS, a man in the middle can read, alter and take over data connections"

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from heapq import merge
 
-from nodepass.hostport import Network
+from nodepass.config.hostport import Network
 
 CHUNK = 1000  # intervals sorted in one call, for which a thread keeps the interpreter: 1 ms; 100,000 would take 0.1 s
 

@@ -12,12 +12,12 @@ from gevent import get_hub
 from gevent.event import Event
 from gevent.lock import Semaphore
 
-from nodepass.hostport import parse_ip
+from nodepass.config.files import RETRY
+from nodepass.config.hostport import IP, parse_ip
 from nodepass.log import Limit
-from nodepass.tls.files import RETRY
 from nodepass.tunnel.part import Common
 from nodepass.visitors.access_log import Visit
-from nodepass.visitors.quotas import Address, Concurrency, Rate
+from nodepass.visitors.quotas import Concurrency, Rate
 from nodepass.visitors.rules import Rules
 
 
@@ -53,7 +53,7 @@ class Policy:
             self._refuse(visitor, refusal)
         return not refusal
 
-    def begin(self, host: str, visitor: object, visit: Visit | None = None) -> Address | None:
+    def begin(self, host: str, visitor: object, visit: Visit | None = None) -> IP | None:
         """Begin a session of a visitor, as for `admits`: what `end` takes at its end, None where it is refused.
 
         `visit`: its session in the access log, which a refusal ends.
@@ -67,7 +67,7 @@ class Policy:
             visit.end(refusal)
         return None
 
-    def end(self, address: Address) -> None:
+    def end(self, address: IP) -> None:
         """A session has ended that `begin` has admitted."""
         if self._sessions is not None:
             self._sessions.release(address)
@@ -94,7 +94,7 @@ class Policy:
             elif self._rules.unusable != self._rules.file_states:
                 self.reload()
 
-    def _take(self, address: Address) -> str:
+    def _take(self, address: IP) -> str:
         """Count a new session; why there may be none, or ""."""
         if self._sessions is not None and not self._sessions.take(address):
             return "address_sessions"

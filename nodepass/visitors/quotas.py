@@ -9,15 +9,14 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 
-from nodepass.config import Quota
+from nodepass.config.hostport import IP
+from nodepass.config.kinds import Quota
 
 MOST_TIMES = 32768  # networks whose times a rate keeps: 7 MB; of more, the one that came least recently is forgotten
 EXPIRED_AT_ONCE = 2  # expired networks that a new session removes, so that they go faster than others come
 
-Address = tuple[int, int]  # as `hostport.parse_ip` returns it
 
-
-def key_of(address: Address, quota: Quota) -> int:
+def key_of(address: IP, quota: Quota) -> int:
     """The network that an address counts for, as a number, which is negative for IPv6."""
     version, number = address
     return number >> (32 - quota.prefixes[0]) if version == 4 else ~(number >> (128 - quota.prefixes[1]))
@@ -33,7 +32,7 @@ class Concurrency:
     def __len__(self) -> int:
         return len(self._open)
 
-    def take(self, address: Address) -> bool:
+    def take(self, address: IP) -> bool:
         """Whether a session may begin; then it counts until it is released."""
         key = key_of(address, self._quota)
         count = self._open.get(key, 0)
@@ -42,7 +41,7 @@ class Concurrency:
         self._open[key] = count + 1
         return True
 
-    def release(self, address: Address) -> None:
+    def release(self, address: IP) -> None:
         key = key_of(address, self._quota)
         self._open[key] -= 1
         if not self._open[key]:
@@ -63,7 +62,7 @@ class Rate:
     def __len__(self) -> int:
         return len(self._full)
 
-    def take(self, address: Address) -> bool:
+    def take(self, address: IP) -> bool:
         """Whether a session may begin now; one that may not does not count."""
         now = time.monotonic()
         self._expire(now)

@@ -13,10 +13,11 @@ import os
 import stat
 from collections.abc import Iterator
 
-from nodepass.config import Rule, Settings
+from nodepass.config.files import FileState, as_text, state_of
+from nodepass.config.hostport import Network, parse_network
+from nodepass.config.kinds import Rule
+from nodepass.config.settings import Settings
 from nodepass.errors import ConfigError, reason
-from nodepass.hostport import Network, parse_network
-from nodepass.tls.files import FileState, state_of, without_mark
 from nodepass.visitors.network_set import NetworkSet
 
 LARGEST = 64 << 20  # bytes of a file: a million networks and their comments
@@ -102,9 +103,4 @@ def _read_text(file: str, place: str) -> str:
             content = opened.read(min(status.st_size, LARGEST) + 1)
     except OSError as error:
         raise ConfigError(f"{place}: cannot be read: {reason(error)}") from None
-    if len(content) > LARGEST:
-        raise ConfigError(f"{place}: longer than {LARGEST} bytes")
-    try:
-        return without_mark(content).decode()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{place}: not UTF-8 text") from None
+    return as_text(content, place, LARGEST)

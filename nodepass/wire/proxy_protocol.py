@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from nodepass.hostport import split_host_port
+from nodepass.config.hostport import split_host_port
 
 TUNNEL_NAME = 0xE7  # a TLV of the range for own use, 0xE0 to 0xEF: the tunnel's name in ASCII, if it has one
 LONGEST = 16 + 36 + 3 + 64  # bytes of a header that is written here: IPv6 addresses and the longest name
@@ -27,15 +27,15 @@ _START = struct.Struct(">12sBBH")  # signature, version and command, family and 
 _PORTS = struct.Struct(">HH")
 _TLV = struct.Struct(">BH")  # type, length
 
-IP = IPv4Address | IPv6Address
+IPAddress = IPv4Address | IPv6Address
 
 
 @dataclass(frozen=True)
 class Ends:
     """The two ends of a visitor's connection, or of its datagrams: the visitor, and the address that it spoke to."""
 
-    source: tuple[IP, int]
-    destination: tuple[IP, int]
+    source: tuple[IPAddress, int]
+    destination: tuple[IPAddress, int]
 
     @classmethod
     def parse(cls, source: str, destination: str) -> Ends | None:
@@ -95,11 +95,11 @@ def encode_v2(ends: Ends | None, tunnel: str, datagram: bool) -> bytes:
     return _START.pack(_SIGNATURE, _PROXY, family, len(body)) + body
 
 
-def _parse(text: str) -> tuple[IP, int]:
+def _parse(text: str) -> tuple[IPAddress, int]:
     host, port = split_host_port(text)
     return ip_address(host), port
 
 
-def _mapped(end: tuple[IP, int]) -> tuple[IP, int]:
+def _mapped(end: tuple[IPAddress, int]) -> tuple[IPAddress, int]:
     address, port = end
     return (IPv6Address(f"::ffff:{address}") if address.version == 4 else address), port

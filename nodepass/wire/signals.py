@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from nodepass.config.hostport import parse_ip, split_host_port
 from nodepass.errors import ProtocolError
-from nodepass.hostport import parse_ip, split_host_port
 from nodepass.wire.lines import TOKEN, parameter, printable, split, split_strictly
 
 ID_LENGTH = 8  # bytes of a data connection's id: hex digits, which the server writes first on it

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nodepass.config import rows
+from nodepass.config.settings import rows
 from tests.support.process import REPOSITORY, Nodepass, scrubbed
 from tests.support.sockets import connect, free_port
 from tests.support.target import Target

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.config import Listen
+from nodepass.config.kinds import Listen
 from nodepass.log import Log
 from nodepass.metrics.endpoint import MetricsEndpoint
 from nodepass.metrics.http import read_request

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.config import Rule, Settings
-from nodepass.hostport import parse_ip
+from nodepass.config.hostport import parse_ip
+from nodepass.config.kinds import Rule
+from nodepass.config.settings import Settings
 from nodepass.visitors.rules import Rules
 from tests.support.v2_network import Namespace
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from urllib.parse import quote
 
-from nodepass.config import AccessPlace, Listen, Ports, Quota, Rule, format_duration, parse_duration, rows
+from nodepass.config.kinds import AccessPlace, Listen, Ports, Quota, Rule, format_duration, parse_duration
+from nodepass.config.settings import rows
+from nodepass.config.urls import Address, ClientURL, ServerURL, parse_url
 from nodepass.errors import ConfigError
-from nodepass.urls import Address, ClientURL, ServerURL, parse_url
 from tests.fuzz.scripted import assert_plain
 from tests.fuzz.scripts import Script
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address
 
+from nodepass.config.hostport import split_host_port
 from nodepass.errors import ProtocolError
-from nodepass.hostport import split_host_port
 from nodepass.wire.lines import MAX_LINE, MAX_OPENING, LineBuffer, printable
 from nodepass.wire.negotiation import (
     HEARTBEATS,

@@ -7,9 +7,9 @@ import pytest
 from gevent.event import AsyncResult
 
 from nodepass.client import names
+from nodepass.config.urls import Address
 from nodepass.net import sockets
 from nodepass.net.sockets import Endpoint
-from nodepass.urls import Address
 from tests.unit.controls import until
 
 

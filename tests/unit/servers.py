@@ -10,7 +10,9 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.config import Ports, Settings
+from nodepass.config.kinds import Ports
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address, ServerURL
 from nodepass.log import Log
 from nodepass.net import listen, sockets
 from nodepass.net.activation import NOTHING
@@ -28,7 +30,6 @@ from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
-from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
 from tests.unit.controls import V2, Ends, connect_ends, read_line
 from tests.unit.streams import tcp_pair

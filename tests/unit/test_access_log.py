@@ -11,7 +11,7 @@ from pathlib import Path
 import gevent
 import pytest
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
 from nodepass.log import Log
 from nodepass.net.relay import Traffic, relay
 from nodepass.stats import REFUSALS, Stats

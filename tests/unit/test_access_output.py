@@ -12,7 +12,7 @@ from typing import Any
 import gevent
 import pytest
 
-from nodepass.config import AccessPlace
+from nodepass.config.kinds import AccessPlace
 from nodepass.daemon import access_output, log_output
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.errors import ConfigError

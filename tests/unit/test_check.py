@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
 from nodepass.daemon import access_output
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.tools import check, check_ports

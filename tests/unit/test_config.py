@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.config import Ports, Settings, format_duration, parse_duration, parse_ports, rows
+from nodepass.config.kinds import Ports, format_duration, parse_duration, parse_ports
+from nodepass.config.settings import Settings, rows
 from nodepass.errors import ConfigError
 
 README = Path(__file__).resolve().parents[2] / "README.md"

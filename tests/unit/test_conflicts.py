@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import parse_url, with_defaults
 from nodepass.daemon.conflicts import find_conflicts, refuse_conflicts
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.errors import ConfigError
-from nodepass.urls import parse_url, with_defaults
 
 SECRETS = (generate(), generate())
 NONE = Keys()

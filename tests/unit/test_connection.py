@@ -11,7 +11,7 @@ from gevent.event import Event
 from nodepass.client.connection import Connection
 from nodepass.client.data_dialer import Route
 from nodepass.client.launches import Launches
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup

@@ -6,14 +6,14 @@ import errno
 from typing import Any, cast
 
 from nodepass.client.connector import Connector
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address, ClientURL
 from nodepass.errors import ProtocolError, RefusedError, VerificationError
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.part import Common
-from nodepass.urls import Address, ClientURL
 from nodepass.wire.negotiation import REASONS
 
 

@@ -10,7 +10,8 @@ import pytest
 from gevent.event import Event
 
 from nodepass.client.client import Client
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import ClientURL, ServerURL, parse_url
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon, make_tunnels, name_tunnels
 from nodepass.daemon.key_file import Keys
@@ -26,7 +27,6 @@ from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.interface import Tunnel, View
 from nodepass.tunnel.part import Records
 from nodepass.tunnel.security import security_of
-from nodepass.urls import ClientURL, ServerURL, parse_url
 from nodepass.wire.auth import Key
 from tests.unit.records import recorded
 

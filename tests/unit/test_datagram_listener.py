@@ -9,7 +9,8 @@ from typing import cast
 import pytest
 from gevent import Greenlet, socket
 
-from nodepass.config import rows
+from nodepass.config.settings import rows
+from nodepass.config.urls import Address
 from nodepass.net.listen import close_all, listen_udp
 from nodepass.server import datagram_listener as module
 from nodepass.server.client_slot import ClientSlot
@@ -17,7 +18,6 @@ from nodepass.server.datagram_listener import DatagramListener
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.part import Common
-from nodepass.urls import Address
 from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame

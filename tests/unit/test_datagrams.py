@@ -10,11 +10,11 @@ import gevent
 import pytest
 from gevent import socket
 
+from nodepass.config.urls import Address
 from nodepass.net import listen, udp
 from nodepass.net.listen import close_all, listen_udp, port_of
 from nodepass.net.sockets import Endpoint
 from nodepass.net.udp import STRAYS_PER_TURN, AnyPort, dial_udp, receive_datagram, send_datagram
-from nodepass.urls import Address
 from tests.support.sockets import has_ipv6
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")

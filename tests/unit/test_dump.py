@@ -12,14 +12,14 @@ from pathlib import Path
 import gevent
 import pytest
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import parse_url
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.dump import NAME, save
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.stats import Stats
-from nodepass.urls import parse_url
 from tests.support.process import REPOSITORY, scrubbed
 from tests.unit.records import recorded
 

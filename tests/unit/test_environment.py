@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nodepass.config import rows
+from nodepass.config.settings import rows
 from nodepass.daemon.environment import KEYS, find_typos, tidy
 from tests.support.checks import check_here, found
 from tests.support.command import Accepted, call, refusals

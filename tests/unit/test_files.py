@@ -10,13 +10,13 @@ import gevent
 import pytest
 from gevent.event import Event
 
+from nodepass.config.files import find_ca_trouble, state_of
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.errors import ConfigError
 from nodepass.log import Log
 from nodepass.tls import certificates
 from nodepass.tls.certificates import ServerCertificate, load_pair, self_signed
 from nodepass.tls.contexts import server_context
-from nodepass.tls.files import find_ca_trouble, state_of
 from tests.support.certificates import Authority, Certificate
 from tests.support.sockets import until
 from tests.unit.records import recorded

@@ -11,7 +11,8 @@ import pytest
 from gevent import Greenlet, socket
 from OpenSSL import SSL
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import ClientURL, parse_url, with_defaults
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.net.stream import TCPStream, read_only_line
 from nodepass.tls.certificates import load_pair
@@ -20,7 +21,6 @@ from nodepass.tls.stream import TLSStream, accept_tls, connect_tls
 from nodepass.tls.verify import Expected
 from nodepass.tunnel.control import Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate, Terms, accept_client, connect_to_server
-from nodepass.urls import ClientURL, parse_url, with_defaults
 from nodepass.wire.auth import Key, Transcript
 from nodepass.wire.lines import MAX_OPENING
 from nodepass.wire.negotiation import REASONS, Auth, Challenge, Hello, Offer, Refusal, parse_first, parse_opening

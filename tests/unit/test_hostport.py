@@ -16,12 +16,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nodepass.config import Listen, parse_listen
+from nodepass.config.hostport import certified_host, normal_host, split_host_port
+from nodepass.config.kinds import Listen, parse_listen
+from nodepass.config.urls import Address, parse_url
 from nodepass.errors import ConfigError
-from nodepass.hostport import certified_host, normal_host, split_host_port
 from nodepass.metrics import healthcheck
 from nodepass.tools.top_scrape import NoAnswer, Source, parse_source
-from nodepass.urls import Address, parse_url
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s\x00-\x20]*)):(\d{1,5})"
@@ -157,7 +157,13 @@ def test_the_health_check_imports_nothing_heavy() -> None:
     modules = subprocess.run(
         [sys.executable, "-S", "-c", shown], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
-    ours = {"nodepass", "nodepass.hostport", "nodepass.metrics", "nodepass.metrics.healthcheck"}
+    ours = {
+        "nodepass",
+        "nodepass.config",
+        "nodepass.config.hostport",
+        "nodepass.metrics",
+        "nodepass.metrics.healthcheck",
+    }
     assert {each for each in modules.split() if each.partition(".")[0] == "nodepass"} == ours
     assert not {"re", "typing", "dataclasses", "ipaddress", "urllib", "gevent"} & set(modules.split())
 

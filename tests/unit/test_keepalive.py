@@ -8,13 +8,13 @@ from gevent import socket
 
 from nodepass.client.data_dialer import Route
 from nodepass.client.target import Target
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address
 from nodepass.log import Log
 from nodepass.net import sockets
 from nodepass.net.sockets import KEEPALIVE, PROBES, Endpoint, Socket, dial
 from nodepass.stats import Stats
 from nodepass.tunnel.control import Agreement, ClientControl
-from nodepass.urls import Address
 from nodepass.wire.negotiation import Offer
 from tests.unit.streams import tcp_pair
 

@@ -9,10 +9,10 @@ from urllib.parse import quote
 
 import pytest
 
+from nodepass.config.urls import parse_url
 from nodepass.daemon import key_file
 from nodepass.daemon.key_file import LARGEST, MOST_LINES, Keys, generate
 from nodepass.errors import ConfigError
-from nodepass.urls import parse_url
 
 PHRASE = "correct horse battery staple"
 

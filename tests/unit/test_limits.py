@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
 from nodepass.daemon import limits
 from nodepass.tunnel.buffers import LEAST
 

@@ -13,7 +13,8 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.config import Ports
+from nodepass.config.kinds import Ports
+from nodepass.config.urls import Address
 from nodepass.errors import ListenError
 from nodepass.log import Log
 from nodepass.net import listen, sockets
@@ -32,7 +33,6 @@ from nodepass.net.listen import (
     port_of,
 )
 from nodepass.net.sockets import PROBES, Endpoint, wait_readable
-from nodepass.urls import Address
 from tests.support.sockets import free_port, has_ipv6
 
 HOST = "127.0.0.1"

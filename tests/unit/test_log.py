@@ -17,8 +17,8 @@ import pytest
 
 import nodepass
 from nodepass import log
+from nodepass.config.urls import LOG_LEVELS
 from nodepass.log import Limit, Log
-from nodepass.urls import LOG_LEVELS
 from tests.unit.records import recorded
 
 PACKAGE = Path(nodepass.__file__).parent

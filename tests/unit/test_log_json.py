@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from nodepass import log
+from nodepass.config.urls import Address
 from nodepass.errors import ProtocolError
 from nodepass.net.sockets import Endpoint
-from nodepass.urls import Address
 
 
 @pytest.fixture

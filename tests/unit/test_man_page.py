@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.config import Scope, rows
+from nodepass.config.settings import Scope, rows
 from tests.support.process import REPOSITORY, run
 
 PAGE = REPOSITORY / "docs" / "nodepass.1"

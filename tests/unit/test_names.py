@@ -10,10 +10,10 @@ from gevent import socket
 
 from nodepass.client import names
 from nodepass.client.names import Name
+from nodepass.config.urls import Address
 from nodepass.log import Log
 from nodepass.net import sockets
 from nodepass.net.sockets import Endpoint, resolve
-from nodepass.urls import Address
 from tests.unit.controls import run, until
 from tests.unit.resolver import Resolver
 

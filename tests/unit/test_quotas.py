@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.config import Quota, Settings
+from nodepass.config.hostport import parse_ip
+from nodepass.config.kinds import Quota
+from nodepass.config.settings import Settings
 from nodepass.errors import ConfigError
-from nodepass.hostport import parse_ip
 from nodepass.visitors import quotas
 from nodepass.visitors.quotas import Concurrency, Rate, key_of
 

@@ -10,7 +10,8 @@ from typing import Any
 import gevent
 import pytest
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import parse_url
 from nodepass.daemon import daemon
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon
@@ -18,7 +19,6 @@ from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.log import Log
 from nodepass.stats import Stats
-from nodepass.urls import parse_url
 from tests.unit.controls import until
 from tests.unit.records import recorded
 

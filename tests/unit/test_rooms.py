@@ -11,12 +11,12 @@ import nodepass
 
 PACKAGE = Path(nodepass.__file__).parent
 # In the order of imports.
-ROOMS = ("wire", "net", "tls", "tunnel", "visitors", "server", "client", "metrics", "daemon", "tools")
+ROOMS = ("config", "wire", "net", "tls", "tunnel", "visitors", "server", "client", "metrics", "daemon", "tools")
 APART = {"server", "client"}
 LIMIT = 12  # modules in a room, and
 ROOT_LIMIT = 10  # at the root
 COMMAND = {"cli", "__main__"}  # they stand at the root and above all rooms
-ROOT = ("__init__", "errors", "hostport", "config", "urls", "stats", "log", "tasks")  # in the order of imports
+ROOT = ("__init__", "errors", "stats", "log", "tasks")  # in the order of imports
 
 
 @functools.cache

@@ -13,18 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass.config import Rule, Settings
+from nodepass.config.hostport import parse_ip, parse_network
+from nodepass.config.kinds import Rule
+from nodepass.config.settings import Settings
+from nodepass.config.urls import parse_url
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import make_tunnels
 from nodepass.daemon.key_file import Keys
 from nodepass.errors import ConfigError
-from nodepass.hostport import parse_ip, parse_network
 from nodepass.log import Log
 from nodepass.net.activation import Inherited
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Common
-from nodepass.urls import parse_url
 from nodepass.visitors import network_set
 from nodepass.visitors.network_set import NetworkSet
 from nodepass.visitors.policy import Policy

@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
-from nodepass.config import Notice
-from nodepass.errors import ListenError
+from nodepass.config.urls import Address
+from nodepass.errors import ListenError, Notice
 from nodepass.net import listen
-from nodepass.urls import Address
 from tests.support.checks import check_here
 from tests.support.command import Accepted, call
 from tests.support.process import Finished

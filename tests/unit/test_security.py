@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import parse_url, with_defaults
 from nodepass.log import Log
 from nodepass.tunnel.security import (
     Security,
@@ -19,7 +20,6 @@ from nodepass.tunnel.security import (
     security_of,
     summarize,
 )
-from nodepass.urls import parse_url, with_defaults
 from tests.unit.records import recorded
 
 FILES = "&crt=c&key=k"

@@ -11,7 +11,8 @@ import gevent
 import pytest
 from gevent import Greenlet, socket
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address, ServerURL
 from nodepass.daemon.supervisor import Supervisor
 from nodepass.errors import ListenError
 from nodepass.log import Log
@@ -24,7 +25,6 @@ from nodepass.server.visitor_listener import VisitorListener
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Records
-from nodepass.urls import Address, ServerURL
 from nodepass.visitors.rules import Rules
 from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import DataHello, Hello, Offer, parse_opening

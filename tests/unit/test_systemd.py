@@ -10,7 +10,8 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address, ServerURL
 from nodepass.daemon.notifier import SECOND_LOOK, Notifier
 from nodepass.daemon.systemd import ServiceManager, status
 from nodepass.errors import StartError
@@ -23,7 +24,6 @@ from nodepass.server.tunnel_port import TunnelPort
 from nodepass.stats import Stats
 from nodepass.tunnel.interface import LISTENER_ROLES, Observed
 from nodepass.tunnel.part import Records
-from nodepass.urls import Address, ServerURL
 from nodepass.visitors.rules import Rules
 from tests.support.sockets import connect
 from tests.support.target import bind_pair

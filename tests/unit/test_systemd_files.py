@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nodepass.config import parse_duration, rows
+from nodepass.config.kinds import parse_duration
+from nodepass.config.settings import rows
 from nodepass.daemon.key_file import CREDENTIAL, CREDENTIALS
 from nodepass.daemon.limits import OWN, PER_SESSION
 from nodepass.net.sockets import KEEPALIVE, PROBES

@@ -13,14 +13,14 @@ from nodepass.client.client import Client
 from nodepass.client.launches import Launches
 from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address, ClientURL
 from nodepass.log import Log
 from nodepass.net import udp
 from nodepass.net.sockets import Endpoint
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Common, Records
-from nodepass.urls import Address, ClientURL
 from tests.unit.controls import run
 from tests.unit.resolver import Resolver
 

@@ -11,7 +11,8 @@ from gevent import socket
 
 from nodepass.client.target import Target
 from nodepass.client.udp_flows import TargetFlows
-from nodepass.config import Settings
+from nodepass.config.settings import Settings
+from nodepass.config.urls import Address
 from nodepass.log import Log
 from nodepass.net import udp
 from nodepass.net.sockets import Endpoint, reset_on_close
@@ -20,7 +21,6 @@ from nodepass.tasks import TaskGroup
 from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.part import Common
 from nodepass.tunnel.udp import Lane
-from nodepass.urls import Address
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 from tests.unit.controls import run, until
 from tests.unit.streams import tcp_pair

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from gevent import socket
 
-from nodepass.config import Ports
+from nodepass.config.kinds import Ports
+from nodepass.config.urls import Address, ServerURL
 from nodepass.errors import ConfigError, ListenError
 from nodepass.net.activation import NOTHING
 from nodepass.net.sockets import Endpoint
@@ -23,7 +24,6 @@ from nodepass.server.tunnel_port import TunnelPort
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import STOPPING, Agreement
 from nodepass.tunnel.part import Common, Loop, Part
-from nodepass.urls import Address, ServerURL
 from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import Hello, Offer, parse_opening
 from tests.unit.controls import V1, V2, read_line, until

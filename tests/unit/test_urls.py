@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodepass.config import Ports, Scope, Settings, rows
+from nodepass.config.kinds import Ports
+from nodepass.config.settings import Scope, Settings, rows
+from nodepass.config.urls import Address, ClientURL, ServerURL, parse_url, with_defaults
 from nodepass.errors import ConfigError
-from nodepass.urls import Address, ClientURL, ServerURL, parse_url, with_defaults
 
 
 def test_a_server_url_says_everything() -> None:

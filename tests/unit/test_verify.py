@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from OpenSSL.crypto import X509
 
-from nodepass.hostport import certified_host, normal_host
+from nodepass.config.hostport import certified_host, normal_host
 from nodepass.tls.verify import NAME_SHOWN, Expected, Verify
 
 NOW = datetime.datetime.now(datetime.timezone.utc)

@@ -10,7 +10,7 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.config import rows
+from nodepass.config.settings import rows
 from nodepass.net.sockets import reset_on_close
 from nodepass.server import visitor_listener as module
 from nodepass.server.client_slot import ClientSlot

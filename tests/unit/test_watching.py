@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nodepass.config import Listen, parse_listen
+from nodepass.config.kinds import Listen, parse_listen
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.stats import BUCKETS, CONTROL_FAILURES, DATA_FAILURES, Histogram, Stats, failure
 

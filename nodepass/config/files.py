@@ -1,6 +1,6 @@
 """Files that an operator writes: certificates, keys and lists of keys, whichever editor and system they come from.
 
-What a file means is the business of `certificates`, `contexts` and of the daemon's `key_file`; here is only whether it
+What a file means is the business of `tls`, of `visitors.rules` and of the daemon's `key_file`; here is only whether it
 has changed, and its text without what Windows adds. Nothing of OpenSSL is imported, because a process without TLS reads
 keys, too.
 """
@@ -11,7 +11,7 @@ import codecs
 import os
 from collections.abc import Mapping
 
-from nodepass.errors import reason
+from nodepass.errors import ConfigError, reason
 
 CA_VARIABLE = "SSL_CERT_FILE"  # names the file of CAs instead of the system's
 RETRY = 2.0  # seconds between two looks at a file that could not be used
@@ -57,3 +57,13 @@ def without_mark(content: bytes) -> bytes:
     if content.startswith(_UTF_16):
         return content.decode("utf-16").encode()
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def as_text(content: bytes, place: str, largest: int) -> str:
+    """The text of a file of at most so many bytes, of which one more was read. Raises ConfigError."""
+    if len(content) > largest:
+        raise ConfigError(f"{place}: longer than {largest} bytes")
+    try:
+        return without_mark(content).decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{place}: not UTF-8 text") from None

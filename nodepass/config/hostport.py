@@ -9,6 +9,7 @@ Nothing is imported at the top, because the health check is a process of its own
 
 from __future__ import annotations
 
+IP = tuple[int, int]  # 4 or 6, and the address as a number
 Network = tuple[int, int, int]  # 4 or 6, its first and its last address as numbers
 _IPV6 = frozenset("0123456789ABCDEFabcdef:.")
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")  # an underscore is in many names of containers
@@ -68,7 +69,7 @@ def certified_host(host: str) -> str:
     return host.partition("%")[0].removesuffix(".")
 
 
-def parse_ip(text: str) -> tuple[int, int]:
+def parse_ip(text: str) -> IP:
     """4 or 6, and an address as a number: IPv4-mapped IPv6 is IPv4, and a zone is left out. Raises ValueError."""
     import socket
 

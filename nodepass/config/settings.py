@@ -13,244 +13,30 @@ their own.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
+from nodepass.config.kinds import (
+    ACCESS_LOG,
+    DAY,
+    LISTEN,
+    PORTS,
+    SWITCH,
+    AccessPlace,
+    Kind,
+    Listen,
+    Ports,
+    Quota,
+    Rule,
+    choice,
+    count,
+    duration,
+    networks,
+    quota,
+)
 from nodepass.errors import ConfigError
-from nodepass.hostport import Network, normal_host, parse_network, split_host_port
-
-# The syntax of Go's time.ParseDuration without a sign, as NodePass has it.
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
-_DURATION = re.compile(f"(?:{_PART})+", re.ASCII)
-_LONGEST_PATH = 107  # bytes in sockaddr_un, without the NUL
-DAY = 86400.0
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a text becomes a value: `parse` raises ValueError; `allowed` tells the user what it accepts."""
-
-    unit: str
-    allowed: str
-    parse: Callable[[str], Any]
-
-
-class Notice(NamedTuple):
-    """A warning for the user, as a token and in words."""
-
-    reason: str
-    words: str
-
-
-@dataclass(frozen=True)
-class Ports:
-    """An inclusive range of ports to try in order; 0 to 0 lets the kernel choose. `tunnel`: the tunnel port itself."""
-
-    first: int
-    last: int
-    tunnel: bool = False
-
-
-@dataclass(frozen=True)
-class Listen:
-    """The metrics endpoint's address: a host, which may be empty, and a port, or the path of a Unix socket."""
-
-    host: str = ""
-    port: int = 0
-    path: str = ""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """ALLOW or DENY: networks, or the file that has one a line; with neither, there is no such rule."""
-
-    networks: tuple[Network, ...] = ()
-    file: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.networks or self.file)
-
-
-@dataclass(frozen=True)
-class AccessPlace:
-    """Where an access log goes: a file, a Unix datagram socket, or without a path standard output."""
-
-    path: str = ""
-    is_socket: bool = False
-
-    def __str__(self) -> str:
-        return f"{'unix:' * self.is_socket}{self.path}" or "-"
-
-
-@dataclass(frozen=True)
-class Quota:
-    """How many sessions one address may have: at a time, or new ones within `seconds`. 0: no limit.
-
-    `prefixes`: of IPv4 and of IPv6; addresses that share one count as the same.
-    """
-
-    most: int = 0
-    seconds: float = 0.0
-    prefixes: tuple[int, int] = (32, 64)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds in a duration in Go's syntax: `500ms`, `1h30m`, `5s`, `0`. Raises ValueError."""
-    if text == "0":
-        return 0.0
-    if not _DURATION.fullmatch(text):
-        raise ValueError("not a duration")
-    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text, re.ASCII))
-
-
-def format_duration(seconds: float) -> str:
-    """A duration in Go's syntax, to the millisecond, in its shortest form: 90.0 is `1m30s`."""
-    if seconds < 1:
-        return f"{round(seconds * 1000)}ms"
-    minutes, rest = divmod(round(seconds, 3), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    parts = (f"{hours}h" if hours else "", f"{minutes}m" if minutes else "", f"{rest:g}s" if rest else "")
-    return "".join(parts)
-
-
-def parse_ports(text: str) -> Ports:
-    """One port or a range of them: `0`, `20000`, `20000-20099`, `tunnel`. Raises ValueError."""
-    if text == "tunnel":
-        return Ports(0, 0, tunnel=True)
-    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text, re.ASCII)
-    if not match:
-        raise ValueError("not a port")
-    ports = Ports(int(match[1]), int(match[2] or match[1]))
-    if not (ports.first <= ports.last <= 65535) or (ports.first == 0 and ports.last != 0):
-        raise ValueError("not a range of ports")
-    return ports
-
-
-def parse_listen(text: str) -> Listen | None:
-    """`host:port`, `[IPv6]:port`, `:port`, `unix:/path`, or `off`, which is None. Raises ValueError."""
-    if text == "off":
-        return None
-    if text.startswith("unix:/"):
-        path = text.removeprefix("unix:")
-        if len(path.encode()) > _LONGEST_PATH or "\0" in path:
-            raise ValueError("not a path of a socket")
-        return Listen(path=path)
-    host, port = split_host_port(text)
-    return Listen(normal_host(host), port)
-
-
-def parse_access_log(text: str) -> AccessPlace | None:
-    """`off`, which is None, `-`, `/path` or `unix:/path`. Raises ValueError."""
-    if text == "off":
-        return None
-    if text == "-":
-        return AccessPlace()
-    is_socket = text.startswith("unix:")
-    path = text.removeprefix("unix:")
-    if not path.startswith("/") or "\0" in path or (is_socket and len(path.encode()) > _LONGEST_PATH):
-        raise ValueError("not an absolute path")
-    return AccessPlace(path, is_socket)
-
-
-def count(lowest: int, highest: int, unit: str) -> Kind:
-    """A whole number between two bounds."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not lowest <= int(text) <= highest:
-            raise ValueError("out of range")
-        return int(text)
-
-    return Kind(unit, f"a whole number from {lowest} to {highest}", parse)
-
-
-def duration(lowest: float, highest: float) -> Kind:
-    """A duration between two bounds, in seconds."""
-
-    def parse(text: str) -> float:
-        seconds = parse_duration(text)
-        if not lowest <= seconds <= highest:
-            raise ValueError("out of range")
-        return seconds
-
-    bounds = f"{format_duration(lowest)} to {format_duration(highest)}"
-    return Kind("duration", f"a duration from {bounds}, such as 500ms, 5s or 1h30m", parse)
-
-
-def choice(*values: str) -> Kind:
-    """One of these words."""
-
-    def parse(text: str) -> str:
-        if text not in values:
-            raise ValueError("not one of them")
-        return text
-
-    return Kind("word", " or ".join(values), parse)
-
-
-def networks(absent: str) -> Kind:
-    """Networks of visitors, or a file of them; the word `absent` says that there is no such rule."""
-
-    def parse(text: str) -> Rule:
-        if text == absent:
-            return Rule()
-        if text.startswith("@"):
-            if not text[1:].strip() or "\0" in text:
-                raise ValueError("not a path")
-            return Rule(file=text[1:])
-        return Rule(tuple(parse_network(each.strip()) for each in text.split(",")))
-
-    allowed = f"{absent}, addresses and networks separated by commas, such as 192.0.2.0/24,2001:db8::1, or @FILE"
-    return Kind("networks", allowed, parse)
-
-
-def quota(is_rate: bool) -> Kind:
-    """A number of sessions, in a time if it is a rate, and the prefixes that count as one address."""
-    time = r"/(\w[\w.]*)" if is_rate else "()"
-    pattern = re.compile(rf"(\d{{1,7}}){time}(?:,/(\d{{1,3}}))?(?:,/(\d{{1,3}}))?", re.ASCII)
-    in_time = duration(0.01, DAY)
-
-    def parse(text: str) -> Quota:
-        if text == "0":
-            return Quota()
-        match = pattern.fullmatch(text)
-        if not match:
-            raise ValueError("not a quota")
-        most, lengths = int(match[1]), (int(match[3] or 32), int(match[4] or 64))
-        if not (1 <= most <= 1_000_000 and lengths[0] <= 32 and lengths[1] <= 128):
-            raise ValueError("out of range")
-        return Quota(most, in_time.parse(match[2]) if is_rate else 0.0, lengths)
-
-    example = "20/10s" if is_rate else "20"
-    allowed = f"0 (no limit), or as {example}, or as {example},/24,/56 with prefixes that count as one address"
-    return Kind("rate" if is_rate else "sessions", allowed, parse)
-
-
-def parse_switch(text: str) -> bool:
-    """`on` or `off`. Raises ValueError."""
-    if text not in ("on", "off"):
-        raise ValueError("not on or off")
-    return text == "on"
-
-
-SWITCH = Kind("word", "on or off", parse_switch)
-PORTS = Kind(
-    "port", "0 (the kernel chooses), a port from 1 to 65535, a range such as 20000-20099, or tunnel", parse_ports
-)
-LISTEN = Kind(
-    "address",
-    f"HOST:PORT, [IPv6]:PORT, :PORT (this machine only), unix:/PATH of at most {_LONGEST_PATH} bytes, or off",
-    parse_listen,
-)
-
-ACCESS_LOG = Kind(
-    "place",
-    f"off, - (standard output), /FILE, or unix:/PATH of a datagram socket, of at most {_LONGEST_PATH} bytes",
-    parse_access_log,
-)
 
 
 class Scope(Enum):

@@ -1,7 +1,7 @@
 """The URLs that describe a tunnel, parsed into frozen dataclasses.
 
 `server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&log=` and `client://<tunnel_addr>/<target_addr>?name=&tls=&
-log=`. Both may have settings of the table in `config`, in small letters, for this tunnel only. Nothing is opened or
+log=`. Both may have settings of the table in `settings`, in small letters, for this tunnel only. Nothing is opened or
 resolved here. `parse_url` knows the text alone; what is not given there depends on the settings and on whether the
 tunnel has a key, so `with_defaults` fills it in before anything uses the URL. A `ConfigError` says in one line what is
 wrong and what is allowed.
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from nodepass.config import Scope, Settings, rows
+from nodepass.config.hostport import normal_host, split_host_port
+from nodepass.config.settings import Scope, Settings, rows
 from nodepass.errors import ConfigError
-from nodepass.hostport import normal_host, split_host_port
 
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 ROLES = ("server", "client")  # a URL's scheme

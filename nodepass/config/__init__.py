@@ -1,0 +1,1 @@
+"""What users write: addresses, settings, URLs and files, and their values."""
