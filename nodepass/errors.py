@@ -53,6 +53,14 @@ class OtherProtocolError(ProtocolError):
         self.protocol = protocol
 
 
+class ProxyHeaderError(ProtocolError):
+    """A proxy's connection or datagram has no usable header; `reason` is header_late, _malformed or _missing."""
+
+    def __init__(self, reason: str, words: str) -> None:
+        super().__init__(words)
+        self.reason = reason
+
+
 class ClosedError(NodepassError, ConnectionError):
     """The peer closed the connection in good order."""
 

@@ -17,10 +17,12 @@ from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, 
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TCP_OUTCOMES = ("completed", "reset", "vanished", "idle", "silent", "cut", "unserved", "unreachable")
 UDP_OUTCOMES = ("completed", "evicted", "lost", "unserved", "unanswered")
+HEADER_FAILURES = ("header_late", "header_malformed", "header_missing")  # of proxies, see `visitors.proxies`
 CONTROL_FAILURES = (
     "busy",
     "certificate",
     "closed",
+    *HEADER_FAILURES,
     "key_mismatch",
     "key_required",
     "no_tls",
@@ -37,6 +39,7 @@ CONTROL_FAILURES = (
 DATA_FAILURES = (
     "certificate",
     "closed",
+    *HEADER_FAILURES,
     "no_client",
     "pool_full",
     "protocol",
@@ -59,7 +62,7 @@ UDP_DROPS = (
     "unserved",
     "visitor_unreachable",
 )
-REFUSALS = ("address_rate", "address_sessions", "denied", "not_allowed")  # of visitors, by the policy
+REFUSALS = ("address_rate", "address_sessions", "denied", *HEADER_FAILURES, "not_allowed")  # of visitors
 TROUBLE = (
     "bugs",
     "crashes",

@@ -50,7 +50,7 @@ class Listen:
 
 @dataclass(frozen=True)
 class Rule:
-    """ALLOW or DENY: networks, or the file that has one a line; with neither, there is no such rule."""
+    """ALLOW, DENY or ACCEPT_PROXY: networks, or the file that has one a line; with neither, there is no such rule."""
 
     networks: tuple[Network, ...] = ()
     file: str = ""
@@ -175,19 +175,21 @@ def choice(*values: str) -> Kind:
     return Kind("word", " or ".join(values), parse)
 
 
-def networks(absent: str) -> Kind:
-    """Networks of visitors, or a file of them; the word `absent` says that there is no such rule."""
+def networks(absent: str, has_file: bool = True) -> Kind:
+    """Networks, or with `has_file` a file of them; the word `absent` says that there is no such rule."""
 
     def parse(text: str) -> Rule:
         if text == absent:
             return Rule()
-        if text.startswith("@"):
+        if has_file and text.startswith("@"):
             if not text[1:].strip() or "\0" in text:
                 raise ValueError("not a path")
             return Rule(file=text[1:])
         return Rule(tuple(parse_network(each.strip()) for each in text.split(",")))
 
-    allowed = f"{absent}, addresses and networks separated by commas, such as 192.0.2.0/24,2001:db8::1, or @FILE"
+    allowed = f"{absent}, addresses and networks separated by commas, such as 192.0.2.0/24,2001:db8::1"
+    if has_file:
+        allowed += ", or @FILE"
     return Kind("networks", allowed, parse)
 
 

@@ -105,6 +105,13 @@ class Settings:
         "client: tell the target each visitor's address in a PROXY protocol header; v2 also in front of each datagram",
         role="client",
     )
+    accept_proxy: Rule = setting(
+        "none",
+        networks("none", has_file=False),
+        "visitors",
+        "server: the proxies whose connections and datagrams begin with a PROXY protocol header, at each of its ports",
+        role="server",
+    )
     udp_data_buf_size: int = setting("8192", count(1, 65507, "bytes"), "UDP", "with a wire v1 peer: largest datagram")
     udp_read_timeout: float = setting(
         "5s", duration(0.001, DAY), "UDP", "with a wire v1 peer: how long the target may take to answer"

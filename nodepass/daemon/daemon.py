@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -306,6 +307,7 @@ def make_tunnels(
     """
     makers: list[Callable[[], Tunnel]] = []
     ports: dict[object, TunnelPort] = {}
+    servers = [(url, own) for url, own in zip(urls, settings, strict=True) if isinstance(url, ServerURL)]
     for url, own, name in zip(urls, settings, name_tunnels(urls), strict=True):
         log, stats, tunnel_keys = Log(name), Stats(), partial(keys.of(url).keys_for, url.tunnel_name)
         records = Records(log, stats, access.writer(own.access_log))
@@ -316,13 +318,18 @@ def make_tunnels(
             continue
         from nodepass.server.server import Server
         from nodepass.server.tunnel_port import TunnelPort
+        from nodepass.visitors.proxies import all_networks
         from nodepass.visitors.rules import Rules
 
         share = inherited.share()
         address: object = url.tunnel if url.tunnel.port else object()  # a port that the kernel chooses is not shared
         if address not in ports:
-            sharing = [other for other in urls if isinstance(other, ServerURL) and other.tunnel == url.tunnel]
-            ports[address] = TunnelPort(sharing if url.tunnel.port else [url], own, log, stats, share)
+            sharing = [(url, own)]
+            if url.tunnel.port:
+                sharing = [each for each in servers if each[0].tunnel == url.tunnel]
+            proxies = all_networks(each.accept_proxy for _, each in sharing)
+            port_settings = replace(own, accept_proxy=proxies)
+            ports[address] = TunnelPort([each for each, _ in sharing], port_settings, log, stats, share)
         rules = Rules(own, url.name)
         makers.append(partial(Server, url, ports[address], own, tunnel_keys, records, share, rules))
     return makers

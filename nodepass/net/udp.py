@@ -11,8 +11,8 @@ import contextlib
 import socket
 import struct
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from gevent.socket import wait_read
 
@@ -37,6 +37,7 @@ class ReplyAddress:
 
     sockaddr: tuple[Any, ...]
     control: tuple[tuple[int, int, bytes], ...]
+    via: ClassVar[ReplyAddress | None] = None  # where an answer goes instead
 
     def __str__(self) -> str:
         return format_sockaddr(self.sockaddr)
@@ -48,6 +49,18 @@ class ReplyAddress:
                 return socket.inet_ntop(socket.AF_INET, _IN_PKTINFO.unpack(data)[1]), port
             return socket.inet_ntop(socket.AF_INET6, _IN6_PKTINFO.unpack(data)[0]), port
         return "::", port
+
+
+@dataclass(frozen=True)
+class ProxiedAddress(ReplyAddress):
+    """The same of a datagram that a proxy has passed on, as its header has it: the answer goes to the proxy."""
+
+    destination: tuple[Any, ...]
+    via: ReplyAddress = field(compare=False)  # type: ignore[misc]  # one proxy may use several sockets for a visitor
+
+    def local(self, port: int) -> tuple[object, ...]:  # noqa: ARG002
+        """The address that the visitor has sent it to."""
+        return self.destination
 
 
 def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
@@ -70,6 +83,7 @@ def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
 
 def send_datagram(sock: socket.socket, payload: bytes, to: ReplyAddress) -> None:
     """Answer a peer from the address that it has spoken to. Raises OSError."""
+    to = to.via or to
     sock.sendmsg([payload], to.control, 0, to.sockaddr)
 
 

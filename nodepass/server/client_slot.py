@@ -33,6 +33,8 @@ from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, Launch
 LIFE_SIGN_WITHIN = 1.0  # seconds for a client to react when another asks for its slot, at least
 ROUND_TRIPS = 4  # measured ones for the same, where that is longer
 
+Addresses = tuple[str, str] | tuple[()]  # a visitor's, and the one that it has connected to
+
 
 class ClientSlot(Part):
     """One client's place; `control` is None while no client is connected."""
@@ -262,18 +264,20 @@ class ClientSlot(Part):
             else:
                 self.flows.abandon()
 
-    def launch(self, kind: int, timeout: float, visitor: Socket | None = None) -> tuple[str, Stream]:
+    def launch(
+        self, kind: int, timeout: float, visitor: Socket | None = None, proxied: Addresses = ()
+    ) -> tuple[str, Stream]:
         """A data connection that the client has been told to use for a session, and its id; it is the caller's now.
 
-        A client that wants them is told the visitor's addresses. Where the client goes away meanwhile, a connection of
-        the next one serves as well. Raises NoDataConnection.
+        A client that wants them is told the visitor's addresses, which are `proxied` where a proxy has named them. If
+        the client goes away meanwhile, a connection of the next one serves as well. Raises NoDataConnection.
         """
         deadline = time.monotonic() + timeout
         while True:
             id, stream = self.pool.take(max(0.0, deadline - time.monotonic()))
             try:
                 # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
-                if stream.sock.fileno() >= 0 and self._send_launch(id, kind, visitor):
+                if stream.sock.fileno() >= 0 and self._send_launch(id, kind, visitor, proxied):
                     return id, stream
             except BaseException:
                 stream.close()
@@ -282,14 +286,14 @@ class ClientSlot(Part):
             if time.monotonic() >= deadline:
                 raise NoDataConnection("the client disconnected")
 
-    def _send_launch(self, id: str, kind: int, visitor: Socket | None) -> bool:
+    def _send_launch(self, id: str, kind: int, visitor: Socket | None, proxied: Addresses) -> bool:
         """Whether a client could be told. Raises NoDataConnection where the connected one has no such sessions."""
         agreement = self.agreement
         if not self.control or not agreement:
             return False
         if kind == LANE and agreement.version < 2:
             raise NoDataConnection("the client now connected speaks wire v1, which has no lanes")
-        addresses = _addresses(visitor) if visitor and agreement.wants_addresses else ()
+        addresses = proxied or _addresses(visitor) if visitor and agreement.wants_addresses else ()
         with contextlib.suppress(OSError):
             self.control.send(Launch(id, kind, *addresses))
             return True
@@ -304,7 +308,7 @@ def _answer(result: AsyncResult[bool], incumbent: ServerControl, patience: float
             result.set(False)
 
 
-def _addresses(visitor: Socket) -> tuple[str, str] | tuple[()]:
+def _addresses(visitor: Socket) -> Addresses:
     """The visitor's address and the one that it connected to; none where it has left."""
     try:
         return format_without_zone(visitor.getpeername()), format_without_zone(visitor.getsockname())

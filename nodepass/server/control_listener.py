@@ -61,7 +61,18 @@ class ControlListener(Part):
     def _accept(self, listener: socket) -> None:
         """Accept until the listener is closed."""
         for sock, peer in accept_forever(listener, self._log):
-            self._pending.accept(sock, self._serve, peer, silence=self._patience(peer))
+            if self._port.proxies and self._port.proxies.trusts(peer.host):
+                self._pending.accept(sock, peer, self._read_header, silence=self._settings.handshake_timeout)
+            else:
+                self._take(sock, peer)
+
+    def _read_header(self, sock: Socket, proxy: Endpoint) -> None:
+        """Take a proxy's connection for that of the peer in its header."""
+        if peer := self._port.read_header(sock, proxy, self._pending, self._stats.control_failures):
+            self._take(sock, peer)
+
+    def _take(self, sock: Socket, peer: Endpoint) -> None:
+        self._pending.accept(sock, peer, self._serve, silence=self._patience(peer))
 
     def _patience(self, peer: Endpoint) -> float:
         """Seconds for which a connection may be silent before its greenlet begins."""
@@ -99,7 +110,7 @@ class ControlListener(Part):
                 opening.wait(SILENCE_OF_V1_DATA)
             opening.read()
             if isinstance(opening.said, Hello):
-                self._shake_hands(opening, sock, opening.said, deadline)
+                self._shake_hands(opening, sock, peer, opening.said, deadline)
                 return
         if isinstance(opening.said, DataHello) or (self._port.mux and opening.secured) or self._may_be_v1_data(peer):
             self._data_listener.take(opening, sock, peer, self._pending)
@@ -126,12 +137,14 @@ class ControlListener(Part):
                     raise TimeoutError(f"no handshake within {timeout:.3g}s") from None
                 raise RefusedError(KEY_REQUIRED, f"no handshake within {timeout:.3g}s") from None
 
-    def _shake_hands(self, opening: Opening, sock: Socket, hello: Hello, deadline: gevent.Timeout) -> None:
+    def _shake_hands(
+        self, opening: Opening, sock: Socket, peer: Endpoint, hello: Hello, deadline: gevent.Timeout
+    ) -> None:
         """A v2 client: admit it, and stay with it. Raises OSError, RefusedError among them."""
         if hello.version != "2":
             raise RefusedError(VERSION, f"unsupported wire version {hello.version[:8]!r}; this server supports 1 and 2")
         slot = self._port.find(hello)
-        control = self._control(opening.stream, slot)
+        control = self._control(opening.stream, peer, slot)
 
         @contextlib.contextmanager
         def admission(candidate: Candidate) -> Iterator[None]:
@@ -161,14 +174,16 @@ class ControlListener(Part):
         slot = self._port.named(opening.said.name) if isinstance(opening.said, Hello) else None
         return slot.common if slot else self.common
 
-    def _control(self, stream: Stream, slot: ClientSlot | None) -> ServerControl:
+    def _control(self, stream: Stream, peer: Endpoint, slot: ClientSlot | None) -> ServerControl:
         common = slot.common if slot else self.common
         settings = common.settings
-        return ServerControl(stream, settings.report_interval, common.log, common.stats, settings.keepalive)
+        control = ServerControl(stream, settings.report_interval, common.log, common.stats, settings.keepalive)
+        control.set_peer(peer)
+        return control
 
     def _try_v1(self, opening: Opening, sock: Socket, slot: ClientSlot, peer: Endpoint) -> None:
         """A v1 client: it gets its line, and is the client from its first data connection on."""
-        control = self._control(opening.stream, slot)
+        control = self._control(opening.stream, peer, slot)
         left = self._pending.time_left(sock, self._settings.handshake_timeout)
         offer = self._port.offer(1, slot)
         with slot.trial(control, control.agree(Agreement(offer))) as trial:

@@ -55,17 +55,29 @@ class DataListener(Part):
     def _accept(self, listener: socket) -> None:
         """Accept until the listener is closed."""
         for sock, peer in accept_forever(listener, self._log):
-            slot = self._port.only_slot
-            if slot and not self._port.certificate:
-                self._admit_at_once(sock, peer, slot)
-            elif not self._port.expects(peer):
-                self._reject_other(TCPStream(sock), peer)
-            elif slot and slot.pool.full:
-                self._reject(TCPStream(sock), peer, "pool_full", "the pool is full")
+            if self._port.proxies and self._port.proxies.trusts(peer.host):
+                self._pending.accept(sock, peer, self._read_header, silence=self._settings.handshake_timeout)
             else:
-                may_be_v1 = not self._port.certificate and self._port.find_v1(peer) is not None
-                silence = 0.0 if may_be_v1 else self._settings.handshake_timeout
-                self._pending.accept(sock, self._serve, peer, may_be_v1, silence=silence)
+                self._take_new(sock, peer)
+
+    def _read_header(self, sock: Socket, proxy: Endpoint) -> None:
+        """Take a proxy's connection for that of the peer in its header."""
+        if peer := self._port.read_header(sock, proxy, self._pending, self._stats.data_failures):
+            self._take_new(sock, peer)
+
+    def _take_new(self, sock: Socket, peer: Endpoint) -> None:
+        """Serve or reject a connection that has said nothing yet."""
+        slot = self._port.only_slot
+        if slot and not self._port.certificate:
+            self._admit_at_once(sock, peer, slot)
+        elif not self._port.expects(peer):
+            self._reject_other(TCPStream(sock), peer)
+        elif slot and slot.pool.full:
+            self._reject(TCPStream(sock), peer, "pool_full", "the pool is full")
+        else:
+            may_be_v1 = not self._port.certificate and self._port.find_v1(peer) is not None
+            silence = 0.0 if may_be_v1 else self._settings.handshake_timeout
+            self._pending.accept(sock, peer, self._serve, may_be_v1, silence=silence)
 
     def _admit_at_once(self, sock: Socket, peer: Endpoint, slot: ClientSlot) -> None:
         """Without TLS and for one tunnel it is plain whose connection it is, and the server speaks first."""
@@ -75,7 +87,7 @@ class DataListener(Part):
         elif slot.pool.full:
             self._reject(TCPStream(sock), peer, "pool_full", "the pool is full")
         elif member.agreement.session:
-            self._pending.accept(sock, self._serve_keyed, peer, member)
+            self._pending.accept(sock, peer, self._serve_keyed, member)
         else:
             self._add(sock, peer, member)
 

@@ -1,8 +1,8 @@
 """Receives visitors' datagrams on one UDP socket, and sends each on as the wire of the connected client has it.
 
 With a v2 client they go on lanes (`udp_flows`); with a v1 client each is a session of its own, within SEMAPHORE_LIMIT;
-without a client they wait for one, as sessions do. Before, `visitors.policy` judges where each comes from. No datagram
-waits here for the session of another.
+without a client they wait for one, as sessions do. Before, `visitors.proxies` says whose a proxy's
+datagrams are, and `visitors.policy` judges where each comes from. No datagram waits here for the session of another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import gevent
 
 from nodepass.config.kinds import format_duration
-from nodepass.errors import NoDataConnection, reason
+from nodepass.errors import NoDataConnection, ProxyHeaderError, reason
 from nodepass.log import Limit
 from nodepass.net.sockets import format_without_zone, wait_readable
 from nodepass.net.stream import Stream
@@ -24,6 +24,7 @@ from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
 from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.visitors.policy import Policy
+from nodepass.visitors.proxies import Proxies
 from nodepass.wire.signals import UDP
 
 DATAGRAMS_PER_TURN = 32  # received in a row; then the greenlets that they have started run
@@ -48,6 +49,7 @@ class DatagramListener(Part):
         self._sessions = sessions
         self._policy = policy
         self._access = AccessLog.of(common)
+        self._proxies = Proxies.at_target(common)
 
     def start(self) -> None:
         self._start_loop("receive datagrams", self._receive)
@@ -72,6 +74,12 @@ class DatagramListener(Part):
                 wait_readable(self._sock)
 
     def _begin(self, payload: bytes, visitor: ReplyAddress) -> None:
+        if self._proxies and self._proxies.trusts(visitor.sockaddr[0]):
+            try:
+                payload, visitor = self._proxies.unwrap(payload, visitor)
+            except ProxyHeaderError as error:
+                self._proxies.refuse(visitor, error, self._stats.visitors_refused)
+                return
         if self._policy and not self._policy.admits(visitor.sockaddr[0], visitor):
             return
         if self._slot.version == 2:

@@ -21,7 +21,7 @@ from gevent import Greenlet, get_hub
 
 from nodepass.log import Limit, Log
 from nodepass.net.networks import Networks
-from nodepass.net.sockets import Socket, network_of, plain_host
+from nodepass.net.sockets import Endpoint, Socket, network_of
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer, TaskGroup, report_bug
 
@@ -77,25 +77,30 @@ class PendingConnections:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at the {self._port} port: {len(self)}, {self._here.silent} of them silent>"
 
-    def accept(self, sock: Socket, work: Work, *args: object, silence: float = 0.0) -> None:
-        """Run `work(sock, *args)` in a greenlet; it must close the connection or hand it on, also where it is killed.
+    def accept(self, sock: Socket, peer: Endpoint, work: Work, *args: object, silence: float = 0.0) -> None:
+        """Run `work(sock, peer, *args)` in a greenlet; it must close the connection or hand it on, also when killed.
 
-        It begins at the peer's first bytes, or after `silence` seconds. The values of `silence` should be few.
+        It begins at the peer's first bytes, or after `silence` seconds. The values of `silence` should be few. The work
+        may `release` the connection and have it accepted again, as that of another peer, with other work.
         """
         try:
-            peer = sock.getpeername()
+            sock.getpeername()
         except OSError:
             sock.close()  # it has left already
             return
-        network = network_of(peer)
+        network = network_of(peer.sockaddr)
         self._make_room(network)
-        pending = _Pending(sock, plain_host(peer), network, time.monotonic())
+        pending = _Pending(sock, peer.host, network, time.monotonic())
         self._by_socket[sock] = pending
         self._here.add(network, pending)
         self._ports[self] = None
         PendingConnections._total += 1
-        pending.steps = self._steps(pending, work, args, silence)
+        pending.steps = self._steps(pending, work, (peer, *args), silence)
         next(pending.steps)
+
+    def began(self, sock: Socket) -> float:
+        """When a pending connection was accepted, in time.monotonic()."""
+        return self._by_socket[sock].since
 
     def time_left(self, sock: Socket, timeout: float) -> float:
         """Seconds that are left of a timeout which began when this connection was accepted."""
@@ -172,7 +177,8 @@ class PendingConnections:
         try:
             work(pending.sock, *args)
         finally:
-            self.release(pending.sock)
+            if self._by_socket.get(pending.sock) is pending:  # else it may have been accepted again
+                self.release(pending.sock)
             pending.greenlet = None  # which refers to this: a flood would fill memory until a collection
 
     def _make_room(self, network: str) -> None:

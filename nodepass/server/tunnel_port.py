@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,18 +20,20 @@ from gevent.lock import Semaphore
 
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ServerURL
-from nodepass.errors import RefusedError
+from nodepass.errors import ProxyHeaderError, RefusedError
 from nodepass.log import Log
 from nodepass.net.activation import Share
 from nodepass.net.listen import close_all, listen_in_range, listen_tcp, port_of
-from nodepass.net.sockets import Endpoint
+from nodepass.net.sockets import Endpoint, Socket
 from nodepass.server.client_slot import ClientSlot
+from nodepass.server.pending import PendingConnections
 from nodepass.server.trial import Trial
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement
 from nodepass.tunnel.interface import DATA, TUNNEL
 from nodepass.tunnel.part import Common, Part
+from nodepass.visitors.proxies import Proxies, reset
 from nodepass.wire.auth import Key, unknown_key
 from nodepass.wire.negotiation import HEARTBEATS, UNKNOWN_NAME, Hello, Offer
 
@@ -69,6 +72,9 @@ class TunnelPort:
         self.certificate: ServerCertificate | None = None
         self.tunnel: list[socket] = []  # its listeners, while it is open
         self.data: list[socket] = []  # none where data connections come to the tunnel port
+        self.proxies: Proxies | None = None
+        if settings.accept_proxy:
+            self.proxies = Proxies(settings.accept_proxy, settings.handshake_timeout, "tunnel port", log)
         self.only_slot: ClientSlot | None = None  # the one tunnel's, where data connections can be for no other
         self._is_shared = len(urls) > 1
         self._serves_v1 = any(not url.tunnel_name and url.wire != "2" for url in urls)
@@ -226,6 +232,28 @@ class TunnelPort:
     def expects(self, peer: Endpoint) -> bool:
         """Whether a data connection from this address can belong to a client; one with a key may come from anywhere."""
         return any(slot.agreement_with(peer) for slot in self._members) or self.find_v1(peer) is not None
+
+    # Behind proxies
+
+    def read_header(
+        self, sock: Socket, proxy: Endpoint, pending: PendingConnections, failures: Counter[str]
+    ) -> Endpoint | None:
+        """The peer of a pending connection that a proxy has passed on; None where it is refused, and counted.
+
+        It is not pending any more then: the caller has it accepted again, as the peer's.
+        """
+        assert self.proxies
+        try:
+            peer = self.proxies.read(sock, proxy, pending.began(sock)).peer
+        except ProxyHeaderError as error:
+            self.proxies.refuse(proxy, error, failures)
+            reset(sock)
+            return None
+        except BaseException:
+            sock.close()
+            raise
+        pending.release(sock)
+        return peer
 
     # Clients whose hello was late
 

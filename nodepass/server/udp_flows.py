@@ -102,6 +102,7 @@ class VisitorFlows(Part):
             if self.policy and not counted:
                 return
             flow = self._begin(sock, visitor, counted)
+        flow.visitor = visitor  # the same one, but its proxy may have another socket now
         if flow.lane.send(flow.number, payload):
             self._stats.udp.up.bytes += len(payload)
             if flow.visit:

@@ -1,8 +1,8 @@
 """Accepts visitors' TCP connections, and relays each over a data connection, within SEMAPHORE_LIMIT.
 
-At the limit the next visitor waits in the kernel's queue. Which visitors are served is decided by `visitors.policy`:
-one that is refused is reset before it costs the client anything. Where a data connection comes from is decided by
-`client_slot`; bytes are moved by `net.relay`.
+At the limit the next visitor waits in the kernel's queue. Behind a proxy, `visitors.proxies` says who the visitor is.
+Which visitors are served is decided by `visitors.policy`: one that is refused is reset before it costs the client
+anything. Where a data connection comes from is decided by `client_slot`; bytes are moved by `net.relay`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Sequence
 
 import gevent
 
 from nodepass.config.kinds import format_duration
-from nodepass.errors import NoDataConnection
+from nodepass.errors import NoDataConnection, ProxyHeaderError
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever, accept_waiting, close_all
 from nodepass.net.relay import relay
@@ -24,8 +25,9 @@ from nodepass.server.client_slot import ClientSlot
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
-from nodepass.visitors.access_log import AccessLog
+from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.visitors.policy import Policy
+from nodepass.visitors.proxies import Proxies
 from nodepass.wire.signals import TCP
 
 # Seconds by which a launch precedes the end of a visitor's stream that came with it: a v1 client takes an idle data
@@ -51,6 +53,7 @@ class VisitorListener(Part):
         self._sessions = sessions
         self._policy = policy
         self._access = AccessLog.of(common)
+        self._proxies = Proxies.at_target(common)
 
     def start(self) -> None:
         for listener in self._listeners:
@@ -77,20 +80,42 @@ class VisitorListener(Part):
             self._sessions.wait_for_slot()
 
     def _begin(self, sock: Socket, peer: Endpoint) -> None:
-        self._sessions.spawn("serve visitor", self._serve, sock, peer, time.monotonic())
+        is_proxied = self._proxies and self._proxies.trusts(peer.host)
+        serve = self._serve_proxied if is_proxied else self._serve
+        self._sessions.spawn("serve visitor", serve, sock, peer, time.monotonic())
 
-    def _serve(self, sock: Socket, peer: Endpoint, began: float) -> None:
-        """One visitor: launch a data connection, relay until both have ended, close both."""
+    def _serve_proxied(self, sock: Socket, proxy: Endpoint, began: float) -> None:
+        """Serve the visitor that a proxy names."""
+        assert self._proxies
+        try:
+            peer, local = self._proxies.read(sock, proxy, began)
+        except ProxyHeaderError as error:
+            self._proxies.refuse(proxy, error, self._stats.visitors_refused)
+            if self._access:
+                self._begin_visit(self._access, proxy, sock.getsockname(), began).end(error.reason)
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            self._serve(sock, peer, began, local)
+
+    def _serve(self, sock: Socket, peer: Endpoint, began: float, local: Endpoint | None = None) -> None:
+        """One visitor: launch a data connection, relay until both have ended, close both.
+
+        `local`: the address that it has connected to, where that is not the socket's.
+        """
         visitor = TCPStream(sock, resets=True)  # see listen_both
         counted = None
         try:
             visit = None
             if self._access:
-                ends = format_without_zone(peer.sockaddr), format_without_zone(sock.getsockname())
-                visit = self._access.begin("tcp", began, *ends)
+                sockaddr = local.sockaddr if local else sock.getsockname()
+                visit = self._begin_visit(self._access, peer, sockaddr, began)
             if self._policy and not (counted := self._policy.begin(peer.host, peer, visit)):
                 return
-            id, data = self._slot.launch(TCP, self._settings.pool_get_timeout, sock)
+            proxied = (str(peer), str(local)) if local else ()
+            id, data = self._slot.launch(TCP, self._settings.pool_get_timeout, sock, proxied)
             try:
                 if visit:
                     visit.session, visit.client = id, self._slot.client
@@ -113,6 +138,9 @@ class VisitorListener(Part):
             visitor.close()
             if self._policy and counted:
                 self._policy.end(counted)
+
+    def _begin_visit(self, access: AccessLog, peer: Endpoint, local: Sequence[object], began: float) -> Visit:
+        return access.begin("tcp", began, format_without_zone(peer.sockaddr), format_without_zone(local))
 
     def _report_unserved(self, peer: Endpoint) -> None:
         self._stats.tcp.ended["unserved"] += 1

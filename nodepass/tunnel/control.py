@@ -131,6 +131,10 @@ class Control:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.peer} {'closed' if self.sock.fileno() < 0 else 'open'}>"
 
+    def set_peer(self, endpoint: Endpoint) -> None:
+        """The peer has another address than the connection: a proxy is between."""
+        self.endpoint, self.peer = endpoint, str(endpoint)
+
     def describe(self) -> str:
         """The peer, its version and the round trip, for a line of statistics."""
         far = "" if self.round_trip is None else f", round trip {1000 * self.round_trip:.2f} ms"

@@ -1,4 +1,4 @@
-"""The control connection's lines: how they are split, and what each is taken for."""
+"""The control connection's lines: how they are split, and what each is taken for. Also what a proxy says first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from ipaddress import ip_address
 
 from nodepass.config.hostport import split_host_port
-from nodepass.errors import ProtocolError
+from nodepass.errors import ProtocolError, ProxyHeaderError
 from nodepass.wire.lines import MAX_LINE, MAX_OPENING, LineBuffer, printable
 from nodepass.wire.negotiation import (
     HEARTBEATS,
@@ -20,6 +20,7 @@ from nodepass.wire.negotiation import (
     parse_opening,
     without_mac,
 )
+from nodepass.wire.proxy_protocol import LARGEST, encode_v1, encode_v2, find_length, parse_header, split_datagram
 from nodepass.wire.signals import (
     LANE,
     TCP,
@@ -178,3 +179,31 @@ def check_introduction(data: bytes) -> None:
         assert re.fullmatch(b"[0-9a-f]{8}", data)
     except ProtocolError as error:
         assert_plain(error)
+
+
+def check_proxy_header(data: bytes) -> None:
+    """A header of the PROXY protocol has the same length however it arrives, and is refused or can be written again."""
+    script = Script(data)
+    sizes, stream = script.sizes(), script.rest().replace(LONG, b"x" * 1000)
+    held, length = b"", 0
+    try:
+        for piece in pieces(stream, sizes):
+            held += piece
+            length = length or find_length(held)
+            assert length == find_length(held)
+            assert length <= LARGEST
+        ends = parse_header(held[:length]) if 0 < length <= len(held) else None
+    except ProxyHeaderError as error:
+        assert_plain(error)
+    else:
+        if ends:
+            for header in (encode_v1(ends), encode_v2(ends, "web", datagram=True)):
+                assert find_length(header + held) == len(header)
+                assert parse_header(header) == ends
+            assert split_datagram(encode_v2(ends, "web", datagram=True) + held) == (ends, held)
+    try:
+        _, payload = split_datagram(stream)
+    except ProxyHeaderError as error:
+        assert_plain(error)
+    else:
+        assert stream.endswith(payload)

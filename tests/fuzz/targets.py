@@ -16,7 +16,7 @@ from tests.fuzz.connections import (
 from tests.fuzz.handshakes import check_client_handshake, check_reader, check_server_handshake
 from tests.fuzz.records import check_tls
 from tests.fuzz.settings import check_setting, check_url
-from tests.fuzz.signals import check_introduction, check_lines, check_opening, check_signal
+from tests.fuzz.signals import check_introduction, check_lines, check_opening, check_proxy_header, check_signal
 from tests.fuzz.watching import check_manager, check_request, check_scrape
 
 Check = Callable[[bytes], None]
@@ -26,6 +26,7 @@ TARGETS: dict[str, Check] = {
     "signal": check_signal,
     "opening": check_opening,
     "introduction": check_introduction,
+    "proxy-header": check_proxy_header,
     "reader": check_reader,
     "server-handshake": check_server_handshake,
     "client-handshake": check_client_handshake,

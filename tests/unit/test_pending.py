@@ -12,7 +12,7 @@ from gevent import get_hub, socket
 from gevent.event import Event
 
 from nodepass.log import Log
-from nodepass.net.sockets import Socket, as_plain
+from nodepass.net.sockets import Endpoint, Socket, as_plain
 from nodepass.server import pending as module
 from nodepass.server.pending import PendingConnections
 from nodepass.stats import Stats
@@ -20,6 +20,7 @@ from nodepass.tasks import TaskGroup
 from tests.unit.controls import until
 from tests.unit.streams import reset, tcp_pair
 
+HERE = Endpoint(socket.AF_INET, ("127.0.0.1", 50000))
 FOREVER = 60  # seconds
 QUIET = 0.1  # seconds
 
@@ -35,10 +36,10 @@ class Peer:
 
     def come_to(self, pending: PendingConnections, silence: float = FOREVER) -> Peer:
         """Be accepted, which takes no turn of the event loop."""
-        pending.accept(self.accepted, self.work, silence=silence)
+        pending.accept(self.accepted, HERE, self.work, silence=silence)
         return self
 
-    def work(self, sock: Socket) -> None:
+    def work(self, sock: Socket, _peer: Endpoint) -> None:
         assert sock is self.accepted
         self.begun.set()
         try:
@@ -116,7 +117,7 @@ def test_a_peer_that_has_left_already_is_closed(stack: ExitStack, pending: Pendi
     sock = as_plain(stream.sock)
     reset(peer)
     until(lambda: is_disconnected(sock))
-    pending.accept(sock, lambda _: pytest.fail("there is nothing to serve"))
+    pending.accept(sock, HERE, lambda *_: pytest.fail("there is nothing to serve"))
     assert sock.fileno() < 0
     assert len(pending) == 0
 
@@ -164,7 +165,7 @@ def test_what_was_released_has_all_of_its_timeout(stack: ExitStack, pending: Pen
 def test_work_that_returns_is_not_pending_any_more(stack: ExitStack, pending: PendingConnections) -> None:
     stream, _ = stack.enter_context(tcp_pair())
     assert isinstance(stream.sock, socket.socket)
-    pending.accept(as_plain(stream.sock), lambda sock: sock.close())
+    pending.accept(as_plain(stream.sock), HERE, lambda sock, _: sock.close())
     assert len(pending) == 1
     until(lambda: not pending._tasks)
     assert (len(pending), len(pending._ports)) == (0, 0)
@@ -286,7 +287,7 @@ def test_what_a_pending_connection_held_is_free_as_soon_as_its_work_ends(stack: 
     class Held:
         pass
 
-    def work(sock: Socket, _held: Held) -> None:
+    def work(sock: Socket, _peer: Endpoint, _held: Held) -> None:
         sock.close()
 
     pending, held, peer = make_pending(stack), Held(), Peer(stack)
@@ -294,7 +295,7 @@ def test_what_a_pending_connection_held_is_free_as_soon_as_its_work_ends(stack: 
     gc.collect()
     gc.disable()
     stack.callback(gc.enable)
-    pending.accept(peer.accepted, work, held)
+    pending.accept(peer.accepted, HERE, work, held)
     del held
     assert watched() is not None
     until(lambda: not len(pending))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nodepass.log import Log
-from nodepass.net.sockets import Socket
+from nodepass.net.sockets import Endpoint, Socket
 from nodepass.server import pending as module
 from nodepass.server.pending import PendingConnections
 from nodepass.stats import Stats
@@ -86,7 +86,7 @@ class PendingMachine(RuleBasedStateMachine):
     def those(self, *states: str, port: int | None = None) -> list[Model]:
         return [each for each in self.all if each.state in states and port in (None, each.port)]
 
-    def work(self, sock: Socket) -> None:
+    def work(self, sock: Socket, _peer: Endpoint) -> None:
         model = self.by_socket[sock]
         assert not model.begun
         model.begun = True
@@ -105,7 +105,7 @@ class PendingMachine(RuleBasedStateMachine):
         model = Model(FakeSocket(host), port, self.now, silence)
         self.by_socket[model.sock] = model
         victims = self.may_be_dropped(model)
-        self.ports[port].accept(model.sock, self.work, silence=silence)
+        self.ports[port].accept(model.sock, Endpoint(socket.AF_INET, (host, 50000)), self.work, silence=silence)
         self.settle()
         self.all.append(model)
         gone = [each for each in self.those("pending") if each.sock.closed]

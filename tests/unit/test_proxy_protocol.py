@@ -8,10 +8,24 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from proxyprotocol.result import ProxyResultIPv4, ProxyResultIPv6
+from proxyprotocol.tlv import ProxyProtocolTLV
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
-from nodepass.wire.proxy_protocol import LONGEST, TUNNEL_NAME, Ends, ProxyHeaders, encode_v1, encode_v2
+from nodepass.errors import ProxyHeaderError
+from nodepass.wire.proxy_protocol import (
+    CRC32C,
+    LONGEST,
+    TUNNEL_NAME,
+    Ends,
+    ProxyHeaders,
+    crc32c,
+    encode_v1,
+    encode_v2,
+    find_length,
+    parse_header,
+)
 
 V4, V6 = "192.0.2.1:51000", "[2001:db8::1]:443"
 
@@ -57,3 +71,54 @@ def test_addresses_that_are_not_known_are_those_of_the_connection(visitor: str, 
 def test_off_has_no_headers() -> None:
     headers = ProxyHeaders("off", "web")
     assert headers.of_connection(V4, V4) == headers.of_datagram(V4, V4) == b""
+
+
+# Read
+
+
+@given(ends, st.booleans(), st.booleans())
+def test_headers_of_an_independent_writer_are_read(given_ends: Ends, datagram: bool, has_checksum: bool) -> None:
+    same = given_ends.unified()
+    family = socket.AF_INET if same.source[0].version == 4 else socket.AF_INET6
+    protocol = socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM
+    tlv = ProxyProtocolTLV({0x01: b"h2", 0x02: b"host.test"})
+    result = ProxyResultIPv4 if family == socket.AF_INET else ProxyResultIPv6
+    read = result(same.source, same.destination, protocol=protocol, tlv=tlv)  # type: ignore[arg-type]
+    header = ProxyProtocolV2().pack(read)
+    if has_checksum:
+        header = with_checksum(header)
+    plain = plain_ends(given_ends)
+    for written in (header, ProxyProtocolV1().pack(read)):
+        assert find_length(written + b"behind") == len(written)
+        assert parse_header(written) == plain
+
+
+def plain_ends(given_ends: Ends) -> Ends:
+    """The same with IPv4-mapped IPv6 as IPv4."""
+    (source, port), (destination, local_port) = given_ends.source, given_ends.destination
+    return Ends(
+        (getattr(source, "ipv4_mapped", None) or source, port),
+        (getattr(destination, "ipv4_mapped", None) or destination, local_port),
+    )
+
+
+def with_checksum(header: bytes) -> bytes:
+    """The header with a checksum as its last field."""
+    longer = header[:14] + (len(header) - 16 + 7).to_bytes(2, "big") + header[16:] + bytes([CRC32C, 0, 4])
+    return longer + crc32c(longer + bytes(4))
+
+
+def test_the_checksum_is_that_of_rfc_3720() -> None:
+    assert crc32c(b"123456789").hex() == "e3069283"
+    assert crc32c(bytes(32)).hex() == "8a9136aa"
+
+
+def test_a_header_that_does_not_fit_its_checksum_is_refused() -> None:
+    header = with_checksum(encode_v2(Ends.parse(V4, V4), "web", datagram=False))
+    assert parse_header(header) == Ends.parse(V4, V4)
+    bent = header.replace(b"web", b"wed")
+    twice = with_checksum(header)
+    short = encode_v2(Ends.parse(V4, V4), "web", datagram=False).replace(bytes([TUNNEL_NAME]), bytes([CRC32C]))
+    for wrong in (bent, twice, short):
+        with pytest.raises(ProxyHeaderError, match="checksum"):
+            parse_header(wrong)
