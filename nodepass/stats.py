@@ -56,6 +56,7 @@ UDP_DROPS = (
     "lane_full",
     "lane_missing",
     "limit",
+    "rate",
     "target_refused",
     "target_unreachable",
     "too_large",

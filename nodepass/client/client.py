@@ -23,6 +23,7 @@ from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Part, Records, stop_parts
+from nodepass.tunnel.rates import Rates
 from nodepass.tunnel.security import summarize
 from nodepass.wire.auth import Key
 
@@ -47,7 +48,8 @@ class Client:
         self._keys = keys
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
-        common = Common(settings, log, stats, TaskGroup(log, stats, on_crash=self._failed.set_exception), access)
+        loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
+        common = Common(settings, log, stats, loops, access, Rates.of(settings, stats))
         self._target = Target(url.target, log, settings.keepalive)
         self._flows = TargetFlows(common, self._target, url.tunnel_name)
         launches = Launches(common, self._target, self._flows, url.tunnel_name)
@@ -130,6 +132,7 @@ class Client:
             certificate_expiry=None,
             security=self._connector.security.of(self.control),
             protocols=self._settings.protocols,
+            rates=self._settings.rates,
         )
 
     def _unready(self) -> str:

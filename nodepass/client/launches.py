@@ -40,6 +40,7 @@ class Launches(Part):
         super().__init__(common)
         self._proxy = ProxyHeaders(self._settings.proxy_protocol, name)
         self._access = AccessLog.of(common)
+        self._rates = common.rates
         self.sessions = WorkerPool(self._log, self._stats, self._settings.semaphore_limit)
         self._target = target
         self._flows = flows
@@ -111,7 +112,7 @@ class Launches(Part):
                 target.write(header)
         with kernel_buffers.share(data.sock, sock):
             on_end = visit.end_relayed if visit else None
-            traffic = relay(data, target, self._stats, began, self._deadlines, on_end)
+            traffic = relay(data, target, self._stats, began, self._deadlines, on_end, self._rates)
         sentence = "target %(target)s: " + traffic.SENTENCE
         log.debug("session.closed", sentence, target=self._target, **traffic.fields())
 
@@ -176,10 +177,14 @@ class Launches(Part):
         """Carry one datagram to the target and its answer back; their sizes in bytes. Raises OSError."""
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
         question = read_datagram(data, largest, timeout)
+        if self._rates.up:
+            self._rates.up.wait()
         self._stats.udp.up.bytes += len(question)
         if visit:
             visit.count_up(len(question))
         answer = self._ask_target(self._proxy.of_datagram("", "") + question, largest, timeout)
+        if self._rates.down:
+            self._rates.down.wait()
         data.write(answer)
         data.half_close()
         self._stats.udp.down.bytes += len(answer)

@@ -32,6 +32,7 @@ from nodepass.net.udp import AnyPort, dial_udp
 from nodepass.tasks import report_bug
 from nodepass.tunnel.flows import FlowTable
 from nodepass.tunnel.part import Common, Part
+from nodepass.tunnel.rates import DatagramRate
 from nodepass.tunnel.udp import Lane, drop_datagram
 from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.wire.proxy_protocol import ProxyHeaders
@@ -72,6 +73,8 @@ class TargetFlows(Part):
         settings = common.settings
         self._proxy = ProxyHeaders(settings.proxy_protocol, name)
         self._access = AccessLog.of(common)
+        self._up = DatagramRate.of(common.rates.up, "RATE_UP", self._log, self._stats)
+        self._down = DatagramRate.of(common.rates.down, "RATE_DOWN", self._log, self._stats)
         # Announced flows, the latest last. They stay beyond a flow's end: only the server knows when it is over there.
         self._addresses: OrderedDict[tuple[Lane, int], tuple[str, str]] = OrderedDict()
         self._target = target
@@ -124,13 +127,27 @@ class TargetFlows(Part):
                 words = "a datagram of %(size)d bytes: too large with its PROXY protocol header"
                 drop_datagram(self._log, self._stats, "too_large", words, size=len(payload))
                 return
-            self._send(flow, flow.header + payload)
-            self._stats.udp.up.bytes += len(payload)
-            if flow.visit:
-                flow.visit.count_up(len(payload))
         except OSError as error:
-            words = "a datagram of %(size)d bytes: %(error)s"
-            drop_datagram(self._log, self._stats, "target_unreachable", words, size=len(payload), error=reason(error))
+            self._drop_unreachable(payload, error)
+            return
+        if self._up is None:
+            self._send_up(flow, payload)
+        else:
+            self._up.pass_on(flow, len(payload), partial(self._send_up, flow, payload))
+
+    def _send_up(self, flow: TargetFlow, payload: bytes) -> None:
+        try:
+            self._send(flow, flow.header + payload)
+        except OSError as error:
+            self._drop_unreachable(payload, error)
+            return
+        self._stats.udp.up.bytes += len(payload)
+        if flow.visit:
+            flow.visit.count_up(len(payload))
+
+    def _drop_unreachable(self, payload: bytes, error: OSError) -> None:
+        words = "a datagram of %(size)d bytes: %(error)s"
+        drop_datagram(self._log, self._stats, "target_unreachable", words, size=len(payload), error=reason(error))
 
     def _send(self, flow: TargetFlow, payload: bytes) -> None:
         try:
@@ -231,6 +248,12 @@ class TargetFlows(Part):
             flow.unanswered = None
             flow.untried = _without(self._target.datagram_endpoints(), flow.endpoint)
             self._target.note_answer(flow.endpoint)
+        if self._down is None:
+            self._send_down(flow, answer)
+        else:
+            self._down.pass_on(flow, len(answer), partial(self._send_down, flow, answer))
+
+    def _send_down(self, flow: TargetFlow, answer: bytes) -> None:
         if flow.lane.send(flow.number, answer):
             self._stats.udp.down.bytes += len(answer)
             if flow.visit:
@@ -240,6 +263,8 @@ class TargetFlows(Part):
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(answer))
 
     def _end(self, flow: TargetFlow, outcome: str) -> None:
+        for rate in filter(None, (self._up, self._down)):
+            rate.end(flow)
         self._stats.udp.end(outcome)
         if flow.visit:
             flow.visit.end(outcome)

@@ -82,6 +82,17 @@ class Quota:
     prefixes: tuple[int, int] = (32, 64)
 
 
+@dataclass(frozen=True)
+class Rate:
+    """RATE_UP or RATE_DOWN: payload bits per second, and how a user writes that. 0: no limit."""
+
+    bits: int = 0
+    text: str = "0"
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def parse_duration(text: str) -> float:
     """Seconds in a duration in Go's syntax: `500ms`, `1h30m`, `5s`, `0`. Raises ValueError."""
     if text == "0":
@@ -215,6 +226,22 @@ def quota(is_rate: bool) -> Kind:
     return Kind("rate" if is_rate else "sessions", allowed, parse)
 
 
+_RATE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([kKMG]?)", re.ASCII)
+_MULTIPLES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
+LOWEST_RATE, HIGHEST_RATE = 8_000, 100_000_000_000  # bits per second
+
+
+def parse_rate(text: str) -> Rate:
+    """Bits per second with a decimal multiple, `500k`, `10M`, `2.5G`, or 0. Raises ValueError."""
+    if text == "0":
+        return Rate()
+    match = _RATE.fullmatch(text)
+    bits = round(float(match[1]) * _MULTIPLES[match[2]]) if match else 0
+    if not LOWEST_RATE <= bits <= HIGHEST_RATE:
+        raise ValueError("not a rate")
+    return Rate(bits, text)
+
+
 def parse_switch(text: str) -> bool:
     """`on` or `off`. Raises ValueError."""
     if text not in ("on", "off"):
@@ -222,6 +249,7 @@ def parse_switch(text: str) -> bool:
     return text == "on"
 
 
+RATE = Kind("bit/s", "0 (no limit), or 8k to 100G bits per second, such as 500k, 10M or 2.5G", parse_rate)
 SWITCH = Kind("word", "on or off", parse_switch)
 PORTS = Kind(
     "port", "0 (the kernel chooses), a port from 1 to 65535, a range such as 20000-20099, or tunnel", parse_ports

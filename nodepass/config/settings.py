@@ -23,12 +23,14 @@ from nodepass.config.kinds import (
     DAY,
     LISTEN,
     PORTS,
+    RATE,
     SWITCH,
     AccessPlace,
     Kind,
     Listen,
     Ports,
     Quota,
+    Rate,
     Rule,
     choice,
     count,
@@ -161,6 +163,15 @@ class Settings:
         "server: new sessions and flows of one address in a time; more are refused; 0: no limit",
         role="server",
     )
+    rate_up: Rate = setting(
+        "0",
+        RATE,
+        "traffic",
+        "payload of the tunnel from visitors to the target, in bits per second, all sessions together; 0: no limit",
+    )
+    rate_down: Rate = setting(
+        "0", RATE, "traffic", "payload of the tunnel from the target to visitors, as RATE_UP; 0: no limit"
+    )
     keepalive: float = setting(
         "15s",
         duration(1, 7200),
@@ -269,6 +280,11 @@ class Settings:
     def protocols(self) -> tuple[str, ...]:
         """What is carried: tcp, udp, or both."""
         return tuple(name for name, is_on in (("tcp", self.tcp), ("udp", self.udp)) if is_on)
+
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """The limits of the tunnel's rate, by direction; of those that are set."""
+        return {name: rate for name, rate in (("up", self.rate_up), ("down", self.rate_down)) if rate.bits}
 
     def _find_contradiction(self) -> str:
         """Which settings are usable alone, but not together; "" where all are."""

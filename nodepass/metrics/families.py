@@ -167,6 +167,12 @@ FAMILIES: tuple[Number | Distribution, ...] = (
     Gauge("nodepass_session_slots_used", "Slots in use, of SEMAPHORE_LIMIT.", (), lambda w: _one(w.view.slots_used)),
     Gauge("nodepass_session_slots", "Available slots: SEMAPHORE_LIMIT.", (), lambda w: _one(w.view.slots)),
     Counter("nodepass_bytes_total", "Payload moved, in bytes.", ("direction", "protocol"), _bytes),
+    Gauge(
+        "nodepass_rate_limit_bytes_per_second",
+        "RATE_UP and RATE_DOWN, of tunnels that have them.",
+        ("direction",),
+        lambda w: [((direction,), rate.bits / 8) for direction, rate in w.view.rates.items()],
+    ),
     Gauge("nodepass_pool_idle_connections", "Idle data connections.", (), lambda w: _one(w.view.pool_idle)),
     Gauge(
         "nodepass_pool_capacity_connections",

@@ -121,6 +121,9 @@ class Deadlines:
 
     def _expired(self, watched: _Watched, now: float) -> ExpiredError | None:
         up = watched.session.up
+        if up.waits_for_turn or watched.session.down.waits_for_turn:  # under a rate: there are bytes
+            watched.active = now
+            return None
         if self._first_byte and not up.moved and not up.over and now - watched.began >= self._first_byte:
             words = f"nothing from the visitor for {format_duration(self._first_byte)} (FIRST_BYTE_TIMEOUT)"
             return ExpiredError("silent", words)

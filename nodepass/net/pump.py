@@ -12,6 +12,9 @@ likes. So a read is of at most MESSAGE bytes. Where it brought as many, the sink
 that is used up no read is larger: more stays in the source, whose peer is held back. Once all copies of the process
 together reach RESTS_AT_MOST, every read is preceded by that question, and hardly anything is copied any more.
 
+Where the rate of a direction is limited, a `Throttle` says when it may read and how much. While it waits for its turn
+the source is not watched, so that its peer is held back, as by a full sink.
+
 A pump moves bytes and passes the end of a stream on. What the end or the failure of a direction means for the other one
 is decided in `relay`, the only caller. Errors of the source are OSErrors, errors of the sink `SinkError`s.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable, Generator, Iterator
+from typing import Protocol
 
 from nodepass.net.pipes import CAPACITY, Pipe, pipes
 from nodepass.net.sockets import Socket, end_reading, room_to_send, set_low_water_mark
@@ -68,19 +72,39 @@ class _Rests:
 rests = _Rests()
 
 
+class Throttle(Protocol):
+    """Limits the rate of one direction of many sessions, which take turns; the bytes are counted in its `Way`."""
+
+    turn: int  # bytes that may be read in one turn
+
+    def is_free(self) -> bool:
+        """Whether a turn may begin now."""
+
+    def queue(self, turn: Resume) -> None:
+        """Call back once, when it is this one's turn."""
+
+    def cancel(self, turn: Resume) -> None:
+        """Do not call back, if it still waits."""
+
+
 class Pump:
     """Moves the bytes of one direction and counts them."""
 
-    __slots__ = ("_resume", "_room", "_steps", "_way", "moved", "over", "sink", "source", "source_error")
+    __slots__ = (
+        *("_resume", "_room", "_steps", "_throttle", "_way", "moved", "over", "sink", "source", "source_error"),
+        "waits_for_turn",
+    )
 
-    def __init__(self, source: Stream, sink: Stream, way: Way) -> None:
+    def __init__(self, source: Stream, sink: Stream, way: Way, throttle: Throttle | None = None) -> None:
         self.source = source
         self.sink = sink
         self.moved = 0  # bytes
         self._room = 0  # bytes that the sink takes at least, as far as is known
         self.over = False  # the direction has ended, and its source is not watched
+        self.waits_for_turn = False  # bytes may wait to be read, and the rate does not allow it
         self.source_error: OSError | None = None  # of a write to the source, which is the other direction's sink
         self._way = way
+        self._throttle = throttle
         self._resume: Resume | None = None
         self._steps: Steps | None = None
 
@@ -105,11 +129,12 @@ class Pump:
 
         `on_first_byte` is called once, when the first bytes have been read.
         """
-        source, sink, way = self.source, self.sink, self._way
+        source, sink, way, throttle = self.source, self.sink, self._way, self._throttle
         read, message = source.read, _shared[:MESSAGE]
         received, busy_reads = 0, 0  # in a row
         while True:
-            buffer = (yield from self._fit_buffer()) if received >= LARGE_READ or rests.many else message
+            is_large = received >= LARGE_READ or rests.many or throttle
+            buffer = (yield from self._fit_buffer()) if is_large else message
             try:
                 received = read(buffer)
             except BlockingIOError:
@@ -150,13 +175,41 @@ class Pump:
             yield from self._send_rest(rest)
 
     def _fit_buffer(self) -> Generator[None, None, memoryview]:
-        """The shared buffer, as far as the sink takes what is read into it."""
+        """The shared buffer, as far as the sink takes what is read into it, and the rate allows it."""
         if rests.many:
             yield from self._find_room(MESSAGE)
-            return _shared[: min(max(self._room, LEAST_READ), MESSAGE)]
-        if self._room < self.sink.batch:
-            yield from self._find_room(MESSAGE)
-        return _shared[: min(max(self._room, MESSAGE), self.sink.batch)]
+            size = min(max(self._room, LEAST_READ), MESSAGE)
+        else:
+            if self._room < self.sink.batch:
+                yield from self._find_room(MESSAGE)
+            size = min(max(self._room, MESSAGE), self.sink.batch)
+        if self._throttle:
+            size = min(size, (yield from self._take_turn(self._throttle)))
+        return _shared[:size]
+
+    def _take_turn(self, throttle: Throttle) -> Generator[None, None, int]:
+        """How many bytes may be read now; waits for the turn if there are any. The end of a stream does not wait."""
+        assert self._resume
+        if throttle.is_free() or not self.source.peek():
+            return throttle.turn
+        self.waits_for_turn = True
+        throttle.queue(self._begin_turn)
+        self.source.unwatch()
+        stopped_directions.add(self)
+        try:
+            while self.waits_for_turn:
+                yield  # an error ends the direction
+        finally:
+            self.waits_for_turn = False
+            stopped_directions.discard(self)
+            throttle.cancel(self._begin_turn)
+        self.source.watch(self._resume)
+        return throttle.turn
+
+    def _begin_turn(self) -> None:
+        assert self._resume
+        self.waits_for_turn = False
+        self._resume()
 
     def _find_room(self, least: int) -> Steps:
         """Ask the sink how many bytes it takes; waits once where those are fewer than `least`.
@@ -191,11 +244,14 @@ class Pump:
         """Have the kernel move the bytes for as long as the source is busy; whether the stream has ended."""
         assert self._resume
         sock = self.source.sock
-        with contextlib.closing(_Gathering(sock, self._resume)) as gathering:
+        # A direction that takes turns is seldom woken up by its source: there is nothing to gather.
+        with contextlib.closing(_Gathering(sock, None if self._throttle else self._resume)) as gathering:
             while gathering.busy:
                 if self._room < CAPACITY // 2:
                     yield from self._find_room(BUSY_READ)
                 room = min(self._room, CAPACITY)
+                if self._throttle:
+                    room = min(room, (yield from self._take_turn(self._throttle)))
                 if room < BUSY_READ or not (pipe := pipes.borrow()):
                     return False
                 try:
@@ -253,7 +309,8 @@ class _Gathering:
 
     __slots__ = ("_reads", "_reads_at_look", "_resume", "_sock", "_timer", "busy")
 
-    def __init__(self, sock: Socket, resume: Resume) -> None:
+    def __init__(self, sock: Socket, resume: Resume | None) -> None:
+        """`resume`: the pump, None where the kernel goes on reporting every byte."""
         self.busy = True
         self._sock = sock
         self._resume = resume
@@ -267,7 +324,7 @@ class _Gathering:
             self.busy = False
             return
         self._reads += 1
-        if self._reads == GATHER_AFTER:
+        if self._reads == GATHER_AFTER and self._resume:
             set_low_water_mark(self._sock, GATHER)
             self._timer.start()
 
@@ -276,7 +333,8 @@ class _Gathering:
             self._reads_at_look = self._reads
             return True
         self.busy = False
-        self._resume()
+        if self._resume:
+            self._resume()
         return False
 
     def close(self) -> None:

@@ -27,10 +27,12 @@ from gevent.hub import Waiter
 
 from nodepass.errors import ExpiredError, reason
 from nodepass.net.deadlines import Deadlines
-from nodepass.net.pump import Pump, SinkError, Steps
+from nodepass.net.pump import Pump, SinkError, Steps, Throttle
 from nodepass.net.sockets import end_reading, wait_delivered
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
+
+Throttles = tuple[Throttle | None, Throttle | None]
 
 DELIVERY_GRACE = 1.0  # seconds for a peer to acknowledge what was written before it gets the reset
 
@@ -74,13 +76,15 @@ def relay(
     began: float | None = None,
     deadlines: Deadlines | None = None,
     on_end: Callable[[Traffic], object] | None = None,
+    throttles: Throttles = (None, None),
 ) -> Traffic:
     """Move bytes until both directions have ended; up is from `near` to `far`. Both streams are closed on return.
 
     With `began`, in time.monotonic(), the time from then to the first byte of the way back is counted. A session that
-    misses one of the `deadlines` is ended. `on_end` gets what is counted, even where a bug or a kill is raised.
+    misses one of the `deadlines` is ended. `on_end` gets what is counted, even where a bug or a kill is raised. The
+    `throttles` limit the rate, up and down.
     """
-    session = _Session(near, far, stats, began)
+    session = _Session(near, far, stats, began, throttles)
     traffic = session.traffic
     for stream in (near, far):
         stream.reset_on_close(True)  # should this process be killed, the cut streams must not look whole
@@ -108,11 +112,11 @@ class _Session:
 
     __slots__ = ("_began", "_running", "_stats", "_waiter", "broken", "down", "traffic", "up")
 
-    def __init__(self, near: Stream, far: Stream, stats: Stats, began: float | None) -> None:
+    def __init__(self, near: Stream, far: Stream, stats: Stats, began: float | None, throttles: Throttles) -> None:
         self.traffic = Traffic()
         self.broken: Stream | None = None  # a read from it failed
-        self.up = Pump(near, far, stats.tcp.up)
-        self.down = Pump(far, near, stats.tcp.down)
+        self.up = Pump(near, far, stats.tcp.up, throttles[0])
+        self.down = Pump(far, near, stats.tcp.down, throttles[1])
         self._stats = stats
         self._began = began
         self._running = 2  # directions

@@ -1,9 +1,10 @@
-"""Stopped directions: those whose source is not read, because the sink is full. A reset of the source is found here.
+"""Stopped directions: those whose source is not read, because the sink is full, or because the rate does not allow it.
 
-The event loop does not report it, since the source is not watched: a visitor that gave up its upload to a target that
-reads nothing would hold its session for good. So the connections of all stopped directions of the process are looked
-at. What the source had sent before may still be passed on: a direction is ended only once its sink has acknowledged
-nothing for a while. `pump` says which directions are stopped.
+A reset of the source is found here. The event loop does not report it, since the source is not watched: a visitor that
+gave up its upload to a target that reads nothing would hold its session for good. So the connections of all stopped
+directions of the process are looked at. What the source had sent before may still be passed on: a direction is ended
+only once its sink has acknowledged nothing for a while. Where the rate is what stops a direction, the sink says
+nothing, and the direction is ended after the same while. `pump` says which directions are stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Direction(Protocol):
     source: Stream
     sink: Stream
     source_error: OSError | None
+    waits_for_turn: bool
 
     def fail(self, error: OSError) -> None:
         """End it as if a read had failed."""
@@ -50,18 +52,18 @@ class StoppedDirections:
     def discard(self, direction: Direction) -> None:
         """The direction has ended, or its source is watched again."""
         self._stopped.discard(direction)
-        self._gone.pop(direction, None)
 
     def _look(self) -> bool:
         now = time.monotonic()
         for direction in list(self._stopped):
             if direction in self._stopped and is_gone(direction.source.sock) and not self._progresses(direction, now):
                 self._fail(direction)
+        self._gone = {each: seen for each, seen in self._gone.items() if each in self._stopped}
         return bool(self._stopped)
 
     def _progresses(self, direction: Direction, now: float) -> bool:
-        """Whether the sink has acknowledged bytes lately."""
-        progress = read_tcp_info(direction.sink.sock).acknowledged
+        """Whether the sink has acknowledged bytes lately, or the direction has just stopped."""
+        progress = 0 if direction.waits_for_turn else read_tcp_info(direction.sink.sock).acknowledged
         before, since = self._gone.get(direction, (-1, now))
         if progress != before:
             self._gone[direction] = progress, now

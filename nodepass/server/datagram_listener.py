@@ -50,6 +50,7 @@ class DatagramListener(Part):
         self._policy = policy
         self._access = AccessLog.of(common)
         self._proxies = Proxies.at_target(common)
+        self._rates = common.rates
 
     def start(self) -> None:
         self._start_loop("receive datagrams", self._receive)
@@ -132,6 +133,8 @@ class DatagramListener(Part):
         try:
             answer = self._ask(data, question, visit)
             if answer:
+                if self._rates.down:
+                    self._rates.down.wait()
                 send_datagram(self._sock, answer, visitor)
                 udp.down.bytes += len(answer)
                 if visit:
@@ -157,6 +160,8 @@ class DatagramListener(Part):
 
     def _ask(self, data: Stream, question: bytes, visit: Visit | None) -> bytes:
         """What the client answers; empty where it closes without an answer. Raises OSError."""
+        if self._rates.up:
+            self._rates.up.wait()
         data.write(question)
         self._stats.udp.up.bytes += len(question)
         if visit:

@@ -31,6 +31,7 @@ from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import GOODBYE, MISSED_HEARTBEATS, ServerControl
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, TARGET, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
+from nodepass.tunnel.rates import Rates
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
 from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
@@ -67,7 +68,7 @@ class Server:
         self._beat = min(settings.report_interval, HEARTBEATS[1] / 1000)  # seconds
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
-        self._common = Common(settings, log, stats, loops, access)
+        self._common = Common(settings, log, stats, loops, access, Rates.of(settings, stats))
         self._policy = Policy.of(self._common, rules)
         present = keys()
         self._security = SecurityLog(security_of(url, bool(present)), log)
@@ -200,6 +201,7 @@ class Server:
             certificate_expiry=self._port.certificate.identity.expiry if self._port.certificate else None,
             security=self._security.of(control),
             protocols=self._settings.protocols,
+            rates=self._settings.rates,
         )
 
     def _unready(self) -> str:

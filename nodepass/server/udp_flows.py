@@ -23,6 +23,7 @@ from nodepass.net.udp import ReplyAddress, send_datagram
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.flows import NETWORK_SHARE, FlowTable
 from nodepass.tunnel.part import Common, Part
+from nodepass.tunnel.rates import DatagramRate
 from nodepass.tunnel.udp import Lane, drop_datagram
 from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.visitors.policy import Policy
@@ -63,6 +64,8 @@ class VisitorFlows(Part):
         self.sends_addresses = False  # that client wants the addresses of visitors
         self._launch = launch
         self._access = AccessLog.of(common)
+        self._up = DatagramRate.of(common.rates.up, "RATE_UP", self._log, self._stats)
+        self._down = DatagramRate.of(common.rates.down, "RATE_DOWN", self._log, self._stats)
         self._tasks = TaskGroup(self._log, self._stats)
         limit = settings.semaphore_limit
         self._table: FlowTable[VisitorFlow] = FlowTable(
@@ -103,13 +106,19 @@ class VisitorFlows(Part):
                 return
             flow = self._begin(sock, visitor, counted)
         flow.visitor = visitor  # the same one, but its proxy may have another socket now
+        if self._up is None:
+            self._send_up(flow, payload)
+        else:
+            self._up.pass_on(flow, len(payload), partial(self._send_up, flow, payload))
+
+    def _send_up(self, flow: VisitorFlow, payload: bytes) -> None:
         if flow.lane.send(flow.number, payload):
             self._stats.udp.up.bytes += len(payload)
             if flow.visit:
                 flow.visit.count_up(len(payload))
         else:
             words = "a datagram of %(size)d bytes from %(visitor)s: the lane is full"
-            drop_datagram(self._log, self._stats, "lane_full", words, size=len(payload), visitor=visitor)
+            drop_datagram(self._log, self._stats, "lane_full", words, size=len(payload), visitor=flow.visitor)
 
     def abandon(self) -> None:
         """Put new flows on new lanes: the client is replaced. Its flows stay with it while it takes their datagrams."""
@@ -199,6 +208,12 @@ class VisitorFlows(Part):
             drop_datagram(self._log, self._stats, "flow_over", words, size=len(payload))
             return
         self._table.count_answer(flow)
+        if self._down is None:
+            self._send_down(flow, payload)
+        else:
+            self._down.pass_on(flow, len(payload), partial(self._send_down, flow, payload))
+
+    def _send_down(self, flow: VisitorFlow, payload: bytes) -> None:
         try:
             send_datagram(flow.sock, payload, flow.visitor)
             self._stats.udp.down.bytes += len(payload)
@@ -209,6 +224,8 @@ class VisitorFlows(Part):
             drop_datagram(self._log, self._stats, "visitor_unreachable", words, size=len(payload), error=reason(error))
 
     def _end(self, flow: VisitorFlow, outcome: str) -> None:
+        for rate in filter(None, (self._up, self._down)):
+            rate.end(flow)
         self._stats.udp.end(outcome)
         if flow.visit:
             flow.visit.session = flow.lane.name_flow(flow.number)

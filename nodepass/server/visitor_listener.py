@@ -54,6 +54,7 @@ class VisitorListener(Part):
         self._policy = policy
         self._access = AccessLog.of(common)
         self._proxies = Proxies.at_target(common)
+        self._rates = common.rates
 
     def start(self) -> None:
         for listener in self._listeners:
@@ -125,7 +126,7 @@ class VisitorListener(Part):
                     gevent.sleep(HEAD_START)
                 with kernel_buffers.share(sock, data.sock):
                     on_end = visit.end_relayed if visit else None
-                    traffic = relay(visitor, data, self._stats, began, self._slot.deadlines, on_end)
+                    traffic = relay(visitor, data, self._stats, began, self._slot.deadlines, on_end, self._rates)
                 words = "visitor %(visitor)s: " + traffic.SENTENCE
                 log.debug("session.closed", words, visitor=peer, **traffic.fields())
             finally:

@@ -137,6 +137,8 @@ class Tunnel:
     failed: float = 0.0  # all but the completed
     up: float = 0.0  # bytes
     down: float = 0.0
+    rate_up: float | None = None  # the limit of the rate, bytes per second; None: there is none
+    rate_down: float | None = None
     drops: float = 0.0  # datagrams
     refused: float = 0.0  # visitors
     handshakes_failed: float = 0.0
@@ -214,8 +216,8 @@ def _add(tunnel: Tunnel, name: str, labels: dict[str, str], value: float) -> Non
         tunnel.failed += value
     elif name == "sessions_open" and labels.get("protocol") in ("tcp", "udp"):
         setattr(tunnel, f"{labels['protocol']}_open", int(value))
-    elif name == "bytes_total" and labels.get("direction") in ("up", "down"):
-        setattr(tunnel, labels["direction"], getattr(tunnel, labels["direction"]) + value)
+    elif labels.get("direction") in ("up", "down"):
+        _add_direction(tunnel, name, labels["direction"], value)
     elif name == "ready":
         tunnel.ready = value == 1
     elif name == "tunnel_info" and "key" in labels:
@@ -225,6 +227,13 @@ def _add(tunnel: Tunnel, name: str, labels: dict[str, str], value: float) -> Non
         tunnel.peer = labels.get("peer", "")
     elif name == "round_trip_seconds":
         tunnel.round_trip = value
+
+
+def _add_direction(tunnel: Tunnel, name: str, direction: str, value: float) -> None:
+    if name == "bytes_total":
+        setattr(tunnel, direction, getattr(tunnel, direction) + value)
+    elif name == "rate_limit_bytes_per_second":
+        setattr(tunnel, f"rate_{direction}", value)
 
 
 def _printable(text: str) -> str:

@@ -36,6 +36,7 @@ COLUMNS = (
     Column("POOL", 7, 7),
     Column("TCP", 4, 4),
     Column("UDP", 4, 4),
+    Column("RATE", 9, 12),
     Column("SESS/S", 6, 8),
     Column("FAIL/S", 6, 9),
     Column("DROP/S", 6, 10),
@@ -132,11 +133,27 @@ def _cells(tunnel: Tunnel, rates: Rates | None) -> tuple[str, ...]:
         f"{tunnel.pool_idle}/{tunnel.pool_capacity}",
         str(tunnel.tcp_open),
         str(tunnel.udp_open),
+        _limits(tunnel.rate_up, tunnel.rate_down),
     )
     if rates is None:
         return (*cells, *[NOTHING] * 6)
     numbers = tuple(f"{each:.3g}" for each in (rates.ended, rates.failed, rates.drops, rates.refused))
     return (*cells, *numbers, size(rates.up), size(rates.down))
+
+
+def _limits(up: float | None, down: float | None) -> str:
+    """The limits of the rate, as a user writes them: 10M/50M."""
+    if up is None and down is None:
+        return NOTHING
+    return "/".join(NOTHING if each is None else _bits(8 * each) for each in (up, down))
+
+
+def _bits(rate: float) -> str:
+    for unit in ("", "k", "M"):
+        if rate < 1000:
+            return f"{rate:g}{unit}"
+        rate /= 1000
+    return f"{rate:g}G"
 
 
 def size(count: float) -> str:

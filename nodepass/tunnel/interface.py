@@ -6,12 +6,13 @@ read how they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from gevent.event import Event
 
+from nodepass.config.kinds import Rate
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import WorkerPool
@@ -41,6 +42,7 @@ class View:
     certificate_expiry: float | None  # Unix time
     security: Security
     protocols: tuple[str, ...]  # that are carried: tcp, udp, or both
+    rates: Mapping[str, Rate]  # limits, by direction: up, down
 
 
 def name_protocols(protocols: Sequence[str]) -> str:

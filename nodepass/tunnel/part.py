@@ -17,6 +17,7 @@ from nodepass.config.settings import Settings
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
+from nodepass.tunnel.rates import Rates
 
 
 class Records(NamedTuple):
@@ -36,6 +37,7 @@ class Common:
     stats: Stats
     loops: TaskGroup  # a crash in it fails the end
     access: Callable[[str], object] | None = None  # writes a line of the access log, where there is one
+    rates: Rates = Rates()
 
 
 class Part:

@@ -28,6 +28,8 @@ DOCUMENT = ROOT / "docs" / "metrics.md"
 TARGET_LABELS = {"instance", "job"}
 """Labels that Prometheus adds to what it scrapes."""
 
+METERED = "rate_up=100M&rate_down=100M"
+
 promtool = pytest.mark.programs("promtool")
 
 
@@ -36,7 +38,7 @@ def texts(authority: Authority) -> Iterator[list[str]]:
     """A scrape of either end of a tunnel that has been used."""
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(Target())
-        server = stack.enter_context(OurServer(1, authority.local, env=WATCHED))
+        server = stack.enter_context(OurServer(1, authority.local, query=METERED, env=WATCHED))
         client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=WATCHED))
         client.wait_until_connected()
         tunnel = Tunnel(server, client, target)

@@ -17,6 +17,8 @@ import pytest
 from gevent import Greenlet, socket
 from greenlet import greenlet
 
+from nodepass.config.kinds import parse_rate
+from nodepass.config.settings import Settings
 from nodepass.log import Log
 from nodepass.net import pipes
 from nodepass.net import pump as pumping
@@ -27,6 +29,7 @@ from nodepass.net.sockets import Socket, reset_on_close
 from nodepass.net.stream import Data, TCPStream
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool
+from nodepass.tunnel.rates import Rates
 from tests.support.command import call
 from tests.unit.streams import receive_all, tcp_pair
 
@@ -50,12 +53,14 @@ print(*sys.modules, sep="\\n")
 class Held:
     """Sessions that have moved a byte each way and are quiet now."""
 
-    def __init__(self, stack: ExitStack, count: int) -> None:
+    def __init__(self, stack: ExitStack, count: int, rate: str = "0") -> None:
         self.ends = []
+        stats = Stats()
+        rates = Rates.of(Settings(rate_up=parse_rate(rate)), stats)
         for _ in range(count):
             near, visitor = stack.enter_context(tcp_pair())
             far, target = stack.enter_context(tcp_pair())
-            running: Greenlet[..., object] = Greenlet.spawn(relay, near, far, Stats())
+            running: Greenlet[..., object] = Greenlet.spawn(relay, near, far, stats, throttles=rates)
             stack.callback(running.kill)
             visitor.sendall(b"?")
             assert target.recv(1) == b"?"
@@ -175,7 +180,10 @@ def test_a_session_sets_an_option_only_where_it_changes(stack: ExitStack, monkey
     assert calls == [True, False, False]
 
 
-def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rate", ["0", "4G"])
+def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, rate: str
+) -> None:
     monkeypatch.setattr(pipes.pipes._timer, "period", 0.01)
     spliced = 0
     splice = os.splice
@@ -187,8 +195,8 @@ def test_a_busy_stream_is_spliced_and_gives_its_pipes_back(stack: ExitStack, mon
         return moved
 
     monkeypatch.setattr(os, "splice", count_splice)
-    visitor, target = Held(stack, 1).ends[0]
-    total = 64 << 20
+    visitor, target = Held(stack, 1, rate).ends[0]
+    total = 24 << 20
     sender = gevent.spawn(visitor.sendall, bytes(total))
     received = 0
     while received < total:

@@ -66,6 +66,22 @@ def test_sizes_are_short(count: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("up", "down", "text"),
+    [
+        (None, None, "-"),
+        (1250000.0, None, "10M/-"),
+        (None, 1000.0, "-/8k"),
+        (62500.0, 312500000.0, "500k/2.5G"),
+        (12.5, 1.25e10, "100/100G"),
+    ],
+)
+def test_the_limits_of_a_rate_are_shown_as_they_are_set(up: float | None, down: float | None, text: str) -> None:
+    watch = Watch()
+    watch.add(scrape(10, Tunnel("a", rate_up=up, rate_down=down)))
+    assert watch.rows()[0][[column.title for column in COLUMNS].index("RATE")] == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(-1, "0s"), (59, "59s"), (61, "1m1s"), (3 * 3600 + 60, "3h1m"), (90000, "1d1h")]
 )
 def test_time_spans_are_short(seconds: float, text: str) -> None:
