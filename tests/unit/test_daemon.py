@@ -10,7 +10,7 @@ import pytest
 from gevent.event import Event
 
 from nodepass.client.client import Client
-from nodepass.config.settings import Settings
+from nodepass.config.settings import Settings, rows
 from nodepass.config.urls import ClientURL, ServerURL, parse_url
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.daemon import Daemon, make_tunnels, name_tunnels
@@ -273,6 +273,26 @@ def test_servers_whose_port_the_kernel_chooses_share_none() -> None:
     first, second = make("server://127.0.0.1:0/127.0.0.1:0?tls=0", "server://127.0.0.1:0/127.0.0.1:0?tls=0")
     assert first._port is not second._port
     assert not first._port.uses_sid
+
+
+def test_a_shared_port_has_the_proxies_of_all_its_tunnels_and_a_target_address_its_own() -> None:
+    """A header comes before the name of the tunnel that a connection is for."""
+    texts = (
+        "server://:10101/:1?tls=0",
+        "server://:10101/:2?tls=0&name=web&accept_proxy=192.0.2.2",
+        "server://:10102/:3?tls=0&accept_proxy=none",
+    )
+    urls: list[ServerURL | ClientURL] = [parse_url(text) for text in texts]
+    process = Settings(accept_proxy=rows()["accept_proxy"].kind.parse("192.0.2.1"))
+    settings = [url.settings(process) for url in urls]
+    first, web, alone = cast(
+        list[Server], [make() for make in make_tunnels(urls, settings, Keys(), Inherited(), NO_ACCESS)]
+    )
+    assert first._port is web._port
+    assert first._port.proxies
+    assert [first._port.proxies.trusts(f"192.0.2.{number}") for number in (1, 2, 3)] == [True, True, False]
+    assert [each._settings.accept_proxy.networks[0][1] & 255 for each in (first, web)] == [1, 2]
+    assert alone._port.proxies is None
 
 
 def test_a_tunnel_is_made_again_with_its_own_log_counters_and_port() -> None:
