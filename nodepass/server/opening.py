@@ -15,7 +15,7 @@ import gevent
 from nodepass.errors import ClosedError, OtherProtocolError, ProtocolError, RefusedError
 from nodepass.net.sockets import Socket, peek_byte, peek_bytes
 from nodepass.net.stream import Stream, TCPStream, read_only_line
-from nodepass.wire.lines import MAX_OPENING, RECOGNIZED, recognize
+from nodepass.wire.lines import MAX_OPENING, PROXY_PROTOCOL, RECOGNIZED, recognize
 from nodepass.wire.negotiation import NO_TLS, SLASH, TLS_HANDSHAKE, VERSION, DataHello, Hello, StartTLS, parse_first
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class Opening:
         if not protocol:
             return ProtocolError(f"first byte {first:#04x}: neither a line of wire v2 nor TLS")
         words = f"it speaks {protocol}, and this port is for a nodepass client; visitors connect to the target address"
+        if protocol == PROXY_PROTOCOL:
+            words += ", and ACCEPT_PROXY names proxies"
         return OtherProtocolError(protocol, words)
 
     def _read_in_the_clear(self) -> None:

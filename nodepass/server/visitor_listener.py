@@ -91,10 +91,10 @@ class VisitorListener(Part):
         try:
             peer, local = self._proxies.read(sock, proxy, began)
         except ProxyHeaderError as error:
-            self._proxies.refuse(proxy, error, self._stats.visitors_refused)
-            if self._access:
-                self._begin_visit(self._access, proxy, sock.getsockname(), began).end(error.reason)
-            sock.close()
+            with contextlib.closing(sock):
+                self._proxies.refuse(proxy, error, self._stats.visitors_refused)
+                if self._access:
+                    self._begin_visit(self._access, proxy, sock.getsockname(), began).end(error.reason)
         except BaseException:
             sock.close()
             raise

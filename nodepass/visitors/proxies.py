@@ -1,9 +1,9 @@
 """The proxies in front of a server (ACCEPT_PROXY): what they pass on begins with a header of the PROXY protocol.
 
 It decides which peers are proxies, and reads a header exactly, so that what follows, TLS for example, is still in the
-socket. Whose connection or datagram it is from then on says the header. From all other peers none is looked for, and
-one that they send is data. `visitor_listener`, `datagram_listener` and `tunnel_port` ask it; what a refused connection
-means to them is not known here. A server without ACCEPT_PROXY has no `Proxies`.
+socket. From then on, the connection or the datagram is that of the peer in its header. From all other peers none is
+looked for, and one that they send is data. `visitor_listener`, `datagram_listener` and `tunnel_port` ask it; what a
+refused connection means to them is not known here. A server without ACCEPT_PROXY has no `Proxies`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Proxies:
         return Visitor(proxy, None)
 
     def unwrap(self, datagram: bytes, proxy: ReplyAddress) -> tuple[bytes, ReplyAddress]:
-        """The payload of a proxy's datagram and its visitor, who is answered through the proxy.
+        """The payload of a proxy's datagram, and its visitor; the answer goes to the proxy.
 
         Raises ProxyHeaderError.
         """
@@ -80,10 +80,9 @@ class Proxies:
         """Count by its reason that a connection or a datagram is refused, and log it."""
         counter[error.reason] += 1
         words = "refused proxy %(proxy)s at the %(place)s: %(error)s (ACCEPT_PROXY)"
-        limit = Limit(error.reason, RARELY, 1)
-        self._log.warning(
-            "proxy.refused", words, limit, proxy=proxy, place=self._place, reason=error.reason, error=error
-        )
+        place, why = self._place, error.reason
+        limit = Limit(f"{place}, {why}", RARELY, 1)
+        self._log.warning("proxy.refused", words, limit, proxy=proxy, place=place, reason=why, error=error)
 
     def _read(self, sock: Socket, deadline: float) -> bytes:
         """Take what belongs to the header out of the socket as it arrives, so that a wait is for more of it."""

@@ -14,6 +14,8 @@ from nodepass.errors import ProtocolError
 MAX_OPENING = 512  # bytes of a line of v2's handshake
 MAX_LINE = 4096  # bytes of any other line; the longest that either end has reason to send is under 200
 
+PROXY_PROTOCOL = "the PROXY protocol"
+
 HEX16, HEX32, HEX64 = (re.compile(f"[0-9a-f]{{{size}}}") for size in (16, 32, 64))
 TOKEN = re.compile(r"[a-z-]{1,32}")
 
@@ -21,7 +23,7 @@ _LINE = re.compile(rb"//([^/?#\s]*)(?:\?([^#\s]*))?(?:#(\S*))?")
 _OTHERS = (
     ("HTTP", re.compile(rb"HTTP/|(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|CONNECT|TRACE|PRI) ")),
     ("SSH", re.compile(rb"SSH-")),
-    ("the PROXY protocol", re.compile(rb"PROXY |\r\n\r\n\x00\r\nQUIT\n")),
+    (PROXY_PROTOCOL, re.compile(rb"PROXY |\r\n\r\n\x00\r\nQUIT\n")),
 )
 RECOGNIZED = 16  # bytes from which each of these can be recognized
 _VISIBLE = re.compile(rb"[\x21-\x7e]*")
