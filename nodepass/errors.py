@@ -38,7 +38,7 @@ class ListenError(NodepassError):
 
 
 class StartError(NodepassError):
-    """A client has reached no server within START_TIMEOUT: the process exits with status 1."""
+    """No server within START_TIMEOUT, or traffic that another process counts: the process exits with status 1."""
 
 
 class ProtocolError(NodepassError, ConnectionError):

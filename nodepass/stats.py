@@ -60,10 +60,11 @@ UDP_DROPS = (
     "target_refused",
     "target_unreachable",
     "too_large",
+    "traffic_limit",
     "unserved",
     "visitor_unreachable",
 )
-REFUSALS = ("address_rate", "address_sessions", "denied", *HEADER_FAILURES, "not_allowed")  # of visitors
+REFUSALS = ("address_rate", "address_sessions", "denied", *HEADER_FAILURES, "not_allowed", "traffic_limit")
 TROUBLE = (
     "bugs",
     "crashes",

@@ -22,7 +22,7 @@ from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, View, name_protocols, report_fields
-from nodepass.tunnel.part import Common, Part, Records, stop_parts
+from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
 from nodepass.tunnel.rates import Rates
 from nodepass.tunnel.security import summarize
 from nodepass.wire.auth import Key
@@ -40,21 +40,24 @@ class Client:
         records: Records,
     ) -> None:
         """`id`: what the client calls itself; `keys`: those that its tunnel has now, of which it proves the first."""
-        log, stats, access = records
+        log, stats, access, meter = records
         self.log = log
         self.stats = stats
+        self._meter = meter
         self._url = url
         self._id = id
         self._keys = keys
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
-        common = Common(settings, log, stats, loops, access, Rates.of(settings, stats))
+        common = Common(settings, log, stats, loops, access, Rates.of(settings, stats), meter)
         self._target = Target(url.target, log, settings.keepalive)
         self._flows = TargetFlows(common, self._target, url.tunnel_name)
         launches = Launches(common, self._target, self._flows, url.tunnel_name)
         self._connector = Connector(common, url, self._terms(keys()), launches, self._log_statistics)
         self._parts: list[Part] = [self._connector, launches, self._flows]  # in the order in which they stop
+        if meter:
+            self._parts.append(Loop(common, "count traffic", meter.run))
         self.sessions = launches.sessions
         self.ready = self._connector.ready
 
@@ -133,6 +136,8 @@ class Client:
             security=self._connector.security.of(self.control),
             protocols=self._settings.protocols,
             rates=self._settings.rates,
+            traffic_used=self._meter.used if self._meter else None,
+            traffic_limit=self._meter.limit.bytes if self._meter else None,
         )
 
     def _unready(self) -> str:

@@ -98,9 +98,8 @@ class Connection(Part):
                 "launch.received", "received launch %(id)s (%(kind)s)", id=launch.id, kind=KIND_NAMES[launch.kind]
             )
             self.pool.reserve(launch.id)
-            if not (self._settings.tcp if launch.kind == TCP else self._settings.udp):
-                protocol = "tcp" if launch.kind == TCP else "udp"
-                self._drop(launch.id, f"{protocol}_off", f"{protocol.upper()}=off on this client")
+            if refusal := self._find_refusal(launch):
+                self._drop(launch.id, *refusal)
                 continue
             if launch.kind == LANE:
                 if not self._launches.begin_lane(self.pool, launch):
@@ -110,6 +109,15 @@ class Connection(Part):
                 self._queue.put_nowait((launch, time.monotonic()))
             except Full:
                 self._drop(launch.id, "limit", "too many launches are waiting for a slot")
+
+    def _find_refusal(self, launch: Launch) -> tuple[str, str] | None:
+        """Why this client serves no such launch: a token and words. A lane carries flows that run, too."""
+        if not (self._settings.tcp if launch.kind == TCP else self._settings.udp):
+            protocol = "tcp" if launch.kind == TCP else "udp"
+            return f"{protocol}_off", f"{protocol.upper()}=off on this client"
+        if launch.kind != LANE and self.common.meter and self.common.meter.is_used_up:
+            return "traffic_limit", "TRAFFIC_LIMIT of this client is used up"
+        return None
 
     def _drop(self, id: str, why: str, because: str) -> None:
         """Leave a launch unserved; the close of its data connection tells the server."""

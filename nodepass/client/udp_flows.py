@@ -73,6 +73,7 @@ class TargetFlows(Part):
         settings = common.settings
         self._proxy = ProxyHeaders(settings.proxy_protocol, name)
         self._access = AccessLog.of(common)
+        self._meter = common.meter
         self._up = DatagramRate.of(common.rates.up, "RATE_UP", self._log, self._stats)
         self._down = DatagramRate.of(common.rates.down, "RATE_DOWN", self._log, self._stats)
         # Announced flows, the latest last. They stay beyond a flow's end: only the server knows when it is over there.
@@ -120,7 +121,12 @@ class TargetFlows(Part):
     def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
         """Send a datagram of a lane to the target; one that cannot be sent is dropped, counted and logged."""
         try:
-            flow = self._table.find((lane, number)) or self._begin(lane, number)
+            flow = self._table.find((lane, number))
+            if not flow and self._meter and self._meter.is_used_up:
+                words = "a datagram of %(size)d bytes: TRAFFIC_LIMIT is used up"
+                drop_datagram(self._log, self._stats, "traffic_limit", words, size=len(payload))
+                return
+            flow = flow or self._begin(lane, number)
             if flow.version != self._target.name.version:
                 self._follow(flow)
             if len(flow.header) + len(payload) > LARGEST_PAYLOAD:

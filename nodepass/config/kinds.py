@@ -93,6 +93,21 @@ class Rate:
         return self.text
 
 
+@dataclass(frozen=True)
+class TrafficLimit:
+    """TRAFFIC_LIMIT: payload bytes in each day or month, and how a user writes that. 0: no limit."""
+
+    bytes: int = 0
+    unit: str = ""  # day or month
+    text: str = "0"
+
+    def __bool__(self) -> bool:
+        return bool(self.bytes)
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def parse_duration(text: str) -> float:
     """Seconds in a duration in Go's syntax: `500ms`, `1h30m`, `5s`, `0`. Raises ValueError."""
     if text == "0":
@@ -242,6 +257,22 @@ def parse_rate(text: str) -> Rate:
     return Rate(bits, text)
 
 
+_TRAFFIC = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([kMGTP])B/(day|month)", re.ASCII)
+_BYTES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+MOST_TRAFFIC = 10**18  # bytes
+
+
+def parse_traffic_limit(text: str) -> TrafficLimit:
+    """Bytes with a decimal multiple in a day or a month, `1TB/month`, `500MB/day`, or 0. Raises ValueError."""
+    if text == "0":
+        return TrafficLimit()
+    match = _TRAFFIC.fullmatch(text)
+    size = round(float(match[1]) * _BYTES[match[2]]) if match else 0
+    if not match or not 1 <= size <= MOST_TRAFFIC:
+        raise ValueError("not a limit on traffic")
+    return TrafficLimit(size, match[3], text)
+
+
 def parse_switch(text: str) -> bool:
     """`on` or `off`. Raises ValueError."""
     if text not in ("on", "off"):
@@ -250,6 +281,9 @@ def parse_switch(text: str) -> bool:
 
 
 RATE = Kind("bit/s", "0 (no limit), or 8k to 100G bits per second, such as 500k, 10M or 2.5G", parse_rate)
+TRAFFIC_LIMIT = Kind(
+    "bytes/period", "0 (no limit), or kB, MB, GB, TB or PB per day or month, such as 1TB/month", parse_traffic_limit
+)
 SWITCH = Kind("word", "on or off", parse_switch)
 PORTS = Kind(
     "port", "0 (the kernel chooses), a port from 1 to 65535, a range such as 20000-20099, or tunnel", parse_ports

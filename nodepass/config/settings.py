@@ -25,6 +25,7 @@ from nodepass.config.kinds import (
     PORTS,
     RATE,
     SWITCH,
+    TRAFFIC_LIMIT,
     AccessPlace,
     Kind,
     Listen,
@@ -32,6 +33,7 @@ from nodepass.config.kinds import (
     Quota,
     Rate,
     Rule,
+    TrafficLimit,
     choice,
     count,
     duration,
@@ -171,6 +173,12 @@ class Settings:
     )
     rate_down: Rate = setting(
         "0", RATE, "traffic", "payload of the tunnel from the target to visitors, as RATE_UP; 0: no limit"
+    )
+    traffic_limit: TrafficLimit = setting(
+        "0",
+        TRAFFIC_LIMIT,
+        "traffic",
+        "payload both ways in a day or month, counted in STATE_DIRECTORY; then new visitors are refused; 0: no limit",
     )
     keepalive: float = setting(
         "15s",

@@ -20,7 +20,7 @@ from gevent.lock import Semaphore
 from gevent.queue import Queue
 
 from nodepass.config.files import RETRY, FileState
-from nodepass.config.kinds import format_duration
+from nodepass.config.kinds import TrafficLimit, format_duration
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.daemon.access_output import AccessOutputs
@@ -39,6 +39,8 @@ from nodepass.tasks import TaskGroup, report_bug
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
 from nodepass.tunnel.part import Records
+from nodepass.tunnel.traffic import Meter
+from nodepass.tunnel.traffic_file import TrafficFile
 from nodepass.wire.auth import new_client_id
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class Daemon:
         self._reloading = Semaphore()
         self._unusable_keys: FileState | None = None  # of the keys file, where it could not be used at a reload
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
-        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited, access)
+        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited, access, manager.state_directory)
         self._tunnels = [
             Supervisor(make, own.service_cooldown, self._tasks)
             for make, own in zip(makers, self._limits.settings, strict=True)
@@ -299,8 +301,11 @@ def make_tunnels(
     keys: Keys,
     inherited: Inherited,
     access: AccessOutputs,
+    state_directory: str = "",
 ) -> list[Callable[[], Tunnel]]:
-    """How to make the tunnel of each URL, again after a crash. Raises ConfigError where a file is not usable.
+    """How to make the tunnel of each URL, again after a crash.
+
+    Raises ConfigError where a file is not usable, StartError where another process uses it.
 
     `settings`: of each tunnel. A tunnel's records and its rules about visitors outlive it, and so does the tunnel port
     that servers share.
@@ -310,7 +315,8 @@ def make_tunnels(
     servers = [(url, own) for url, own in zip(urls, settings, strict=True) if isinstance(url, ServerURL)]
     for url, own, name in zip(urls, settings, name_tunnels(urls), strict=True):
         log, stats, tunnel_keys = Log(name), Stats(), partial(keys.of(url).keys_for, url.tunnel_name)
-        records = Records(log, stats, access.writer(own.access_log))
+        meter = _make_meter(url, own.traffic_limit, state_directory, log, stats)
+        records = Records(log, stats, access.writer(own.access_log), meter)
         if isinstance(url, ClientURL):
             from nodepass.client.client import Client  # here, because most processes are one end only
 
@@ -333,6 +339,18 @@ def make_tunnels(
         rules = Rules(own, url.name)
         makers.append(partial(Server, url, ports[address], own, tunnel_keys, records, share, rules))
     return makers
+
+
+def _make_meter(
+    url: ServerURL | ClientURL, limit: TrafficLimit, directory: str, log: Log, stats: Stats
+) -> Meter | None:
+    """What counts the traffic of a tunnel, None without a limit. Raises ConfigError, StartError."""
+    if not limit:
+        return None
+    if not directory:
+        allowed = "allowed: the directory that keeps the count, as StateDirectory= of a systemd unit sets it"
+        raise ConfigError(f"{url.name}: TRAFFIC_LIMIT={limit} needs STATE_DIRECTORY, which is not set; {allowed}")
+    return Meter(limit, TrafficFile(directory, f"{url.role}-{url.tunnel_name or url.tunnel.port}", log), log, stats)
 
 
 def name_tunnels(urls: Sequence[ServerURL | ClientURL]) -> list[str]:

@@ -30,6 +30,7 @@ class ServiceManager:
     watchdog: float = 0.0  # seconds without a ping after which systemd kills the process; 0: never
     sockets: tuple[PassedSocket, ...] = ()
     runtime_directory: str = ""  # of this service alone, removed when it stops; empty: there is none
+    state_directory: str = ""  # of this service alone, which is kept; empty: there is none
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> ServiceManager:
@@ -38,8 +39,8 @@ class ServiceManager:
         if address and (address[0] not in "/@" or len(address) == 1):
             allowed = "an absolute path, or an abstract name that begins with @"
             raise ConfigError(f"NOTIFY_SOCKET: {address!r} is not usable; allowed: {allowed}")
-        directory = environ.pop("RUNTIME_DIRECTORY", "").partition(":")[0]
-        return cls(address, _take_watchdog(environ), _take_sockets(environ), directory)
+        directories = [environ.pop(f"{each}_DIRECTORY", "").partition(":")[0] for each in ("RUNTIME", "STATE")]
+        return cls(address, _take_watchdog(environ), _take_sockets(environ), *directories)
 
     def notify(self, *lines: str) -> None:
         """Send assignments such as `READY=1`, if systemd wants them. Raises OSError."""

@@ -173,6 +173,13 @@ FAMILIES: tuple[Number | Distribution, ...] = (
         ("direction",),
         lambda w: [((direction,), rate.bits / 8) for direction, rate in w.view.rates.items()],
     ),
+    Gauge(
+        "nodepass_traffic_used_bytes",
+        "Payload of this day or month, both directions; tunnels with TRAFFIC_LIMIT.",
+        (),
+        lambda w: _some(w.view.traffic_used),
+    ),
+    Gauge("nodepass_traffic_limit_bytes", "TRAFFIC_LIMIT, where set.", (), lambda w: _some(w.view.traffic_limit)),
     Gauge("nodepass_pool_idle_connections", "Idle data connections.", (), lambda w: _one(w.view.pool_idle)),
     Gauge(
         "nodepass_pool_capacity_connections",

@@ -56,9 +56,10 @@ class Server:
     ) -> None:
         """`port`: the tunnel port that this tunnel will join; `keys`: each of which its client may prove now."""
         self.url = url
-        log, stats, access = records
+        log, stats, access, meter = records
         self.log = log
         self.stats = stats
+        self._meter = meter
         self.ready = Event()  # every listener is open
         self.sessions = WorkerPool(log, stats, settings.semaphore_limit)
         self._settings = settings
@@ -68,7 +69,7 @@ class Server:
         self._beat = min(settings.report_interval, HEARTBEATS[1] / 1000)  # seconds
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
-        self._common = Common(settings, log, stats, loops, access, Rates.of(settings, stats))
+        self._common = Common(settings, log, stats, loops, access, Rates.of(settings, stats), meter)
         self._policy = Policy.of(self._common, rules)
         present = keys()
         self._security = SecurityLog(security_of(url, bool(present)), log)
@@ -143,6 +144,8 @@ class Server:
         ]
         if policy:
             parts.append(Loop(common, "watch the files of visitors", policy.watch))
+        if self._meter:
+            parts.append(Loop(common, "count traffic", self._meter.run))
         return parts
 
     def _log_listening(self) -> None:
@@ -202,6 +205,8 @@ class Server:
             security=self._security.of(control),
             protocols=self._settings.protocols,
             rates=self._settings.rates,
+            traffic_used=self._meter.used if self._meter else None,
+            traffic_limit=self._meter.limit.bytes if self._meter else None,
         )
 
     def _unready(self) -> str:

@@ -60,7 +60,7 @@ def run(
         for notice in find_unusable_cas(environ):
             report.warn("settings", notice.words)
     keys = _keys(find_keys, urls, report)
-    inherited = _inherit(environ, report)
+    manager = _find_manager(environ, report)
     if settings is None or keys is None or report.status == BAD_INPUT:
         return report.status
     urls = _with_defaults(urls, settings, keys, report)
@@ -68,6 +68,9 @@ def run(
         return report.status
     _limits([url.settings(settings) for url in urls], urls, report)
     _access_logs([url.settings(settings) for url in urls], report)
+    for url in urls:
+        _traffic(url, url.settings(settings), manager.state_directory, report)
+    inherited = Inherited(manager.sockets, LISTENER_ROLES)
     servers = [url for url in urls if isinstance(url, ServerURL)]
     with ExitStack() as held:  # until all are checked: two URLs may have the same port
         if settings.metrics_listen:
@@ -155,13 +158,13 @@ def _mode(path: str) -> str:
         return "unknown"
 
 
-def _inherit(environ: MutableMapping[str, str], report: Report) -> Inherited:
-    """The sockets that systemd has passed, if a unit starts the check with them."""
+def _find_manager(environ: MutableMapping[str, str], report: Report) -> ServiceManager:
+    """What systemd has passed, if a unit starts the check."""
     try:
-        return Inherited(ServiceManager.take(environ).sockets, LISTENER_ROLES)
+        return ServiceManager.take(environ)
     except ConfigError as error:
         report.bad("systemd", str(error))
-        return Inherited()
+        return ServiceManager()
 
 
 def _limits(settings: Sequence[Settings], urls: Sequence[URL], report: Report) -> None:
@@ -200,6 +203,21 @@ def _access_log(place: AccessPlace, report: Report) -> None:
         report.warn("settings", f"{text}: {trouble}; expected if the unit's LogsDirectory= makes it")
     else:
         report.fail("settings", f"{text}: {trouble}")
+
+
+def _traffic(url: URL, settings: Settings, directory: str, report: Report) -> None:
+    """Whether there is a place for the count of TRAFFIC_LIMIT. Nothing is made there: it could get another owner."""
+    limit = settings.traffic_limit
+    if not limit:
+        return
+    text = f"TRAFFIC_LIMIT={limit}"
+    if not directory:
+        words = "STATE_DIRECTORY is not set; expected if the unit's StateDirectory= sets it"
+        report.warn(url.name, f"{text}: {words}")
+    elif os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK):
+        report.ok(url.name, f"{text}: counted in {directory}")
+    else:
+        report.bad(url.name, f"{text}: {directory} is not a directory in which this user may write")
 
 
 class _Server:

@@ -139,6 +139,8 @@ class Tunnel:
     down: float = 0.0
     rate_up: float | None = None  # the limit of the rate, bytes per second; None: there is none
     rate_down: float | None = None
+    traffic_used: float = 0.0  # bytes
+    traffic_limit: float | None = None  # bytes
     drops: float = 0.0  # datagrams
     refused: float = 0.0  # visitors
     handshakes_failed: float = 0.0
@@ -198,6 +200,8 @@ def _read(samples: list[tuple[str, dict[str, str], float]]) -> Scrape:
 _WHOLE = {
     "pool_idle_connections": "pool_idle",
     "pool_capacity_connections": "pool_capacity",
+    "traffic_used_bytes": "traffic_used",
+    "traffic_limit_bytes": "traffic_limit",
 }
 _SUMS = {
     "udp_drops_total": "drops",

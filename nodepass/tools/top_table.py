@@ -36,7 +36,8 @@ COLUMNS = (
     Column("POOL", 7, 7),
     Column("TCP", 4, 4),
     Column("UDP", 4, 4),
-    Column("RATE", 9, 12),
+    Column("RATE", 9, 13),
+    Column("LEFT", 7, 12),
     Column("SESS/S", 6, 8),
     Column("FAIL/S", 6, 9),
     Column("DROP/S", 6, 10),
@@ -134,6 +135,7 @@ def _cells(tunnel: Tunnel, rates: Rates | None) -> tuple[str, ...]:
         str(tunnel.tcp_open),
         str(tunnel.udp_open),
         _limits(tunnel.rate_up, tunnel.rate_down),
+        NOTHING if tunnel.traffic_limit is None else size(max(0.0, tunnel.traffic_limit - tunnel.traffic_used)),
     )
     if rates is None:
         return (*cells, *[NOTHING] * 6)

@@ -43,6 +43,8 @@ class View:
     security: Security
     protocols: tuple[str, ...]  # that are carried: tcp, udp, or both
     rates: Mapping[str, Rate]  # limits, by direction: up, down
+    traffic_used: int | None  # bytes of this day or month, where TRAFFIC_LIMIT is set
+    traffic_limit: int | None  # bytes
 
 
 def name_protocols(protocols: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, WorkerPool, find_ended
 from nodepass.tunnel.rates import Rates
+from nodepass.tunnel.traffic import Meter
 
 
 class Records(NamedTuple):
@@ -26,6 +27,7 @@ class Records(NamedTuple):
     log: Log
     stats: Stats
     access: Callable[[str], object] | None = None  # writes a line of the access log, where there is one
+    meter: Meter | None = None  # where TRAFFIC_LIMIT is set
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Common:
     loops: TaskGroup  # a crash in it fails the end
     access: Callable[[str], object] | None = None  # writes a line of the access log, where there is one
     rates: Rates = Rates()
+    meter: Meter | None = None  # where TRAFFIC_LIMIT is set
 
 
 class Part:

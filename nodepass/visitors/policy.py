@@ -29,6 +29,7 @@ class Policy:
         self._log = common.log
         self._stats = common.stats
         self._rules = rules
+        self._meter = common.meter
         self._sessions = Concurrency(settings.sessions_per_address) if settings.sessions_per_address.most else None
         self._rate = Rate(settings.new_sessions_per_address) if settings.new_sessions_per_address.most else None
         self._reloading = Semaphore()  # of two reloads at a time, the one that ends last could have read first
@@ -40,8 +41,8 @@ class Policy:
     def of(cls, common: Common, rules: Rules) -> Policy | None:
         """The policy of a tunnel that has these rules, None where its settings serve all."""
         settings = common.settings
-        quotas = settings.sessions_per_address.most or settings.new_sessions_per_address.most
-        return cls(common, rules) if settings.allow or settings.deny or quotas else None
+        limits = settings.sessions_per_address.most or settings.new_sessions_per_address.most or common.meter
+        return cls(common, rules) if settings.allow or settings.deny or limits else None
 
     def admits(self, host: str, visitor: object) -> bool:
         """Whether the rules serve a visitor: its address as the kernel or a user writes it, and its text for the log.
@@ -96,6 +97,8 @@ class Policy:
 
     def _take(self, address: IP) -> str:
         """Count a new session; why there may be none, or ""."""
+        if self._meter and self._meter.is_used_up:
+            return "traffic_limit"
         if self._sessions is not None and not self._sessions.take(address):
             return "address_sessions"
         if self._rate is not None and not self._rate.take(address):

@@ -28,17 +28,18 @@ DOCUMENT = ROOT / "docs" / "metrics.md"
 TARGET_LABELS = {"instance", "job"}
 """Labels that Prometheus adds to what it scrapes."""
 
-METERED = "rate_up=100M&rate_down=100M"
+METERED = "rate_up=100M&rate_down=100M&traffic_limit=1TB/day"
 
 promtool = pytest.mark.programs("promtool")
 
 
 @pytest.fixture(scope="module")
-def texts(authority: Authority) -> Iterator[list[str]]:
+def texts(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """A scrape of either end of a tunnel that has been used."""
+    metered = {**WATCHED, "STATE_DIRECTORY": str(tmp_path_factory.mktemp("state"))}
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(Target())
-        server = stack.enter_context(OurServer(1, authority.local, query=METERED, env=WATCHED))
+        server = stack.enter_context(OurServer(1, authority.local, query=METERED, env=metered))
         client = stack.enter_context(OurClient(server.tunnel_address, target.address, env=WATCHED))
         client.wait_until_connected()
         tunnel = Tunnel(server, client, target)

@@ -32,7 +32,9 @@ from tests.unit.records import recorded
 
 NO_ACCESS = AccessOutputs(Stats(), {})
 URLS = [parse_url(f"server://:{port}/:2?tls=0") for port in (1, 3)]
-VIEW = View("server", "", "", 0, None, 0, 0, 0, 1, 0, None, security_of(URLS[0], has_key=False), ("tcp", "udp"), {})
+VIEW = View(
+    "server", "", "", 0, None, 0, 0, 0, 1, 0, None, security_of(URLS[0], has_key=False), ("tcp", "udp"), {}, None, None
+)
 
 
 class Stub:

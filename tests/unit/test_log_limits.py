@@ -24,6 +24,8 @@ FROM_INSIDE = {
     "server.listening",
     "certificate.loaded",
     "tls.public_api",
+    "traffic.unlocked",
+    "traffic.unusable",
     "tunnel.security",  # also when a connection makes it known more exactly, but each text once
     # a stop
     "process.cut",
@@ -51,6 +53,9 @@ FROM_INSIDE = {
     "certificate.expiring",
     "log.lost",  # once for half a queue at most
     "log.suppressed",
+    "traffic.nearly_used",  # once in a day, and so are the next two
+    "traffic.renewed",
+    "traffic.used_up",
     "tunnel.crashed",  # once in SERVICE_COOLDOWN
     "tunnel.restart_failed",
 }
