@@ -18,7 +18,7 @@ from proxyprotocol.result import ProxyResultIPv4
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
-from tests.e2e.test_proxy_protocol import HOSTS, ends, read_v2
+from tests.e2e.test_proxy_protocol import HOSTS, dig, ends, read_v2, running_unbound
 from tests.support.needs import STREAM_MODULE
 from tests.support.programs import running
 from tests.support.sockets import (
@@ -240,3 +240,30 @@ def test_a_real_proxy_in_front_of_the_tunnel_port(
             assert_connected(visitor, service)
     assert not server.find("proxy.refused")
     assert not server.find("data.rejected")
+
+
+DNSDIST = """
+setLocal("127.0.0.1:{port}")
+setACL("127.0.0.0/8")
+newServer({{address="{server}", source="{proxy}", useProxyProtocol=true}}):setUp()
+"""
+
+
+@pytest.mark.programs("dnsdist", "unbound", "dig")
+@pytest.mark.parametrize("protocol", ["+notcp", "+tcp"])
+def test_dnsdist_in_front_of_a_tunnel_to_unbound(stack: contextlib.ExitStack, tmp_path: Path, protocol: str) -> None:
+    """Headers go in and come out in front of datagrams, whose answers have none, and of connections."""
+    first = free_port(2)
+    service = stack.enter_context(running_unbound(tmp_path, first))
+    server = stack.enter_context(OurServer(1, query=ACCEPT))
+    client = stack.enter_context(OurClient(server.tunnel_address, service, query="tls=1&proxy_protocol=v2"))
+    client.wait_until_connected()
+    front = ("127.0.0.1", first + 1)
+    text = DNSDIST.format(port=front[1], server=format_address(server.visitor_address), proxy=PROXY)
+    (tmp_path / "dnsdist.conf").write_text(text)
+    command = ("dnsdist", "--supervised", "--disable-syslog", "-C", str(tmp_path / "dnsdist.conf"))
+    stack.enter_context(running(front[1], *command, protocol="udp"))
+    for source in ("127.0.0.8", "127.0.0.9"):
+        assert dig(front, protocol, "-b", source) == "192.0.2.7"
+        until(lambda source=source: f"{source} host.test. A IN" in (tmp_path / "queries").read_text())
+    assert not server.find("proxy.refused")

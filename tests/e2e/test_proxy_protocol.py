@@ -191,30 +191,28 @@ def test_nginx_and_haproxy_see_the_visitors_address(tmp_path: Path, version: str
                     assert int(local_port) == parse_address(visitors)[1]
 
 
+def running_unbound(root: Path, port: int) -> contextlib.AbstractContextManager[Address]:
+    """unbound, which requires headers and logs whose questions it gets."""
+    (root / "unbound.conf").write_text(UNBOUND.format(root=root, port=port))
+    return running(port, "unbound", "-d", "-c", str(root / "unbound.conf"), protocol="udp")
+
+
+def dig(server: Address, *options: str) -> str:
+    """What a DNS server says that the address of host.test is."""
+    place = [f"@{server[0]}", "-p", str(server[1])]
+    command = ["dig", *place, "+short", "+tries=1", "+time=20", *options, "host.test", "A"]
+    done = subprocess.run(command, env=scrubbed(), capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
 @pytest.mark.programs("unbound", "dig")
 def test_unbound_sees_the_visitors_address_in_datagrams_and_connections(tmp_path: Path) -> None:
     port = free_port()
-    (tmp_path / "unbound.conf").write_text(UNBOUND.format(root=tmp_path, port=port))
-    server = running(port, "unbound", "-d", "-c", str(tmp_path / "unbound.conf"), protocol="udp")
-    with server as service, tunnel_to(service, 1, PROXY_PROTOCOL="v2") as visitors:
-        host, number = parse_address(visitors)
+    with running_unbound(tmp_path, port) as service, tunnel_to(service, 1, PROXY_PROTOCOL="v2") as visitors:
         for options, source in (
             (["+notcp"], "127.0.0.1"),
             (["+tcp"], "127.0.0.1"),
             (["+notcp", "-b", "127.0.0.9"], "127.0.0.9"),
         ):
-            command = [
-                "dig",
-                f"@{host}",
-                "-p",
-                str(number),
-                "+short",
-                "+tries=1",
-                "+time=20",
-                *options,
-                "host.test",
-                "A",
-            ]
-            done = subprocess.run(command, env=scrubbed(), capture_output=True, text=True, check=True, timeout=60)
-            assert done.stdout.strip() == "192.0.2.7"
+            assert dig(parse_address(visitors), *options) == "192.0.2.7"
             until(lambda source=source: f"{source} host.test. A IN" in (tmp_path / "queries").read_text())
