@@ -89,6 +89,10 @@ class NoDataConnection(NodepassError, ConnectionError):
     """No data connection was available in time."""
 
 
+class NoTarget(NoDataConnection):
+    """The client has said that none of its targets answers."""
+
+
 class ExpiredError(NodepassError, TimeoutError):
     """A timeout of a session has passed; `outcome` is one of `stats.TCP_OUTCOMES`."""
 

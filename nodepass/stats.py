@@ -135,6 +135,7 @@ class Stats:
         self.udp_drops = _zeros(UDP_DROPS)
         self.visitors_refused = _zeros(REFUSALS)  # connections and datagrams
         self.trouble = _zeros(TROUBLE)  # other drops, rejections and failures, by kind
+        self.target_failures: Counter[tuple[str, str]] = Counter()  # by target, and what failed: dial or check
         self.pool_waits = Histogram()
         self.target_dials = Histogram()
         self.data_dials = Histogram()
@@ -170,6 +171,7 @@ class Stats:
             "data_failures": self.data_failures,
             "udp_drops": self.udp_drops,
             "visitors_refused": self.visitors_refused,
+            "target_failures": {f"{what} {target}": count for (target, what), count in self.target_failures.items()},
             "trouble": self.trouble,
         }
         for name, counter in by_reason.items():
@@ -194,6 +196,7 @@ _PREFIXES = {
     "data_failures": "data connection failed: ",
     "udp_drops": "dropped: ",
     "visitors_refused": "visitors refused: ",
+    "target_failures": "target failed: ",
     "trouble": "",
 }
 

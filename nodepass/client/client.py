@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from gevent.event import AsyncResult
 
 from nodepass.client.connector import Connector
+from nodepass.client.health import HealthChecks
 from nodepass.client.launches import Launches
-from nodepass.client.target import Target
+from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ClientURL
-from nodepass.errors import reason
 from nodepass.log import literal
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import ClientControl
@@ -51,11 +51,12 @@ class Client:
         self._failed: AsyncResult[None] = AsyncResult()
         loops = TaskGroup(log, stats, on_crash=self._failed.set_exception)
         common = Common(settings, log, stats, loops, access, Rates.of(settings, stats), meter)
-        self._target = Target(url.target, log, settings.keepalive)
-        self._flows = TargetFlows(common, self._target, url.tunnel_name)
-        launches = Launches(common, self._target, self._flows, url.tunnel_name)
+        self._targets = Targets(url.targets, settings, log, stats)
+        self._flows = TargetFlows(common, self._targets, url.tunnel_name)
+        launches = Launches(common, self._targets, self._flows, url.tunnel_name)
+        checks = HealthChecks(common, self._targets, url.tunnel_name)
         self._connector = Connector(common, url, self._terms(keys()), launches, self._log_statistics)
-        self._parts: list[Part] = [self._connector, launches, self._flows]  # in the order in which they stop
+        self._parts: list[Part] = [self._connector, launches, self._flows, checks]  # in the order in which they stop
         if meter:
             self._parts.append(Loop(common, "count traffic", meter.run))
         self.sessions = launches.sessions
@@ -108,8 +109,7 @@ class Client:
         else:
             server = f"not connected: {self._connector.failure}"
         security = summarize(self._connector.security.of(self.control))
-        if self._target.name.failure:
-            server += f", target: {reason(self._target.name.failure)}"
+        server += self._targets.describe()
         sessions = f"{len(self.sessions)} sessions, {len(self._flows)} flows{name_protocols(self._settings.protocols)}"
         return f"{server}, {sessions}, security: {security}"
 
@@ -138,6 +138,7 @@ class Client:
             rates=self._settings.rates,
             traffic_used=self._meter.used if self._meter else None,
             traffic_limit=self._meter.limit.bytes if self._meter else None,
+            targets=self._targets.states(),
         )
 
     def _unready(self) -> str:
@@ -146,7 +147,9 @@ class Client:
             return "not connected to the server"
         if connection.pool.is_lacking:
             return NO_DATA_CONNECTIONS
-        return "" if self._target.answers else "the target does not answer"
+        if self._targets.answers:
+            return ""
+        return "the target does not answer" if len(self._targets.all) == 1 else "no target answers"
 
     def _log_statistics(self) -> None:
         self.log.debug("tunnel.report", literal(self.describe()), **report_fields(self.view(), self.stats))

@@ -55,6 +55,8 @@ class Connection(Part):
         try:
             self._reader = self._start_loop("read signals", self._read_signals)
             dispatcher = self._start_loop("dispatch launches", self._dispatch)
+            if self.control.version > 1:
+                self._start_loop("report the targets", self._report_targets)
             for part in self._parts:
                 part.start()
             self._reader.join()
@@ -90,7 +92,7 @@ class Connection(Part):
         return self._reader is not None and not self._reader.dead
 
     def _read_signals(self) -> None:
-        for launch in self.control.signals(self._launches.target_answers):
+        for launch in self.control.signals(lambda: self._launches.targets.answers):
             if isinstance(launch, Beat):
                 self.pool.compare(launch.idle)
                 continue
@@ -118,6 +120,14 @@ class Connection(Part):
         if launch.kind != LANE and self.common.meter and self.common.meter.is_used_up:
             return "traffic_limit", "TRAFFIC_LIMIT of this client is used up"
         return None
+
+    def _report_targets(self) -> None:
+        """Tell a v2 server at once when no target answers any more, and when one does again."""
+        targets = self._launches.targets
+        while True:
+            self.control.tell(targets.answers)
+            targets.changed.wait()
+            targets.changed.clear()
 
     def _drop(self, id: str, why: str, because: str) -> None:
         """Leave a launch unserved; the close of its data connection tells the server."""

@@ -12,6 +12,7 @@ import time
 
 from nodepass.client.pool import ClientPool
 from nodepass.client.target import Target
+from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.errors import NoDataConnection, ProtocolError, reason
 from nodepass.log import Limit, Log
@@ -28,36 +29,28 @@ from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.wire.proxy_protocol import ProxyHeaders
 from nodepass.wire.signals import LANE, TCP, Launch
 
-WATCH_EVERY = 60.0  # seconds between attempts to reach a target that is down, at most
 LANES_AT_MOST = 256  # a server opens at most 64 (UDP_LANES), and those of its last connections can still run
 
 
 class Launches(Part):
     """Handles the launches of one client, of all its control connections."""
 
-    def __init__(self, common: Common, target: Target, flows: TargetFlows, name: str = "") -> None:
+    def __init__(self, common: Common, targets: Targets, flows: TargetFlows, name: str = "") -> None:
         """`name`: of the tunnel."""
         super().__init__(common)
         self._proxy = ProxyHeaders(self._settings.proxy_protocol, name)
         self._access = AccessLog.of(common)
         self._rates = common.rates
         self.sessions = WorkerPool(self._log, self._stats, self._settings.semaphore_limit)
-        self._target = target
+        self.targets = targets
         self._flows = flows
         self._deadlines = Deadlines(self._settings.idle_timeout, self._settings.first_byte_timeout, data_is_near=True)
         # Apart from the sessions: a lane does not end by itself, so a shutdown does not wait for it.
         self._lanes = TaskGroup(self._log, self._stats)
 
-    def target_answers(self) -> bool:
-        """Whether the last session reached the target, and its name can be resolved."""
-        return self._target.answers
-
     def start(self) -> None:
-        if self._target.name.is_followed:
-            self._start_loop("follow the target's name", self._target.name.follow)
-        if self._settings.tcp:
-            interval = min(self._settings.report_interval, WATCH_EVERY)
-            self._start_loop("watch the target", self._target.watch, interval, self._settings.handshake_timeout)
+        for each in self.targets.names:
+            self._start_loop("follow the target's name", each.name.follow)
 
     def close(self) -> None:
         """End everything at once."""
@@ -102,33 +95,37 @@ class Launches(Part):
 
     def _serve_tcp(self, data: Stream, launch: Launch, began: float, log: Log) -> None:
         visit = self._begin_visit("tcp", launch, began)
-        sock = self._dial(visit)
-        if sock is None:
+        dialled = self._dial(visit)
+        if dialled is None:
             return  # the close of a data connection is a reset, so the visitor is refused, too
-        log.debug("target.connected", "connected to target %(target)s", target=self._target)
-        target = TCPStream(sock)
-        if header := self._proxy.of_connection(launch.visitor, launch.local):
-            with contextlib.suppress(OSError):  # it has closed already, which the relay reports
-                target.write(header)
-        with kernel_buffers.share(data.sock, sock):
-            on_end = visit.end_relayed if visit else None
-            traffic = relay(data, target, self._stats, began, self._deadlines, on_end, self._rates)
+        target, sock = dialled
+        log.debug("target.connected", "connected to target %(target)s", target=target)
+        try:
+            stream = TCPStream(sock)
+            if header := self._proxy.of_connection(launch.visitor, launch.local):
+                with contextlib.suppress(OSError):  # it has closed already, which the relay reports
+                    stream.write(header)
+            with kernel_buffers.share(data.sock, sock):
+                on_end = visit.end_relayed if visit else None
+                traffic = relay(data, stream, self._stats, began, self._deadlines, on_end, self._rates)
+        finally:
+            self.targets.end(target)
         sentence = "target %(target)s: " + traffic.SENTENCE
-        log.debug("session.closed", sentence, target=self._target, **traffic.fields())
+        log.debug("session.closed", sentence, target=target, **traffic.fields())
 
     def _begin_visit(self, protocol: str, launch: Launch, began: float) -> Visit | None:
         """The session in the access log, if there is one."""
         if not self._access:
             return None
         visit = self._access.begin(protocol, began, launch.visitor, launch.local)
-        visit.session, visit.target = launch.id, str(self._target)
+        visit.session, visit.target = launch.id, str(self.targets)
         return visit
 
-    def _dial(self, visit: Visit | None) -> Socket | None:
-        """A connection to the target; None, logged and counted, if it cannot be reached."""
+    def _dial(self, visit: Visit | None) -> tuple[Target, Socket] | None:
+        """A target and a connection to it; None, logged and counted, if none can be reached."""
         began = time.monotonic()
         try:
-            sock = self._target.dial(self._settings.handshake_timeout)
+            dialled = self.targets.dial(self._settings.handshake_timeout, visit)
         except OSError as error:
             self._stats.tcp.ended["unreachable"] += 1
             why = failure(error)
@@ -139,7 +136,7 @@ class Launches(Part):
                 "target.unreachable",
                 "cannot reach the target: %(error)s",
                 Limit(why, burst=1),
-                target=self._target,
+                target=self.targets,
                 reason=why,
                 error=reason(error),
             )
@@ -147,7 +144,7 @@ class Launches(Part):
         if visit:
             visit.dial = "ok"
         self._stats.target_dials.observe(time.monotonic() - began)
-        return sock
+        return dialled
 
     def _serve_datagram(self, data: Stream, launch: Launch, began: float, log: Log) -> None:
         """Wire v1: a session is one datagram and its answer."""
@@ -167,7 +164,7 @@ class Launches(Part):
         else:
             outcome = "completed"
             words = "target %(target)s: datagram of %(asked)d bytes, reply of %(answered)d bytes"
-            log.debug("datagram.answered", words, target=self._target, asked=asked, answered=answered)
+            log.debug("datagram.answered", words, target=self.targets, asked=asked, answered=answered)
         finally:
             udp.end(outcome)
             if visit:
@@ -195,15 +192,16 @@ class Launches(Part):
     def _ask_target(self, question: bytes, largest: int, timeout: float) -> bytes:
         """The answer of the first endpoint that does not refuse the datagram. Raises OSError."""
         failure, any_port = OSError("no address to send to"), self._settings.udp_answers == "any"
-        for endpoint in self._target.datagram_endpoints():
-            try:
-                answer = ask_target(endpoint, question, largest, timeout, any_port)
-            except (TimeoutError, ProtocolError):
-                raise
-            except OSError as error:
-                failure = error
-            else:
-                self._target.note_answer(endpoint)
-                return answer
-        self._target.name.refresh()  # it may have moved
+        for target in self.targets.for_datagrams():
+            for endpoint in target.datagram_endpoints():
+                try:
+                    answer = ask_target(endpoint, question, largest, timeout, any_port)
+                except (TimeoutError, ProtocolError):
+                    raise
+                except OSError as error:
+                    failure = error
+                else:
+                    target.note_answer(endpoint)
+                    return answer
+            target.name.refresh()  # it may have moved
         raise failure

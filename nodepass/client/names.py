@@ -12,6 +12,7 @@ The owner of a `Name` runs `follow` as one of its loops where `is_followed`. Err
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 
 import gevent
@@ -38,6 +39,7 @@ class Name:
     def __init__(self, address: Address, log: Log) -> None:
         self.failure: OSError | None = None  # of the last lookup
         self.version = 0  # another one means other endpoints
+        self.on_outcome: Callable[[], object] = int  # called after each lookup
         self._address = address
         self._host = address.host or LOCAL
         self._log = log
@@ -117,3 +119,4 @@ class Name:
         self._ended = time.monotonic()
         outcome, self._outcome = self._outcome, Event()
         outcome.set()
+        self.on_outcome()

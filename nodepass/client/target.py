@@ -1,68 +1,112 @@
-"""The target: the service that sessions are connected to, by TCP or UDP.
+"""One target: a service that sessions are connected to, by TCP, UDP or a Unix socket, and what is known of it.
 
-Its name is followed (see `names`), so that a dial uses what is known. Of several endpoints the one that answered
-last comes first; TCP and UDP may be served at different ones. `launches` and `udp_flows` dial it.
+The name of one with an address is followed (see `names`), so that a dial uses what is known. Of several endpoints the
+one that answered last comes first; TCP and UDP may be served at different ones. Which target a session gets is decided
+by `targets`; nothing here chooses.
 """
 
 from __future__ import annotations
 
-import contextlib
-
-import gevent
 from gevent.event import Event
 
 from nodepass.client.names import GRACE, Name
-from nodepass.config.urls import Address
-from nodepass.log import Limit, Log
-from nodepass.net.sockets import KEEPALIVE, Endpoint, Socket, dial
+from nodepass.config.urls import Address, Place, UnixPath
+from nodepass.log import Log
+from nodepass.net.sockets import KEEPALIVE, LOCAL, Endpoint, Socket, dial
+from nodepass.net.unix import dial_unix
+
+RISE, FALL = 2, 3  # results of checks in a row that make a target up, or down, as in haproxy
+
+
+class Health:
+    """Up or down, after so many results in a row that say the opposite. No I/O."""
+
+    def __init__(self, rise: int = 1, fall: int = 2, is_proven: bool = True) -> None:
+        """`is_proven`: else the first failure is enough."""
+        self.is_up = True
+        self._rise = rise
+        self._fall = fall
+        self._contrary = 0 if is_proven else fall - 1
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it is up, and the last result was a failure."""
+        return self.is_up and self._contrary > 0
+
+    def note(self, ok: bool) -> bool:
+        """Take a result; whether that has changed the state."""
+        if ok == self.is_up:
+            self._contrary = 0
+            return False
+        self._contrary += 1
+        if self._contrary < (self._rise if ok else self._fall):
+            return False
+        self.is_up, self._contrary = ok, 0
+        return True
 
 
 class Target:
-    """One address, and which of its endpoints answer."""
+    """What both kinds of target have."""
 
-    def __init__(self, address: Address, log: Log, keepalive: float = KEEPALIVE) -> None:
-        """`keepalive`: seconds between probes of its TCP connections."""
-        self.name = Name(address, log)
-        self._address = address
-        self._keepalive = keepalive
-        self._log = log
-        self._lost = Event()  # the last dial has failed
-        self._answered: Endpoint | None = None  # by TCP, the last one
-        self._answered_udp: Endpoint | None = None
+    def __init__(self, place: Place, health: Health) -> None:
+        self.text = str(place)  # as in the URL
+        self.host = http_host(place)
+        self.health = health
+        self.failure: OSError | None = None  # of the last dial or check, until one succeeds
+        self.failed = Event()  # a dial has failed, and none has succeeded since
+        self.sessions = 0  # that run, or are being connected; flows, too
 
     def __str__(self) -> str:
-        return str(self._address)
+        return self.text
 
     @property
     def answers(self) -> bool:
-        """Whether the last dial reached it, and its name can be resolved; heartbeats tell the server."""
-        return not self._lost.is_set() and (self.name.has_endpoints or not self.name.failure)
+        """Whether it is up, as far as is known."""
+        return self.health.is_up
+
+    @property
+    def why(self) -> OSError | None:
+        """Why it does not answer, as far as is known."""
+        return self.failure
+
+    def dial(self, timeout: float) -> Socket:
+        """A stream connection to the target. Raises OSError."""
+        raise NotImplementedError
+
+
+class UnixTarget(Target):
+    """A Unix stream socket. It carries no datagrams."""
+
+    def __init__(self, place: UnixPath, health: Health) -> None:
+        super().__init__(place, health)
+        self._path = place.path
+
+    def dial(self, timeout: float) -> Socket:
+        return dial_unix(self._path, timeout)
+
+
+class HostTarget(Target):
+    """An address or a name with a port, and which of its endpoints answer."""
+
+    def __init__(self, address: Address, log: Log, keepalive: float = KEEPALIVE, health: Health | None = None) -> None:
+        """`keepalive`: seconds between probes of its TCP connections."""
+        super().__init__(address, health or Health())
+        self.name = Name(address, log)
+        self._keepalive = keepalive
+        self._answered: Endpoint | None = None  # by TCP, the last one
+        self._answered_udp: Endpoint | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is up, and its name can be resolved."""
+        return self.health.is_up and (self.name.has_endpoints or not self.name.failure)
+
+    @property
+    def why(self) -> OSError | None:
+        return self.name.failure or self.failure
 
     def dial(self, timeout: float) -> Socket:
         """A TCP connection to the target. Raises OSError, after a second attempt where it has moved."""
-        try:
-            sock = self._dial(timeout)
-        except OSError:
-            self._lost.set()
-            raise
-        if self._lost.is_set():
-            self._lost.clear()
-            self._log.info("target.reachable", "the target %(target)s can be reached again", Limit(), target=self)
-        return sock
-
-    def watch(self, interval: float, timeout: float) -> None:
-        """While it cannot be reached, connect to it every `interval` seconds. Never returns.
-
-        Else only a visitor would find out that it is back, and an end that is unready may get none.
-        """
-        while True:
-            self._lost.wait()
-            gevent.sleep(interval)
-            if self._lost.is_set():
-                with contextlib.suppress(OSError):
-                    self.dial(timeout).close()
-
-    def _dial(self, timeout: float) -> Socket:
         endpoints, version = self.name.endpoints(timeout), self.name.version
         try:
             sock = dial(_first(self._answered, endpoints), timeout, self._keepalive)
@@ -82,6 +126,19 @@ class Target:
     def note_answer(self, endpoint: Endpoint) -> None:
         """A datagram has come from this endpoint: new flows begin with it."""
         self._answered_udp = endpoint
+
+
+def make_target(place: Place, log: Log, keepalive: float, has_checks: bool) -> Target:
+    """The target at a place of a URL; `has_checks`: only they make it up again, and the first one counts at once."""
+    health = Health(RISE, FALL, is_proven=False) if has_checks else Health()
+    return UnixTarget(place, health) if isinstance(place, UnixPath) else HostTarget(place, log, keepalive, health)
+
+
+def http_host(place: Place) -> str:
+    """What a target is called in a request of HTTP."""
+    if isinstance(place, UnixPath):
+        return LOCAL
+    return str(place if place.host else Address(LOCAL, place.port))
 
 
 def _first(preferred: Endpoint | None, endpoints: list[Endpoint]) -> list[Endpoint]:

@@ -6,8 +6,8 @@ read by a generator that the event loop resumes, because there are thousands of 
 share is in `tunnel.udp`.
 
 Where the target has several addresses, one that refuses a flow's datagram is followed by the next, which gets the same
-datagram; one that is silent is not, because silence may be all that a service has to say. A flow whose address is no
-longer one of the target's goes on at another one, from a new port.
+datagram, and the last of them by the next target; one that is silent is not, because silence may be all that a service
+has to say. A flow whose address is no longer one of its target's goes on at another one, from a new port.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any, cast
 
 import gevent
 
-from nodepass.client.target import Target
+from nodepass.client.target import HostTarget
+from nodepass.client.targets import Targets
 from nodepass.errors import reason
 from nodepass.log import Limit
 from nodepass.net.pump import Steps
@@ -47,12 +48,15 @@ class TargetFlow:
 
     number: int
     lane: Lane
+    target: HostTarget
+    others: list[HostTarget]  # to try after all addresses of the present one
     untried: list[Endpoint]  # addresses of the target to try if the present one refuses
+    counted: bool = False  # by its target
     sock: Any = None  # at `endpoint`; a connected socket.socket, or with UDP_ANSWERS=any an AnyPort
     endpoint: Endpoint | None = None
     watcher: Any = None  # gevent's io watcher, which has no type
     version: int = 0  # of the target's addresses
-    unanswered: bytes | None = None  # the last datagram, until the target answers; kept where it has other addresses
+    unanswered: bytes | None = None  # the last datagram, until the target answers; kept where there are other addresses
     network: str = ""  # of the visitor: not known at this end
     last: float = 0.0
     rank: int = 0
@@ -67,7 +71,7 @@ class TargetFlow:
 class TargetFlows(Part):
     """Sends the datagrams of lanes to the target, and its answers back, for as long as a flow lives."""
 
-    def __init__(self, common: Common, target: Target, name: str = "") -> None:
+    def __init__(self, common: Common, targets: Targets, name: str = "") -> None:
         """`name`: of the tunnel."""
         super().__init__(common)
         settings = common.settings
@@ -78,7 +82,7 @@ class TargetFlows(Part):
         self._down = DatagramRate.of(common.rates.down, "RATE_DOWN", self._log, self._stats)
         # Announced flows, the latest last. They stay beyond a flow's end: only the server knows when it is over there.
         self._addresses: OrderedDict[tuple[Lane, int], tuple[str, str]] = OrderedDict()
-        self._target = target
+        self._targets = targets
         self._any_port = settings.udp_answers == "any"
         self._table: FlowTable[TargetFlow] = FlowTable(
             settings.semaphore_limit, settings.udp_session_timeout, self._end
@@ -127,7 +131,7 @@ class TargetFlows(Part):
                 drop_datagram(self._log, self._stats, "traffic_limit", words, size=len(payload))
                 return
             flow = flow or self._begin(lane, number)
-            if flow.version != self._target.name.version:
+            if flow.version != flow.target.name.version:
                 self._follow(flow)
             if len(flow.header) + len(payload) > LARGEST_PAYLOAD:
                 words = "a datagram of %(size)d bytes: too large with its PROXY protocol header"
@@ -165,22 +169,40 @@ class TargetFlows(Part):
                     break
             else:
                 flow.sock.send(payload)
-        if flow.untried:
+        if flow.untried or flow.others:
             flow.unanswered = payload
 
     def _begin(self, lane: Lane, number: int) -> TargetFlow:
-        endpoints = self._target.datagram_endpoints()
-        flow = TargetFlow(number, lane, list(endpoints), version=self._target.name.version)
+        target, *others = self._targets.for_datagrams()
+        flow = TargetFlow(number, lane, target, others, [])
         visitor, local = self._addresses.get(flow.key, ("", ""))
         flow.header = self._proxy.of_datagram(visitor, local)
         if self._access:
             flow.visit = self._access.begin("udp", time.monotonic(), visitor, local)
-            flow.visit.session, flow.visit.target = lane.name_flow(number), str(self._target)
-        self._connect(flow)
+            flow.visit.session = lane.name_flow(number)
+        self._begin_at(flow, target)
         self._table.add(flow)
         self._stats.udp.begin()
         self._log.debug("flow.opened", "flow %(flow)d opened, %(flows)d flows", flow=number, flows=len(self))
         return flow
+
+    def _begin_at(self, flow: TargetFlow, target: HostTarget) -> None:
+        """Connect a flow to a target, or to the first of its others that can be. Raises OSError where none can."""
+        while True:
+            try:
+                flow.untried, flow.version = list(target.datagram_endpoints()), target.name.version
+                self._connect(flow)
+                break
+            except OSError:
+                if not flow.others:
+                    raise
+                target = flow.others.pop(0)
+        if flow.counted:
+            self._targets.end(flow.target)
+        target.sessions += 1
+        flow.target, flow.counted = target, True
+        if flow.visit:
+            flow.visit.target = target.text
 
     def _connect(self, flow: TargetFlow) -> None:
         """Connect a flow to its next address that has a route. Raises OSError, and leaves it as it is, without one."""
@@ -206,26 +228,30 @@ class TargetFlows(Part):
 
     def _follow(self, flow: TargetFlow) -> None:
         """Leave an address that is no longer one of the target's. Raises OSError."""
-        endpoints = self._target.datagram_endpoints()
+        endpoints = flow.target.datagram_endpoints()
         if flow.endpoint in endpoints:
             flow.untried = _without(endpoints, flow.endpoint)
         else:
             flow.untried, flow.unanswered = list(endpoints), None
             self._connect(flow)
             self._log.debug("flow.moved", "flow %(flow)d moved to %(target)s", flow=flow.number, target=flow.endpoint)
-        flow.version = self._target.name.version
+        flow.version = flow.target.name.version
 
     def _try_next(self, flow: TargetFlow, refusal: OSError) -> bool:
         """Send a refused datagram to the next address; False where there is none: it is dropped, counted and logged."""
-        while flow.untried:
+        while flow.untried or flow.others:
             with contextlib.suppress(OSError):  # no route to the last one, either
-                self._connect(flow)
+                if flow.untried:
+                    self._connect(flow)
+                else:
+                    flow.target.name.refresh()
+                    self._begin_at(flow, flow.others.pop(0))
                 if flow.unanswered is not None:
                     flow.sock.send(flow.unanswered)
                 return True
-        self._target.name.refresh()  # it may have moved
+        flow.target.name.refresh()  # it may have moved
         flow.unanswered = None
-        flow.untried = _without(self._target.datagram_endpoints(), flow.endpoint)  # for the next datagram
+        self._allow_others(flow)  # for the next datagram
         words = "a datagram to the target: %(error)s"
         drop_datagram(self._log, self._stats, "target_refused", words, error=reason(refusal))
         return False
@@ -252,8 +278,8 @@ class TargetFlows(Part):
         self._table.count_answer(flow)
         if flow.unanswered is not None and flow.endpoint:
             flow.unanswered = None
-            flow.untried = _without(self._target.datagram_endpoints(), flow.endpoint)
-            self._target.note_answer(flow.endpoint)
+            self._allow_others(flow)
+            flow.target.note_answer(flow.endpoint)
         if self._down is None:
             self._send_down(flow, answer)
         else:
@@ -268,6 +294,11 @@ class TargetFlows(Part):
             words = "a reply of %(size)d bytes: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(answer))
 
+    def _allow_others(self, flow: TargetFlow) -> None:
+        """Every address but the present one may be tried again."""
+        flow.untried = _without(flow.target.datagram_endpoints(), flow.endpoint)
+        flow.others = self._targets.others_for_datagrams(flow.target)
+
     def _end(self, flow: TargetFlow, outcome: str) -> None:
         for rate in filter(None, (self._up, self._down)):
             rate.end(flow)
@@ -275,6 +306,7 @@ class TargetFlows(Part):
         if flow.visit:
             flow.visit.end(outcome)
         self._disconnect(flow)
+        self._targets.end(flow.target)
         self._log.debug("flow.closed", "flow %(flow)d closed", flow=flow.number, outcome=outcome)
         if outcome == "evicted":
             words = "closed a flow for a new one: SEMAPHORE_LIMIT reached"

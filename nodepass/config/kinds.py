@@ -17,7 +17,9 @@ from nodepass.config.hostport import Network, normal_host, parse_network, split_
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(f"(?:{_PART})+", re.ASCII)
-_LONGEST_PATH = 107  # bytes in sockaddr_un, without the NUL
+LONGEST_PATH = 107  # bytes in sockaddr_un, without the NUL
+_ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", re.ASCII)  # a user or a group, by its name or number
+_HIGHEST_ID = 2**32 - 2  # of a user or a group
 DAY = 86400.0
 
 
@@ -68,6 +70,14 @@ class AccessPlace:
 
     def __str__(self) -> str:
         return f"{'unix:' * self.is_socket}{self.path}" or "-"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The user and the group of a file, as names or numbers; an empty one is that of the process."""
+
+    user: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ def parse_listen(text: str) -> Listen | None:
         return None
     if text.startswith("unix:/"):
         path = text.removeprefix("unix:")
-        if len(path.encode()) > _LONGEST_PATH or "\0" in path:
+        if len(path.encode()) > LONGEST_PATH or "\0" in path:
             raise ValueError("not a path of a socket")
         return Listen(path=path)
     host, port = split_host_port(text)
@@ -161,7 +171,7 @@ def parse_access_log(text: str) -> AccessPlace | None:
         return AccessPlace()
     is_socket = text.startswith("unix:")
     path = text.removeprefix("unix:")
-    if not path.startswith("/") or "\0" in path or (is_socket and len(path.encode()) > _LONGEST_PATH):
+    if not path.startswith("/") or "\0" in path or (is_socket and len(path.encode()) > LONGEST_PATH):
         raise ValueError("not an absolute path")
     return AccessPlace(path, is_socket)
 
@@ -280,6 +290,36 @@ def parse_switch(text: str) -> bool:
     return text == "on"
 
 
+def parse_mode(text: str) -> int:
+    """The permissions of a file, in octal: `0660`, `666`. Raises ValueError."""
+    if not re.fullmatch("0?[0-7]{3}", text, re.ASCII):
+        raise ValueError("not a mode")
+    return int(text, 8)
+
+
+def parse_owner(text: str) -> Owner:
+    """`process`, `user:group`, `user:` or `:group`. Raises ValueError."""
+    if text == "process":
+        return Owner()
+    user, colon, group = text.partition(":")
+    if not colon or not (user or group) or not all(_is_account(each) for each in (user, group) if each):
+        raise ValueError("not a user or a group")
+    return Owner(user, group)
+
+
+def _is_account(text: str) -> bool:
+    return bool(_ACCOUNT.fullmatch(text)) and not (text.isdigit() and int(text) > _HIGHEST_ID)
+
+
+def parse_health_check(text: str) -> str:
+    """`off`, `tcp`, or `http:/path`. Raises ValueError."""
+    path = text.removeprefix("http:")
+    is_path = path != text and path.startswith("/") and all("!" <= each <= "~" and each != "#" for each in path)
+    if not (text in ("off", "tcp") or (is_path and len(path) <= 1024)):
+        raise ValueError("not a check")
+    return text
+
+
 RATE = Kind("bit/s", "0 (no limit), or 8k to 100G bits per second, such as 500k, 10M or 2.5G", parse_rate)
 TRAFFIC_LIMIT = Kind(
     "bytes/period", "0 (no limit), or kB, MB, GB, TB or PB per day or month, such as 1TB/month", parse_traffic_limit
@@ -290,12 +330,17 @@ PORTS = Kind(
 )
 LISTEN = Kind(
     "address",
-    f"HOST:PORT, [IPv6]:PORT, :PORT (this machine only), unix:/PATH of at most {_LONGEST_PATH} bytes, or off",
+    f"HOST:PORT, [IPv6]:PORT, :PORT (this machine only), unix:/PATH of at most {LONGEST_PATH} bytes, or off",
     parse_listen,
 )
 
 ACCESS_LOG = Kind(
     "place",
-    f"off, - (standard output), /FILE, or unix:/PATH of a datagram socket, of at most {_LONGEST_PATH} bytes",
+    f"off, - (standard output), /FILE, or unix:/PATH of a datagram socket, of at most {LONGEST_PATH} bytes",
     parse_access_log,
 )
+
+HEALTH_CHECK = Kind("check", "off, tcp, or http:/PATH, as it stands in a request", parse_health_check)
+
+MODE = Kind("octal", "an octal mode of three digits, such as 0660", parse_mode)
+OWNER = Kind("user", "process (its own user and group), USER:GROUP, USER: or :GROUP, as names or numbers", parse_owner)

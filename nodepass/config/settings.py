@@ -21,7 +21,10 @@ from typing import Any
 from nodepass.config.kinds import (
     ACCESS_LOG,
     DAY,
+    HEALTH_CHECK,
     LISTEN,
+    MODE,
+    OWNER,
     PORTS,
     RATE,
     SWITCH,
@@ -29,6 +32,7 @@ from nodepass.config.kinds import (
     AccessPlace,
     Kind,
     Listen,
+    Owner,
     Ports,
     Quota,
     Rate,
@@ -191,6 +195,33 @@ class Settings:
     )
     first_byte_timeout: float = setting(
         "0", duration(0, DAY), "timing", "a TCP session ends if its visitor sends nothing for this time; 0: no limit"
+    )
+    unix_mode: int = setting(
+        "0660", MODE, "targets", "server: permissions of a Unix socket that is the target address", role="server"
+    )
+    unix_owner: Owner = setting(
+        "process", OWNER, "targets", "server: user and group of a Unix socket that is the target address", role="server"
+    )
+    spread: str = setting(
+        "least",
+        choice("least", "round", "first"),
+        "targets",
+        "client: which of several targets gets a session: of fewest sessions, in turn, or the first that answers",
+        role="client",
+    )
+    health_check: str = setting(
+        "off",
+        HEALTH_CHECK,
+        "targets",
+        "client: check the targets by connecting to each, or by an HTTP request for a path as well",
+        role="client",
+    )
+    health_interval: float = setting(
+        "2s",
+        duration(0.01, DAY),
+        "targets",
+        "client: time between two checks of a target; 3 failures in a row: it is down, 2 successes: up",
+        role="client",
     )
     handshake_timeout: float = setting(
         "5s",

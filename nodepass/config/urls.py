@@ -1,22 +1,24 @@
 """The URLs that describe a tunnel, parsed into frozen dataclasses.
 
-`server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&log=` and `client://<tunnel_addr>/<target_addr>?name=&tls=&
-log=`. Both may have settings of the table in `settings`, in small letters, for this tunnel only. Nothing is opened or
-resolved here. `parse_url` knows the text alone; what is not given there depends on the settings and on whether the
-tunnel has a key, so `with_defaults` fills it in before anything uses the URL. A `ConfigError` says in one line what is
-wrong and what is allowed.
+`server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&log=` and `client://<tunnel_addr>/<target_addr>,...?name=&
+tls=&log=`. A target address may be `unix:/path`. Both may have settings of the table in `settings`, in small letters,
+for this tunnel only. Nothing is opened or resolved here. `parse_url` knows the text alone; what is not given there
+depends on the settings and on whether the tunnel has a key, so `with_defaults` fills it in before anything uses the
+URL. A `ConfigError` says in one line what is wrong and what is allowed.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from nodepass.config.hostport import normal_host, split_host_port
+from nodepass.config.kinds import LONGEST_PATH
 from nodepass.config.settings import Scope, Settings, rows
 from nodepass.errors import ConfigError
 
@@ -31,6 +33,9 @@ _HIDDEN = re.compile(r"((?:key|pass|secret|token|psk|auth)[^=&]*=)[^&]*|(/)[^/?]
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
 NAMELESS = "-"  # stands for the empty name where a word is needed
 _FORM = "server://HOST:PORT/HOST:PORT?tls=0|1|2 or client://HOST:PORT/HOST:PORT"
+_UNIX = "unix:"  # in front of a path
+_UNESCAPED = "/:+="  # in a path, beside letters, digits and _.-~; not the comma, which separates targets
+TARGETS = 64  # of a client, at most
 _ALLOWED = "allowed: auto or 2"
 
 
@@ -46,11 +51,24 @@ class Address:
 
 
 @dataclass(frozen=True)
+class UnixPath:
+    """A Unix stream socket, by its absolute path. As text it is what a URL has, without blanks and commas."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return _UNIX + quote(os.fsencode(self.path), _UNESCAPED)
+
+
+Place = Address | UnixPath  # of a target
+
+
+@dataclass(frozen=True)
 class TunnelURL:
     """What both kinds of URL have."""
 
     tunnel: Address
-    target: Address
+    target: Place  # a client's first one
     log: str = "info"
     tunnel_name: str = field(default="", kw_only=True)  # tells the tunnels of one key or one tunnel port apart
     wire: str = field(default="auto", kw_only=True)  # auto, 1 or 2, from `with_defaults` on
@@ -61,6 +79,16 @@ class TunnelURL:
     def role(self) -> str:
         """One of ROLES."""
         return "server" if isinstance(self, ServerURL) else "client"
+
+    @property
+    def targets(self) -> tuple[Place, ...]:
+        """The target addresses, as in the URL: one, or on a client several."""
+        return (self.target, *self.others) if isinstance(self, ClientURL) else (self.target,)
+
+    @property
+    def target_text(self) -> str:
+        """All of them, as a URL has them."""
+        return ",".join(map(str, self.targets))
 
     @property
     def name(self) -> str:
@@ -84,8 +112,9 @@ class ServerURL(TunnelURL):
 
 @dataclass(frozen=True)
 class ClientURL(TunnelURL):
-    """A client: connects to the server at `tunnel` and, for every session, to the service at `target`."""
+    """A client: connects to the server at `tunnel` and, for every session, to a service: at `target`, or `others`."""
 
+    others: tuple[Place, ...] = field(default=(), kw_only=True)
     tls: int | None = field(default=None, kw_only=True)  # the least that is accepted; None: not given
 
     @property
@@ -129,12 +158,12 @@ def parse_url(text: str) -> ServerURL | ClientURL:
         raise ConfigError(f"URL {shown!r}: a fragment (#) is not allowed; allowed: {_FORM}")
     lowest_port = 0 if scheme == "server" else 1
     tunnel = _parse_address(shown, "tunnel address", parts.netloc, lowest_port)
-    target = _parse_address(shown, "target address", parts.path.removeprefix("/"), lowest_port)
-    return _parse_parameters(shown, scheme, tunnel, target, _parse_query(shown, scheme, parts.query))
+    targets = _parse_targets(shown, scheme, parts.path.removeprefix("/"), lowest_port)
+    return _parse_parameters(shown, scheme, tunnel, targets, _parse_query(shown, scheme, parts.query))
 
 
 def _parse_parameters(
-    text: str, scheme: str, tunnel: Address, target: Address, given: dict[str, str]
+    text: str, scheme: str, tunnel: Address, targets: Sequence[Place], given: dict[str, str]
 ) -> ServerURL | ClientURL:
     """The URL of these parts, with the values of its parameters. Raises ConfigError."""
     log = _one_of(text, "log", given.get("log", "info"), LOG_LEVELS)
@@ -146,8 +175,9 @@ def _parse_parameters(
         "tunnel_key_file": given.get("tunnel_key_file", ""),
         "overrides": tuple((name, _check_setting(text, name, given[name])) for name in rows() if name in given),
     }
+    target, *others = targets
     if scheme == "client":
-        return ClientURL(tunnel, target, log, tls=tls, **common)
+        return ClientURL(tunnel, target, log, tls=tls, others=tuple(others), **common)
     _check_files(text, tls, given)
     crt, key = given.get("crt", ""), given.get("key", "")
     return ServerURL(tunnel, target, log, tls=tls or 0, crt=crt, key=key, is_tls_given=tls is not None, **common)
@@ -158,7 +188,9 @@ def with_defaults(url: ServerURL | ClientURL, has_key: bool, settings: Settings)
 
     With a key, both ends use TLS unless the URL says tls=0, and a wire v1 peer, which cannot have the key, is refused.
     """
-    wire = url.settings(settings).wire
+    own = url.settings(settings)
+    _check_datagrams(url, own)
+    wire = own.wire
     place = f"wire={wire}" if "wire" in dict(url.overrides) else f"WIRE={wire}"
     if wire == "1" and isinstance(url, ServerURL):
         raise ConfigError(f"{place} is not usable for {url.name}, because a server serves wire v2 always; {_ALLOWED}")
@@ -178,6 +210,38 @@ def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
     except ValueError as error:
         allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535"
         raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable: {error}; allowed: {allowed}") from None
+
+
+def _parse_targets(url: str, scheme: str, text: str, lowest_port: int) -> list[Place]:
+    """The target addresses: one of a server, one or several of a client, each once. Raises ConfigError."""
+    parts = text.split(",")
+    if scheme == "server" and len(parts) > 1:
+        words = f"a server listens on one target address, and {text!r} has {len(parts)}"
+        raise ConfigError(f"URL {url!r}: {words}; allowed: one here, several on the client")
+    if len(parts) > TARGETS:
+        raise ConfigError(f"URL {url!r}: it has {len(parts)} targets; allowed: at most {TARGETS}")
+    places = [_parse_target(url, each, lowest_port) for each in parts]
+    if twice := [each for number, each in enumerate(places) if each in places[:number]]:
+        raise ConfigError(f"URL {url!r}: the target {twice[0]} is given twice; allowed: each target once")
+    return places
+
+
+def _parse_target(url: str, text: str, lowest_port: int) -> Place:
+    if not text.startswith(_UNIX):
+        return _parse_address(url, "target address", text, lowest_port)
+    path = unquote_to_bytes(os.fsencode(text.removeprefix(_UNIX)))
+    if not path.startswith(b"/") or path.endswith(b"/") or b"\0" in path or len(path) > LONGEST_PATH:
+        allowed = f"unix:/PATH, an absolute path of at most {LONGEST_PATH} bytes, in which a comma is %2C"
+        raise ConfigError(f"URL {url!r}: the target address {text!r} is not usable; allowed: {allowed}")
+    return UnixPath(os.fsdecode(path))
+
+
+def _check_datagrams(url: ServerURL | ClientURL, settings: Settings) -> None:
+    """Raise ConfigError where UDP is on and no target address can have it."""
+    if settings.udp and not any(isinstance(each, Address) for each in url.targets):
+        also = ", or a HOST:PORT among the targets" if isinstance(url, ClientURL) else ""
+        words = f"{url.target_text} is not usable for {url.name}: a Unix socket carries no datagrams"
+        raise ConfigError(f"{words}; allowed: udp=off{also}")
 
 
 def _parse_query(url: str, scheme: str, query: str) -> dict[str, str]:

@@ -35,7 +35,7 @@ def find_conflicts(urls: Sequence[URL], keys: Keys, settings: Settings) -> Itera
     for one, other in combinations(servers, 2):
         yield from _compare_servers(one, other, keys, settings)
     for first, second in combinations(clients, 2):
-        if (first.tunnel, first.target) != (second.tunnel, second.target):
+        if (first.tunnel, first.targets) != (second.tunnel, second.targets):
             yield from _compare_keys(first, second, keys)
 
 
@@ -71,7 +71,7 @@ def _compare_keys(one: URL, other: URL, keys: Keys) -> Iterator[str]:
 
 
 def _two(one: TunnelURL, other: TunnelURL) -> str:
-    return f"{one.name} (target {one.target}) and {other.name} (target {other.target})"
+    return f"{one.name} (target {one.target_text}) and {other.name} (target {other.target_text})"
 
 
 def _name(url: TunnelURL) -> str:

@@ -114,6 +114,18 @@ def _info(watched: Watched) -> Samples:
     return [((view.role, security.name, key, mode, security.tls_version, security.group, wire, protocols), 1)]
 
 
+def _target_states(watched: Watched) -> Samples:
+    return [((each.name,), each.is_up) for each in watched.view.targets]
+
+
+def _target_sessions(watched: Watched) -> Samples:
+    return [((each.name,), each.sessions) for each in watched.view.targets]
+
+
+def _target_failures(watched: Watched) -> Samples:
+    return [(key, count) for key, count in sorted(watched.stats.target_failures.items())]
+
+
 def _pool_waits(watched: Watched) -> Distributions:
     return [((), watched.stats.pool_waits)] if watched.view.role == "server" else []
 
@@ -211,6 +223,14 @@ FAMILIES: tuple[Number | Distribution, ...] = (
         "From a visitor's arrival (server) or its launch (client) to the first byte of the answer; TCP.",
         (),
         lambda w: [((), w.stats.first_bytes)],
+    ),
+    Gauge("nodepass_target_up", "1 if the target answers, as far as is known; clients.", ("target",), _target_states),
+    Gauge("nodepass_target_sessions", "Sessions and flows of the target; clients.", ("target",), _target_sessions),
+    Counter(
+        "nodepass_target_failures_total",
+        "Failed dials and health checks of the target; clients.",
+        ("target", "attempt"),
+        _target_failures,
     ),
     Counter("nodepass_udp_drops_total", "Dropped datagrams.", ("reason",), lambda w: _by_key(w.stats.udp_drops)),
     Counter(

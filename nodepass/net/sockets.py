@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gevent
+from gevent.monkey import get_original
 from gevent.socket import wait_write
 
 from nodepass.config.urls import Address
@@ -34,6 +35,7 @@ from nodepass.errors import reason, with_words
 from nodepass.tasks import IdleTimer
 
 Socket = _socket.socket  # gevent does not patch it
+_poll = get_original("select", "poll")  # gevent's would switch to other greenlets
 
 LOCAL = "localhost"  # what an empty host is, to connect to
 LOOKUP_TIMEOUT = 5.0  # seconds after which a lookup counts as failed; resolv.conf's default for one question
@@ -50,24 +52,24 @@ _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked: segments that the peer has not acknowledged
 _LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since the last acknowledgement
 _SO_MEMINFO = 55  # since Linux 4.12; not in the standard library
-_MEMINFO = struct.Struct("@12xI4xI")  # SK_MEMINFO_SNDBUF, SK_MEMINFO_WMEM_QUEUED: bytes of kernel memory
+_MEMINFO = struct.Struct("@8xII4xI")  # SK_MEMINFO_WMEM_ALLOC, _SNDBUF, _WMEM_QUEUED: bytes of kernel memory
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info that all supported kernels have
 _TCP_INFO = struct.Struct("@B15xI4xI28xI60xQ16xI80xI")  # those and others that `TCPInfo` has, up to tcpi_snd_wnd
 
 
 class Endpoint(NamedTuple):
-    """A resolved address: what connect(2) and bind(2) take."""
+    """A resolved address: what connect(2) and bind(2) take. Of a visitor on a Unix socket it is the listener's path."""
 
     family: int
     sockaddr: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return format_sockaddr(self.sockaddr)
+        return f"unix:{self.sockaddr[0]}" if self.family == socket.AF_UNIX else format_sockaddr(self.sockaddr)
 
     @property
     def host(self) -> str:
-        """The address without its port: the same for all connections of one peer."""
-        return plain_host(self.sockaddr)
+        """The address without its port: the same for all connections of one peer; "" of a Unix socket."""
+        return "" if self.family == socket.AF_UNIX else plain_host(self.sockaddr)
 
     def with_port(self, port: int) -> Endpoint:
         """The same host, another port."""
@@ -246,6 +248,8 @@ def acknowledged(sock: Socket) -> bool | None:
 
 def is_gone(sock: Socket) -> bool:
     """Whether the connection is over: it was reset, the kernel gave it up, or both ends closed it."""
+    if sock.family == socket.AF_UNIX:
+        return _is_hung_up(sock)
     return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE)
 
 
@@ -268,7 +272,12 @@ class TCPInfo(NamedTuple):
 
 
 def read_tcp_info(sock: Socket) -> TCPInfo:
-    """How the peer's kernel has answered lately. Raises OSError."""
+    """How the peer's kernel has answered lately. Raises OSError.
+
+    The peer of a Unix socket is on this machine: nothing waits for it to acknowledge, it takes bytes by reading them.
+    """
+    if sock.family == socket.AF_UNIX:
+        return TCPInfo(_is_hung_up(sock), False, False, 0.0, -_unacknowledged(sock))
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     # A kernel before 5.4 does not tell the window, which then counts as shut.
     state, segment, in_flight, milliseconds, acknowledged, unsent, window = _TCP_INFO.unpack(
@@ -279,6 +288,13 @@ def read_tcp_info(sock: Socket) -> TCPInfo:
     return TCPInfo(state == _TCP_CLOSE, bool(in_flight or unsent), is_shut, milliseconds / 1000, acknowledged)
 
 
+def _is_hung_up(sock: Socket) -> bool:
+    """Whether the peer of a Unix socket has closed it."""
+    asked = _poll()
+    asked.register(sock.fileno(), 0)
+    return bool(asked.poll(0))
+
+
 def room_to_send(sock: Socket) -> int:
     """About how many bytes the kernel takes now, rather too few than too many; 0 where it does not tell, as gVisor.
 
@@ -286,7 +302,10 @@ def room_to_send(sock: Socket) -> int:
     waits to be acknowledged is the measure, and without it a quarter.
     """
     try:
-        limit, queued = map(int, _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)))
+        meminfo = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        allocated, limit, queued = map(int, _MEMINFO.unpack(meminfo))
+        if sock.family == socket.AF_UNIX:
+            queued = allocated
         waiting = _unacknowledged(sock)
     except OSError:  # also of a connection that is closed, which the next call reports
         return 0

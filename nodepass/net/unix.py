@@ -1,39 +1,78 @@
-"""Listening on a Unix socket: its path, its mode, and the files that earlier runs left behind.
+"""Unix stream sockets: connecting to one, and listening on a path.
 
-A stale socket is replaced; a socket with a listener, and any other file, is an error. `close` removes the file, unless
-another process has put its own there. The metrics endpoint uses this, and `check` tries it.
+A listener has its path, its mode and owner, and deals with the files that earlier runs left behind. A stale socket is
+replaced; a socket with a listener, and any other file, is an error. `close` removes the file, unless another process
+has put its own there. The metrics endpoint and a server whose target address is a path listen with this, and `check`
+tries it; a client connects to targets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import os
+import pwd
 import socket
 import stat
+import time
 
-from nodepass.errors import ListenError, reason
+import gevent
 
+from nodepass.config.kinds import Owner
+from nodepass.errors import ListenError, reason, with_words
+from nodepass.net.sockets import Socket
+
+PROCESS = Owner()
 MODE = 0o660  # the user and the group of the process may connect
 BACKLOG = 128  # connections
 PROBE_TIMEOUT = 1.0  # seconds for the listener of an existing socket to answer
+FULL_PAUSE = 0.01  # seconds until a listener whose queue is full is tried again: the kernel has no event for that
+
+
+def dial_unix(path: str, timeout: float) -> Socket:
+    """Connect to the listener at a path, within `timeout` seconds where its queue is full. Raises OSError."""
+    deadline = time.monotonic() + timeout
+    sock = Socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while error := sock.connect_ex(path):
+            if error != errno.EAGAIN:
+                raise with_words(OSError(error, ""), f"unix:{path}: {os.strerror(error)}")
+            if time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"unix:{path}: no answer within {timeout:.3g}s")
+            gevent.sleep(FULL_PAUSE)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 class UnixListener:
     """A listening socket at a path."""
 
-    def __init__(self, path: str, what: str) -> None:
+    def __init__(self, path: str, what: str, mode: int = MODE, owner: Owner = PROCESS, backlog: int = BACKLOG) -> None:
         """Listen at `path`; `what` names it in the error. Raises ListenError."""
         self._path = path
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            user, group = _find_user(owner.user), _find_group(owner.group)
             _remove_stale(path)
-            _bind(self.sock, path)
+            _bind(self.sock, path, mode)
             self._file = _identity(path)
-            self.sock.listen(BACKLOG)
+            if (user, group) != (-1, -1):
+                self._give_to(user, group)
+            self.sock.listen(backlog)  # only now can a process connect
         except OSError as error:
             self.sock.close()
             raise ListenError(f"cannot listen on {what} unix:{path}: {reason(error)}", error.errno) from None
+
+    def _give_to(self, user: int, group: int) -> None:
+        """Change the owner of the file. Raises OSError, and leaves no file."""
+        try:
+            os.chown(self._path, user, group)
+        except OSError as error:
+            os.unlink(self._path)
+            raise with_words(error, f"cannot change its owner: {reason(error)}") from None
 
     def close(self) -> None:
         """Stop listening, and remove the file."""
@@ -43,8 +82,8 @@ class UnixListener:
                 os.unlink(self._path)
 
 
-def _bind(sock: socket.socket, path: str) -> None:
-    before = os.umask(0o777 & ~MODE)  # never another mode, not even for a moment; no other greenlet runs meanwhile
+def _bind(sock: socket.socket, path: str, mode: int) -> None:
+    before = os.umask(0o777 & ~mode)  # never another mode, not even for a moment; no other greenlet runs meanwhile
     try:
         sock.bind(path)
     finally:
@@ -81,6 +120,26 @@ def _answers(path: str) -> bool:
         except ConnectionRefusedError:
             return False
     return True
+
+
+def _find_user(name: str) -> int:
+    """The number of a user, -1 for "". Raises OSError."""
+    if not name or name.isdigit():
+        return int(name or -1)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise OSError(f"there is no user {name!r}") from None
+
+
+def _find_group(name: str) -> int:
+    """The number of a group, -1 for "". Raises OSError."""
+    if not name or name.isdigit():
+        return int(name or -1)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise OSError(f"there is no group {name!r}") from None
 
 
 def _identity(path: str) -> tuple[int, int]:

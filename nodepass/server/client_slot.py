@@ -9,13 +9,14 @@ else. A second client would be a second slot. Which slot a connection belongs to
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from gevent.event import AsyncResult, Event
 from gevent.lock import Semaphore
 
-from nodepass.errors import ClosedError, NoDataConnection, RefusedError
+from nodepass.errors import ClosedError, NoDataConnection, NoTarget, RefusedError
 from nodepass.log import Limit
 from nodepass.net.deadlines import Deadlines
 from nodepass.net.sockets import Endpoint, Socket, acknowledged, format_without_zone
@@ -28,7 +29,7 @@ from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import Key, unknown_key
 from nodepass.wire.negotiation import BUSY, KEY_MISMATCH
-from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, Launch
+from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, TCP, Launch
 
 LIFE_SIGN_WITHIN = 1.0  # seconds for a client to react when another asks for its slot, at least
 ROUND_TRIPS = 4  # measured ones for the same, where that is longer
@@ -270,10 +271,13 @@ class ClientSlot(Part):
         """A data connection that the client has been told to use for a session, and its id; it is the caller's now.
 
         A client that wants them is told the visitor's addresses, which are `proxied` where a proxy has named them. If
-        the client goes away meanwhile, a connection of the next one serves as well. Raises NoDataConnection.
+        the client goes away meanwhile, a connection of the next one serves as well. Raises NoDataConnection, at once
+        where no target of the client answers TCP.
         """
         deadline = time.monotonic() + timeout
         while True:
+            if kind == TCP and self.control and not self.control.target_answers:
+                raise NoTarget("the client's target does not answer")
             id, stream = self.pool.take(max(0.0, deadline - time.monotonic()))
             try:
                 # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
@@ -309,7 +313,9 @@ def _answer(result: AsyncResult[bool], incumbent: ServerControl, patience: float
 
 
 def _addresses(visitor: Socket) -> Addresses:
-    """The visitor's address and the one that it connected to; none where it has left."""
+    """The visitor's address and the one that it connected to; none where it has left, or came by a Unix socket."""
+    if visitor.family == socket.AF_UNIX:
+        return ()
     try:
         return format_without_zone(visitor.getpeername()), format_without_zone(visitor.getsockname())
     except OSError:

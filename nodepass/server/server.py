@@ -16,11 +16,12 @@ import gevent
 from gevent.event import AsyncResult, Event
 
 from nodepass.config.settings import Settings
-from nodepass.config.urls import Address, ServerURL
+from nodepass.config.urls import Address, ServerURL, UnixPath
 from nodepass.log import Limit, literal
 from nodepass.net.activation import Share
-from nodepass.net.listen import close_all, listen_both, port_of
+from nodepass.net.listen import BACKLOG, close_all, listen_both, port_of
 from nodepass.net.sockets import format_sockaddr
+from nodepass.net.unix import UnixListener
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.control_listener import ControlListener
 from nodepass.server.data_listener import DataListener
@@ -77,6 +78,7 @@ class Server:
         self._slot.flows.policy = self._policy
         self._visitors: list[socket.socket] = []  # listeners
         self._datagrams: list[socket.socket] = []  # sockets
+        self._unix: UnixListener | None = None  # the one of the visitors' listeners, where that is a Unix socket
         self._parts: list[Part] = []  # from `start` on
 
     @property
@@ -88,11 +90,7 @@ class Server:
         """Open every listener. Raises ListenError."""
         self._port.join(self._slot, self._failed.set_exception)
         try:
-            share, wanted = self._share.of(TARGET), self._settings
-            target = listen_both(
-                self.url.target, "target address", share, wanted.keepalive, tcp=wanted.tcp, udp=wanted.udp
-            )
-            self._visitors, self._datagrams = target
+            self._visitors, self._datagrams = self._open_target()
         except BaseException:
             self._port.leave(self._slot)
             raise
@@ -101,6 +99,15 @@ class Server:
             self.log.tunnel = replace(self.url, tunnel=tunnel).name
         self._parts = self._make_parts()
         self.ready.set()
+
+    def _open_target(self) -> tuple[list[socket.socket], list[socket.socket]]:
+        """Listeners and UDP sockets for visitors. Raises ListenError."""
+        share, wanted, target = self._share.of(TARGET), self._settings, self.url.target
+        if isinstance(target, UnixPath):
+            owner, mode = wanted.unix_owner, wanted.unix_mode
+            self._unix = UnixListener(target.path, "target address", mode, owner, BACKLOG)
+            return [self._unix.sock], []
+        return listen_both(target, "target address", share, wanted.keepalive, tcp=wanted.tcp, udp=wanted.udp)
 
     def run(self) -> None:
         """Serve until `close`; raises what crashed one of the loops."""
@@ -126,6 +133,8 @@ class Server:
             closing.callback(self._failed.set, None)
             closing.callback(close_all, self._datagrams)
             closing.callback(close_all, self._visitors)
+            if self._unix:
+                closing.callback(self._unix.close)
             closing.callback(self._port.leave, self._slot)
             closing.callback(self.sessions.kill)
             for part in reversed(self._parts):
@@ -155,7 +164,7 @@ class Server:
             " (%(protocols)s), tls %(tls)d",
             tunnel_address=_addresses(self._port.tunnel),
             data_address=_addresses(self._port.data or self._port.tunnel),
-            target_address=_addresses(self._visitors or self._datagrams),
+            target_address=str(self.url.target) if self._unix else _addresses(self._visitors or self._datagrams),
             protocols=", ".join(self._settings.protocols),
             tls=self.url.tls,
         )

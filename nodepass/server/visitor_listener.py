@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import gevent
 
 from nodepass.config.kinds import format_duration
-from nodepass.errors import NoDataConnection, ProxyHeaderError
+from nodepass.config.urls import UnixPath
+from nodepass.errors import NoDataConnection, NoTarget, ProxyHeaderError
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever, accept_waiting, close_all
 from nodepass.net.relay import relay
@@ -81,7 +82,7 @@ class VisitorListener(Part):
             self._sessions.wait_for_slot()
 
     def _begin(self, sock: Socket, peer: Endpoint) -> None:
-        is_proxied = self._proxies and self._proxies.trusts(peer.host)
+        is_proxied = self._proxies and peer.host and self._proxies.trusts(peer.host)
         serve = self._serve_proxied if is_proxied else self._serve
         self._sessions.spawn("serve visitor", serve, sock, peer, time.monotonic())
 
@@ -131,22 +132,30 @@ class VisitorListener(Part):
                 log.debug("session.closed", words, visitor=peer, **traffic.fields())
             finally:
                 data.close()
-        except NoDataConnection:
-            self._report_unserved(peer)
+        except NoDataConnection as error:
+            outcome = self._report_unserved(peer, error)
             if visit:
-                visit.end("unserved")
+                visit.end(outcome)
         finally:
             visitor.close()
             if self._policy and counted:
                 self._policy.end(counted)
 
     def _begin_visit(self, access: AccessLog, peer: Endpoint, local: Sequence[object], began: float) -> Visit:
+        if peer.family == socket.AF_UNIX:
+            return access.begin("tcp", began, "", str(UnixPath(peer.sockaddr[0])))
         return access.begin("tcp", began, format_without_zone(peer.sockaddr), format_without_zone(local))
 
-    def _report_unserved(self, peer: Endpoint) -> None:
-        self._stats.tcp.ended["unserved"] += 1
+    def _report_unserved(self, peer: Endpoint, error: NoDataConnection) -> str:
+        """Count and log a visitor without a session; returns the outcome."""
+        outcome = "unserved"
         words, why = "closed visitor %(visitor)s: no data connection within %(timeout)s", "pool_empty"
-        if not self._slot.control:
+        if isinstance(error, NoTarget):
+            outcome, why = "unreachable", "target_down"
+            words = "closed visitor %(visitor)s: the client's target does not answer"
+        elif not self._slot.control:
             words, why = f"{words}, no client is connected", "no_client"
+        self._stats.tcp.ended[outcome] += 1
         timeout = format_duration(self._settings.pool_get_timeout)
         self._log.warning("visitor.unserved", words, Limit(), visitor=peer, timeout=timeout, reason=why)
+        return outcome

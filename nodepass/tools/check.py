@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from nodepass import log
 from nodepass.config.kinds import AccessPlace, Listen
 from nodepass.config.settings import Settings
-from nodepass.config.urls import Address, ClientURL, ServerURL, may_need_tls, parse_url, with_defaults
+from nodepass.config.urls import Address, ClientURL, ServerURL, UnixPath, may_need_tls, parse_url, with_defaults
 from nodepass.daemon.access_output import find_trouble
 from nodepass.daemon.conflicts import find_conflicts
 from nodepass.daemon.environment import find_typos, find_unusable_cas
@@ -93,7 +93,7 @@ def _parse(text: str, report: Report) -> URL | None:
     except ConfigError as error:
         report.bad("url", str(error))
         return None
-    report.ok(url.name, f"url: tunnel address {url.tunnel}, target address {url.target}")
+    report.ok(url.name, f"url: tunnel address {url.tunnel}, target address {url.target_text}")
     return url
 
 
@@ -181,7 +181,7 @@ def _metrics(listen: Listen, urls: Sequence[URL], report: Report, held: ExitStac
         report.bad("settings", f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client")
         return
     if listen.path:
-        try_unix(report, WHAT, listen.path)
+        try_unix(report, "metrics", WHAT, listen.path)
     else:
         address = Address(listen.host or LOOPBACK, listen.port)
         try_to_listen(report, held, urls, "metrics", WHAT, address, lambda: listen_tcp(address, WHAT))
@@ -241,11 +241,18 @@ class _Server:
             self._check_port()
         else:
             self._report.ok(url.name, f"tunnel address {url.tunnel}: shared with {first.name}")
+        if isinstance(url.target, UnixPath):
+            mode, owner = self._settings.unix_mode, self._settings.unix_owner
+            try_unix(self._report, url.name, "target address", url.target.path, mode, owner)
+        else:
+            self._check_target(url.target)
+
+    def _check_target(self, target: Address) -> None:
         tcp, udp, share = "target address (tcp)", "target address (udp)", self._share.of(TARGET)
         if self._settings.tcp:
-            self._listen(tcp, url.target, lambda: listen_tcp(url.target, tcp, share))
+            self._listen(tcp, target, lambda: listen_tcp(target, tcp, share))
         if self._settings.udp:
-            self._listen(udp, url.target, lambda: listen_udp(url.target, udp, share))
+            self._listen(udp, target, lambda: listen_udp(target, udp, share))
 
     def _check_rules(self) -> None:
         settings = self._settings

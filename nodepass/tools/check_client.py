@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 
 import gevent
 
+from nodepass.client.health import HealthCheck
+from nodepass.client.target import http_host
 from nodepass.config.settings import Settings
-from nodepass.config.urls import ClientURL
+from nodepass.config.urls import Address, ClientURL, Place, UnixPath
 from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Log
 from nodepass.net.sockets import Endpoint, dial, resolve
 from nodepass.net.stream import TCPStream
+from nodepass.net.unix import dial_unix
 from nodepass.stats import Stats
 from nodepass.tools.check_ports import is_connected
 from nodepass.tools.report import Report
@@ -35,7 +38,8 @@ def check_client(
     url: ClientURL, settings: Settings, key: Key | None, report: Report, own_ports: Collection[int]
 ) -> None:
     """Check one client URL. `own_ports`: the tunnel ports of the servers in the same command."""
-    _check_target(url, settings, report)
+    for place in url.targets:
+        _check_target(url, place, settings, report)
     if url.tunnel.port in own_ports and url.tunnel.host in _LOCAL:
         report.ok(url.name, f"server {url.tunnel}: another URL of this command; not tried")
         return
@@ -54,17 +58,26 @@ def check_client(
         _ServerCheck(url, settings, terms, report, control, already_connected).run()
 
 
-def _check_target(url: ClientURL, settings: Settings, report: Report) -> None:
-    if not settings.tcp:
-        report.ok(url.name, f"target {url.target}: UDP only; not tried")
+def _check_target(url: ClientURL, place: Place, settings: Settings, report: Report) -> None:
+    """Try one target as HEALTH_CHECK does, or without it by connecting."""
+    check = settings.health_check
+    if not settings.tcp and check == "off":
+        report.ok(url.name, f"target {place}: UDP only; not tried")
+        return
+    over = " over TCP" if isinstance(place, Address) else ""
+    timeout, words = settings.handshake_timeout, f"HEALTH_CHECK={check}"
+    try:
+        sock = dial_unix(place.path, timeout) if isinstance(place, UnixPath) else dial(resolve(place), timeout)
+    except OSError as error:
+        words = f"target {place}: cannot be reached{over}: {reason(error)}"
+        report.warn(url.name, f"{words}; the tunnel retries for each visitor")
         return
     try:
-        dial(resolve(url.target), settings.handshake_timeout).close()
+        HealthCheck(settings, url.tunnel_name).run(sock, http_host(place), timeout)
     except OSError as error:
-        words = f"target {url.target}: cannot be reached over TCP: {reason(error)}"
-        report.warn(url.name, f"{words}; the tunnel retries for each visitor")
+        report.warn(url.name, f"target {place}: reached, but {words} has failed: {reason(error)}")
     else:
-        report.ok(url.name, f"target {url.target}: reached")
+        report.ok(url.name, f"target {place}: reached" + (f", {words} has succeeded" if check != "off" else ""))
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from nodepass.config.kinds import Owner
 from nodepass.config.urls import Address, ClientURL, ServerURL, parse_url
 from nodepass.errors import ConfigError, ListenError
 from nodepass.net.listen import close_all
 from nodepass.net.sockets import Endpoint, plain_host, resolve
-from nodepass.net.unix import UnixListener, is_living
+from nodepass.net.unix import MODE, PROCESS, UnixListener, is_living
 from nodepass.tools.report import Report
 
 RUN = "/run/"  # where systemd makes runtime directories
@@ -95,22 +96,22 @@ def _report_use(
         report.warn(where, f"{text} {words}")
 
 
-def try_unix(report: Report, what: str, path: str) -> None:
+def try_unix(report: Report, subject: str, what: str, path: str, mode: int = MODE, owner: Owner = PROCESS) -> None:
     """Listen on a Unix socket for a moment, unless a process already does, and report the result."""
     if is_living(path):
-        report.warn("metrics", f"{what} unix:{path}: a process listens there: expected if it runs this tunnel")
+        report.warn(subject, f"{what} unix:{path}: a process listens there: expected if it runs this tunnel")
         return
     try:
-        UnixListener(path, what).close()
+        UnixListener(path, what, mode, owner).close()
     except ListenError as error:
         directory = os.path.dirname(path)
         if directory.startswith(RUN) and not os.path.exists(directory):
             words = f"{directory} does not exist; expected if the unit's RuntimeDirectory= makes it"
-            report.warn("metrics", f"{what} unix:{path}: {words}")
+            report.warn(subject, f"{what} unix:{path}: {words}")
         else:
-            report.fail("metrics", str(error))
+            report.fail(subject, str(error))
     else:
-        report.ok("metrics", f"{what} unix:{path}: can be listened on")
+        report.ok(subject, f"{what} unix:{path}: can be listened on")
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _is_same(text: str, url: ServerURL | ClientURL) -> bool:
         other = parse_url(text)
     except ConfigError:
         return False
-    mine, theirs = ((type(each), each.tunnel, each.target, each.tunnel_name) for each in (url, other))
+    mine, theirs = ((type(each), each.tunnel, each.targets, each.tunnel_name) for each in (url, other))
     return mine == theirs
 
 

@@ -142,6 +142,8 @@ class Tunnel:
     traffic_used: float = 0.0  # bytes
     traffic_limit: float | None = None  # bytes
     drops: float = 0.0  # datagrams
+    targets: int = 0  # of a client, and of them
+    targets_up: float = 0
     refused: float = 0.0  # visitors
     handshakes_failed: float = 0.0
 
@@ -208,6 +210,7 @@ _SUMS = {
     "visitors_refused_total": "refused",
     "handshake_failures_total": "handshakes_failed",
     "sessions_total": "ended",
+    "target_up": "targets_up",
 }
 
 
@@ -215,6 +218,7 @@ def _add(tunnel: Tunnel, name: str, labels: dict[str, str], value: float) -> Non
     if name in _WHOLE:
         setattr(tunnel, _WHOLE[name], int(value))
     elif name in _SUMS:
+        tunnel.targets += name == "target_up"
         setattr(tunnel, _SUMS[name], getattr(tunnel, _SUMS[name]) + value)
     if name == "sessions_total" and labels.get("outcome") != "completed":
         tunnel.failed += value

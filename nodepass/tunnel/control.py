@@ -352,8 +352,9 @@ class ServerControl(Control):
     def _take_answer(self, answer: BeatAnswer) -> None:
         self._answers += 1
         if answer.ok != self.target_answers:
+            self._unanswered.clear()  # the client may have said so unasked: then this is no round trip, nor is the next
             self._report_target(answer.ok)
-        if self._unanswered:
+        elif self._unanswered:
             self.round_trip = time.monotonic() - self._unanswered.popleft()
 
     def _report_target(self, answers: bool) -> None:
@@ -368,7 +369,18 @@ class ServerControl(Control):
 
 
 class ClientControl(Control):
-    """The client's end: yields launches, and answers a v2 server's heartbeats."""
+    """The client's end: yields launches, answers a v2 server's heartbeats, and tells it of its targets."""
+
+    _told = True  # as the server knows, whether a target answers
+
+    def tell(self, target_answers: bool) -> None:
+        """Tell a v2 server whether a target answers, unless it knows; waits while the server reads nothing."""
+        if target_answers != self._told:
+            self._told = target_answers
+            try:
+                self.send(BeatAnswer(target_answers))
+            except OSError as error:
+                self._end_by(error)
 
     def signals(self, target_answers: Callable[[], bool]) -> Iterator[Launch | Beat]:
         """The launches and v2 heartbeats that arrive, until the connection ends; the heartbeats are answered."""
@@ -378,7 +390,8 @@ class ClientControl(Control):
             elif isinstance(signal, Beat):
                 try:
                     with gevent.Timeout(self._silence, TimeoutError()):
-                        self.send(BeatAnswer(target_answers()))
+                        self._told = target_answers()
+                        self.send(BeatAnswer(self._told))
                 except TimeoutError as error:
                     self._end_by(error)
                     return

@@ -26,6 +26,16 @@ NO_DATA_CONNECTIONS = "no data connections"  # why an end is unready
 
 
 @dataclass(frozen=True)
+class TargetState:
+    """One of a client's targets at this moment."""
+
+    name: str  # its address, as in the URL
+    is_up: bool
+    sessions: int  # and flows
+    failure: str  # of the last dial, check or lookup, or ""
+
+
+@dataclass(frozen=True)
 class View:
     """A tunnel at this moment, for metrics and the log."""
 
@@ -45,6 +55,7 @@ class View:
     rates: Mapping[str, Rate]  # limits, by direction: up, down
     traffic_used: int | None  # bytes of this day or month, where TRAFFIC_LIMIT is set
     traffic_limit: int | None  # bytes
+    targets: tuple[TargetState, ...] = ()  # of a client
 
 
 def name_protocols(protocols: Sequence[str]) -> str:

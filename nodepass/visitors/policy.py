@@ -20,6 +20,8 @@ from nodepass.visitors.access_log import Visit
 from nodepass.visitors.quotas import Concurrency, Rate
 from nodepass.visitors.rules import Rules
 
+NO_ADDRESS: IP = (0, 0)  # of a visitor on a Unix socket
+
 
 class Policy:
     """The rules and quotas of one tunnel, and what is counted of them."""
@@ -57,10 +59,14 @@ class Policy:
     def begin(self, host: str, visitor: object, visit: Visit | None = None) -> IP | None:
         """Begin a session of a visitor, as for `admits`: what `end` takes at its end, None where it is refused.
 
-        `visit`: its session in the access log, which a refusal ends.
+        `visit`: its session in the access log, which a refusal ends. A visitor on a Unix socket has no host: only
+        TRAFFIC_LIMIT applies to it, because the socket's mode and owner say who may connect.
         """
-        address = parse_ip(host)
-        refusal = self._rules.find_refusal(address) or self._take(address)
+        if host:
+            address = parse_ip(host)
+            refusal = self._rules.find_refusal(address) or self._take(address)
+        else:
+            address, refusal = NO_ADDRESS, "traffic_limit" if self._meter and self._meter.is_used_up else ""
         if not refusal:
             return address
         self._refuse(visitor, refusal)
@@ -70,7 +76,7 @@ class Policy:
 
     def end(self, address: IP) -> None:
         """A session has ended that `begin` has admitted."""
-        if self._sessions is not None:
+        if self._sessions is not None and address != NO_ADDRESS:
             self._sessions.release(address)
 
     def reload(self) -> None:

@@ -73,7 +73,7 @@ def test_visitors_of_a_target_that_refuses_are_reset_at_once(stack: contextlib.E
     client.wait_until_connected()
     began = time.monotonic()
     for _ in range(20):
-        with connect(server.visitor_address) as visitor, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), connect(server.visitor_address) as visitor:
             visitor.recv(1)
     passed = time.monotonic() - began
     assert passed < 5
@@ -86,7 +86,9 @@ def test_visitors_of_a_target_that_resets_are_reset_and_the_next_is_served(
 ) -> None:
     tunnel = stack.enter_context(open_tunnel(Pair("ours", "ours", 0), authority))
     for _ in range(20):
+        mark = tunnel.our_client.mark()
         with tunnel.session() as (visitor, service):
+            tunnel.our_client.wait_for("target.connected", after=mark)  # else it is a dial that fails
             service.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             service.close()
             with pytest.raises(ConnectionResetError):

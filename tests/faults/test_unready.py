@@ -50,7 +50,7 @@ def test_both_ends_are_unready_and_say_why_while_a_visitor_would_not_be_served()
             until(partial(readiness, server, 503, "the client's target does not answer"))
             until(partial(readiness, client, 503, "the target does not answer"))
             with socket.create_server(target.address):
-                client.wait_for("target.reachable")
+                client.wait_for("target.up")
                 server.wait_for("client.target_reachable")
                 for end in (server, client):
                     until(partial(readiness, end, 200, "ready"))

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from nodepass.config.kinds import AccessPlace, Listen, Ports, Quota, Rule, format_duration, parse_duration
 from nodepass.config.settings import rows
-from nodepass.config.urls import Address, ClientURL, ServerURL, parse_url
+from nodepass.config.urls import Address, ClientURL, Place, ServerURL, parse_url
 from nodepass.errors import ConfigError
 from tests.fuzz.scripted import assert_plain
 from tests.fuzz.scripts import Script
@@ -21,7 +21,7 @@ def check_url(data: bytes) -> None:
     except ConfigError as error:
         assert_plain(error, 400 + 30 * len(text))
         return
-    for address in (url.tunnel, url.target):
+    for address in (url.tunnel, *(each for each in url.targets if isinstance(each, Address))):
         assert 0 <= address.port <= 65535
         assert "\0" not in address.host
     if isinstance(url, ServerURL):
@@ -48,7 +48,11 @@ def _written(url: ServerURL | ClientURL) -> str:
         scheme, tls = "client", url.tls
     given["tls"] = None if tls is None else str(tls)
     query = "&".join(f"{name}={quote(value, '')}" for name, value in given.items() if value)
-    return f"{scheme}://{_address(url.tunnel)}/{_address(url.target)}?{query}"
+    return f"{scheme}://{_address(url.tunnel)}/{','.join(map(_place, url.targets))}?{query}"
+
+
+def _place(place: Place) -> str:
+    return _address(place) if isinstance(place, Address) else str(place)
 
 
 def _address(address: Address) -> str:

@@ -162,6 +162,29 @@ def test_a_server_knows_whether_the_target_answers(ends: Ends) -> None:
         assert ("its target does not answer" in control.describe()) != answers
 
 
+def test_a_client_says_at_once_that_a_target_answers_or_not_and_each_once(ends: Ends) -> None:
+    control = ends.client_control(V2)
+    for answers in (True, False, False, True):
+        control.tell(answers)
+    ends.server.sendall(b"//beat?idle=0\n")
+    signals = control.signals(lambda: False)
+    next(signals)
+    control.tell(False)
+    ends.client.shutdown(socket.SHUT_WR)
+    assert receive_all(ends.server) == b"//beat?ok=0\n//beat?ok=1\n//beat?ok=0\n"
+
+
+def test_what_a_client_says_unasked_is_no_round_trip_and_what_crosses_it_neither(ends: Ends) -> None:
+    server = ends.server_control(V2)
+    server._beat_once()
+    for line, is_measured in ((b"//beat?ok=0\n", False), (b"//beat?ok=0\n", False)):
+        server._take_answer(parse_signal(line[:-1]))  # type: ignore[arg-type]
+        assert (server.round_trip is not None) == is_measured
+    server._beat_once()
+    server._take_answer(parse_signal(b"//beat?ok=0"))  # type: ignore[arg-type]
+    assert server.round_trip is not None
+
+
 def test_a_client_takes_the_interval_from_the_servers_offer(ends: Ends) -> None:
     control = ends.client_control(interval=60.0)
     control.agree(BRISK)

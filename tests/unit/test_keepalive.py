@@ -7,7 +7,7 @@ import pytest
 from gevent import socket
 
 from nodepass.client.data_dialer import Route
-from nodepass.client.target import Target
+from nodepass.client.target import HostTarget
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address
 from nodepass.log import Log
@@ -51,7 +51,7 @@ def test_a_client_probes_targets_and_data_connections_as_its_setting_says(monkey
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         host, port = listener.getsockname()
-        target = Target(Address(host, port), Log("test"), 7.0)
+        target = HostTarget(Address(host, port), Log("test"), 7.0)
         route = Route(Endpoint(socket.AF_INET, (host, port)), host, 10.0, 7.0, Agreement(Offer(port, 0)), None)
         dialling = gevent.spawn(route.make)
         accepted, _ = listener.accept()

@@ -11,7 +11,8 @@ from gevent import socket
 
 from nodepass.client.client import Client
 from nodepass.client.launches import Launches
-from nodepass.client.target import Target
+from nodepass.client.target import HostTarget
+from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ClientURL
@@ -36,10 +37,15 @@ def stack(monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> ExitStack:
 
 
 @pytest.fixture
-def target(stack: ExitStack, resolver: Resolver) -> Target:  # noqa: ARG001  # its name is looked up there
-    target = Target(ADDRESS, LOG)
-    run(stack, target.name.follow)
-    return target
+def targets(stack: ExitStack, resolver: Resolver) -> Targets:  # noqa: ARG001  # its name is looked up there
+    targets = Targets([ADDRESS], Settings(), LOG, Stats())
+    run(stack, targets.names[0].name.follow)
+    return targets
+
+
+@pytest.fixture
+def target(targets: Targets) -> HostTarget:
+    return targets.names[0]
 
 
 def listener(stack: ExitStack, kind: int = socket.SOCK_STREAM) -> Any:
@@ -64,7 +70,7 @@ def endpoint(sock: Any) -> Endpoint:
 
 
 def test_a_visitor_whose_target_has_moved_is_served_at_the_new_address(
-    stack: ExitStack, target: Target, resolver: Resolver
+    stack: ExitStack, target: HostTarget, resolver: Resolver
 ) -> None:
     old, new = endpoint(refusing(stack)), endpoint(listener(stack))
     resolver.answer(old)
@@ -76,16 +82,19 @@ def test_a_visitor_whose_target_has_moved_is_served_at_the_new_address(
 
 
 def test_a_visitor_of_a_target_that_refuses_is_told_although_its_name_is_not_answered(
-    stack: ExitStack, target: Target, resolver: Resolver
+    stack: ExitStack, targets: Targets, resolver: Resolver
 ) -> None:
     resolver.answer(endpoint(refusing(stack)))
-    with gevent.Timeout(5), pytest.raises(ConnectionRefusedError):
-        target.dial(60)
-    assert resolver.is_asked()
-    assert not target.answers
+    for is_down in (False, True):
+        with gevent.Timeout(5), pytest.raises(ConnectionRefusedError):
+            targets.dial(60)
+        assert resolver.is_asked()
+        assert targets.answers != is_down
 
 
-def test_the_server_is_told_of_a_target_whose_name_has_never_been_resolved(target: Target, resolver: Resolver) -> None:
+def test_the_server_is_told_of_a_target_whose_name_has_never_been_resolved(
+    target: HostTarget, resolver: Resolver
+) -> None:
     assert target.answers
     resolver.fail()
     assert not target.answers
@@ -100,12 +109,12 @@ def test_the_server_is_told_of_a_target_whose_name_has_never_been_resolved(targe
 def test_the_status_says_that_a_name_cannot_be_resolved() -> None:
     client = Client(ClientURL(Address("127.0.0.1", 9), ADDRESS), "id", list, Settings(), Records(LOG, Stats()))
     assert "moving.example" not in client.status()
-    client._target.name.failure = OSError("cannot resolve 'moving.example': no such name")
+    client._targets.names[0].name.failure = OSError("cannot resolve 'moving.example': no such name")
     assert "target: cannot resolve 'moving.example': no such name" in client.status()
 
 
 def test_the_address_that_answered_last_is_dialled_first_and_tcp_and_udp_have_each_their_own(
-    stack: ExitStack, target: Target, resolver: Resolver
+    stack: ExitStack, target: HostTarget, resolver: Resolver
 ) -> None:
     refuses, answers, other = endpoint(refusing(stack)), endpoint(listener(stack)), endpoint(listener(stack))
     resolver.answer(refuses, answers, other)
@@ -119,12 +128,12 @@ def test_the_address_that_answered_last_is_dialled_first_and_tcp_and_udp_have_ea
 
 
 def test_a_datagram_of_wire_v1_is_answered_by_the_first_address_that_does_not_refuse(
-    stack: ExitStack, target: Target, resolver: Resolver
+    stack: ExitStack, targets: Targets, target: HostTarget, resolver: Resolver
 ) -> None:
     service = listener(stack, socket.SOCK_DGRAM)
     resolver.answer(endpoint(refusing(stack, socket.SOCK_DGRAM)), endpoint(service))
     common = Common(Settings(), LOG, Stats(), TaskGroup(LOG, Stats()))
-    launches = Launches(common, target, TargetFlows(common, target))
+    launches = Launches(common, targets, TargetFlows(common, targets))
     asking = run(stack, launches._ask_target, b"question", 100, 10.0)
     payload, asker = service.recvfrom(100)
     service.sendto(payload.upper(), asker)
@@ -140,12 +149,13 @@ def test_a_datagram_of_wire_v1_without_an_answer_is_an_error(
     sock.bind(("127.0.0.1", 0))
     stats = Stats()
     common = Common(Settings(), LOG, stats, TaskGroup(LOG, stats))
-    target = Target(Address(*sock.getsockname()), LOG)
+    targets = Targets([Address(*sock.getsockname())], common.settings, LOG, stats)
+    (target,) = targets.for_datagrams()
     refreshed: list[bool] = []
     monkeypatch.setattr(target.name, "refresh", lambda: refreshed.append(True))
     if not is_open:
         sock.close()
-    launches = Launches(common, target, TargetFlows(common, target))
+    launches = Launches(common, targets, TargetFlows(common, targets))
     with pytest.raises(TimeoutError if is_open else ConnectionRefusedError):
         launches._ask_target(b"question", 100, 0.05)
     assert refreshed == ([] if is_open else [True]), "a target that refuses may have moved"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,10 +10,11 @@ import gevent
 import pytest
 from gevent import socket
 
-from nodepass.client.target import Target
+from nodepass.client.target import HostTarget
+from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config.settings import Settings
-from nodepass.config.urls import Address
+from nodepass.config.urls import Address, Place
 from nodepass.log import Log
 from nodepass.net import udp
 from nodepass.net.sockets import Endpoint, reset_on_close
@@ -81,14 +83,17 @@ def test_the_frames_of_one_read_do_not_hold_up_the_event_loop(stack: ExitStack) 
 class Client:
     """The client's flows with one lane, and a target."""
 
-    def __init__(self, stack: ExitStack, limit: int = 8, **settings: Any) -> None:
+    def __init__(self, stack: ExitStack, limit: int = 8, others: Sequence[Place] = (), **settings: Any) -> None:
         self.stats = Stats()
         log = Log("test")
         self.target = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.target.bind(("127.0.0.1", 0))
         common = Common(Settings(semaphore_limit=limit, **settings), log, self.stats, TaskGroup(log, self.stats))
-        self.known = Target(Address(*self.target.getsockname()), log)
-        self.flows = TargetFlows(common, self.known)
+        places = [Address(*self.target.getsockname()), *others]
+        self.targets = Targets(places, common.settings, log, self.stats)
+        self.known = self.targets.all[0]
+        assert isinstance(self.known, HostTarget)
+        self.flows = TargetFlows(common, self.targets)
         stack.callback(self.flows.close)
         stream, self.server = stack.enter_context(tcp_pair())
         run(stack, self.flows.run_lane, stream, "0123abcd")
@@ -293,3 +298,45 @@ def test_a_flow_leaves_an_address_that_the_target_no_longer_has(stack: ExitStack
     moved.sendto(b"answer", address)
     assert list(FrameBuffer().feed(client.server.recv(100))) == [(1, b"answer")]
     assert len(client.flows) == 1
+
+
+def test_a_target_that_refuses_is_followed_by_the_next_where_its_flow_then_stays(stack: ExitStack) -> None:
+    second = bound(stack)
+    client = Client(stack, others=[Address(*second.getsockname())], spread="first")
+    client.move(unbound(stack))
+    client.server.sendall(encode_frame(1, b"question"))
+    payload, asker = second.recvfrom(100)
+    assert payload == b"question"
+    second.sendto(b"answer", asker)
+    assert list(FrameBuffer().feed(client.server.recv(100))) == [(1, b"answer")]
+    assert [each.sessions for each in client.targets.all] == [0, 1]
+    client.move(client.target)
+    client.server.sendall(encode_frame(1, b"more"))
+    assert second.recv(100) == b"more", "the first one is back, and the flow stays"
+    client.server.close()
+    until(lambda: not len(client.flows))
+    assert [each.sessions for each in client.targets.all] == [0, 0]
+
+
+def test_flows_are_spread_like_sessions(stack: ExitStack) -> None:
+    second = bound(stack)
+    client = Client(stack, others=[Address(*second.getsockname())], spread="least")
+    for number in range(4):
+        client.server.sendall(encode_frame(number, b"question"))
+    until(lambda: len(client.flows) == 4)
+    assert [each.sessions for each in client.targets.all] == [2, 2]
+
+
+def test_a_flow_goes_round_the_targets_until_one_takes_its_datagram(stack: ExitStack) -> None:
+    second = unbound(stack)
+    client = Client(stack, others=[Address(*second.getsockname())], spread="first")
+    client.target.connect(("127.0.0.1", 9))
+    client.server.sendall(encode_frame(1, b"lost"))
+    until(lambda: client.stats.udp_drops["target_refused"] == 1)
+    address = client.target.getsockname()
+    client.target.close()
+    again = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    again.settimeout(10)
+    again.bind(address)
+    client.server.sendall(encode_frame(1, b"found"))
+    assert again.recv(100) == b"found"

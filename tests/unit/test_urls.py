@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from nodepass.config.kinds import Ports
 from nodepass.config.settings import Scope, Settings, rows
-from nodepass.config.urls import Address, ClientURL, ServerURL, parse_url, with_defaults
+from nodepass.config.urls import Address, ClientURL, ServerURL, UnixPath, parse_url, with_defaults
 from nodepass.errors import ConfigError
 
 
@@ -258,3 +259,58 @@ def test_a_key_in_a_url_is_refused_and_never_repeated(parameter: str, before: st
 
 def test_a_key_file_stands_in_a_url() -> None:
     assert parse_url("client://:1/:2?tunnel_key_file=/a%20b").tunnel_key_file == "/a b"
+
+
+# Targets
+
+
+def test_a_client_has_several_targets_unix_sockets_among_them_and_a_server_has_one() -> None:
+    url = parse_url("client://h:1/10.0.0.1:80,[::1]:81,:82,unix:/run/a%2Cb%20%25.sock?spread=round")
+    assert url.targets == (Address("10.0.0.1", 80), Address("::1", 81), Address("", 82), UnixPath("/run/a,b %.sock"))
+    assert url.target_text == "10.0.0.1:80,[::1]:81,:82,unix:/run/a%2Cb%20%25.sock"
+    assert parse_url(f"client://h:1/{url.target_text}?spread=round") == url
+    assert parse_url("server://h:1/unix:/run/app.sock").targets == (UnixPath("/run/app.sock"),)
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=25))
+def test_every_path_can_be_written(path: str) -> None:
+    place = UnixPath(f"/{path.rstrip('/')}x")
+    assert not set(str(place)) & set(" ,?#@")
+    assert parse_url(f"client://:1/{place},:2").targets == (place, Address("", 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("client://h:1/a:1,b", "the target address 'b' is not usable: the port must be a number"),
+        ("client://h:1/a:1,", "the target address '' is not usable"),
+        ("client://h:1/a:1,A:1", "the target a:1 is given twice"),
+        ("client://h:1/unix:app.sock", "allowed: unix:/PATH, an absolute path of at most 107 bytes"),
+        ("client://h:1/unix:/run/", "the target address 'unix:/run/' is not usable"),
+        ("client://h:1/unix:/a%00", "the target address 'unix:/a%00' is not usable"),
+        ("client://h:1/unix:/" + 107 * "a", "of at most 107 bytes"),
+        ("client://h:1/" + ",".join(f":{port}" for port in range(1, 66)), "it has 65 targets; allowed: at most 64"),
+        ("server://h:1/a:1,b:2", "a server listens on one target address"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused_with_the_reason(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        parse_url(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("client://h:1/unix:/a", "udp=off, or a HOST:PORT among the targets"),
+        ("server://h:1/unix:/a", "udp=off"),
+        ("client://h:1/unix:/a?udp=off", ""),
+        ("server://h:1/unix:/a?udp=off", ""),
+        ("client://h:1/unix:/a,b:2", ""),
+    ],
+)
+def test_udp_needs_a_target_that_is_no_unix_socket(text: str, allowed: str) -> None:
+    if not allowed:
+        resolve(text)
+        return
+    with pytest.raises(ConfigError, match=f"a Unix socket carries no datagrams; allowed: {allowed}$"):
+        resolve(text)

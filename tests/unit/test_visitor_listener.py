@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import gevent
 import pytest
 from gevent import socket
 
 from nodepass.config.settings import rows
+from nodepass.net import unix
 from nodepass.net.sockets import reset_on_close
+from nodepass.net.unix import UnixListener
 from nodepass.server import visitor_listener as module
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.visitor_listener import VisitorListener
@@ -110,6 +113,48 @@ def test_a_visitor_without_a_data_connection_is_reset_and_counted(stack: ExitSta
         visitor.recv(1)
     until(lambda: len(port.sessions) == 0)
     assert port.common.stats.tcp.ended["unserved"] == 1
+
+
+def test_a_visitor_is_reset_at_once_while_no_target_of_the_client_answers(stack: ExitStack) -> None:
+    lines: list[str] = []
+    port = Port(stack, access=lines.append, pool_get_timeout=60.0)
+    client, _ = occupy(stack, port.slot)
+    assert port.slot.control
+    port.slot.control.target_answers = False
+    visitor = port.connect()
+    with pytest.raises(ConnectionResetError):
+        visitor.recv(1)
+    assert port.common.stats.tcp.ended["unreachable"] == 1
+    assert [line.split()[-1] for line in lines] == ["unreachable"]
+    port.slot.control.target_answers = True
+    visitor = port.connect()
+    [data] = fill(stack, port.slot, "00000001")
+    assert_relayed(client, data, visitor)
+
+
+def test_a_visitor_on_a_unix_socket_has_no_address_and_is_relayed_like_others(
+    stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unix, "socket", socket)  # as in the patched program
+    lines: list[str] = []
+    path = str(tmp_path / "app.sock")
+    rules = {name: parse(name, text) for name, text in (("allow", "192.0.2.1"), ("sessions_per_address", "1"))}
+    port = Port(stack, access=lines.append, **rules)
+    client, _ = occupy(stack, port.slot)
+    listener = UnixListener(path, "target address")
+    stack.callback(listener.close)
+    policy = Policy.of(port.common, Rules(port.common.settings, "server"))
+    assert policy
+    start(stack, VisitorListener(port.common, [listener.sock], port.slot, port.sessions, policy))
+    visitor = stack.enter_context(socket.socket(socket.AF_UNIX))
+    visitor.connect(path)
+    [data] = fill(stack, port.slot, "00000001")
+    assert_relayed(client, data, visitor)
+    visitor.close()
+    data.close()
+    until(lambda: lines)
+    columns = dict(zip(("date", "time", *COLUMNS), lines[0].split(), strict=True))
+    assert (columns["visitor"], columns["local"]) == ("-", f"unix:{path}")
 
 
 def test_the_end_of_a_visitor_that_left_at_once_does_not_overtake_its_launch_at_a_v1_client(
