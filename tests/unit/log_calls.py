@@ -7,12 +7,16 @@ calls of that function say what they are. `**method()` adds the keys of the dict
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nodepass
+
+PACKAGE = Path(nodepass.__file__).parent
 EVENT = re.compile(r"[a-z]+\.[a-z_]+")
 LEVELS = {
     "debug": "debug",
@@ -127,6 +131,12 @@ class Package:
                     keys |= {str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)}
         assert keys, f"line {call.lineno}: no dictionary is returned by {_name(call)}"
         return keys
+
+
+@functools.cache
+def events_of_the_program() -> dict[str, Found]:
+    """Every event that the program can log; read once, for all tests of a process."""
+    return Package(PACKAGE).events()
 
 
 def _functions(module: ast.Module) -> Iterator[ast.FunctionDef]:

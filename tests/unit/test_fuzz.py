@@ -32,7 +32,7 @@ reproducible = settings(
     derandomize=True,
     deadline=None,
     print_blob=True,
-    max_examples=40,
+    max_examples=25,
     suppress_health_check=[HealthCheck.too_slow],
 )
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import nodepass
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import report_bug
-from tests.unit.log_calls import Package
+from tests.unit.log_calls import events_of_the_program
 from tests.unit.records import recorded
-
-PACKAGE = Path(nodepass.__file__).parent
 
 # Events that only the operator, the machine or this program's own timers cause. Every other one above debug can be
 # caused from outside: by what connects to a port, by a visitor, or by a server that is not the client's.
@@ -62,7 +57,7 @@ FROM_INSIDE = {
 
 
 def test_every_line_that_is_caused_from_outside_is_limited() -> None:
-    unlimited = {name for name, found in Package(PACKAGE).events().items() if not found.is_always_limited}
+    unlimited = {name for name, found in events_of_the_program().items() if not found.is_always_limited}
     assert unlimited == FROM_INSIDE
 
 

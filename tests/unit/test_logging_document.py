@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import textwrap
 from pathlib import Path
 
 from tests.support.log import DOCUMENT, OWN, documented
-from tests.unit.log_calls import Found, Package
-
-PACKAGE = DOCUMENT.parents[1] / "nodepass"
-
-
-@functools.cache
-def logged() -> dict[str, Found]:
-    return Package(PACKAGE).events()
+from tests.unit.log_calls import Package, events_of_the_program
 
 
 def test_every_event_of_the_code_is_in_the_document_and_no_other() -> None:
-    assert len(logged()) > 50
-    assert sorted(documented()) == sorted(logged())
+    assert len(events_of_the_program()) > 50
+    assert sorted(documented()) == sorted(events_of_the_program())
 
 
 def test_the_document_has_the_fields_of_each_event() -> None:
     fields = {name: set(event.fields) for name, event in documented().items()}
-    assert fields == {name: found.fields for name, found in logged().items()}
+    assert fields == {name: found.fields for name, found in events_of_the_program().items()}
 
 
 def test_the_document_has_the_levels_of_each_event() -> None:
     for name, event in documented().items():
-        levels = logged()[name].levels
+        levels = events_of_the_program()[name].levels
         if "" in levels:  # chosen when it runs
             assert event.levels >= levels - {""}, name
         else:
@@ -38,7 +30,7 @@ def test_the_document_has_the_levels_of_each_event() -> None:
 
 
 def test_no_field_hides_what_every_line_has() -> None:
-    assert not [name for name, found in logged().items() if found.fields & set(OWN)]
+    assert not [name for name, found in events_of_the_program().items() if found.fields & set(OWN)]
 
 
 def test_each_event_stands_once_in_the_document() -> None:

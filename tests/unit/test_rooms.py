@@ -30,10 +30,15 @@ def path_of(module: str) -> Path:
 
 
 @functools.cache
+def parsed(module: str) -> ast.Module:
+    return ast.parse(path_of(module).read_text())
+
+
+@functools.cache
 def imports(module: str) -> set[str]:
     """The modules of the package that a module imports, also inside functions and for types only."""
     found, known = set(), set(modules())
-    for node in ast.walk(ast.parse(path_of(module).read_text())):
+    for node in ast.walk(parsed(module)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "nodepass":
             source = node.module.partition(".")[2]
             members = {f"{source}.{alias.name}".lstrip(".") for alias in node.names}
@@ -101,7 +106,7 @@ def test_openssl_is_imported_only_in_the_room_of_tls() -> None:
     importers = set()
     for module in modules():
         # What only a type checker needs costs no memory.
-        for node in ast.parse(path_of(module).read_text()).body:
+        for node in parsed(module).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 source = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
                 if (source or "").partition(".")[0] in ("OpenSSL", "cryptography"):
