@@ -43,6 +43,7 @@ def test_a_udp_port_in_use_is_told_apart_from_tcp() -> None:
     assert found(done, "ok", rf"target address \(tcp\) {address}")
 
 
+@pytest.mark.programs
 def test_ports_that_the_same_running_tunnel_holds_are_a_warning(stack: contextlib.ExitStack) -> None:
     port = free_port(2)
     tunnel, target = f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"

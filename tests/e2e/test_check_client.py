@@ -49,7 +49,7 @@ def test_a_check_takes_no_visitor_from_the_client_that_is_started_after_it(
     assert not server.find("client.rejected") + server.find("client.replaced")
 
 
-@pytest.mark.parametrize("env", [CALM, KEYED], ids=["open", "keyed"])
+@pytest.mark.parametrize("env", [pytest.param(CALM, marks=pytest.mark.programs), KEYED], ids=["open", "keyed"])
 def test_a_check_beside_the_running_client_leaves_it_alone(stack: contextlib.ExitStack, env: Environment) -> None:
     server = stack.enter_context(OurServer(1, env=env))
     target = stack.enter_context(Target())
@@ -90,6 +90,7 @@ def test_a_check_from_another_machine_leaves_a_keyed_client_alone(stack: context
     assert not server.find("client.replaced") + server.find("client.disconnected")
 
 
+@pytest.mark.programs
 def test_keys_that_do_not_agree_fail(stack: contextlib.ExitStack) -> None:
     keyed, keyless = (stack.enter_context(OurServer(1, env=env)) for env in (KEYED, CALM))
     target = stack.enter_context(Target())
@@ -104,6 +105,7 @@ def test_keys_that_do_not_agree_fail(stack: contextlib.ExitStack) -> None:
         assert SECRET not in done.output
 
 
+@pytest.mark.programs
 def test_a_certificate_that_is_not_trusted_or_not_for_that_name_fails(
     stack: contextlib.ExitStack, authority: Authority
 ) -> None:

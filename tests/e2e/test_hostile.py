@@ -84,6 +84,7 @@ def test_our_client_logs_and_survives(victims: dict[str, Tunnel], name: str) -> 
     victim.assert_works()
 
 
+@pytest.mark.programs
 def test_a_flood_of_launches_for_unknown_ids_is_survived(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(V1Server())
     target = stack.enter_context(Target())
@@ -155,6 +156,7 @@ def every_second(bad: bytes) -> Callable[[], bytes]:
     return lambda: bad if (number := next(numbers)) % 2 else b"%08x" % number
 
 
+@pytest.mark.programs
 def test_our_client_drops_a_data_connection_with_a_bad_id(stack: contextlib.ExitStack) -> None:
     """The pool is filled with the others."""
     servers = [stack.enter_context(V1Server(make_id=every_second(bad))) for bad in BAD_IDS.values()]
@@ -169,6 +171,7 @@ def test_our_client_drops_a_data_connection_with_a_bad_id(stack: contextlib.Exit
     assert not clients.find_crashes()
 
 
+@pytest.mark.programs
 def test_one_id_for_every_data_connection_is_survived(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(V1Server(make_id=lambda: b"deadbeef"))
     target = stack.enter_context(Target())
@@ -202,7 +205,7 @@ def test_our_server_survives_strangers_on_the_tunnel_port(stack: contextlib.Exit
     assert not server.find_crashes()
 
 
-@pytest.mark.parametrize("name", ["server", "client"])
+@pytest.mark.parametrize("name", ["server", pytest.param("client", marks=pytest.mark.programs)])
 def test_running_out_of_descriptors_is_survived_and_does_not_fill_the_log(tunnel: TunnelFactory, name: str) -> None:
     started = tunnel(server_env={**CALM, "POOL_GET_TIMEOUT": "500ms"})
     run: Nodepass = started.our_server if name == "server" else started.our_client

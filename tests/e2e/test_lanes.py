@@ -148,6 +148,7 @@ def test_traffic_in_either_direction_keeps_a_flow(lanes: Callable[[Environment],
         answer(tunnel, spoken, speaker, b"the same flow")
 
 
+@pytest.mark.programs
 def test_over_semaphore_limit_the_flow_that_was_idle_longest_goes_first(
     lanes: Callable[[Environment], Tunnel], stack: contextlib.ExitStack
 ) -> None:
@@ -165,6 +166,7 @@ def test_over_semaphore_limit_the_flow_that_was_idle_longest_goes_first(
     assert ask(tunnel, visitors[1], b"back again") != sources[1]
 
 
+@pytest.mark.programs
 def test_flows_beyond_the_limit_are_counted_and_logged(
     lanes: Callable[[Environment], Tunnel], stack: contextlib.ExitStack
 ) -> None:
@@ -175,6 +177,7 @@ def test_flows_beyond_the_limit_are_counted_and_logged(
     tunnel.our_server.wait_for("tunnel.report", counters=lambda counters: counters["udp_ended"].get("evicted") == 12)
 
 
+@pytest.mark.programs
 def test_a_target_that_refuses_datagrams_harms_nobody(stack: contextlib.ExitStack) -> None:
     with DatagramEcho() as echo:
         absent = echo.address
@@ -188,6 +191,7 @@ def test_a_target_that_refuses_datagrams_harms_nobody(stack: contextlib.ExitStac
     assert not client.find_crashes()
 
 
+@pytest.mark.programs
 def test_a_flow_outlives_a_target_that_is_restarted(stack: contextlib.ExitStack) -> None:
     with Target() as target:
         address = target.address

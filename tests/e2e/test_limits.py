@@ -63,6 +63,7 @@ def test_in_64_mib_a_server_holds_500_sessions_that_have_carried_much_both_ways(
     print(f"tls={tls}: peak {group.peak / (1 << 20):.1f} MiB")
 
 
+@pytest.mark.programs
 def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(n=100))
     needed = 2 * 1024 + 1024 + limits.OWN + 100 // 4  # the last is for pending connections

@@ -238,6 +238,7 @@ def test_a_target_that_refuses_and_a_visitor_that_nobody_serves_are_outcomes() -
                 wait_for_more(metrics_of(client), 0, "nodepass_udp_drops_total", reason="target_refused")
 
 
+@pytest.mark.programs
 def test_with_a_v1_client_datagrams_are_sessions_with_outcomes() -> None:
     env = {**WATCHED, "UDP_DATA_BUF_SIZE": "1000"}
     with Target() as target, OurServer(env=env) as server, V1Client(server.tunnel_address, target.address) as client:
@@ -253,6 +254,7 @@ def test_with_a_v1_client_datagrams_are_sessions_with_outcomes() -> None:
         assert value(place, "nodepass_peer_info", wire="1") == 1
 
 
+@pytest.mark.programs
 def test_a_flow_that_makes_room_is_evicted_and_one_whose_client_is_gone_is_lost() -> None:
     with Target() as target, OurServer(env={**WATCHED, "SEMAPHORE_LIMIT": "1"}) as server:
         place = metrics_of(server)
@@ -277,6 +279,7 @@ def test_a_reconnect_is_counted() -> None:
             until(lambda: get(place, "/readyz").status == 503, what="the client is gone")
 
 
+@pytest.mark.programs
 def test_who_is_turned_away_is_counted_by_reason(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(1, env={**WATCHED, "TUNNEL_KEY": generate()}))
     other = {**WATCHED, "TUNNEL_KEY": generate()}
@@ -296,6 +299,7 @@ def test_a_data_connection_from_elsewhere_is_one_of_a_stranger(shared: Watched) 
     wait_for_value(shared.server, 1, "nodepass_handshake_failures_total", connection="data", reason="wrong_address")
 
 
+@pytest.mark.programs
 def test_a_refused_certificate_is_counted(authority: Authority) -> None:
     with OurServer(2, authority.issue("elsewhere.example"), env=WATCHED) as server:
         env = {**WATCHED, "SSL_CERT_FILE": str(authority.crt)}

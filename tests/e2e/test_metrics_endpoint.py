@@ -72,6 +72,7 @@ def test_a_port_alone_is_for_this_machine_only() -> None:
         assert all(place == "[::1]" or place.startswith("127.") for place in places)
 
 
+@pytest.mark.programs
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
 def test_an_ipv6_address_stands_in_brackets() -> None:
     with watched_at("[::1]:0") as running:
@@ -103,6 +104,7 @@ def test_a_unix_socket_is_for_user_and_group_and_removed_at_the_end(path: Path) 
     assert not path.exists()
 
 
+@pytest.mark.programs
 def test_the_socket_of_a_killed_process_is_replaced(path: Path) -> None:
     with watched_at(f"unix:{path}") as running:
         running.kill()
@@ -111,6 +113,7 @@ def test_the_socket_of_a_killed_process_is_replaced(path: Path) -> None:
         assert get(path, "/healthz").status == 200
 
 
+@pytest.mark.programs
 def test_the_socket_of_a_living_process_is_respected(path: Path) -> None:
     with watched_at(f"unix:{path}"):
         assert "another process listens there" in refused(f"unix:{path}", 1)
@@ -123,6 +126,7 @@ def test_a_file_that_is_no_socket_is_left_alone(path: Path) -> None:
     assert path.read_text() == "precious"
 
 
+@pytest.mark.programs
 def test_another_process_that_took_the_path_keeps_it(path: Path) -> None:
     with watched_at(f"unix:{path}") as running:
         path.unlink()
@@ -132,10 +136,12 @@ def test_another_process_that_took_the_path_keeps_it(path: Path) -> None:
             assert path.exists()
 
 
+@pytest.mark.programs
 def test_a_directory_that_is_not_there_ends_the_start_with_one_line(path: Path) -> None:
     assert "No such file" in refused(f"unix:{path}/not/there", 1)
 
 
+@pytest.mark.programs
 def test_a_start_that_fails_for_another_reason_leaves_no_socket(path: Path, server: OurServer) -> None:
     env = {**CALM, "METRICS_LISTEN": f"unix:{path}"}
     assert run(f"server://{format_address(server.tunnel_address)}/127.0.0.1:0?tls=0", env=env).code == 1
@@ -254,6 +260,7 @@ def test_who_holds_a_connection_open_is_given_up(server: OurServer) -> None:
         server.wait_for_descriptors(before)  # though this end of both is open
 
 
+@pytest.mark.programs
 def test_a_flood_of_scrapes_does_not_keep_a_tunnel_from_working() -> None:
     with contextlib.ExitStack() as stack:
         target, server = stack.enter_context(Target()), stack.enter_context(OurServer(env=WATCHED))
@@ -268,6 +275,7 @@ def test_a_flood_of_scrapes_does_not_keep_a_tunnel_from_working() -> None:
         wait_for_value(place, 1, "nodepass_sessions_total", protocol="tcp", outcome="completed")
 
 
+@pytest.mark.programs
 def test_a_second_signal_removes_the_socket_too(path: Path) -> None:
     env = {**CALM, "METRICS_LISTEN": f"unix:{path}", "SHUTDOWN_TIMEOUT": "60s"}
     with contextlib.ExitStack() as stack:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from nodepass.daemon.key_file import generate
 from tests.support.process import Nodepass, run
 from tests.support.sockets import Address, connect, free_port, is_silent, parse_address
@@ -73,6 +75,7 @@ def test_each_tunnel_of_a_port_reaches_the_target_of_its_own_client(tmp_path: Pa
         assert_reaches(shared.visitors["ssh"], targets["ssh"])
 
 
+@pytest.mark.programs
 def test_the_key_of_another_tunnel_does_not_open_this_one(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         shared = stack.enter_context(shared_port(tmp_path))
@@ -84,6 +87,7 @@ def test_the_key_of_another_tunnel_does_not_open_this_one(tmp_path: Path) -> Non
         shared.server.wait_for("client.rejected", error="there is no tunnel 'nowhere' at this port")
 
 
+@pytest.mark.programs
 def test_a_key_that_is_gone_ends_its_client_and_no_other(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         shared = stack.enter_context(shared_port(tmp_path))

@@ -68,6 +68,7 @@ def test_the_offer_names_the_tunnel_port_and_says_so() -> None:
         assert int(client.offer.host) == server.tunnel_address[1]
 
 
+@pytest.mark.programs
 def test_our_client_connects_nowhere_else(stack: contextlib.ExitStack) -> None:
     """The number in the signal is for v1: a v2 client follows the address at which it reached the server."""
     server = stack.enter_context(OurServer(env=ENV))
@@ -81,6 +82,7 @@ def test_our_client_connects_nowhere_else(stack: contextlib.ExitStack) -> None:
     assert count_connections(client.pid, server.tunnel_address[1]) == 0
 
 
+@pytest.mark.programs
 def test_a_mapped_port_works_with_tls_and_a_key(stack: contextlib.ExitStack) -> None:
     env = {**KEYED, **ONE_PORT}
     server = stack.enter_context(OurServer(1, env=env))
@@ -102,6 +104,7 @@ def test_a_v1_client_on_one_port_comes_back(authority: Authority) -> None:
         assert tunnel.v1_client.connects > before
 
 
+@pytest.mark.programs
 def test_a_client_of_the_other_version_may_follow(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env=ENV))
     target = stack.enter_context(Target())
@@ -132,6 +135,7 @@ def test_strangers_on_the_tunnel_port_harm_nobody(stack: contextlib.ExitStack, e
     assert not server.find("client.disconnected") + server.find_crashes()
 
 
+@pytest.mark.programs
 def test_silent_strangers_by_the_hundred_do_not_keep_data_connections_out(stack: contextlib.ExitStack) -> None:
     """They may hold what they hold for HANDSHAKE_TIMEOUT: nobody who speaks waits for those who do not."""
     env = {**KEYED, **ONE_PORT, "HANDSHAKE_TIMEOUT": "60s"}
@@ -154,6 +158,7 @@ def talk_to(server: OurServer, begin: bytes, stack: contextlib.ExitStack) -> soc
 NAMES = ("a", "b", "c")
 
 
+@pytest.mark.programs
 def test_tunnels_of_many_names_share_a_tunnel_port_and_keep_apart(
     authority: Authority, stack: contextlib.ExitStack
 ) -> None:
@@ -179,6 +184,7 @@ def assert_is_closed(stranger: socket.socket) -> None:
         pass
 
 
+@pytest.mark.programs
 def test_strangers_before_any_client_harm_nobody(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env={**KEYED, **ONE_PORT, "HANDSHAKE_TIMEOUT": "1s"}))
     for begin in STRANGERS.values():

@@ -27,7 +27,7 @@ def test_the_client_fills_the_pool_to_its_minimum(stack: contextlib.ExitStack) -
     until(lambda: count_connections(client.pid, server.data_address[1]) == 4)
 
 
-@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize("tls", [pytest.param(0, marks=pytest.mark.programs), 1])
 def test_a_connection_that_the_client_closed_is_never_handed_to_a_visitor(
     stack: contextlib.ExitStack, tls: int
 ) -> None:
@@ -68,6 +68,7 @@ def test_a_connection_that_talks_out_of_turn_is_never_handed_to_a_visitor(
     assert talkative != good
 
 
+@pytest.mark.programs
 def test_silent_peers_on_the_data_port_do_not_stall_the_pool(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(1, env={**CALM, "HANDSHAKE_TIMEOUT": "20s"}))
     target = stack.enter_context(Target())
@@ -92,6 +93,7 @@ def test_a_silent_peer_on_the_data_port_is_closed_after_the_handshake_timeout(
         assert is_over(silent)
 
 
+@pytest.mark.programs
 def test_rubbish_on_the_data_port_is_survived(tunnel: TunnelFactory) -> None:
     started = tunnel(tls=1)
     for rubbish in (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 4000, b"\x16\x03\x01"):
@@ -105,6 +107,7 @@ def test_rubbish_on_the_data_port_is_survived(tunnel: TunnelFactory) -> None:
     started.assert_works()
 
 
+@pytest.mark.programs
 def test_a_data_port_that_says_nothing_does_not_stop_our_client(
     stack: contextlib.ExitStack,
 ) -> None:

@@ -33,7 +33,8 @@ from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel
 from tests.support.v1_server import V1Server
 
-HOSTS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here"))]
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+HOSTS = ["127.0.0.1", pytest.param("::1", marks=[pytest.mark.programs, needs_ipv6])]
 
 
 @contextlib.contextmanager

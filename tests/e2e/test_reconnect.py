@@ -70,6 +70,7 @@ def test_a_killed_client_is_replaced_by_the_next(tunnel: TunnelFactory) -> None:
         Tunnel(started.server, second, started.target).assert_works()
 
 
+@pytest.mark.programs
 def test_a_visitor_that_came_while_the_client_was_away_is_served_by_the_next(
     tunnel: TunnelFactory,
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_client_that_is_turned_away_pauses_between_its_attempts(
     assert 1 <= attempts < 12
 
 
+@pytest.mark.programs
 def test_a_data_port_that_refuses_does_not_make_the_client_spin(
     stack: contextlib.ExitStack,
 ) -> None:
@@ -193,6 +195,7 @@ def test_a_data_port_that_refuses_does_not_make_the_client_spin(
     assert len(client.lines) < 100
 
 
+@pytest.mark.programs
 def test_a_server_that_breaks_off_its_greeting_is_tried_again(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(V1Server(greeting=b"//no greeting at all\n"))
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9)))

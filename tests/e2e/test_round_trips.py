@@ -44,7 +44,9 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.mark.parametrize("is_keyed", [False, True], ids=["without a key", "with a key"])
+@pytest.mark.parametrize(
+    "is_keyed", [pytest.param(False, marks=pytest.mark.programs), True], ids=["without a key", "with a key"]
+)
 def test_a_handshake_takes_no_more_round_trips_than_it_must(stack: ExitStack, is_keyed: bool) -> None:
     env = {**ENV, "TUNNEL_KEY": SECRET} if is_keyed else ENV
     servers = stack.enter_context(OurServers(SERVERS, env=env))

@@ -122,21 +122,22 @@ def answering(answer: bytes) -> Iterator[Address]:
         thread.join()
 
 
-@pytest.mark.parametrize(
-    ("query", "answer", "cause"),
-    [
+def test_a_client_at_a_service_asks_for_the_tunnel_address() -> None:
+    cases = (
         ("tls=0", b"HTTP/1.1 400 Bad Request\r\n\r\n", "the answer is HTTP"),
         ("tls=1", b"HTTP/1.1 400 Bad Request\r\n\r\n", "the answer is HTTP"),
         ("tls=0", b"SSH-2.0-OpenSSH_9.6\r\n", "the answer is SSH"),
         ("tls=0", b"", "closed by the peer during the handshake"),
-    ],
-)
-def test_a_client_at_a_service_asks_for_the_tunnel_address(query: str, answer: bytes, cause: str) -> None:
-    with answering(answer) as address:
-        done = check_of(f"client://{format_address(address)}/127.0.0.1:9?{query}")
-    lines = [line for line in done.output.splitlines() if "handshake failed" in line]
-    assert cause in lines[0]
-    assert "not its target address" in lines[0]
+    )
+    with contextlib.ExitStack() as stack:
+        addresses = [stack.enter_context(answering(answer)) for _, answer, _ in cases]
+        urls = [
+            f"client://{format_address(address)}/127.0.0.1:9?{query}"
+            for address, (query, _, _) in zip(addresses, cases, strict=True)
+        ]
+        done = check_of(*urls)
+    for address, (_, _, cause) in zip(addresses, cases, strict=True):
+        assert found(done, "fail", f"client:{address[1]}: .*handshake failed: .*{cause}.*not its target address"), cause
 
 
 def test_a_start_says_which_process_has_its_port(servers: OurServers) -> None:
@@ -147,6 +148,7 @@ def test_a_start_says_which_process_has_its_port(servers: OurServers) -> None:
     assert done.errors.endswith(f", process {servers.pid}\n")
 
 
+@pytest.mark.programs
 def test_a_check_is_a_failure_beside_another_tunnel_and_a_warning_beside_its_own(servers: OurServers) -> None:
     address = format_address(servers["open"].tunnel_address)
     done = check_of(f"server://{address}/127.0.0.1:0?tls=1")

@@ -33,7 +33,7 @@ def assert_stops(run: Nodepass, number: signal.Signals) -> None:
     assert run.entries[-1].event == "process.stopped"
 
 
-@pytest.mark.parametrize(("name", "tls"), [("server", 0), ("client", 1)])
+@pytest.mark.parametrize(("name", "tls"), [("server", 0), pytest.param("client", 1, marks=pytest.mark.programs)])
 def test_a_running_session_may_finish(tunnel: TunnelFactory, name: str, tls: int) -> None:
     started = tunnel(tls, server_env=PATIENT, client_env=PATIENT)
     run = side(started, name)
@@ -79,6 +79,7 @@ def test_a_second_signal_ends_it_at_once(tunnel: TunnelFactory) -> None:
         assert is_over(visitor)
 
 
+@pytest.mark.programs
 def test_a_stopping_server_takes_no_new_visitors(tunnel: TunnelFactory) -> None:
     started = tunnel(server_env=PATIENT, client_env=PATIENT)
     server = started.our_server

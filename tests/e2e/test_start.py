@@ -127,6 +127,7 @@ def test_a_tunnel_over_ipv6(stack: contextlib.ExitStack) -> None:
     assert_tunnel_works(stack, server, "::1")
 
 
+@pytest.mark.programs
 @needs_ipv6
 def test_an_address_without_a_host_is_every_address_of_both_families(
     stack: contextlib.ExitStack,
@@ -194,6 +195,7 @@ def test_a_whole_tunnel_runs_in_one_process(stack: contextlib.ExitStack) -> None
     assert both.stop() == 0
 
 
+@pytest.mark.programs
 def test_a_url_whose_server_is_absent_does_not_harm_the_other(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
     server = stack.enter_context(OurServer())

@@ -180,6 +180,7 @@ def test_a_reader_that_pauses_loses_nothing_and_holds_up_nobody(our_tunnel: Tunn
         writer.join()
 
 
+@pytest.mark.programs
 def test_a_session_may_stay_silent_for_many_heartbeats(tunnel: TunnelFactory) -> None:
     brisk = tunnel(1, server_env=BRISK, client_env=BRISK)
     with brisk.session() as (visitor, service):
@@ -216,7 +217,7 @@ def test_the_limit_of_sessions_makes_visitors_wait_and_drops_none(tunnel: Tunnel
     assert heard == {b"0", b"1", b"2", b"3"}
 
 
-@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize("tls", [pytest.param(0, marks=pytest.mark.programs), 1])
 def test_descriptors_of_ended_sessions_are_given_back(tunnel: TunnelFactory, tls: int) -> None:
     fixed = {**CALM, "MAX_POOL_CAPACITY": "16"}  # a pool that grew would hold more afterwards
     started = tunnel(tls, server_env=fixed, client_env=fixed)
@@ -231,7 +232,7 @@ def test_descriptors_of_ended_sessions_are_given_back(tunnel: TunnelFactory, tls
         run.wait_for_descriptors(count)
 
 
-@pytest.mark.parametrize(("tls", "victim"), [(0, "server"), (1, "client")])
+@pytest.mark.parametrize(("tls", "victim"), [(0, "server"), pytest.param(1, "client", marks=pytest.mark.programs)])
 def test_a_killed_process_never_makes_a_cut_stream_look_whole(tunnel: TunnelFactory, tls: int, victim: str) -> None:
     started = tunnel(tls)
     with started.session() as (visitor, service):

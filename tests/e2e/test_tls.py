@@ -78,6 +78,7 @@ def modes(authority: Authority) -> Iterator[OurServers]:
         yield servers
 
 
+@pytest.mark.programs
 def test_a_server_is_verified_by_its_dns_name(stack: contextlib.ExitStack, authority: Authority) -> None:
     server = stack.enter_context(OurServer(2, authority.issue("localhost")))
     target = stack.enter_context(Target())
@@ -86,6 +87,7 @@ def test_a_server_is_verified_by_its_dns_name(stack: contextlib.ExitStack, autho
     Tunnel(server, client, target).assert_works()
 
 
+@pytest.mark.programs
 def test_a_v1_server_with_a_bad_certificate_is_refused_too(stack: contextlib.ExitStack, authority: Authority) -> None:
     server = stack.enter_context(V1Server(2, authority.issue("elsewhere.example")))
     target = stack.enter_context(Target())

@@ -97,6 +97,7 @@ def test_the_log_says_once_that_a_name_is_missing(stack: contextlib.ExitStack) -
     assert len(run.find("tls.public_api", level="info", missing=HIDDEN)) == 1
 
 
+@pytest.mark.programs
 def test_a_killed_client_never_makes_a_cut_stream_look_whole(stack: contextlib.ExitStack, authority: Authority) -> None:
     tunnel = both_ends(stack, authority, stack.enter_context(Target()))
     with tunnel.session() as (visitor, service):

@@ -92,6 +92,7 @@ def test_with_interval_0_one_look_has_no_rates(tunnel: Tunnel) -> None:
     assert row["UP/S"] == "-"
 
 
+@pytest.mark.programs
 def test_a_unix_socket_is_looked_at_by_its_path(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("t") / "m.sock"
     with Nodepass(ADDRESSLESS, env={**CALM, "METRICS_LISTEN": f"unix:{path}"}) as process:
@@ -162,6 +163,7 @@ def test_somebody_else_there_is_one_line() -> None:
         server.shutdown()
 
 
+@pytest.mark.programs
 def test_what_is_not_installed_is_named_in_one_line(tmp_path: Path, endpoint: str) -> None:
     env = {"PYTHONPATH": str(tmp_path)}
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module named rich', name='rich')")
@@ -191,7 +193,11 @@ def test_a_terminal_shows_tunnels_and_is_left_as_it_was(tunnel: Tunnel, endpoint
         assert terminal.is_as_before
 
 
-@pytest.mark.parametrize("ending", ["q", "\x03", signal.SIGTERM], ids=["q", "Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "ending",
+    ["q", *(pytest.param(each, marks=pytest.mark.programs) for each in ("\x03", signal.SIGTERM))],
+    ids=["q", "Ctrl-C", "SIGTERM"],
+)
 def test_every_way_to_end_it_leaves_the_terminal_in_order(endpoint: str, ending: str | signal.Signals) -> None:
     with Terminal("top", *FAST, endpoint) as terminal:
         terminal.wait_for("tunnels ready")
@@ -204,6 +210,7 @@ def test_every_way_to_end_it_leaves_the_terminal_in_order(endpoint: str, ending:
         assert terminal.is_as_before
 
 
+@pytest.mark.programs
 def test_an_endpoint_that_goes_away_is_waited_for(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("t") / "m.sock"
     env = {**CALM, "METRICS_LISTEN": f"unix:{path}"}
@@ -222,6 +229,7 @@ def test_an_endpoint_that_goes_away_is_waited_for(tmp_path_factory: pytest.TempP
                 assert terminal.wait() == 0
 
 
+@pytest.mark.programs
 def test_any_size_of_terminal_will_do(endpoint: str) -> None:
     with Terminal("top", *FAST, endpoint, lines=24, columns=100) as terminal:
         terminal.wait_for("tunnels ready")

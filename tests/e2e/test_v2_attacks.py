@@ -237,6 +237,7 @@ def answer(line: str) -> Handle:
 REFUSED = one_of("no_tls", "key_mismatch", "version", "protocol")
 
 
+@pytest.mark.programs
 def test_an_offer_in_the_clear_is_refused_where_tls_is_demanded(lab: Lab) -> None:
     turns = Turns(map(answer, ("//9?v=2&hb=5000#0", "//9?v=2&hb=5000#2", "//9#0")))
     with scenes(lab, WITH_TLS, turns) as stages:
@@ -300,6 +301,7 @@ def valid(lab: Lab) -> Certificate:
     return lab.valid
 
 
+@pytest.mark.programs
 def test_with_tls_1_and_no_key_everything_can_be_read_and_both_ends_have_said_so(lab: Lab) -> None:
     """That it is let through shows that it is good enough for the tests below."""
     handle = end_tls(forged, Encounter.forward)(lab)
@@ -334,6 +336,7 @@ def test_with_tls_2_and_no_key_a_forged_certificate_is_refused(lab: Lab) -> None
         stage.assert_refused()
 
 
+@pytest.mark.programs
 def test_with_an_adopted_tls_2_a_forged_certificate_is_refused_when_the_offer_is_read(lab: Lab) -> None:
 
     def ask_for_tls(meeting: Encounter) -> None:
@@ -347,6 +350,7 @@ def test_with_an_adopted_tls_2_a_forged_certificate_is_refused_when_the_offer_is
         stage.assert_refused()
 
 
+@pytest.mark.programs
 def test_an_offer_of_2_that_was_changed_to_1_is_refused_where_2_is_demanded(lab: Lab) -> None:
     """The certificate is good for the name; an offer of 1 would have the client look at no other one."""
 
@@ -359,6 +363,7 @@ def test_an_offer_of_2_that_was_changed_to_1_is_refused_where_2_is_demanded(lab:
         stage.assert_refused()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("certificate", [forged, valid])
 def test_ending_tls_on_data_connections_alone_is_refused(lab: Lab, certificate: Callable[[Lab], Certificate]) -> None:
     """A certificate that is good for the name is all that tls=2 looks at; a key looks at the channel."""
@@ -377,6 +382,7 @@ def test_ending_tls_on_data_connections_alone_is_refused(lab: Lab, certificate: 
 # 2: tunnels under one key swapped
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("has_key", [False, True], ids=["names", "one key"])
 def test_two_tunnels_cannot_be_swapped(lab: Lab, has_key: bool, tmp_path: Path) -> None:
     """Each client is led to the other one's server."""
@@ -401,6 +407,7 @@ def test_two_tunnels_cannot_be_swapped(lab: Lab, has_key: bool, tmp_path: Path) 
 # 3: a key without TLS
 
 
+@pytest.mark.programs
 def test_a_key_without_tls_does_not_protect_data_connections_and_both_ends_have_said_so(lab: Lab) -> None:
     """The proofs pass through; nothing behind them is authenticated."""
     with scene(lab, "clear with a key") as stage:
@@ -453,6 +460,7 @@ def test_with_a_key_no_word_of_a_hello_can_be_changed(lab: Lab) -> None:
     assert_refused_for_the_key(lab, Turns(map(changing, HELLO_EDITS.values())))
 
 
+@pytest.mark.programs
 def test_with_a_key_no_word_of_a_challenge_can_be_changed(lab: Lab) -> None:
     def change(line: bytes) -> bytes:
         return re.sub(rb"nonce=.*", b"nonce=" + b"0" * 32, line) if line.startswith(b"//challenge") else line
@@ -469,6 +477,7 @@ def test_with_a_key_no_word_of_a_challenge_can_be_changed(lab: Lab) -> None:
 LAUNCH = re.compile(rb"^(//[0-9a-f]{8})#1$")
 
 
+@pytest.mark.programs
 def test_a_launch_cannot_be_changed_into_another_kind(lab: Lab) -> None:
     """It does not get as far as the first launch: it cannot end TLS."""
 
@@ -482,6 +491,7 @@ def test_a_launch_cannot_be_changed_into_another_kind(lab: Lab) -> None:
             stage.assert_refused()
 
 
+@pytest.mark.programs
 def test_where_launches_stand_in_the_clear_a_single_datagram_is_none_of_v2(lab: Lab) -> None:
     """A key without TLS does not authenticate signals; yet a TCP visitor's bytes never come out as one datagram."""
     edit = lambda line: LAUNCH.sub(rb"\1#2", line)  # noqa: E731
@@ -509,6 +519,7 @@ class Flip:
         return data[:-1] + bytes([data[-1] ^ 1])
 
 
+@pytest.mark.programs
 def test_a_bit_of_a_signal_flipped_inside_tls_ends_the_control_connection(lab: Lab) -> None:
     flips: dict[int, Flip] = defaultdict(Flip)
     with scenes(lab, WITH_TLS, lambda meeting: meeting.forward_edited(to_client=flips[meeting.port])) as stages:
@@ -524,6 +535,7 @@ def test_a_bit_of_a_signal_flipped_inside_tls_ends_the_control_connection(lab: L
 # Replay, reflection, downgrade
 
 
+@pytest.mark.programs
 def test_a_recorded_client_cannot_be_replayed_to_the_server(lab: Lab) -> None:
     said: list[bytes] = []
 
@@ -542,6 +554,7 @@ def test_a_recorded_client_cannot_be_replayed_to_the_server(lab: Lab) -> None:
         assert not stage.find("server.disconnected")
 
 
+@pytest.mark.programs
 def test_a_recorded_server_cannot_be_replayed_to_the_client(lab: Lab) -> None:
     """The first connection is recorded, and every later one hears the same again."""
     recorded: dict[int, list[bytes]] = defaultdict(list)
@@ -583,6 +596,7 @@ def reflect(meeting: Encounter) -> None:
             meeting.near.write(data)
 
 
+@pytest.mark.programs
 def test_a_client_is_not_a_server_for_itself(lab: Lab) -> None:
     with scenes(lab, EVERY, reflect) as stages:
         for stage in stages:
@@ -605,6 +619,7 @@ def test_with_a_key_neither_end_can_be_brought_to_wire_v1(lab: Lab) -> None:
             stage.assert_refused()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(("label", "query"), [("clear", "wire=2"), ("tls", "wire=2&tls=1"), ("verified", "tls=2")])
 def test_without_a_key_a_client_that_demands_v2_or_tls_2_is_not_brought_to_wire_v1(
     lab: Lab, label: str, query: str
@@ -658,6 +673,7 @@ def test_bytes_injected_behind_the_line_that_asks_for_tls_end_the_connection(lab
                 assert re.search("(?i)behind|after|more|clear", entry["error"]), entry
 
 
+@pytest.mark.programs
 def test_an_end_of_tcp_is_told_from_the_server_s_own(lab: Lab) -> None:
     """It can end TCP, but not say that the server has ended TLS."""
     met: dict[int, Talk] = {}
@@ -674,6 +690,7 @@ def test_an_end_of_tcp_is_told_from_the_server_s_own(lab: Lab) -> None:
             assert re.search("(?i)close_notify|tls|cut", lost["error"]), lost
 
 
+@pytest.mark.programs
 def test_a_stranger_s_bytes_on_a_session_s_port_are_silent(lab: Lab) -> None:
     """Nothing of them comes out at a visitor of a keyed tunnel."""
     with scene(lab, "tls with a key") as stage:

@@ -337,7 +337,7 @@ def test_our_client_opens_data_connections_to_the_letter(authority: Authority, t
         assert len(channels) == (4 if tls else 1)
 
 
-@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize("tls", [0, pytest.param(1, marks=pytest.mark.programs)])
 def test_our_client_closes_a_data_connection_whose_id_has_a_wrong_proof(authority: Authority, tls: int) -> None:
     with attached(Terms(tls, authority.local, SECRET), f"tls={tls}") as (side, data, clients):
         agreed = side.agreement
@@ -395,7 +395,7 @@ def test_our_client_does_not_go_on_in_the_clear_where_tls_was_offered(authority:
         clients.wait_for("data.dial_failed", level=loud)
 
 
-@pytest.mark.parametrize("query", ["tls=2", ""], ids=["demanded", "adopted"])
+@pytest.mark.parametrize("query", ["tls=2", pytest.param("", marks=pytest.mark.programs)], ids=["demanded", "adopted"])
 def test_our_client_verifies_each_data_connection_with_tls_2(authority: Authority, query: str) -> None:
     """Each is judged in its own handshake."""
     env = {**CALM, "SSL_CERT_FILE": str(authority.crt)}

@@ -153,7 +153,7 @@ CLIENTS = 4
 """Share the lies; each has a name of its own, as one key's tunnels must."""
 
 
-@pytest.mark.parametrize("tls", [0, 1])
+@pytest.mark.parametrize("tls", [pytest.param(0, marks=pytest.mark.programs), 1])
 def test_a_server_that_does_not_prove_the_key_is_refused(authority: Authority, env: Environment, tls: int) -> None:
     scripts: Scripts = {
         f"n{number}": (
@@ -184,7 +184,7 @@ def test_with_a_key_tls_is_the_default_of_a_client(authority: Authority, env: En
         clients.wait_in("default", level="error", server=lambda _: True)
 
 
-@pytest.mark.parametrize("tls", [0, 1, 2])
+@pytest.mark.parametrize("tls", [0, *(pytest.param(tls, marks=pytest.mark.programs) for tls in (1, 2))])
 def test_the_right_proof_is_believed(authority: Authority, env: Environment, tls: int) -> None:
     def serve(side: ServerSide) -> None:
         side.negotiate()
@@ -209,7 +209,7 @@ def unkeyed(authority: Authority) -> Iterator[OurServers]:
         yield running
 
 
-@pytest.mark.parametrize("label", ["clear", "tls"])
+@pytest.mark.parametrize("label", [pytest.param("clear", marks=pytest.mark.programs), "tls"])
 def test_our_server_without_a_key_is_refused_by_our_client_with_one(
     unkeyed: OurServers, env: Environment, label: str
 ) -> None:

@@ -317,6 +317,7 @@ def test_our_client_without_a_key_says_so_to_a_challenging_peer_too() -> None:
         assert client.is_running
 
 
+@pytest.mark.programs
 def test_a_key_may_be_any_text() -> None:
     secret = "schlüssel – 鍵 – with spaces = & # ?"
     env = {**CALM, "TUNNEL_KEY": secret}
@@ -346,6 +347,7 @@ def place_server(servers: OurServers, label: str) -> OurServer:
     return server
 
 
+@pytest.mark.programs
 def test_silent_strangers_by_the_hundred_do_not_keep_the_client_out() -> None:
     """They may hold what they hold for HANDSHAKE_TIMEOUT: a client that proves the key does not wait for them."""
     env = {**KEYED, "HANDSHAKE_TIMEOUT": "60s"}

@@ -83,6 +83,7 @@ def test_a_client_whose_key_is_gone_is_ended_at_once_and_no_other(server: Server
     assert not told(server.client(NEW))
 
 
+@pytest.mark.programs
 def test_a_proof_that_comes_after_its_key_is_gone_is_refused(server: Server) -> None:
     """The challenge was asked while the key was still good."""
     with server.client(OLD) as late:
@@ -93,6 +94,7 @@ def test_a_proof_that_comes_after_its_key_is_gone_is_refused(server: Server) -> 
         assert late.talk.rejection() == "key-mismatch"
 
 
+@pytest.mark.programs
 def test_a_client_with_a_key_that_stays_notices_nothing(server: Server) -> None:
     with server.client(NEW) as client:
         client.connect()

@@ -58,6 +58,7 @@ def test_the_key_comes_from_systemd(key_file: Path) -> None:
     assert not assert_takes_the_key({"CREDENTIALS_DIRECTORY": str(key_file.parent)})
 
 
+@pytest.mark.programs
 def test_a_credentials_directory_without_our_credential_means_no_key(tmp_path: Path) -> None:
     env = {**CALM, "CREDENTIALS_DIRECTORY": str(tmp_path)}
     with OurServer(env=env) as server, V2Client(server.tunnel_address) as client:
@@ -72,6 +73,7 @@ def test_a_key_file_that_others_can_read_is_warned_of(key_file: Path) -> None:
     assert SECRET not in warning.line
 
 
+@pytest.mark.programs
 def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> None:
     keys = [run("--generate-key") for _ in range(2)]
     assert [done.code for done in keys] == [0, 0]
@@ -88,6 +90,7 @@ def test_generate_key_prints_a_fresh_key_that_can_be_used(tmp_path: Path) -> Non
         assert not server.find("config.warning")
 
 
+@pytest.mark.programs
 def test_a_key_that_was_not_generated_is_warned_of_at_both_ends(stack: contextlib.ExitStack) -> None:
     env = {**CALM, "TUNNEL_KEY": "correct horse battery staple"}
     server = stack.enter_context(OurServer(env=env))

@@ -214,6 +214,7 @@ def test_our_client_gives_a_silent_server_up_after_three_of_its_heartbeats() -> 
         clients.wait_for("server.disconnected", reason="silent")
 
 
+@pytest.mark.programs
 def test_the_interval_that_counts_is_the_server_s() -> None:
     with attached(Terms(hb=60_000), env={**CALM, "REPORT_INTERVAL": "50ms"}) as (side, _, clients):
         assert side.talk.is_silent(0.5)
@@ -331,6 +332,7 @@ POOL = 16
 """Data connections that our client dials at first."""
 
 
+@pytest.mark.programs
 def test_our_client_makes_up_for_connections_that_only_it_believes_in() -> None:
     """A middlebox has dropped them without a word: the server counts fewer, and the client closes nothing."""
     with attached(Terms(hb=60_000), env={**CALM, "MIN_POOL_CAPACITY": str(POOL)}) as (side, data, clients):
@@ -382,7 +384,7 @@ def test_our_client_says_whether_a_target_answers() -> None:
             assert side.hear_answer()
 
 
-@pytest.mark.parametrize("how", ["replaced", "busy"])
+@pytest.mark.parametrize("how", ["replaced", pytest.param("busy", marks=pytest.mark.programs)])
 def test_our_client_waits_for_the_cooldown_when_another_one_has_its_place(how: str) -> None:
     """Two clients of one key would else throw each other out again and again."""
     with Listener() as tunnel, OurClients({"": (tunnel.address, "")}, env={"SERVICE_COOLDOWN": "2s"}):
@@ -400,12 +402,13 @@ def test_our_client_waits_for_the_cooldown_when_another_one_has_its_place(how: s
             assert time.monotonic() - began > 1
 
 
-@pytest.mark.parametrize("hb", [10, 60_000])
+@pytest.mark.parametrize("hb", [pytest.param(10, marks=pytest.mark.programs), 60_000])
 def test_the_shortest_and_the_longest_heartbeat_are_taken(hb: int) -> None:
     with attached(Terms(hb=hb)) as (_, _, clients):
         clients.wait_for("server.connected", wire=2)
 
 
+@pytest.mark.programs
 def test_our_own_server_and_a_v2_client_never_give_each_other_up() -> None:
     with (
         Target() as target,

@@ -224,6 +224,7 @@ def test_silence_is_taken_for_v1_after_a_quarter_of_a_second(
         assert after > 0.8 * HELLO_WAIT
 
 
+@pytest.mark.programs
 def test_silence_is_told_that_a_key_is_required_where_v1_is_not_served(keyed: OurServers, authority: Authority) -> None:
     """A key, WIRE=2, and a port without a tunnel that has the empty name: none of them serves v1."""
     with (

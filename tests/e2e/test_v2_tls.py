@@ -180,6 +180,7 @@ def test_our_client_resumes_sessions_of_its_own_control_connection_only(
         assert not clients.find_crashes()
 
 
+@pytest.mark.programs
 def test_our_client_with_two_tunnels_never_takes_a_session_of_the_other(authority: Authority) -> None:
     terms = {label: fresh(authority.local, Terms(1, secret=SECRET, name=label)) for label in ("a", "b")}
     with contextlib.ExitStack() as stack:
@@ -197,6 +198,7 @@ def test_our_client_with_two_tunnels_never_takes_a_session_of_the_other(authorit
                 assert shown.offers_session == talk.secure.is_resumed, "it offered a session of the other tunnel"
 
 
+@pytest.mark.programs
 def test_an_unverified_session_is_never_resumed_where_verification_is_demanded(authority: Authority) -> None:
     """A resumed handshake verifies nothing: the data connection below would pass with any certificate."""
     env: Environment = {**CALM, "SSL_CERT_FILE": str(authority.crt)}

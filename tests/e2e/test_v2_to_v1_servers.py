@@ -85,6 +85,7 @@ def test_a_v1_server_below_the_demand_is_refused_by_name(authority: Authority, e
         assert not clients.find("server.connected")
 
 
+@pytest.mark.programs
 def test_with_a_key_no_v1_server_is_used(authority: Authority, env: Environment) -> None:
     cases = {query: (2, f"{query}&name={number}") for number, query in enumerate(("tls=0", "tls=1", "tls=2", "wire=2"))}
     with at_v1_servers(authority, {**env, "TUNNEL_KEY": SECRET}, cases) as (clients, ends):
@@ -94,6 +95,7 @@ def test_with_a_key_no_v1_server_is_used(authority: Authority, env: Environment)
         assert not clients.find("server.connected")
 
 
+@pytest.mark.programs
 def test_signals_in_the_clear_are_said_at_each_connect_where_tls_2_is_demanded(
     authority: Authority, env: Environment
 ) -> None:

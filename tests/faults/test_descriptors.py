@@ -85,6 +85,7 @@ def assert_bears_it(run: Nodepass, address: Address) -> None:
         assert not run.find_crashes(mark)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("port", ["visitor", "tunnel", "data"])
 def test_a_server_without_descriptors_bears_who_comes_to_its(tunnel: Tunnel, port: str) -> None:
     server = tunnel.our_server
@@ -94,6 +95,7 @@ def test_a_server_without_descriptors_bears_who_comes_to_its(tunnel: Tunnel, por
     assert not server.find("client.disconnected")
 
 
+@pytest.mark.programs
 def test_a_client_without_descriptors_bears_launches_and_fills_its_pool_again(tunnel: Tunnel) -> None:
     client = tunnel.our_client
     with no_descriptors(client):
@@ -102,6 +104,7 @@ def test_a_client_without_descriptors_bears_launches_and_fills_its_pool_again(tu
     assert not client.find("server.disconnected")
 
 
+@pytest.mark.programs
 def test_a_client_that_has_no_descriptor_for_its_server_tries_again(
     stack: contextlib.ExitStack, tunnel: Tunnel
 ) -> None:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 from collections.abc import Callable
 
+import pytest
+
 from tests.support.certificates import Authority, Certificate
 from tests.support.process import PROGRAM, scrubbed
 from tests.support.sockets import connect, free_port, until
@@ -66,6 +68,7 @@ def test_a_reload_that_fails_keeps_the_old_certificate_and_serves_on(
     assert server.stop() == 0
 
 
+@pytest.mark.programs
 def test_a_log_on_a_full_disk_is_given_up_and_nothing_else(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
     port = free_port(2)

@@ -192,6 +192,7 @@ def flooding_client(tunnel: Address, line: bytes) -> Iterator[None]:
             process.kill()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("line", [b"//beat?ok=1\n", b"//deadbeef#1\n"], ids=["heartbeats", "launches"])
 def test_a_client_that_floods_its_server_does_not_keep_up_the_other_tunnels(
     stack: contextlib.ExitStack, line: bytes

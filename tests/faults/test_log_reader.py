@@ -44,7 +44,7 @@ class ReadInTurns(OurServer):
         super().kill()
 
 
-@pytest.mark.parametrize("log", ["debug", "info"])
+@pytest.mark.parametrize("log", ["debug", pytest.param("info", marks=pytest.mark.programs)])
 def test_visitors_are_served_while_the_log_is_not_read(stack: contextlib.ExitStack, log: str) -> None:
     target = stack.enter_context(Target())
     server = stack.enter_context(ReadInTurns(log=log))

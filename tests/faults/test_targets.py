@@ -81,6 +81,7 @@ def test_visitors_of_a_target_that_refuses_are_reset_at_once(stack: contextlib.E
     assert 1 <= len(lines) <= 2 + passed
 
 
+@pytest.mark.programs
 def test_visitors_of_a_target_that_resets_are_reset_and_the_next_is_served(
     stack: contextlib.ExitStack, authority: Authority
 ) -> None:

@@ -39,6 +39,7 @@ def test_a_server_is_ready_once_it_listens(stack: contextlib.ExitStack, notified
     assert server.is_running
 
 
+@pytest.mark.programs
 def test_the_socket_of_notifications_may_be_a_file(stack: contextlib.ExitStack, tmp_path: Path) -> None:
     notified = stack.enter_context(NotifySocket(tmp_path))
     stack.enter_context(OurServer(env=told(notified)))
@@ -89,6 +90,7 @@ def wait_for_status(notified: NotifySocket, pattern: str) -> None:
         pass
 
 
+@pytest.mark.programs
 def test_a_status_of_very_many_tunnels_is_cut_to_what_systemd_takes(
     stack: contextlib.ExitStack, notified: NotifySocket
 ) -> None:
@@ -118,6 +120,7 @@ def test_the_watchdog_hears_of_a_healthy_process_again_and_again(
     notified.wait_for("WATCHDOG=1")
 
 
+@pytest.mark.programs
 def test_a_client_in_search_of_its_server_is_healthy(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
     with V2Server() as server:
         client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", 9), env=told(notified)))
@@ -129,6 +132,7 @@ def test_a_client_in_search_of_its_server_is_healthy(stack: contextlib.ExitStack
     assert not client.find("tunnel.unhealthy")
 
 
+@pytest.mark.programs
 def test_a_server_that_falls_silent_is_given_up_and_the_client_stays_healthy(
     stack: contextlib.ExitStack, notified: NotifySocket
 ) -> None:
@@ -140,6 +144,7 @@ def test_a_server_that_falls_silent_is_given_up_and_the_client_stays_healthy(
     assert not client.find("tunnel.unhealthy")
 
 
+@pytest.mark.programs
 def test_another_process_s_watchdog_is_not_ours(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
     env = {"NOTIFY_SOCKET": notified.address, "WATCHDOG_USEC": "1", "WATCHDOG_PID": str(os.getpid())}
     stack.enter_context(OurServer(env=env))
@@ -156,6 +161,7 @@ def test_a_reload_is_announced_and_its_end_too(stack: contextlib.ExitStack, noti
     notified.wait_for("READY=1")
 
 
+@pytest.mark.programs
 def test_a_reload_does_not_make_a_starting_client_ready(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
     client = stack.enter_context(OurClient(("127.0.0.1", free_port()), ("127.0.0.1", 9), env=told(notified)))
     client.wait_for("server.unreachable", reason="unreachable")
@@ -201,6 +207,7 @@ def test_the_deadline_counts_without_systemd_and_for_a_refusal_too(stack: contex
     assert rejected[0]["error"] in done.lines[-1]
 
 
+@pytest.mark.programs
 def test_nobody_who_listens_does_not_keep_the_program_from_its_work(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env={**CALM, "NOTIFY_SOCKET": "/nonexistent/notify"}))
     server.wait_for("systemd.notify_failed", level="warn", error=os.strerror(errno.ENOENT))

@@ -67,7 +67,9 @@ def complain(sockets: Sequence[NamedSocket], *urls: str, **env: str) -> tuple[in
         return code, server.lines[-1]
 
 
-@pytest.mark.parametrize("names", [(UNIT, UNIT), ("tunnel", "target")], ids=["by-address", "by-name"])
+@pytest.mark.parametrize(
+    "names", [pytest.param(UNIT, UNIT, marks=pytest.mark.programs), ("tunnel", "target")], ids=["by-address", "by-name"]
+)
 def test_visitors_who_came_before_the_start_are_served_by_tcp_and_udp(
     stack: contextlib.ExitStack, names: tuple[str, str]
 ) -> None:
@@ -85,6 +87,7 @@ def test_visitors_who_came_before_the_start_are_served_by_tcp_and_udp(
     assert asking.recv(100) == b"answer"
 
 
+@pytest.mark.programs
 def test_a_restart_leaves_the_sockets_open_and_serves_who_came_meanwhile(stack: contextlib.ExitStack) -> None:
     ports, target = Ports(stack), stack.enter_context(Target())
     client = stack.enter_context(OurClient(ports.tunnel.getsockname(), target.address))
@@ -96,6 +99,7 @@ def test_a_restart_leaves_the_sockets_open_and_serves_who_came_meanwhile(stack: 
     assert_connected(visitor, stack.enter_context(target.accept()))
 
 
+@pytest.mark.programs
 def test_a_name_gives_port_0_a_meaning(stack: contextlib.ExitStack) -> None:
     ports = Ports(stack)
     data = listener(stack)
@@ -104,6 +108,7 @@ def test_a_name_gives_port_0_a_meaning(stack: contextlib.ExitStack) -> None:
     assert [port for _, port in listening(server)] == [port_of(each) for each in (ports.tunnel, data, ports.target)]
 
 
+@pytest.mark.programs
 def test_a_data_port_of_a_range_is_the_one_that_was_passed(stack: contextlib.ExitStack) -> None:
     ports, first = Ports(stack), free_port(3)
     data = listener(stack, port=first + 2)
@@ -125,6 +130,7 @@ def test_several_urls_each_take_their_own_and_what_is_not_passed_is_opened_all_t
     server.wait_for("server.listening", tunnel_address=opened, target_address=target)
 
 
+@pytest.mark.programs
 @needs_ipv6
 def test_a_url_without_a_host_takes_the_addresses_of_the_socket_unit(stack: contextlib.ExitStack) -> None:
     port = free_port()
@@ -135,6 +141,7 @@ def test_a_url_without_a_host_takes_the_addresses_of_the_socket_unit(stack: cont
     assert f"[::1]:{port}" in addresses
 
 
+@pytest.mark.programs
 @needs_ipv6
 def test_a_socket_of_all_addresses_is_not_for_a_url_that_names_one(stack: contextlib.ExitStack) -> None:
     port = free_port()
@@ -145,6 +152,7 @@ def test_a_socket_of_all_addresses_is_not_for_a_url_that_names_one(stack: contex
         assert part in line
 
 
+@pytest.mark.programs
 def test_a_socket_that_fits_no_url_is_refused(stack: contextlib.ExitStack) -> None:
     """Also where its name fits a role."""
     sock = receiver(stack)
@@ -167,6 +175,7 @@ def test_a_client_s_process_refuses_sockets(stack: contextlib.ExitStack) -> None
     assert f"127.0.0.1:{port_of(passed)} (tcp, {UNIT})" in line
 
 
+@pytest.mark.programs
 def test_a_socket_that_cannot_be_listened_on_is_refused(stack: contextlib.ExitStack) -> None:
     ends = [stack.enter_context(each) for each in socket.socketpair()]
     code, line = complain([(UNIT, ends[0])], "server://127.0.0.1:0/127.0.0.1:0?tls=0")
@@ -178,6 +187,7 @@ def test_a_socket_that_cannot_be_listened_on_is_refused(stack: contextlib.ExitSt
     assert "Accept=no" in line
 
 
+@pytest.mark.programs
 def test_what_is_no_socket_is_refused() -> None:
     reading, writing = os.pipe()
     with open(reading), open(writing):
@@ -194,6 +204,7 @@ def test_sockets_for_another_process_are_left_alone() -> None:
     assert "256.0.0.1" in done.lines[-1]
 
 
+@pytest.mark.programs
 def test_the_options_that_matter_are_set_on_what_was_passed(stack: contextlib.ExitStack) -> None:
     """They are those of the socket, which the test holds as well."""
     ports = Ports(stack)
@@ -204,6 +215,7 @@ def test_the_options_that_matter_are_set_on_what_was_passed(stack: contextlib.Ex
     assert ports.datagrams.getsockopt(socket.IPPROTO_IP, 8)  # IP_PKTINFO
 
 
+@pytest.mark.programs
 def test_a_queue_that_systemd_made_longer_than_the_program_may_stays_so(stack: contextlib.ExitStack) -> None:
     if os.geteuid():
         pytest.skip("only root may make a queue longer than net.core.rmem_max")
