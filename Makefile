@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PARALLEL := --numprocesses 4 --dist worksteal
+# By file: what the tests of a file share is started once.
+PARALLEL := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 LOCK := $(VENV)/bin/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.10 --no-header \
 	--no-annotate
