@@ -68,7 +68,9 @@ def complain(sockets: Sequence[NamedSocket], *urls: str, **env: str) -> tuple[in
 
 
 @pytest.mark.parametrize(
-    "names", [pytest.param((UNIT, UNIT), marks=pytest.mark.programs), ("tunnel", "target")], ids=["by-address", "by-name"]
+    "names",
+    [pytest.param((UNIT, UNIT), marks=pytest.mark.programs), ("tunnel", "target")],
+    ids=["by-address", "by-name"],
 )
 def test_visitors_who_came_before_the_start_are_served_by_tcp_and_udp(
     stack: contextlib.ExitStack, names: tuple[str, str]
