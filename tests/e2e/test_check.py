@@ -33,6 +33,7 @@ def test_a_port_that_a_stranger_holds_fails_and_names_it() -> None:
     assert len(trouble(done)) == 1
 
 
+@pytest.mark.programs
 def test_a_udp_port_in_use_is_told_apart_from_tcp() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
         holder.bind(("127.0.0.1", free_port()))
@@ -55,6 +56,7 @@ def test_ports_that_the_same_running_tunnel_holds_are_a_warning(stack: contextli
         assert re.match(rf"warn .*: in use by a running nodepass \(\S+, process {server.pid}\): expected", line)
 
 
+@pytest.mark.programs
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 def test_an_ipv6_port_in_use_is_found() -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as holder:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from tests.support.process import Nodepass
 from tests.support.sockets import PATIENCE
 from tests.support.terminal import Terminal
@@ -27,6 +29,7 @@ def test_a_hangup_is_a_reload_while_there_is_a_terminal_and_the_end_once_it_was_
         assert terminal.process.wait(PATIENCE) == 0
 
 
+@pytest.mark.programs
 def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
     with WithNohup(URL) as server:
         server.wait_for("server.listening")

@@ -108,6 +108,7 @@ def serves_soon(server: V1Server | OurServer, target: Target) -> bool:
     return True
 
 
+@pytest.mark.programs
 def test_a_control_connection_cut_in_the_middle_of_a_line_is_made_again(
     stack: contextlib.ExitStack,
 ) -> None:
@@ -134,6 +135,7 @@ GREETINGS = {
 }
 
 
+@pytest.mark.programs
 def test_our_client_leaves_a_server_with_a_bad_greeting(stack: contextlib.ExitStack) -> None:
     servers = {name: stack.enter_context(V1Server(greeting=each, heartbeat=None)) for name, each in GREETINGS.items()}
     env = {**CALM, "HANDSHAKE_TIMEOUT": "300ms"}

@@ -79,6 +79,7 @@ def test_a_limit_on_open_files_lowers_the_settings_and_the_tunnel_still_serves(s
     assert not server.find(error=re.compile(re.escape(os.strerror(errno.EMFILE))))
 
 
+@pytest.mark.programs
 def test_a_limit_on_address_space_is_told(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Limited(env={}).limited(v=512 << 10))
     assert server.find("process.limits", memory_of="address space", memory_sessions=lambda sessions: sessions > 0)

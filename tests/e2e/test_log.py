@@ -82,6 +82,7 @@ def test_lines_for_the_journal_have_priorities_and_no_times() -> None:
     assert not any(ESCAPE in line for line in lines)
 
 
+@pytest.mark.programs
 def test_a_terminal_gets_colours() -> None:
     assert any(ESCAPE in line for line in log_of(free_port(), "terminal"))
 
@@ -100,6 +101,7 @@ def test_as_json_every_line_is_an_object_with_an_event_and_its_fields() -> None:
     assert listening["tls"] == 0
 
 
+@pytest.mark.programs
 def test_json_for_the_journal_has_priorities_before_the_objects() -> None:
     lines = log_of(free_port(), "journal", {"LOG_FORMAT": "json"})
     assert all(re.match(r'^<[0-7]>\{"time": ', line) for line in lines), lines
@@ -121,6 +123,7 @@ def test_a_level_shows_itself_and_what_is_worse_and_nothing_else(level: str, sho
     assert seen == shown
 
 
+@pytest.mark.programs
 def test_the_most_verbose_level_of_several_urls_wins(stack: contextlib.ExitStack) -> None:
     both = stack.enter_context(
         Nodepass(

@@ -81,6 +81,7 @@ def test_an_ipv6_address_stands_in_brackets() -> None:
         assert get(place, "/healthz").body == "ok\n"
 
 
+@pytest.mark.programs
 def test_an_address_in_use_ends_the_start_with_one_line(server: OurServer) -> None:
     taken = format_address(metrics_of(server))
     line = refused(taken, 1)
@@ -89,6 +90,7 @@ def test_an_address_in_use_ends_the_start_with_one_line(server: OurServer) -> No
     assert "in use" in line
 
 
+@pytest.mark.programs
 def test_without_prometheus_client_the_line_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "prometheus_client.py").write_text("raise ModuleNotFoundError('No module named prometheus_client')")
     line = refused(":0", 2, PYTHONPATH=str(tmp_path))
@@ -120,6 +122,7 @@ def test_the_socket_of_a_living_process_is_respected(path: Path) -> None:
         assert get(path, "/healthz").status == 200
 
 
+@pytest.mark.programs
 def test_a_file_that_is_no_socket_is_left_alone(path: Path) -> None:
     path.write_text("precious")
     assert "not a socket" in refused(f"unix:{path}", 1)

@@ -195,6 +195,7 @@ def test_strangers_before_any_client_harm_nobody(stack: contextlib.ExitStack) ->
     assert_all_works(Tunnel(server, client, target))
 
 
+@pytest.mark.programs
 def test_silence_is_a_v1_client_after_a_quarter_of_a_second(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env=ENV))
     began = time.monotonic()

@@ -42,6 +42,7 @@ def test_a_connection_that_the_client_closed_is_never_handed_to_a_visitor(
             tunnel.assert_works()
 
 
+@pytest.mark.programs
 def test_a_connection_that_the_server_closed_is_replaced_by_our_client(
     stack: contextlib.ExitStack,
 ) -> None:
@@ -83,6 +84,7 @@ def test_silent_peers_on_the_data_port_do_not_stall_the_pool(stack: contextlib.E
         tunnel.assert_works()
 
 
+@pytest.mark.programs
 def test_a_silent_peer_on_the_data_port_is_closed_after_the_handshake_timeout(
     stack: contextlib.ExitStack,
 ) -> None:

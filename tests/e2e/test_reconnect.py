@@ -57,6 +57,7 @@ def test_a_client_adopts_the_tls_mode_and_the_data_port_of_a_restarted_server(
         Tunnel(server, client, target).assert_works()
 
 
+@pytest.mark.programs
 def test_a_killed_client_is_replaced_by_the_next(tunnel: TunnelFactory) -> None:
     started = tunnel()
     with started.session() as (visitor, service):
@@ -86,6 +87,7 @@ def test_a_visitor_that_came_while_the_client_was_away_is_served_by_the_next(
             assert_connected(visitor, service)
 
 
+@pytest.mark.programs
 def test_listeners_stay_open_while_no_client_is_there(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(env={**CALM, "POOL_GET_TIMEOUT": "20s"}))
     for _ in range(3):
@@ -210,6 +212,7 @@ def dropped(server: V1Server) -> bool:
     return False
 
 
+@pytest.mark.programs
 def test_a_server_without_heartbeats_keeps_its_client(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(V1Server(heartbeat=None))
     target = stack.enter_context(Target())

@@ -82,6 +82,7 @@ def test_a_port_in_use_ends_it_with_one_line(stack: contextlib.ExitStack, taken:
     assert_unbindable(done.code, done.errors, busy, "in use")
 
 
+@pytest.mark.programs
 def test_a_udp_port_in_use_ends_it_with_one_line(stack: contextlib.ExitStack) -> None:
     holder = stack.enter_context(datagram_socket())
     busy = format_address(holder.getsockname())
@@ -89,6 +90,7 @@ def test_a_udp_port_in_use_ends_it_with_one_line(stack: contextlib.ExitStack) ->
     assert_unbindable(done.code, done.errors, busy, "in use")
 
 
+@pytest.mark.programs
 def test_an_address_of_another_machine_ends_it_with_one_line() -> None:
     done = run("server://192.0.2.1:10101/127.0.0.1:0?tls=0")
     assert_unbindable(done.code, done.errors, "192.0.2.1:10101", "assign")
@@ -140,6 +142,7 @@ def test_an_address_without_a_host_is_every_address_of_both_families(
         server.wait_for("client.disconnected", after=mark)
 
 
+@pytest.mark.programs
 def test_the_target_may_be_a_name(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(tunnel="localhost:0", target="localhost:0"))
     target = stack.enter_context(Target())
@@ -158,6 +161,7 @@ def test_data_port_fixes_the_data_port(stack: contextlib.ExitStack) -> None:
     assert client.data_address[1] == port
 
 
+@pytest.mark.programs
 def test_data_port_as_a_range_takes_the_first_free_port(stack: contextlib.ExitStack) -> None:
     first = free_port(3)
     stack.enter_context(socket.create_server(("127.0.0.1", first)))
@@ -165,6 +169,7 @@ def test_data_port_as_a_range_takes_the_first_free_port(stack: contextlib.ExitSt
     assert server.data_address[1] in (first + 1, first + 2)
 
 
+@pytest.mark.programs
 def test_a_data_port_in_use_ends_it_with_one_line(stack: contextlib.ExitStack) -> None:
     holder = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     port = holder.getsockname()[1]

@@ -200,6 +200,7 @@ def test_a_visitor_is_closed_when_the_service_refuses(stack: contextlib.ExitStac
     client.wait_for("target.unreachable", target=format_address(absent), reason="unreachable")
 
 
+@pytest.mark.programs
 def test_the_limit_of_sessions_makes_visitors_wait_and_drops_none(tunnel: TunnelFactory) -> None:
     limited = tunnel(server_env={**CALM, "SEMAPHORE_LIMIT": "2"})
     with contextlib.ExitStack() as stack:

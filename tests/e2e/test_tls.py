@@ -151,6 +151,7 @@ def lenient() -> ssl.SSLContext:
     return context
 
 
+@pytest.mark.programs
 def test_a_server_without_tls_says_that_the_tunnel_is_in_the_clear() -> None:
     with Nodepass("server://127.0.0.1:0/127.0.0.1:0") as server:
         server.wait_for("server.listening", tls=0)
@@ -169,6 +170,7 @@ def test_only_the_modes_with_tls_hide_what_is_said(stack: contextlib.ExitStack, 
             raw.recv(1)
 
 
+@pytest.mark.programs
 def test_a_certificate_about_to_expire_is_warned_about_at_start(authority: Authority) -> None:
     with serving({"old": authority.issue(end=5 * DAY), "fresh": authority.local}) as servers:
         servers.wait_in("old", "certificate.expiring", level="warn", days=lambda days: 4 < days <= 5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import itertools
 import re
 import signal
 import socket
@@ -269,9 +268,15 @@ def test_what_an_endpoint_says_cannot_command_the_terminal() -> None:
 NUMBERS = ["1.7e308", "-1.7e308", "+Inf", "-Inf", "NaN", "1e18"]
 
 
-@pytest.mark.parametrize("numbers", list(itertools.product(NUMBERS, repeat=2)))
-def test_no_number_of_an_endpoint_ends_it(monkeypatch: pytest.MonkeyPatch, numbers: tuple[str, str]) -> None:
+@pytest.mark.parametrize("first", NUMBERS)
+def test_no_number_of_an_endpoint_ends_it(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     """Sums and rates of the largest ones would be infinite."""
+    for second in NUMBERS:
+        show(monkeypatch, (first, second))
+
+
+def show(monkeypatch: pytest.MonkeyPatch, numbers: tuple[str, str]) -> None:
+    """Show an endpoint whose families have one of these numbers and then the other."""
     watch = Watch()
     names = (
         'bytes_total{direction="up",',

@@ -101,6 +101,7 @@ def test_an_answer_over_the_limit_is_dropped_and_logged(tunnel: TunnelFactory) -
     assert started.exchange(b"question", b"a" * 2000) == (b"question", b"a" * 2000)
 
 
+@pytest.mark.programs
 def test_an_empty_pool_never_stalls_the_next_datagrams(stack: contextlib.ExitStack) -> None:
     """Datagrams that came while no client was there wait beside each other, not in a row."""
     server = stack.enter_context(OurServer(env={**CALM, "POOL_GET_TIMEOUT": "1s"}))

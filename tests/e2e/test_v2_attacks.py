@@ -268,6 +268,7 @@ def test_a_stripped_line_that_asks_for_tls_ends_where_tls_is_demanded(lab: Lab) 
             stage.assert_refused()
 
 
+@pytest.mark.programs
 def test_without_a_demand_tls_can_be_stripped_and_the_client_says_so_at_its_start(lab: Lab) -> None:
     """An adopted mode protects from eavesdropping only."""
     with scenes(lab, ("tls", "verified"), strip_tls, strip_data_tls, query=ADOPTS) as stages:
@@ -329,6 +330,7 @@ def test_with_a_key_ending_tls_in_the_middle_is_refused_with_any_certificate(
             stage.assert_refused()
 
 
+@pytest.mark.programs
 def test_with_tls_2_and_no_key_a_forged_certificate_is_refused(lab: Lab) -> None:
     handle = end_tls(forged, Encounter.forward)(lab)
     with scene(lab, "verified", handle, handle) as stage:
@@ -452,6 +454,7 @@ HELLO_EDITS: dict[str, tuple[bytes, bytes]] = {
 }
 
 
+@pytest.mark.programs
 def test_with_a_key_no_word_of_a_hello_can_be_changed(lab: Lab) -> None:
     def changing(edit: tuple[bytes, bytes]) -> Handle:
         change = lambda line: re.sub(*edit, line) if line.startswith(b"//hello") else line  # noqa: E731
@@ -646,6 +649,7 @@ def inject_behind(sent: bytes) -> Handle:
     return handle
 
 
+@pytest.mark.programs
 def test_bytes_injected_behind_the_hello_end_the_connection(lab: Lab) -> None:
     turns = Turns(map(inject_behind, (b"/", lines.make_hello() + b"\n", b"\x16\x03\x01")))
     with scenes(lab, ("tls", "verified"), turns, query=ADOPTS) as stages:
@@ -655,6 +659,7 @@ def test_bytes_injected_behind_the_hello_end_the_connection(lab: Lab) -> None:
             turns.assert_refused(stage)
 
 
+@pytest.mark.programs
 def test_bytes_injected_behind_the_line_that_asks_for_tls_end_the_connection(lab: Lab) -> None:
     def injecting(sent: bytes) -> Handle:
         def inject(meeting: Encounter) -> None:

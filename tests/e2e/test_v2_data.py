@@ -256,6 +256,7 @@ def test_a_line_in_the_clear_before_tls_is_closed(keyed_one_port: OurServers) ->
         assert_serves(place, client)
 
 
+@pytest.mark.programs
 def test_a_full_pool_closes_what_comes() -> None:
     env = {**GUARDED, "MIN_POOL_CAPACITY": "1", "MAX_POOL_CAPACITY": "2", "DATA_PORT": "tunnel"}
     with OurServers({"": "tls=0"}, env=env) as servers, led(servers, "", secret="") as (place, client):
@@ -312,6 +313,7 @@ def test_tls_below_1_3_gets_no_id(keyed: OurServers) -> None:
         assert_serves(place, client)
 
 
+@pytest.mark.programs
 def test_a_foreign_address_is_refused_before_tls() -> None:
     """It costs a handshake less than an attacker's ClientHello."""
     with OurServer(1) as server, ClientSide(server.tunnel_address, demand=1) as client:
@@ -359,6 +361,7 @@ def test_our_client_closes_a_data_connection_whose_id_has_a_wrong_proof(authorit
         clients.wait_for("data.dial_failed", level=loud)
 
 
+@pytest.mark.programs
 def test_our_client_closes_the_newer_of_two_data_connections_with_one_id() -> None:
     with attached(Terms(secret=SECRET), "tls=0") as (side, data, client):
         first = side.begin_data(data.accept_socket())
@@ -382,6 +385,7 @@ def test_our_client_closes_a_data_connection_with_a_bad_id() -> None:
         clients.wait_for("data.dial_failed", level="warn", reason="protocol")
 
 
+@pytest.mark.programs
 def test_our_client_does_not_go_on_in_the_clear_where_tls_was_offered(authority: Authority) -> None:
     with attached(Terms(1, authority.local), "tls=1") as (side, data, clients):
         for line in (b"deadbeef", b"//error?reason=no-tls\n", b"//9#0\n"):

@@ -196,6 +196,7 @@ def test_the_right_proof_is_believed(authority: Authority, env: Environment, tls
         clients.wait_in("right", "server.connected", wire=2, tls=tls)
 
 
+@pytest.mark.programs
 def test_a_v1_server_is_refused_by_name(env: Environment) -> None:
     with V1Server() as server, OurClient(server.tunnel_address, ("127.0.0.1", 9), query="", env=env) as client:
         client.wait_for("server.rejected", level="error", reason=one_of("key_mismatch", "version"))

@@ -311,6 +311,7 @@ def test_our_client_without_a_key_says_that_the_server_requires_one(servers: Our
         assert not client.find("server.connected")
 
 
+@pytest.mark.programs
 def test_our_client_without_a_key_says_so_to_a_challenging_peer_too() -> None:
     with V2Server(secret=SECRET) as peer, OurClient(peer.tunnel_address, ("127.0.0.1", 9)) as client:
         client.wait_for("server.rejected", level="error", reason="key_required")

@@ -89,6 +89,7 @@ def test_a_flow_stays_on_its_lane(server: OurServer, client: ClientSide, stack: 
             assert lane.receive() == (flow, b"again")
 
 
+@pytest.mark.programs
 def test_frames_for_flows_that_nobody_has_are_dropped_and_harm_nobody(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 4)
     with datagram_socket() as visitor:
@@ -102,6 +103,7 @@ def test_frames_for_flows_that_nobody_has_are_dropped_and_harm_nobody(server: Ou
     assert not server.find("client.disconnected") + server.find_crashes()
 
 
+@pytest.mark.programs
 def test_frames_may_come_in_any_pieces(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 4)
     with datagram_socket() as visitor:
@@ -115,6 +117,7 @@ def test_frames_may_come_in_any_pieces(server: OurServer, client: ClientSide) ->
         assert [visitor.recv(LARGEST) for _ in range(3)] == [b"one", b"", b"x" * 3000]
 
 
+@pytest.mark.programs
 def test_a_lane_that_ends_in_the_middle_of_a_frame_is_replaced(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 8)
     with datagram_socket() as visitor:
@@ -208,6 +211,7 @@ def drain(visitor: socket.socket, server: OurServer, lane: Lane) -> int:
             return count + read_in_order(lane, b"bye")
 
 
+@pytest.mark.programs
 def test_what_a_stuck_lane_cannot_take_is_dropped_counted_and_logged_by_our_client(
     stack: contextlib.ExitStack,
 ) -> None:
@@ -275,6 +279,7 @@ def test_a_client_that_wants_addresses_is_told_those_of_each_flow(server: OurSer
         assert lane.receive() == (flow, b"two")
 
 
+@pytest.mark.programs
 def test_a_client_that_does_not_want_addresses_is_told_none(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 4)
     with datagram_socket() as visitor:
@@ -284,6 +289,7 @@ def test_a_client_that_does_not_want_addresses_is_told_none(server: OurServer, c
         assert not lane.announced
 
 
+@pytest.mark.programs
 def test_addresses_of_a_flow_are_no_datagram_for_our_client(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(V2Server())
     target = stack.enter_context(Target())
@@ -296,6 +302,7 @@ def test_addresses_of_a_flow_are_no_datagram_for_our_client(stack: contextlib.Ex
     assert target.udp.recvfrom(100)[0] == b"world"
 
 
+@pytest.mark.programs
 def test_an_announcement_of_a_client_is_no_datagram_for_our_server(server: OurServer, client: ClientSide) -> None:
     ready = LedLanes(client, 4)
     with datagram_socket() as visitor:

@@ -81,6 +81,7 @@ def asks_for_tls(side: ServerSide) -> None:
     side.hear_answer()
 
 
+@pytest.mark.programs
 def test_our_client_begins_with_tls_only_where_it_demands_it(env: Environment, authority: Authority) -> None:
     one, two = Terms(1, authority.local), Terms(2, authority.local)
     scripts: Scripts = {
@@ -260,6 +261,7 @@ def behind_tls(data: bytes) -> Script:
     return script
 
 
+@pytest.mark.programs
 def test_a_byte_behind_the_line_that_asks_for_tls_ends_the_connection(env: Environment, authority: Authority) -> None:
     scripts: Scripts = {
         "a byte": (Terms(1, authority.local), "", behind_tls(b"/")),
@@ -308,6 +310,7 @@ def test_our_client_says_why_it_is_rejected(env: Environment, authority: Authori
             assert token != "full-moon" or token in entry["error"]
 
 
+@pytest.mark.programs
 def test_a_server_s_token_changes_nothing_that_our_client_does() -> None:
     """It comes again; told `busy` not before SERVICE_COOLDOWN."""
     with contextlib.ExitStack() as stack:
@@ -333,6 +336,7 @@ def test_parameters_and_signals_of_the_future_are_ignored(env: Environment) -> N
         clients.wait_in("future", "server.connected", wire=2)
 
 
+@pytest.mark.programs
 def test_the_first_of_two_parameters_counts(env: Environment) -> None:
     def twice(side: ServerSide) -> None:
         side.hear_hello()
@@ -344,6 +348,7 @@ def test_the_first_of_two_parameters_counts(env: Environment) -> None:
         pass
 
 
+@pytest.mark.programs
 def test_an_end_without_close_notify_is_a_lost_connection(env: Environment, authority: Authority) -> None:
     """Somebody on the path can end TCP, and not TLS."""
 

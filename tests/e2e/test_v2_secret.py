@@ -43,6 +43,7 @@ def test_the_key_comes_from_the_environment() -> None:
     assert_takes_the_key({"TUNNEL_KEY": SECRET})
 
 
+@pytest.mark.programs
 def test_each_tunnel_has_the_key_of_its_line(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"other {generate()}\n- {SECRET}\n")
@@ -65,6 +66,7 @@ def test_a_credentials_directory_without_our_credential_means_no_key(tmp_path: P
         client.wait_until_full()
 
 
+@pytest.mark.programs
 def test_a_key_file_that_others_can_read_is_warned_of(key_file: Path) -> None:
     key_file.chmod(0o644)
     (warning,) = assert_takes_the_key({"TUNNEL_KEY_FILE": str(key_file)})

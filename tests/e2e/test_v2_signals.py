@@ -89,6 +89,7 @@ def test_our_server_gives_a_silent_client_up_after_three_heartbeats(brisk: OurSe
         brisk.wait_for("client.disconnected", after=mark, reason="silent")
 
 
+@pytest.mark.programs
 def test_the_round_trip_is_in_the_report() -> None:
     with OurServer(env={**CALM, "REPORT_INTERVAL": "500ms"}) as server, V2Client(server.tunnel_address):
         server.wait_for("tunnel.report", level="debug", round_trip=lambda seconds: seconds and 0 < seconds < MARGIN)
@@ -152,6 +153,7 @@ def test_a_client_that_wants_addresses_is_told_them(brisk: OurServer) -> None:
             assert client.hear_launch().raw == expected.encode()
 
 
+@pytest.mark.programs
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 def test_an_ipv6_address_is_told_in_brackets() -> None:
     with (
@@ -226,6 +228,7 @@ def test_the_interval_that_counts_is_the_server_s() -> None:
 SIGNS = {"v1's": b"", "of the future": b"//news?of=tomorrow", "of an unknown kind": b"//deadbeef#77"}
 
 
+@pytest.mark.programs
 def test_any_line_of_a_server_is_a_sign_of_life() -> None:
     with attached_each(SIGNS, Terms(hb=300), env=SLOW) as (clients, ends):
         for _ in range(10):
@@ -275,6 +278,7 @@ def is_left(side: ServerSide, identity: bytes) -> bool:
     return False
 
 
+@pytest.mark.programs
 def test_there_is_no_launch_of_a_single_datagram_in_v2() -> None:
     """It would send a TCP visitor's bytes to the target's UDP port."""
     with Target() as target, attached(Terms(), target=target.address) as (side, data, clients):
@@ -309,6 +313,7 @@ def test_our_client_says_bye_when_it_stops(authority: Authority) -> None:
         assert clients.wait() == 0
 
 
+@pytest.mark.programs
 def test_why_a_server_left_is_in_our_client_s_log() -> None:
     with attached(Terms()) as (side, _, clients):
         side.talk.say("//bye?reason=replaced")
@@ -316,6 +321,7 @@ def test_why_a_server_left_is_in_our_client_s_log() -> None:
         clients.wait_for("server.disconnected", reason="replaced")
 
 
+@pytest.mark.programs
 def test_our_client_reads_on_behind_a_farewell_and_its_sessions_run_on() -> None:
     with Target() as target, attached(Terms(), target=target.address) as (side, data, clients):
         identity, talk = side.admit(data.accept_socket())
@@ -365,6 +371,7 @@ def test_our_client_dials_nothing_for_a_count_that_is_right() -> None:
         assert not data.has_more()
 
 
+@pytest.mark.programs
 def test_our_client_says_whether_a_target_answers() -> None:
     """A launch has shown it that there is none."""
     with attached(Terms()) as (side, data, clients):

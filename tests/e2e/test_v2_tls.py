@@ -211,6 +211,7 @@ def test_an_unverified_session_is_never_resumed_where_verification_is_demanded(a
         clients.wait_for("data.dial_failed", level="error", check="name")
 
 
+@pytest.mark.programs
 def test_a_certificate_that_does_not_verify_is_refused_with_tls_2(authority: Authority) -> None:
     """Demanded, in the handshake; adopted, when the offer is read: nothing is dialled before."""
     env: Environment = {**CALM, "SSL_CERT_FILE": str(authority.crt)}
@@ -235,6 +236,7 @@ def test_a_certificate_that_does_not_verify_is_refused_with_tls_2(authority: Aut
         assert not data.has_more()
 
 
+@pytest.mark.programs
 def test_any_certificate_is_taken_with_tls_1(authority: Authority) -> None:
     with attached(Terms(1, authority.issue("elsewhere.example")), "tls=1") as (side, data, clients):
         side.admit(data.accept_socket())

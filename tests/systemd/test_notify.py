@@ -57,6 +57,7 @@ def test_a_client_is_ready_once_its_first_handshake_has_succeeded(
     notified.wait_for("READY=1")
 
 
+@pytest.mark.programs
 def test_a_process_is_ready_once_all_its_tunnels_are(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
     port = free_port()
     urls = "server://127.0.0.1:0/127.0.0.1:0?tls=0", f"client://127.0.0.1:{port}/127.0.0.1:9"
@@ -185,6 +186,7 @@ def test_a_stop_is_announced_and_asks_for_as_long_as_it_may_take(
     notified.wait_for("STATUS=stopping: ")
 
 
+@pytest.mark.programs
 def test_a_client_that_reaches_no_server_in_time_ends_and_says_what_fails(notified: NotifySocket) -> None:
     port = free_port()
     done = run(f"client://127.0.0.1:{port}/127.0.0.1:9", env=told(notified, START_TIMEOUT="2s"))

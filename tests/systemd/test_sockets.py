@@ -170,6 +170,7 @@ def test_a_socket_is_not_taken_for_another_role_than_its_name(stack: contextlib.
     assert f"127.0.0.1:{port_of(ports.tunnel)} (tcp, target)" in line
 
 
+@pytest.mark.programs
 def test_a_client_s_process_refuses_sockets(stack: contextlib.ExitStack) -> None:
     passed = listener(stack)
     code, line = complain([(UNIT, passed)], "client://127.0.0.1:9/127.0.0.1:9")
@@ -229,6 +230,7 @@ def test_a_queue_that_systemd_made_longer_than_the_program_may_stays_so(stack: c
     assert ports.datagrams.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before
 
 
+@pytest.mark.programs
 def test_a_loop_that_ended_keeps_the_watchdog_waiting_and_is_named(stack: contextlib.ExitStack) -> None:
     """Whoever shares a socket can end it for all: then nobody is let in any more, and only a restart helps."""
     ports, notified = Ports(stack), stack.enter_context(NotifySocket())
