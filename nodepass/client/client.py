@@ -124,8 +124,8 @@ class Client:
         return View(
             role="client",
             unready=self._unready(),
-            peer=connection.control.peer if connection else "",
-            wire=connection.control.version if connection else 0,
+            peers=((connection.control.peer, connection.control.version),) if connection else (),
+            places=1,
             round_trip=connection.control.round_trip if connection else None,
             pool_idle=len(connection.pool) if connection else 0,
             pool_capacity=connection.pool.capacity if connection else 0,

@@ -155,6 +155,13 @@ class Settings:
         "server: visitors that are refused, also those that ALLOW has; @FILE as for ALLOW",
         role="server",
     )
+    clients: int = setting(
+        "1",
+        count(1, 64, "clients"),
+        "limits",
+        "server: how many clients serve the tunnel at a time",
+        role="server",
+    )
     sessions_per_address: Quota = setting(
         "0",
         quota(is_rate=False),
@@ -206,8 +213,7 @@ class Settings:
         "least",
         choice("least", "round", "first"),
         "targets",
-        "client: which of several targets gets a session: of fewest sessions, in turn, or the first that answers",
-        role="client",
+        "which of several targets, or on a server clients, gets a session: of fewest sessions, in turn, or the first",
     )
     health_check: str = setting(
         "off",

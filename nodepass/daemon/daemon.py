@@ -335,7 +335,8 @@ def make_tunnels(
                 sharing = [each for each in servers if each[0].tunnel == url.tunnel]
             proxies = all_networks(each.accept_proxy for _, each in sharing)
             port_settings = replace(own, accept_proxy=proxies)
-            ports[address] = TunnelPort([each for each, _ in sharing], port_settings, log, stats, share)
+            joining, has_several = [each for each, _ in sharing], any(each.clients > 1 for _, each in sharing)
+            ports[address] = TunnelPort(joining, port_settings, log, stats, share, has_several_clients=has_several)
         rules = Rules(own, url.name)
         makers.append(partial(Server, url, ports[address], own, tunnel_keys, records, share, rules))
     return makers

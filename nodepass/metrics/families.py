@@ -6,6 +6,7 @@ during a scrape (`exposition`); nothing here runs while a tunnel works. docs/met
 
 from __future__ import annotations
 
+from collections import Counter as Counters
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -101,8 +102,8 @@ def _failures(watched: Watched) -> Samples:
 
 
 def _peer(watched: Watched) -> Samples:
-    view = watched.view
-    return [((view.peer, str(view.wire)), 1)] if view.peer else []
+    peers = Counters((peer, str(wire)) for peer, wire in watched.view.peers)  # several clients can have one address
+    return [(peer, count) for peer, count in sorted(peers.items())]
 
 
 def _info(watched: Watched) -> Samples:
@@ -144,7 +145,14 @@ FAMILIES: tuple[Number | Distribution, ...] = (
         _info,
     ),
     Gauge("nodepass_ready", "1 if a session could be served now.", (), lambda w: _one(not w.view.unready)),
-    Gauge("nodepass_peer_info", "The other end, while it is connected.", ("peer", "wire"), _peer),
+    Gauge("nodepass_peer_info", "The other ends, while they are connected.", ("peer", "wire"), _peer),
+    Gauge("nodepass_peers_connected", "Connected other ends.", (), lambda w: _one(len(w.view.peers))),
+    Gauge(
+        "nodepass_peers",
+        "Places for other ends: CLIENTS on a server.",
+        (),
+        lambda w: _one(w.view.places),
+    ),
     Gauge(
         "nodepass_round_trip_seconds",
         "Round trip of the last heartbeat; servers with a wire v2 client.",

@@ -1,4 +1,4 @@
-"""The deadlines of a tunnel's sessions: for an acknowledgement, for a byte, for the visitor's first one.
+"""The deadlines of sessions: for an acknowledgement, for a byte, for the visitor's first one.
 
 A peer that vanishes says nothing. Keepalive probes find that on a connection without traffic, but the kernel sends none
 while bytes wait for an acknowledgement: it repeats those, for about 15 minutes. TCP_USER_TIMEOUT would shorten that,
@@ -8,8 +8,8 @@ when bytes wait, and nothing has been acknowledged for long enough.
 
 All sessions are looked at, by a timer and a share at a time. One that has read from both ends since the last look costs
 two comparisons; a quiet connection costs a system call (2 microseconds). Nothing is added to the path of the bytes.
-`relay` adds the sessions and ends them; `client_slot` and `launches` each have the deadlines of one tunnel, and tell
-them when the other end of the tunnel has vanished.
+`relay` adds the sessions and ends them; `client_slot` and `launches` each have the deadlines of those with one other
+end, and tell them when that has vanished.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Session(Protocol):
 
 
 class Deadlines:
-    """The sessions of one tunnel, and how long each may wait; 0 is without limit."""
+    """Sessions with one other end of a tunnel, and how long each may wait; 0 is without limit."""
 
     def __init__(self, idle: float, first_byte: float, data_is_near: bool, bounds: Bounds | None = None) -> None:
         """`idle`: seconds without a byte either way; `first_byte`: seconds without one from the visitor.
@@ -89,6 +89,13 @@ class Deadlines:
         for watched in list(self._watched.values()):
             (watched.near if self._data_is_near else watched.far).suspect(now)
             self._check(watched, now)
+
+    def end_all(self, error: OSError) -> int:
+        """End all sessions; how many those were."""
+        sessions = list(self._watched)
+        for session in sessions:
+            session.fail(None, error)
+        return len(sessions)
 
     def _look(self) -> bool:
         now = time.monotonic()

@@ -1,14 +1,16 @@
-"""The slot: a tunnel's place for its client on the server, which one client has at a time.
+"""A slot: a place for a client of a tunnel on the server, which one client has at a time.
 
-It keeps what belongs to that client: the control connection while there is one, the pool, the flows of UDP, and the
-deadlines of TCP sessions. The slot and the listeners outlive the client, so sessions and visitors pass over a
-reconnect. It is filled by `admission`, or by `promote` for a v1 client on trial, and emptied by `release`, and nowhere
-else. A second client would be a second slot. Which slot a connection belongs to is decided by `tunnel_port`.
+It keeps what belongs to that client: the control connection while there is one, the pool, and the deadlines of TCP
+sessions. The slot and the listeners outlive the client, so sessions and visitors pass over a reconnect. It is filled by
+`admission`, or by `promote` for a v1 client on trial, and emptied by `release`, and nowhere else. A tunnel has as many
+slots as CLIENTS says; which of them a client gets, and which a visitor, is decided by `clients`, and which one a data
+connection belongs to by `tunnel_port`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,23 +18,57 @@ from collections.abc import Callable, Iterator, Sequence
 from gevent.event import AsyncResult, Event
 from gevent.lock import Semaphore
 
-from nodepass.errors import ClosedError, NoDataConnection, NoTarget, RefusedError
+from nodepass.errors import ClosedError, NoDataConnection, RefusedError
 from nodepass.log import Limit
 from nodepass.net.deadlines import Deadlines
 from nodepass.net.sockets import Endpoint, Socket, acknowledged, format_without_zone
-from nodepass.net.stream import Stream
-from nodepass.server.pool import ServerPool
-from nodepass.server.trial import Trial
+from nodepass.server.pool import Queue, ServerPool
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.tunnel.control import STOPPING, Agreement, Ending, ServerControl
 from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
-from nodepass.wire.auth import Key, unknown_key
+from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import BUSY, KEY_MISMATCH
-from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, TCP, Launch
+from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, Launch
 
-LIFE_SIGN_WITHIN = 1.0  # seconds for a client to react when another asks for its slot, at least
-ROUND_TRIPS = 4  # measured ones for the same, where that is longer
+
+class Trial:
+    """A v1 control connection without a place: it is the client only from its first data connection on.
+
+    A v1 client never says anything, and neither does a scanner or a health check; only a client opens data connections.
+    `control_listener` begins a trial and waits for its end, and `data_listener` brings the data connection.
+    """
+
+    def __init__(self, control: ServerControl, agreement: Agreement, replaces: ServerControl | None) -> None:
+        """`replaces`: the client whose place it would take, which does not respond."""
+        self.control = control
+        self.agreement = agreement
+        self.replaces = replaces
+        self.began = time.monotonic()
+        self._outcome: AsyncResult[bool] = AsyncResult()
+
+    def __repr__(self) -> str:
+        return f"<Trial {self.control.peer} {'ended' if self.is_over else 'waiting'}>"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been decided."""
+        return self._outcome.ready()
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it is the client now; not where it says something, leaves, or opens nothing for `timeout` seconds."""
+        stream = self.control.stream
+        stream.watch(self.end, False)
+        try:
+            return bool(self._outcome.wait(timeout))  # None after the timeout
+        finally:
+            stream.unwatch()
+
+    def end(self, is_client: bool) -> None:
+        """Decide; the first decision counts."""
+        if not self._outcome.ready():
+            self._outcome.set(is_client)
+
 
 Addresses = tuple[str, str] | tuple[()]  # a visitor's, and the one that it has connected to
 
@@ -41,25 +77,33 @@ class ClientSlot(Part):
     """One client's place; `control` is None while no client is connected."""
 
     def __init__(
-        self, common: Common, name: str = "", keys: Sequence[Key] = (), on_client: Callable[[], object] = int
+        self,
+        common: Common,
+        keys: Sequence[Key],
+        queue: Queue,
+        flows: VisitorFlows,
+        on_change: Callable[[], object],
+        on_client: Callable[[], object],
     ) -> None:
-        """`name`: of the tunnel; `keys`: each of which a client may prove, none where the tunnel has no key.
+        """`keys`: each of which a client may prove, none where the tunnel has no key; `queue`: of waiting sessions.
 
-        `on_client` is called when a client is served.
+        `on_change` is called when a client has come or left, or serves sessions no more, or again; `on_client` when one
+        is served.
         """
         super().__init__(common)
         self.on_client = on_client
         settings = common.settings
-        self.name = name
         self.keys = tuple(keys)
         self.control: ServerControl | None = None
-        self.pool = ServerPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
-        self.flows = VisitorFlows(common, self.launch)
+        self.pool = ServerPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity, queue)
+        self.sessions = 0  # of TCP, that the clients in this slot serve
+        self.turn = 0  # the number of its last launch, among those of the tunnel
+        self._flows = flows
+        self._on_change = on_change
         self.deadlines = Deadlines(settings.idle_timeout, settings.first_byte_timeout, data_is_near=False)
         self.trials: list[Trial] = []  # the youngest last
         self._admitting = Semaphore()
-        self._connected = Event()
-        self._left = Event()  # the opposite
+        self._left = Event()  # set while no client is connected
         self._left.set()
         self._is_stopping = False
         self._probed: ServerControl | None = None
@@ -67,7 +111,7 @@ class ClientSlot(Part):
         self._leaving: ServerControl | None = None  # was told why, and may still have to end its side
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} {self.control or 'free'}>"
+        return f"<{type(self).__name__} {self.control or 'free'}>"
 
     def stop(self, timeout: float) -> None:  # noqa: ARG002
         """Refuse clients from now on; the connected one stays."""
@@ -87,6 +131,16 @@ class ClientSlot(Part):
         return self.control.version if self.control else 0
 
     @property
+    def is_good(self) -> bool:
+        """Whether a client is connected that answers, and whose target does."""
+        return self.control is not None and self.control.target_answers and not self.control.is_doubted
+
+    @property
+    def wants_addresses(self) -> bool:
+        """Whether the connected client wants to know the visitors' addresses."""
+        return self.agreement is not None and self.agreement.wants_addresses
+
+    @property
     def client(self) -> str:
         """The address of the connected client, "" while none is."""
         return self.control.peer if self.control else ""
@@ -95,10 +149,6 @@ class ClientSlot(Part):
     def agreement(self) -> Agreement | None:
         """What was agreed with the connected client."""
         return self.control.agreement if self.control else None
-
-    def wait_for_client(self, timeout: float) -> bool:
-        """Whether a client is connected now or within `timeout` seconds."""
-        return bool(self._connected.wait(timeout))
 
     def is_client(self, peer: Endpoint) -> bool:
         """Whether a connection comes from the address of the connected client."""
@@ -115,6 +165,24 @@ class ClientSlot(Part):
             if trial.control.endpoint.host == peer.host and self.control in (None, trial.replaces):
                 return trial
         return None
+
+    @property
+    def since(self) -> float:
+        """When its client has connected (time.monotonic()); endless while none is."""
+        return self.control.since if self.control else math.inf
+
+    def describe(self) -> str:
+        """The client, its sessions and its pool, for an operator; one of several."""
+        doubted = ", does not respond" if self.control and self.control.is_doubted else ""
+        client = self.control.describe() if self.control else "none"
+        return f"{client}{doubted}, {self.sessions} sessions, {self.pool}"
+
+    def doubt(self) -> None:
+        """Give its client no session from now on, while others can serve, until it answers a heartbeat sent now."""
+        if self.control and not self.control.is_doubted:
+            self.control.is_doubted = True
+            self._on_change()
+            self._group.spawn("ask a client that is doubted", self.control.ask)
 
     @contextlib.contextmanager
     def admission(self, candidate: Candidate) -> Iterator[None]:
@@ -137,11 +205,7 @@ class ClientSlot(Part):
             if self.control:
                 raise RefusedError(BUSY, f"another client, {self.control.peer}, has taken the place meanwhile")
             yield
-            self.control = control
-            self.flows.client = control.peer
-            self.flows.sends_addresses = bool(control.agreement and control.agreement.wants_addresses)
-            self._connected.set()
-            self._left.clear()
+            self._take_in(control)
 
     @contextlib.contextmanager
     def trial(self, control: ServerControl, agreement: Agreement) -> Iterator[Trial]:
@@ -172,11 +236,15 @@ class ClientSlot(Part):
         if self.control or trial.is_over:  # others have run while the lanes ended
             trial.end(False)
             return False
-        self.control = trial.control
-        self._connected.set()
-        self._left.clear()
+        self._take_in(trial.control)
         trial.end(True)
         return True
+
+    def _take_in(self, control: ServerControl) -> None:
+        self.control = control
+        self._left.clear()
+        control.on_change = self._on_change
+        self._on_change()
 
     def dismiss(self, timeout: float) -> None:
         """Tell the client that the server stops, and wait until it has left, so that no reset overtakes that."""
@@ -197,9 +265,17 @@ class ClientSlot(Part):
             raise RefusedError(SHUTDOWN, "the server is shutting down")
         return self.control
 
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether the connected client itself has come again."""
+        return self.control is not None and self._is_same(self.control, candidate)
+
+    def responds(self) -> bool:
+        """Whether a client is connected that responds to a heartbeat now."""
+        return self.control is not None and self._probe(self.control)
+
     def _probe(self, incumbent: ServerControl) -> bool:
         """Whether the connected client responds; one probe serves all that ask meanwhile, so that no crowd queues."""
-        patience = max(LIFE_SIGN_WITHIN, ROUND_TRIPS * (incumbent.round_trip or 0.0))
+        patience = incumbent.patience
         probing = self._probing
         if self._probed is not incumbent or probing is None or probing.ready():
             self._probed, self._probing = incumbent, (probing := AsyncResult())
@@ -228,16 +304,13 @@ class ClientSlot(Part):
         self.release(incumbent, ending, REPLACED)
 
     def set_keys(self, keys: Sequence[Key]) -> bool:
-        """Take other keys, and end a client that has proven one that is gone; whether that has happened.
-
-        A tunnel that had keys and has none any more is closed to everyone, and not open.
-        """
-        self.keys = tuple(keys) or ((unknown_key(),) if self.keys else ())
+        """Take other keys, and end a client that has proven one that is gone; whether that has happened."""
+        self.keys = tuple(keys)
         agreement = self.agreement
         if not self.control or not agreement or agreement.key in (self.keys or (None,)):
             return False
         self.release(self.control, Ending(RELOAD, "its key has been removed"), RELOAD)
-        self.flows.end_all()
+        self._flows.end_all(self)
         return True
 
     def release(self, control: ServerControl, ending: Ending, bye: str = "") -> None:
@@ -256,42 +329,20 @@ class ClientSlot(Part):
             control.close(ending)
         if self.control is control:
             self.control = None
-            self._connected.clear()
             self._left.set()
             self.pool.flush("its client disconnected")
+            self._on_change()
             if control.vanished:
-                self.flows.end_all()
+                self._flows.end_all(self)
                 self.deadlines.suspect_data_connections()
             else:
-                self.flows.abandon()
+                self._flows.abandon(self)
 
-    def launch(
-        self, kind: int, timeout: float, visitor: Socket | None = None, proxied: Addresses = ()
-    ) -> tuple[str, Stream]:
-        """A data connection that the client has been told to use for a session, and its id; it is the caller's now.
+    def send_launch(self, id: str, kind: int, visitor: Socket | None = None, proxied: Addresses = ()) -> bool:
+        """Whether the client could be told to use a data connection, and the visitor's addresses if it wants them.
 
-        A client that wants them is told the visitor's addresses, which are `proxied` where a proxy has named them. If
-        the client goes away meanwhile, a connection of the next one serves as well. Raises NoDataConnection, at once
-        where no target of the client answers TCP.
+        Raises NoDataConnection where the connected client has no such sessions.
         """
-        deadline = time.monotonic() + timeout
-        while True:
-            if kind == TCP and self.control and not self.control.target_answers:
-                raise NoTarget("the client's target does not answer")
-            id, stream = self.pool.take(max(0.0, deadline - time.monotonic()))
-            try:
-                # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
-                if stream.sock.fileno() >= 0 and self._send_launch(id, kind, visitor, proxied):
-                    return id, stream
-            except BaseException:
-                stream.close()
-                raise
-            stream.close()
-            if time.monotonic() >= deadline:
-                raise NoDataConnection("the client disconnected")
-
-    def _send_launch(self, id: str, kind: int, visitor: Socket | None, proxied: Addresses) -> bool:
-        """Whether a client could be told. Raises NoDataConnection where the connected one has no such sessions."""
         agreement = self.agreement
         if not self.control or not agreement:
             return False

@@ -3,7 +3,7 @@
 Each pending connection has a greenlet of its own once it has spoken, or may be wire v1. It finds out what the
 connection is (`opening`), shakes hands, and stays with the client that is admitted until it is gone. Data connections
 are handed to `data_listener`. Which tunnel a client is for is decided by `tunnel_port`, which client is admitted by
-`client_slot`.
+`clients`.
 """
 
 from __future__ import annotations
@@ -143,14 +143,16 @@ class ControlListener(Part):
         """A v2 client: admit it, and stay with it. Raises OSError, RefusedError among them."""
         if hello.version != "2":
             raise RefusedError(VERSION, f"unsupported wire version {hello.version[:8]!r}; this server supports 1 and 2")
-        slot = self._port.find(hello)
-        control = self._control(opening.stream, peer, slot)
+        clients = self._port.find(hello)
+        control = self._control(opening.stream, peer, clients)
+        slot = None
 
         @contextlib.contextmanager
         def admission(candidate: Candidate) -> Iterator[None]:
-            assert slot, "an unknown tunnel's key cannot be proven"
+            nonlocal slot
+            assert clients, "an unknown tunnel's key cannot be proven"
             try:
-                with slot.admission(candidate):
+                with clients.admission(candidate) as slot:
                     deadline.close()  # the place is free now, so what is left is not to be cut in two
                     yield
             except gevent.Timeout as late:
@@ -158,11 +160,11 @@ class ControlListener(Part):
                     raise
                 raise RefusedError(BUSY, "it is still being found out whether another client is alive") from None
 
-        keys = self._port.keys_of(slot)
+        keys = self._port.keys_of(clients)
         try:
-            accept_client(control, hello, opening.line, keys, self._port.offer(2, slot), admission)
+            accept_client(control, hello, opening.line, keys, self._port.offer(2, clients), admission)
         except RefusedError as error:
-            if slot:
+            if clients:
                 raise
             raise RefusedError(error.reason, f"there is no tunnel {hello.name!r} at this port") from None
         assert slot
@@ -171,11 +173,12 @@ class ControlListener(Part):
 
     def _common_of(self, opening: Opening) -> Common:
         """That of the tunnel that a client has asked for, else the port's."""
-        slot = self._port.named(opening.said.name) if isinstance(opening.said, Hello) else None
-        return slot.common if slot else self.common
+        clients = self._port.named(opening.said.name) if isinstance(opening.said, Hello) else None
+        return clients.common if clients else self.common
 
-    def _control(self, stream: Stream, peer: Endpoint, slot: ClientSlot | None) -> ServerControl:
-        common = slot.common if slot else self.common
+    def _control(self, stream: Stream, peer: Endpoint, part: Part | None) -> ServerControl:
+        """On a tunnel's connection; `part`: of that tunnel."""
+        common = part.common if part else self.common
         settings = common.settings
         control = ServerControl(stream, settings.report_interval, common.log, common.stats, settings.keepalive)
         control.set_peer(peer)

@@ -18,7 +18,7 @@ from nodepass.log import Limit
 from nodepass.net.sockets import format_without_zone, wait_readable
 from nodepass.net.stream import Stream
 from nodepass.net.udp import ReplyAddress, receive_datagram, send_datagram
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
@@ -38,14 +38,14 @@ class DatagramListener(Part):
         self,
         common: Common,
         sock: socket.socket,
-        slot: ClientSlot,
+        clients: Clients,
         sessions: WorkerPool,
         policy: Policy | None = None,
     ) -> None:
         """`policy`: None where all visitors are served."""
         super().__init__(common)
         self._sock = sock
-        self._slot = slot
+        self._clients = clients
         self._sessions = sessions
         self._policy = policy
         self._access = AccessLog.of(common)
@@ -83,8 +83,8 @@ class DatagramListener(Part):
                 return
         if self._policy and not self._policy.admits(visitor.sockaddr[0], visitor):
             return
-        if self._slot.version == 2:
-            self._slot.flows.carry(self._sock, payload, visitor)
+        if self._clients.version == 2:
+            self._clients.flows.carry(self._sock, payload, visitor)
         elif self._sessions.full():
             # Waiting would stall the datagrams of other visitors.
             self._drop(payload, visitor, "limit", "SEMAPHORE_LIMIT reached")
@@ -96,11 +96,11 @@ class DatagramListener(Part):
         began = time.monotonic()
         timeout = self._settings.pool_get_timeout
         largest = self._settings.udp_data_buf_size
-        if not self._slot.wait_for_client(timeout):
+        if not self._clients.wait_for_client(timeout):
             because = f"no data connection within {format_duration(timeout)}, no client is connected"
             self._drop(payload, visitor, "unserved", because)
-        elif self._slot.version == 2:
-            self._slot.flows.carry(self._sock, payload, visitor)
+        elif self._clients.version == 2:
+            self._clients.flows.carry(self._sock, payload, visitor)
         elif not payload:
             self._drop(payload, visitor, "empty", "empty, which wire v1 cannot carry")
         elif len(payload) > largest:
@@ -118,7 +118,7 @@ class DatagramListener(Part):
         timeout = self._settings.pool_get_timeout
         visit = self._begin_visit(visitor, began)
         try:
-            id, data = self._slot.launch(UDP, timeout)
+            id, data, slot = self._clients.launch(UDP, timeout)
         except NoDataConnection:
             self._stats.udp.ended["unserved"] += 1
             if visit:
@@ -126,7 +126,7 @@ class DatagramListener(Part):
             self._drop(question, visitor, "unserved", f"no data connection within {format_duration(timeout)}")
             return
         if visit:
-            visit.session, visit.client = id, self._slot.client
+            visit.session, visit.client = id, slot.client
         log, udp, outcome = self._log.session(id), self._stats.udp, "unanswered"
         log.debug("datagram.received", "visitor %(visitor)s sent %(size)d bytes", visitor=visitor, size=len(question))
         udp.begin()

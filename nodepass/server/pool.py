@@ -1,31 +1,77 @@
 """The server's pool: any live data connection serves a session, so an idle one has no name that matters.
 
 A client says nothing on a data connection before its launch. An idle connection that becomes readable is therefore
-dead, and is closed. `visitor_listener` and the flows of UDP take connections, through `client_slot`; `data_listener`
-adds them.
+dead, and is closed. Each client of a tunnel has a pool, and sessions wait in one queue for all of them: `clients` takes
+connections, for `visitor_listener` and the flows of UDP; `data_listener` adds them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tunnel.pool import Capacity, Pool, Waiter
 
+Found = tuple[str, Stream]  # a connection's id, and the connection, which is the caller's now
+
 INSISTS_AFTER = 8  # intervals in a row in which the client replaced what was trimmed; then its larger pool is accepted
 
 
-class ServerPool(Pool):
-    """Hands out any live connection, the newest first; new ones go to the session that has waited longest."""
+class Queue:
+    """The sessions of a tunnel that wait for a data connection, the longest wait first."""
 
-    def __init__(self, log: Log, stats: Stats, lowest: int, highest: int) -> None:
+    def __init__(self) -> None:
+        self.withheld: set[ServerPool] = set()  # of clients that serve no session while another client can
+        self._waiting: dict[PoolWaiter, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def serves(self, pool: ServerPool) -> bool:
+        """Whether a session waits for a connection of this pool."""
+        return bool(self._waiting) and pool not in self.withheld
+
+    def pop(self) -> PoolWaiter:
+        """The session that has waited longest, and waits no more."""
+        waiter = next(iter(self._waiting))
+        del self._waiting[waiter]
+        return waiter
+
+    def wait(self, timeout: float) -> tuple[ServerPool, Found]:
+        """The next connection, and its pool. Raises NoDataConnection after `timeout` seconds.
+
+        It comes closed if the pool's `flush` ran after it was given and before the return.
+        """
+        waiter = PoolWaiter()
+        self._waiting[waiter] = None
+        try:
+            found = waiter.wait(timeout, f"no data connection within {timeout:g}s")
+            assert waiter.pool is not None
+            return waiter.pool, found
+        finally:
+            self._waiting.pop(waiter, None)
+            if waiter.pool is not None:
+                waiter.pool.forget(waiter)
+
+
+class PoolWaiter(Waiter):
+    """A session in the queue, and the pool that has given it a connection."""
+
+    pool: ServerPool | None = None
+
+
+class ServerPool(Pool):
+    """Hands out any live connection, the newest first; a new one goes to the session that has waited longest."""
+
+    def __init__(self, log: Log, stats: Stats, lowest: int, highest: int, queue: Queue) -> None:
         super().__init__(Capacity(lowest, highest, stats), {}, log, stats)
-        self._waiting: dict[Waiter, None] = {}  # in the order they came
-        self._given: dict[Waiter, Stream] = {}  # to a waiter that has not run since
+        self.on_lost: Callable[[], object] = int  # called when an idle connection has proven dead
+        self._queue = queue
+        self._given: dict[PoolWaiter, Stream] = {}  # to a waiter that has not run since
         self._taken = 0  # in this interval
         self._trimmed = 0  # in the interval before
         self._replaced = 0  # intervals in a row in which the client replaced what had been trimmed
@@ -44,47 +90,54 @@ class ServerPool(Pool):
         """Take over a connection that is ready for its session."""
         self._capacity.count_created()
         self._is_supplied, self._last_idle = True, time.monotonic()
-        if self._waiting:
-            waiter = next(iter(self._waiting))
-            del self._waiting[waiter]
+        if self._queue.serves(self):
             self._taken += 1
-            self._given[waiter] = stream
-            waiter.give(id, stream)
+            self._give(id, stream)
         else:
             if old := self._idle.pop(id, None):
                 self._close(id, old, "replaced", "its id was given again")
             self._idle[id] = stream
             self._start_watching(id, stream, self._watch(id, stream))
 
-    def take(self, timeout: float) -> tuple[str, Stream]:
-        """A live connection and its id; it is the caller's now. Raises NoDataConnection after `timeout` seconds.
+    def take(self) -> Found | None:
+        """The newest idle connection that is alive; None where there is none.
 
-        One that was waited for comes closed if `flush` ran after it was given and before the return.
+        One that proves dead can have them all withheld: its client may be dead.
         """
-        while self._idle:
+        while self._idle and self not in self._queue.withheld:
             id = next(reversed(self._idle))
             if self._idle[id].peek() is None:
                 self._taken += 1
                 self._last_idle = time.monotonic()
-                self._stats.pool_waits.observe(0.0)
                 stream = self._idle.pop(id)
                 stream.unwatch()
                 return id, stream
             self._lose(id)
-        if self._capacity.count_found_empty():
+        return None
+
+    def note_empty(self) -> None:
+        """A session would have taken a connection, and there was none."""
+        if self._capacity.note_empty():
             self.end_interval()
-        began = time.monotonic()
-        waiter = Waiter()
-        self._waiting[waiter] = None
-        try:
-            return waiter.wait(timeout, f"no data connection within {timeout:g}s")
-        except NoDataConnection:
-            self._is_supplied = False
-            raise
-        finally:
-            self._waiting.pop(waiter, None)
-            self._given.pop(waiter, None)
-            self._stats.pool_waits.observe(time.monotonic() - began)
+
+    def serve_waiting(self) -> None:
+        """Give what is idle to sessions that wait: it was withheld from them until now."""
+        while self._queue.serves(self) and (found := self.take()):
+            self._give(*found)
+
+    def forget(self, waiter: PoolWaiter) -> None:
+        """A session has got what it was given."""
+        self._given.pop(waiter, None)
+
+    def note_unserved(self) -> None:
+        """A session has waited in vain."""
+        self._is_supplied = False
+
+    def _give(self, id: str, stream: Stream) -> None:
+        waiter = self._queue.pop()
+        self._given[waiter] = stream
+        waiter.pool = self
+        waiter.give(id, stream)
 
     def flush(self, because: str) -> None:
         """Close all that is idle or given: these connections belong to a client that has gone."""
@@ -129,3 +182,4 @@ class ServerPool(Pool):
         self._stats.trouble["idle_connections_lost"] += 1
         self._last_idle = time.monotonic()
         self._close(id, self._idle.pop(id), "dead", "dead")
+        self.on_lost()

@@ -1,7 +1,7 @@
 """The server: opens the listeners of one tunnel, makes the parts that serve them, and starts, stops and closes those.
 
 Its client and that one's data connections come through `tunnel_port`, which tunnels of different names share; visitors
-come to `visitor_listener` and `datagram_listener`, which ask `visitors.policy`; what they meet in is `client_slot`. The
+come to `visitor_listener` and `datagram_listener`, which ask `visitors.policy`; what they meet in is `clients`. The
 process calls a server as `tunnel.interface` says.
 """
 
@@ -17,19 +17,20 @@ from gevent.event import AsyncResult, Event
 
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ServerURL, UnixPath
+from nodepass.errors import ClosedError
 from nodepass.log import Limit, literal
 from nodepass.net.activation import Share
 from nodepass.net.listen import BACKLOG, close_all, listen_both, port_of
 from nodepass.net.sockets import format_sockaddr
 from nodepass.net.unix import UnixListener
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.server.control_listener import ControlListener
 from nodepass.server.data_listener import DataListener
 from nodepass.server.datagram_listener import DatagramListener
 from nodepass.server.tunnel_port import TunnelPort
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.tasks import TaskGroup, WorkerPool
-from nodepass.tunnel.control import GOODBYE, MISSED_HEARTBEATS, ServerControl
+from nodepass.tunnel.control import GOODBYE, MISSED_HEARTBEATS
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, TARGET, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
 from nodepass.tunnel.rates import Rates
@@ -74,25 +75,20 @@ class Server:
         self._policy = Policy.of(self._common, rules)
         present = keys()
         self._security = SecurityLog(security_of(url, bool(present)), log)
-        self._slot = ClientSlot(self._common, url.tunnel_name, present, self._report_security)
-        self._slot.flows.policy = self._policy
+        self._clients = Clients(self._common, url.tunnel_name, present, self._report_security)
+        self._clients.flows.policy = self._policy
         self._visitors: list[socket.socket] = []  # listeners
         self._datagrams: list[socket.socket] = []  # sockets
         self._unix: UnixListener | None = None  # the one of the visitors' listeners, where that is a Unix socket
         self._parts: list[Part] = []  # from `start` on
 
-    @property
-    def control(self) -> ServerControl | None:
-        """The control connection to the client, while one is connected."""
-        return self._slot.control
-
     def start(self) -> None:
         """Open every listener. Raises ListenError."""
-        self._port.join(self._slot, self._failed.set_exception)
+        self._port.join(self._clients, self._failed.set_exception)
         try:
             self._visitors, self._datagrams = self._open_target()
         except BaseException:
-            self._port.leave(self._slot)
+            self._port.leave(self._clients)
             raise
         if not self.url.tunnel.port:
             tunnel = Address(self.url.tunnel.host, port_of(self._port.tunnel))
@@ -124,7 +120,7 @@ class Server:
         The connected client and the UDP sockets stay for as long as sessions need them.
         """
         cut = stop_parts(self._parts, self.sessions, timeout)
-        self._slot.dismiss(GOODBYE)
+        self._clients.dismiss(GOODBYE)
         return cut
 
     def close(self) -> None:
@@ -135,19 +131,19 @@ class Server:
             closing.callback(close_all, self._visitors)
             if self._unix:
                 closing.callback(self._unix.close)
-            closing.callback(self._port.leave, self._slot)
+            closing.callback(self._port.leave, self._clients)
             closing.callback(self.sessions.kill)
             for part in reversed(self._parts):
                 closing.callback(part.close)
 
     def _make_parts(self) -> list[Part]:
         """All parts, in the order in which they stop: first what lets in clients, then what lets in visitors."""
-        common, slot, policy = self._common, self._slot, self._policy
+        common, clients, policy = self._common, self._clients, self._policy
         parts: list[Part] = [
-            slot,
-            *(DatagramListener(common, sock, slot, self.sessions, policy) for sock in self._datagrams),
-            VisitorListener(common, self._visitors, slot, self.sessions, policy),
-            slot.flows,
+            clients,
+            *(DatagramListener(common, sock, clients, self.sessions, policy) for sock in self._datagrams),
+            VisitorListener(common, self._visitors, clients, self.sessions, policy),
+            clients.flows,
             Loop(common, "watch data connections", self._watch_supply),
             Loop(common, "report", self._report),
         ]
@@ -171,9 +167,14 @@ class Server:
 
     def reload(self) -> None:
         """Read the files of visitors and of the certificate again, and take the keys that the tunnel has now."""
-        if self._slot.set_keys(self._keys()):
+        if revoked := self._clients.set_keys(self._keys()):
+            if self._clients.connected:
+                error = ClosedError("the client's key has been removed")
+                cut = sum(slot.deadlines.end_all(error) for slot in revoked)
+            else:
+                cut = self.sessions.kill()
             words = "cut %(sessions)d sessions of the client whose key has been removed"
-            self.log.warning("client.revoked", words, sessions=self.sessions.kill())
+            self.log.warning("client.revoked", words, sessions=cut)
         if self._policy:
             self._policy.reload()
         if self._port.certificate:
@@ -184,34 +185,34 @@ class Server:
         return f"{self.status()}, {self.stats}"
 
     def status(self) -> str:
-        """How it is now, for an operator: its client, its pool, its sessions and flows."""
-        slot = self._slot
-        client = slot.control.describe() if slot.control else "none"
+        """How it is now, for an operator: its clients, their pools, its sessions and flows."""
         carried = name_protocols(self._settings.protocols)
-        sessions = f"{len(self.sessions)} sessions, {len(slot.flows)} flows{carried}"
-        return f"client {client}, {slot.pool}, {sessions}, security: {summarize(self._security.of(slot.control))}"
+        sessions = f"{len(self.sessions)} sessions, {len(self._clients.flows)} flows{carried}"
+        security = summarize(self._security.of(self._clients.newest))
+        return f"{self._clients.describe()}, {sessions}, security: {security}"
 
     def unhealthy_reason(self) -> str:
         """Why a restart is needed, or ""."""
         ended = next(filter(None, (part.find_ended() for part in self._parts)), "") or self._port.find_ended()
-        return ended or (self.control.unhealthy_reason() if self.control else "")
+        return ended or next(filter(None, (each.unhealthy_reason() for each in self._clients.controls)), "")
 
     def view(self) -> View:
         """As `Tunnel.view`."""
-        control, pool = self._slot.control, self._slot.pool
+        clients, controls = self._clients, self._clients.controls
+        trips = [each.round_trip for each in controls if each.round_trip is not None]
         return View(
             role="server",
             unready=self._unready(),
-            peer=control.endpoint.host if control else "",  # its port changes with each reconnect
-            wire=control.version if control else 0,
-            round_trip=control.round_trip if control else None,
-            pool_idle=len(pool),
-            pool_capacity=pool.capacity,
+            peers=tuple((each.endpoint.host, each.version) for each in controls),  # a port changes with each reconnect
+            places=len(clients.slots),
+            round_trip=max(trips, default=None),
+            pool_idle=sum(len(slot.pool) for slot in clients.slots),
+            pool_capacity=sum(slot.pool.capacity for slot in clients.connected or clients.slots[:1]),
             slots_used=len(self.sessions),
             slots=self._settings.semaphore_limit,
-            flows=len(self._slot.flows),
+            flows=len(clients.flows),
             certificate_expiry=self._port.certificate.identity.expiry if self._port.certificate else None,
-            security=self._security.of(control),
+            security=self._security.of(clients.newest),
             protocols=self._settings.protocols,
             rates=self._settings.rates,
             traffic_used=self._meter.used if self._meter else None,
@@ -219,12 +220,15 @@ class Server:
         )
 
     def _unready(self) -> str:
-        control = self.control
-        if not control:
+        connected = self._clients.connected
+        if not connected:
             return "no client is connected"
-        if self._slot.pool.is_lacking(MISSED_HEARTBEATS * self._beat):
+        supplied = [slot for slot in connected if not slot.pool.is_lacking(MISSED_HEARTBEATS * self._beat)]
+        if not supplied:
             return NO_DATA_CONNECTIONS
-        return "" if control.target_answers else "the client's target does not answer"
+        if any(slot.control and slot.control.target_answers for slot in supplied):
+            return ""
+        return "the client's target does not answer"
 
     def _watch_supply(self) -> None:
         """Log once that no data connections come from the client, and once that they come again."""
@@ -232,13 +236,14 @@ class Server:
         while True:
             gevent.sleep(self._beat)
             is_lacking = self._unready() == NO_DATA_CONNECTIONS
-            if is_lacking and seen is self.control and not is_reported:  # one that has just connected gets its time
+            newest = self._clients.newest
+            if is_lacking and seen is newest and not is_reported:  # one that has just connected gets its time
                 is_reported = True
                 self._report_lacking()
-            elif is_reported and self.control and not is_lacking:
+            elif is_reported and newest and not is_lacking:
                 is_reported = False
                 self.log.info("data.restored", "data connections come from the client again", RARELY)
-            seen = self.control if is_lacking else None
+            seen = newest if is_lacking else None
 
     def _report_lacking(self) -> None:
         words = "no data connections come from the client, so visitors are not served"
@@ -253,12 +258,13 @@ class Server:
         self.log.warning("data.missing", words, RARELY, port=port)
 
     def _report_security(self) -> None:
-        self._security.report(self.control)
+        self._security.report(self._clients.newest)
 
     def _report(self) -> None:
         while True:
             gevent.sleep(self._settings.report_interval)
-            self._slot.pool.end_interval()
+            for slot in self._clients.connected or self._clients.slots[:1]:
+                slot.pool.end_interval()
             self.log.report_suppressed()
             self.log.debug("tunnel.report", literal(self.describe()), **report_fields(self.view(), self.stats))
 

@@ -2,7 +2,7 @@
 
 It opens and closes the listeners, has the certificate, and knows the tunnels by name; a connection's opening says which
 of them it is for. `control_listener` and `data_listener` serve its connections and ask it what they are for; `server`
-makes those two, joins with its `client_slot` and leaves again. The port opens with the first tunnel and closes with the
+makes those two, joins with its `clients` and leaves again. The port opens with the first tunnel and closes with the
 last one. What happens before a connection has said which tunnel it is for is counted and logged with the tunnel that
 opened the port.
 """
@@ -25,9 +25,9 @@ from nodepass.log import Log
 from nodepass.net.activation import Share
 from nodepass.net.listen import close_all, listen_in_range, listen_tcp, port_of
 from nodepass.net.sockets import Endpoint, Socket
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.client_slot import ClientSlot, Trial
+from nodepass.server.clients import Clients
 from nodepass.server.pending import PendingConnections
-from nodepass.server.trial import Trial
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement
@@ -63,10 +63,19 @@ class Membership(NamedTuple):
 class TunnelPort:
     """One tunnel port of the process; its tunnels have the same tls, crt, key and settings of the port's scope."""
 
-    def __init__(self, urls: Sequence[ServerURL], settings: Settings, log: Log, stats: Stats, share: Share) -> None:
+    def __init__(
+        self,
+        urls: Sequence[ServerURL],
+        settings: Settings,
+        log: Log,
+        stats: Stats,
+        share: Share,
+        *,
+        has_several_clients: bool = False,
+    ) -> None:
         """`urls`: of all tunnels that will join; `settings`: of one of them, because those used here are the same.
 
-        Raises ConfigError where the certificate is not usable.
+        `has_several_clients`: one of the tunnels does. Raises ConfigError where the certificate is not usable.
         """
         self.url = urls[0]
         self.certificate: ServerCertificate | None = None
@@ -76,13 +85,13 @@ class TunnelPort:
         if settings.accept_proxy:
             self.proxies = Proxies(settings.accept_proxy, settings.handshake_timeout, "tunnel port", log)
         self.only_slot: ClientSlot | None = None  # the one tunnel's, where data connections can be for no other
-        self._is_shared = len(urls) > 1
+        self._is_shared = len(urls) > 1 or has_several_clients
         self._serves_v1 = any(not url.tunnel_name and url.wire != "2" for url in urls)
         self._settings = settings
         self._log = log
         self._stats = stats
         self._share = share
-        self._members: dict[ClientSlot, Callable[[Exception], object]] = {}
+        self._members: dict[Clients, Callable[[Exception], object]] = {}
         self._parts: list[Part] = []
         self._has_crashed = False
         self._changing = Semaphore()  # opening and closing let other greenlets run
@@ -110,25 +119,29 @@ class TunnelPort:
     @property
     def slots(self) -> list[ClientSlot]:
         """Those of the tunnels that have joined."""
-        return list(self._members)
+        return [slot for clients in self._members for slot in clients.slots]
 
     @property
     def v1_slot(self) -> ClientSlot | None:
-        """The tunnel that v1 clients are for: the one without a name, if it has no key and WIRE allows it."""
+        """The slot for a v1 client: of the tunnel without a name, if it has one client, no key, and WIRE allows it.
+
+        Several v1 clients could not be told apart.
+        """
         if not self._serves_v1:
             return None
-        return next((slot for slot in self._members if not slot.name and not slot.keys), None)
+        tunnels = (each for each in self._members if not each.name and not each.keys and len(each.slots) == 1)
+        return next((each.slots[0] for each in tunnels), None)
 
     # Tunnels
 
-    def join(self, slot: ClientSlot, fail: Callable[[Exception], object]) -> None:
+    def join(self, clients: Clients, fail: Callable[[Exception], object]) -> None:
         """Serve this tunnel, too; `fail` is called with a crash of the port. Raises ListenError at the first one."""
         with self._changing:
             if self._has_crashed or not self._members:
                 self._close()
                 self._open()
-            self._members[slot] = fail
-            self.only_slot = None if self.uses_sid else slot
+            self._members[clients] = fail
+            self.only_slot = None if self.uses_sid else clients.slots[0]
 
     def run(self, make_parts: Callable[[Common, TunnelPort], list[Part]]) -> None:
         """Begin to accept, unless it does so already, with the parts that are made then."""
@@ -138,12 +151,12 @@ class TunnelPort:
             for part in self._parts:
                 part.start()
 
-    def leave(self, slot: ClientSlot) -> None:
+    def leave(self, clients: Clients) -> None:
         """The reverse of `join`."""
         with self._changing:
-            if self.only_slot is slot:
+            if self.only_slot in clients.slots:
                 self.only_slot = None
-            if self._members.pop(slot, None) and not self._members:
+            if self._members.pop(clients, None) and not self._members:
                 self._close()
 
     def find_ended(self) -> str:
@@ -175,31 +188,31 @@ class TunnelPort:
 
     # What a connection is for
 
-    def named(self, name: str) -> ClientSlot | None:
+    def named(self, name: str) -> Clients | None:
         """The tunnel of this name."""
-        return next((slot for slot in self._members if slot.name == name), None)
+        return next((each for each in self._members if each.name == name), None)
 
-    def find(self, hello: Hello) -> ClientSlot | None:
+    def find(self, hello: Hello) -> Clients | None:
         """The tunnel that a client asks for; None for an unknown one that is challenged all the same.
 
         Raises RefusedError where no tunnel of the port has a key, so that nothing is given away.
         """
-        slot = self.named(hello.name)
-        if slot or any(each.keys for each in self._members):
-            return slot
+        clients = self.named(hello.name)
+        if clients or any(each.keys for each in self._members):
+            return clients
         raise RefusedError(UNKNOWN_NAME, f"there is no tunnel {hello.name!r} at this port")
 
-    def keys_of(self, slot: ClientSlot | None) -> Sequence[Key]:
+    def keys_of(self, clients: Clients | None) -> Sequence[Key]:
         """What a client must prove; an unknown tunnel has a random key."""
-        return slot.keys if slot else (self._unknown_key,)
+        return clients.keys if clients else (self._unknown_key,)
 
-    def offer(self, version: int, slot: ClientSlot | None = None) -> Offer:
-        """What an admitted client of this tunnel is told, but for the proof of a key."""
+    def offer(self, version: int, part: Part | None = None) -> Offer:
+        """What an admitted client of a tunnel is told, but for the proof of a key; `part`: of that tunnel."""
         port = port_of(self.data or self.tunnel)
         if version == 1:
             return Offer(port, self.url.tls)
         lowest, highest = HEARTBEATS
-        settings = slot.common.settings if slot else self._settings
+        settings = part.common.settings if part else self._settings
         heartbeat = min(highest, max(lowest, round(1000 * settings.report_interval)))
         return Offer(port, self.url.tls, heartbeat, os.urandom(16).hex() if self.uses_sid else "", self.mux)
 
@@ -212,7 +225,7 @@ class TunnelPort:
 
     def find_sid(self, sid: str) -> Membership | None:
         """The client whose offer had this sid."""
-        for slot in self._members:
+        for slot in self.slots:
             agreement = slot.agreement
             if agreement and agreement.offer.sid == sid:
                 return Membership(slot, agreement)
@@ -231,7 +244,7 @@ class TunnelPort:
 
     def expects(self, peer: Endpoint) -> bool:
         """Whether a data connection from this address can belong to a client; one with a key may come from anywhere."""
-        return any(slot.agreement_with(peer) for slot in self._members) or self.find_v1(peer) is not None
+        return any(slot.agreement_with(peer) for slot in self.slots) or self.find_v1(peer) is not None
 
     # Behind proxies
 

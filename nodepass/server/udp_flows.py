@@ -1,18 +1,21 @@
-"""The server's end of UDP lanes: one flow per visitor's address, carried by a lane of the connected client.
+"""The server's end of UDP lanes: one flow per visitor's address, carried by a lane of one of the connected clients.
 
-`datagram_listener` brings datagrams; `client_slot` launches the data connections that become lanes, and says when a
-client has gone. What both ends share is in `tunnel.udp`.
+`datagram_listener` brings datagrams; `clients` launches the data connections that become lanes, and chooses whose;
+`client_slot` says when a client has gone. What both ends share is in `tunnel.udp`.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import gevent
+from gevent import Greenlet, killall
 
 from nodepass.config.hostport import IP
 from nodepass.errors import NoDataConnection, reason
@@ -34,12 +37,42 @@ REFUSED_PAUSE = 1.0  # and seconds before it is asked again: each lane costs a d
 LAST_NUMBER = 0xFFFFFFFF  # of a flow; then 1 follows
 
 
+class LaneClient(Protocol):
+    """A place for a client, as flows see it."""
+
+    @property
+    def control(self) -> object | None:
+        """None while no client is connected."""
+
+    @property
+    def client(self) -> str:
+        """The connected client's address."""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it can serve."""
+
+    @property
+    def wants_addresses(self) -> bool:
+        """Whether it wants to know the visitors' addresses."""
+
+
+class ServerLane(Lane):
+    """A lane, and whose it is once it has been launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot: LaneClient | None = None
+        self.client = ""  # its address
+        self.task: Greenlet[..., None] | None = None
+
+
 @dataclass(eq=False, slots=True)
 class VisitorFlow:
     """The datagrams of one visitor's address, both ways."""
 
     number: int
-    lane: Lane
+    lane: ServerLane
     sock: socket.socket
     visitor: ReplyAddress
     network: str
@@ -54,14 +87,13 @@ class VisitorFlow:
 
 
 class VisitorFlows(Part):
-    """Carries visitors' datagrams to the client, and its answers back. `carry` never blocks."""
+    """Carries visitors' datagrams to the clients, and their answers back. `carry` never blocks."""
 
-    def __init__(self, common: Common, launch: Callable[[int, float], tuple[str, Stream]]) -> None:
+    def __init__(self, common: Common, launch: Callable[[int, float], tuple[str, Stream, LaneClient]]) -> None:
         super().__init__(common)
         settings = common.settings
         self.policy: Policy | None = None  # None: all visitors are served
-        self.client = ""  # the address of the one that was connected last
-        self.sends_addresses = False  # that client wants the addresses of visitors
+        self.slots: Sequence[LaneClient] = ()  # of the tunnel
         self._launch = launch
         self._access = AccessLog.of(common)
         self._up = DatagramRate.of(common.rates.up, "RATE_UP", self._log, self._stats)
@@ -73,8 +105,8 @@ class VisitorFlows(Part):
         )
         self._by_number: dict[int, VisitorFlow] = {}
         self._last_number = 0
-        self._lanes: list[Lane] = []
-        self._refused: list[Lane] = []  # lately; they still count as lanes
+        self._lanes: list[ServerLane] = []  # that run
+        self._refused: list[ServerLane] = []  # lately; they still count as lanes
 
     def start(self) -> None:
         self._start_loop("sweep flows", self._table.sweep_forever)
@@ -97,7 +129,7 @@ class VisitorFlows(Part):
             self._table.end(lambda each: each.lane is lost, "lost")
             flow = None
         if flow is None:
-            if len(self._refused) >= self._settings.udp_lanes:
+            if len(self._refused) >= self._most_lanes:
                 words = "a datagram of %(size)d bytes from %(visitor)s: the client serves no lanes (is UDP=off there?)"
                 drop_datagram(self._log, self._stats, "lane_missing", words, size=len(payload), visitor=visitor)
                 return
@@ -120,19 +152,34 @@ class VisitorFlows(Part):
             words = "a datagram of %(size)d bytes from %(visitor)s: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(payload), visitor=flow.visitor)
 
-    def abandon(self) -> None:
-        """Put new flows on new lanes: the client is replaced. Its flows stay with it while it takes their datagrams."""
+    def count_by_slot(self) -> Counter[LaneClient | None]:
+        """How many flows the clients carry."""
+        counts: Counter[LaneClient | None] = Counter()
         for lane in self._lanes:
-            lane.orphaned = True
-        self._lanes.clear()
-        self._refused.clear()
+            counts[lane.slot] += lane.flows
+        return counts
 
-    def end_all(self) -> None:
-        """End every lane, and with it its flows."""
-        self._tasks.kill()
-        self._table.end(lambda _: True, "lost")  # a lane that was killed before it ran has ended none of its own
-        self._lanes.clear()
-        self._refused.clear()
+    def abandon(self, slot: LaneClient) -> None:
+        """Put new flows on other lanes: the client in this slot has left, or is replaced.
+
+        Its flows stay with it while it takes their datagrams.
+        """
+        for lane in self._lanes:
+            lane.orphaned = lane.orphaned or lane.slot is slot
+        self._refused = [lane for lane in self._refused if lane.slot is not slot]
+
+    def end_all(self, slot: LaneClient | None = None) -> None:
+        """End every lane, or those of the client in this slot, and with them their flows."""
+
+        def is_meant(lane: ServerLane) -> bool:
+            return slot is None or lane.slot is slot
+
+        lanes = [lane for lane in self._lanes if is_meant(lane)]
+        killall([lane.task for lane in lanes if lane.task])
+        # A lane that was killed before it ran has ended none of its own.
+        self._table.end(lambda flow: is_meant(flow.lane), "lost")
+        self._lanes = [lane for lane in self._lanes if not is_meant(lane)]
+        self._refused = [lane for lane in self._refused if not is_meant(lane)]
 
     def _begin(self, sock: socket.socket, visitor: ReplyAddress, counted: IP | None) -> VisitorFlow:
         number = self._free_number()
@@ -140,21 +187,21 @@ class VisitorFlows(Part):
         flow.lane.flows += 1
         self._table.add(flow)
         self._by_number[number] = flow
-        if self.sends_addresses or self._access:
-            self._note_addresses(flow)
+        wants_addresses = any(slot.wants_addresses for slot in self.slots)
+        if wants_addresses or self._access:
+            self._note_addresses(flow, wants_addresses)
         self._stats.udp.begin()
         words = "flow %(flow)d opened: visitor %(visitor)s, %(flows)d flows"
         self._log.debug("flow.opened", words, flow=number, visitor=visitor, flows=len(self))
         return flow
 
-    def _note_addresses(self, flow: VisitorFlow) -> None:
-        """Have the client and the access log know the visitor's address and the one that it sent to."""
+    def _note_addresses(self, flow: VisitorFlow, is_wanted: bool) -> None:
+        """Have the client, if one of them wants that, and the access log know the two addresses of a flow."""
         local = format_without_zone(flow.visitor.local(flow.sock.getsockname()[1]))
         visitor = format_without_zone(flow.visitor.sockaddr)
         if self._access:
             flow.visit = self._access.begin("udp", time.monotonic(), visitor, local)
-            flow.visit.client = self.client
-        if self.sends_addresses and not flow.lane.announce(flow.number, visitor, local):
+        if is_wanted and not flow.lane.announce(flow.number, visitor, local):
             words = "the addresses of flow %(flow)d: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, flow=flow.number)
 
@@ -165,25 +212,31 @@ class VisitorFlows(Part):
             if self._last_number not in self._by_number:
                 return self._last_number
 
-    def _lane(self) -> Lane:
+    @property
+    def _most_lanes(self) -> int:
+        return self._settings.udp_lanes * max(1, sum(1 for slot in self.slots if slot.control))
+
+    def _lane(self) -> ServerLane:
         """The lane of a new flow: a new one while there are fewer than allowed, then the least busy."""
-        alive = [lane for lane in self._lanes if not lane.ended]
-        if len(alive) + len(self._refused) < self._settings.udp_lanes:
-            lane = Lane()
+        alive = [lane for lane in self._lanes if not lane.ended and not lane.orphaned]
+        if len(self.slots) > 1:  # those of clients that can serve, if there are any
+            alive = [lane for lane in alive if lane.slot is None or lane.slot.is_good] or alive
+        if len(alive) + len(self._refused) < self._most_lanes:
+            lane = ServerLane()
             self._lanes.append(lane)
-            self._tasks.spawn("lane", self._run, lane)
+            lane.task = self._tasks.spawn("lane", self._run, lane)
             return lane
         return min(alive, key=lambda lane: lane.flows)
 
-    def _run(self, lane: Lane) -> None:
+    def _run(self, lane: ServerLane) -> None:
         cut, opened = "no data connection", 0.0
         try:
-            id, stream = self._launch(LANE, self._settings.pool_get_timeout)
+            id, stream, lane.slot = self._launch(LANE, self._settings.pool_get_timeout)
             opened = time.monotonic()
-            lane.id = id
+            lane.id, lane.client = id, lane.slot.client
             log = self._log.session(id)
             words = "lane opened, %(lanes)d of %(maximum)d"
-            log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._settings.udp_lanes)
+            log.debug("lane.opened", words, lanes=len(self._lanes), maximum=self._most_lanes)
             cut = lane.run(stream, partial(self._deliver, lane))
             log.debug("lane.closed", "lane closed: %(error)s", error=cut or "no flows are left")
         except NoDataConnection as error:
@@ -191,17 +244,16 @@ class VisitorFlows(Part):
             drop_datagram(self._log, self._stats, "lane_missing", words, flows=lane.flows, error=error)
         finally:
             lane.ended = True
-            is_current = lane in self._lanes
-            if is_current:
+            if lane in self._lanes:
                 self._lanes.remove(lane)
             self._table.end(lambda flow: flow.lane is lane, "lost" if cut else "completed")
-        if cut and is_current and time.monotonic() - opened < REFUSED_WITHIN:
+        if cut and not lane.orphaned and time.monotonic() - opened < REFUSED_WITHIN:
             self._refused.append(lane)
             gevent.sleep(REFUSED_PAUSE)
             if lane in self._refused:
                 self._refused.remove(lane)
 
-    def _deliver(self, lane: Lane, number: int, payload: bytes) -> None:
+    def _deliver(self, lane: ServerLane, number: int, payload: bytes) -> None:
         flow = self._by_number.get(number)
         if not flow or flow.lane is not lane:
             words = "a reply of %(size)d bytes: its flow has ended"
@@ -228,6 +280,7 @@ class VisitorFlows(Part):
             rate.end(flow)
         self._stats.udp.end(outcome)
         if flow.visit:
+            flow.visit.client = flow.lane.client
             flow.visit.session = flow.lane.name_flow(flow.number)
             flow.visit.end(outcome)
         if self.policy and flow.counted:

@@ -2,7 +2,7 @@
 
 At the limit the next visitor waits in the kernel's queue. Behind a proxy, `visitors.proxies` says who the visitor is.
 Which visitors are served is decided by `visitors.policy`: one that is refused is reset before it costs the client
-anything. Where a data connection comes from is decided by `client_slot`; bytes are moved by `net.relay`.
+anything. Where a data connection comes from is decided by `clients`; bytes are moved by `net.relay`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nodepass.net.listen import accept_forever, accept_waiting, close_all
 from nodepass.net.relay import relay
 from nodepass.net.sockets import Endpoint, Socket, format_without_zone
 from nodepass.net.stream import TCPStream
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
@@ -43,14 +43,14 @@ class VisitorListener(Part):
         self,
         common: Common,
         listeners: list[socket.socket],
-        slot: ClientSlot,
+        clients: Clients,
         sessions: WorkerPool,
         policy: Policy | None = None,
     ) -> None:
         """`policy`: None where all visitors are served."""
         super().__init__(common)
         self._listeners = listeners
-        self._slot = slot
+        self._clients = clients
         self._sessions = sessions
         self._policy = policy
         self._access = AccessLog.of(common)
@@ -117,20 +117,22 @@ class VisitorListener(Part):
             if self._policy and not (counted := self._policy.begin(peer.host, peer, visit)):
                 return
             proxied = (str(peer), str(local)) if local else ()
-            id, data = self._slot.launch(TCP, self._settings.pool_get_timeout, sock, proxied)
+            id, data, slot = self._clients.launch(TCP, self._settings.pool_get_timeout, sock, proxied)
+            slot.sessions += 1
             try:
                 if visit:
-                    visit.session, visit.client = id, self._slot.client
+                    visit.session, visit.client = id, slot.client
                 log = self._log.session(id)
                 log.debug("visitor.connected", "visitor %(visitor)s connected", visitor=peer)
-                if self._slot.version == 1 and visitor.peek() is False:
+                if slot.version == 1 and visitor.peek() is False:
                     gevent.sleep(HEAD_START)
                 with kernel_buffers.share(sock, data.sock):
                     on_end = visit.end_relayed if visit else None
-                    traffic = relay(visitor, data, self._stats, began, self._slot.deadlines, on_end, self._rates)
+                    traffic = relay(visitor, data, self._stats, began, slot.deadlines, on_end, self._rates)
                 words = "visitor %(visitor)s: " + traffic.SENTENCE
                 log.debug("session.closed", words, visitor=peer, **traffic.fields())
             finally:
+                slot.sessions -= 1
                 data.close()
         except NoDataConnection as error:
             outcome = self._report_unserved(peer, error)
@@ -153,7 +155,7 @@ class VisitorListener(Part):
         if isinstance(error, NoTarget):
             outcome, why = "unreachable", "target_down"
             words = "closed visitor %(visitor)s: the client's target does not answer"
-        elif not self._slot.control:
+        elif not self._clients.connected:
             words, why = f"{words}, no client is connected", "no_client"
         self._stats.tcp.ended[outcome] += 1
         timeout = format_duration(self._settings.pool_get_timeout)

@@ -44,6 +44,8 @@ from nodepass.wire.signals import (
 
 MISSED_HEARTBEATS = 3  # in a row; then the peer is given up
 GOODBYE = 1.0  # seconds for a dismissed peer to end its side
+LIFE_SIGN_WITHIN = 1.0  # seconds for a client to react to a heartbeat, at least,
+ROUND_TRIPS = 4  # and measured ones for the same, where that is longer
 _PROBE_STEP = 0.01  # seconds between two checks for a reaction to a probe
 
 # One read takes at most so many bytes per turn of the event loop, so that a peer that floods does not hold up others;
@@ -287,6 +289,9 @@ class ServerControl(Control):
     def __init__(self, stream: Stream, interval: float, log: Log, stats: Stats, keepalive: float = KEEPALIVE) -> None:
         super().__init__(stream, interval, log, stats, keepalive)
         self.target_answers = True  # as the client's last heartbeat says
+        self.is_doubted = False  # it gets no session while another client can serve, until its next answer
+        self.since = time.monotonic()
+        self.on_change: Callable[[], object] = int  # called when one of the first two has changed
         self._unanswered: deque[float] = deque(maxlen=MISSED_HEARTBEATS)  # when heartbeats went out (time.monotonic())
         self._answers = 0
         self._count_idle: Callable[[], int] = int
@@ -303,6 +308,21 @@ class ServerControl(Control):
                 self._beat_once()
         except OSError as error:
             self.close(Ending("failed", f"heartbeat failed: {reason(error)}"))
+
+    @property
+    def patience(self) -> float:
+        """Seconds within which a client reacts to a heartbeat."""
+        return max(LIFE_SIGN_WITHIN, ROUND_TRIPS * (self.round_trip or 0.0))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a v2 client has left a heartbeat unanswered for longer."""
+        return bool(self._unanswered) and time.monotonic() - self._unanswered[0] > self.patience
+
+    def ask(self) -> None:
+        """Send a heartbeat out of turn."""
+        with contextlib.suppress(OSError):  # the reader reports it
+            self._beat_once()
 
     def shows_life(self, timeout: float) -> bool:
         """Whether the client reacts to a heartbeat within `timeout` seconds: in v2 it answers, in v1 TCP does."""
@@ -354,8 +374,12 @@ class ServerControl(Control):
         if answer.ok != self.target_answers:
             self._unanswered.clear()  # the client may have said so unasked: then this is no round trip, nor is the next
             self._report_target(answer.ok)
+            self.on_change()
         elif self._unanswered:
             self.round_trip = time.monotonic() - self._unanswered.popleft()
+        if self.is_doubted and not self.is_late:
+            self.is_doubted = False
+            self.on_change()
 
     def _report_target(self, answers: bool) -> None:
         self.target_answers = answers

@@ -16,7 +16,6 @@ from nodepass.config.kinds import Rate
 from nodepass.log import Log
 from nodepass.stats import Stats
 from nodepass.tasks import WorkerPool
-from nodepass.tunnel.control import Control
 from nodepass.tunnel.security import Security, summarize
 
 # What a server listens for. A socket unit of systemd may name its sockets so (FileDescriptorName=).
@@ -41,9 +40,9 @@ class View:
 
     role: str  # server or client
     unready: str  # why it could not serve a session now, or ""
-    peer: str  # the other end's address, or "" while it is not connected
-    wire: int  # the version that both ends speak, or 0 while it is not connected
-    round_trip: float | None  # seconds
+    peers: tuple[tuple[str, int], ...]  # the address of each other end that is connected, and its version of the wire
+    places: int  # for other ends
+    round_trip: float | None  # seconds; of several the longest
     pool_idle: int  # data connections
     pool_capacity: int
     slots_used: int  # of SEMAPHORE_LIMIT
@@ -56,6 +55,16 @@ class View:
     traffic_used: int | None  # bytes of this day or month, where TRAFFIC_LIMIT is set
     traffic_limit: int | None  # bytes
     targets: tuple[TargetState, ...] = ()  # of a client
+
+    @property
+    def peer(self) -> str:
+        """The addresses of the other ends, "" while none is connected."""
+        return ", ".join(host for host, _ in self.peers)
+
+    @property
+    def wire(self) -> int:
+        """The version of the wire that both ends speak, 0 while none is connected."""
+        return max((version for _, version in self.peers), default=0)
 
 
 def name_protocols(protocols: Sequence[str]) -> str:
@@ -111,10 +120,6 @@ class Tunnel(Observed, Protocol):
 
     stats: Stats
     sessions: WorkerPool
-
-    @property
-    def control(self) -> Control | None:
-        """The control connection to its peer, while there is one."""
 
     def start(self) -> None:
         """Open what must be open from the beginning. Raises ListenError."""

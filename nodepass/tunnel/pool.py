@@ -68,8 +68,12 @@ class Capacity:
         self._stats.data_connections += 1
 
     def count_found_empty(self) -> bool:
-        """A session found no connection; whether to end the interval now, since the pool was refilled once in it."""
+        """As `note_empty`, counted."""
         self._stats.found_empty += 1
+        return self.note_empty()
+
+    def note_empty(self) -> bool:
+        """A session found no connection; whether to end the interval now, since the pool was refilled once in it."""
         self._found_empty = True
         return self.created >= self.size
 

@@ -21,6 +21,7 @@ from nodepass.net.sockets import as_plain
 from nodepass.net.stream import TCPStream
 from nodepass.server import control_listener
 from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.server.control_listener import ControlListener
 from nodepass.server.data_listener import DataListener
 from nodepass.server.server import make_port_parts
@@ -66,17 +67,17 @@ def make_common(stack: ExitStack, **settings: Any) -> Common:
     return Common(Settings(**settings), log, stats, TaskGroup(log, stats, on_crash=crashes.append))
 
 
-def make_slot(stack: ExitStack, *keys: Key, **settings: Any) -> tuple[Common, ClientSlot]:
-    """A slot without a client, and its flows."""
+def make_clients(stack: ExitStack, *keys: Key, **settings: Any) -> tuple[Common, Clients]:
+    """The slots of a tunnel, without clients."""
     common = make_common(stack, **settings)
-    return common, start_slot(stack, ClientSlot(common, "", keys))
+    return common, start_clients(stack, Clients(common, "", keys))
 
 
-def start_slot(stack: ExitStack, slot: ClientSlot) -> ClientSlot:
-    """Start a slot and its flows, and close them with `stack`."""
-    start(stack, slot.flows)
-    start(stack, slot)
-    return slot
+def start_clients(stack: ExitStack, clients: Clients) -> Clients:
+    """Start a tunnel's slots and flows, and close them with `stack`."""
+    start(stack, clients.flows)
+    start(stack, clients)
+    return clients
 
 
 AnyPart = Any
@@ -130,11 +131,12 @@ class OpenPort:
         common = self.common
         self.port = TunnelPort(urls, common.settings, common.log, common.stats, NOTHING)
         self.crashes: list[Exception] = []
-        self.slots = [ClientSlot(common, name, its_keys) for name, its_keys in keys_by_name.items()]
-        for slot in self.slots:
-            self.port.join(slot, self.crashes.append)
-            stack.callback(self.port.leave, slot)
-            start_slot(stack, slot)
+        self.tunnels = [Clients(common, name, its_keys) for name, its_keys in keys_by_name.items()]
+        for clients in self.tunnels:
+            self.port.join(clients, self.crashes.append)
+            stack.callback(self.port.leave, clients)
+            start_clients(stack, clients)
+        self.slots = [clients.slots[0] for clients in self.tunnels]
         self.slot = self.slots[0]
         self.port.run(make_port_parts)
         self.control_listener, self.data_listener = self._find(ControlListener), self._find(DataListener)
@@ -175,7 +177,7 @@ class OpenPort:
         return {why: number for why, number in self.common.stats.data_failures.items() if number}
 
 
-def occupy(stack: ExitStack, slot: ClientSlot, agreement: Agreement = V2) -> tuple[Ends, ServerControl]:
+def occupy(stack: ExitStack, slot: ClientSlot | Clients, agreement: Agreement = V2) -> tuple[Ends, ServerControl]:
     """Put a client into a slot."""
     ends = connect_ends(stack)
     control = ends.server_control()

@@ -187,7 +187,7 @@ def test_flows_are_the_visitors_and_answers_go_to_the_socket_that_came_last(stac
     data.sendall(encode_frame(1, b"to a") + encode_frame(2, b"to b"))
     assert one.recv(100) == b"to b"
     assert two.recv(100) == b"to a"
-    assert len(port.slot.flows) == 3
+    assert len(port.clients.flows) == 3
 
 
 def test_a_flow_begins_with_the_addresses_of_the_header(stack: ExitStack) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import gevent
 import pytest
@@ -15,7 +16,7 @@ from nodepass.log import Log
 from nodepass.net.pump import _Gathering
 from nodepass.net.relay import relay
 from nodepass.net.stream import Data, TCPStream
-from nodepass.server.pool import ServerPool
+from nodepass.server.pool import Queue, ServerPool
 from nodepass.stats import Stats
 from nodepass.tunnel.udp import Lane
 from tests.unit.streams import tcp_pair
@@ -70,9 +71,9 @@ class Unreadable(TCPStream):
         raise Bug
 
 
-@pytest.mark.parametrize("kind", [ClientPool, ServerPool])
+@pytest.mark.parametrize("kind", [ClientPool, partial(ServerPool, queue=Queue())], ids=["client", "server"])
 def test_a_bug_in_watching_an_idle_connection_ends_that_connection_only_and_is_reported(
-    stack: ExitStack, kind: type[ClientPool | ServerPool]
+    stack: ExitStack, kind: Callable[..., ClientPool | ServerPool]
 ) -> None:
     stats = Stats()
     pool = kind(Log("test"), stats, 2, 64)

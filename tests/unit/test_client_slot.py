@@ -9,21 +9,18 @@ import gevent
 import pytest
 from gevent import Greenlet, socket
 
-from nodepass.errors import ClosedError, NoDataConnection, RefusedError
+from nodepass.errors import ClosedError, RefusedError
 from nodepass.net.sockets import Endpoint
-from nodepass.server import client_slot as module
-from nodepass.server.client_slot import ClientSlot
-from nodepass.server.trial import Trial
-from nodepass.tunnel.control import CLOSED, STOPPING, Agreement, Ending, ServerControl
+from nodepass.server.client_slot import ClientSlot, Trial
+from nodepass.tunnel import control as module
+from nodepass.tunnel.control import CLOSED, STOPPING, Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate
 from nodepass.wire.auth import Key, SessionKey
 from nodepass.wire.negotiation import Offer
-from nodepass.wire.signals import LANE, TCP
-from tests.unit.controls import V1, V2, Ends, connect_ends, is_closed, read_line, run, until
+from tests.unit.controls import V1, V2, Ends, connect_ends, read_line, run, until
 from tests.unit.keys import KEY as OLD_KEY
 from tests.unit.keys import NEXT_KEY as NEW_KEY
-from tests.unit.servers import PATIENT, SOON, a_server_room, connect, fill, listen_on, make_slot, occupy
-from tests.unit.streams import tcp_pair
+from tests.unit.servers import PATIENT, SOON, a_server_room, connect, fill, listen_on, make_clients, occupy
 
 ONE, OTHER = "0" * 16, "1" * 16
 """What clients call themselves."""
@@ -44,7 +41,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
 
 @pytest.fixture
 def slot(stack: ExitStack) -> ClientSlot:
-    return make_slot(stack)[1]
+    return make_clients(stack)[1].slots[0]
 
 
 def from_elsewhere(stack: ExitStack) -> Ends:
@@ -74,24 +71,15 @@ def serve(stack: ExitStack, ends: Ends, control: ServerControl, agreement: Agree
     run(stack, list, ends.client_control(agreement).signals(lambda: True))
 
 
-def launch(stack: ExitStack, slot: ClientSlot, kind: int = TCP) -> str:
-    """The id of the data connection of a launch that succeeds."""
-    id, stream = slot.launch(kind, PATIENT)
-    stack.callback(stream.close)
-    assert stream.peek() is None
-    return id
-
-
 # Admission
 
 
 def test_a_free_slot_is_given_to_the_first_client(stack: ExitStack, slot: ClientSlot) -> None:
-    assert (slot.version, repr(slot)) == (0, "<ClientSlot '' free>")
-    assert not slot.wait_for_client(0)
+    assert (slot.version, repr(slot)) == (0, "<ClientSlot free>")
     _, control = occupy(stack, slot)
     assert slot.control is control
-    assert (slot.version, slot.wait_for_client(0)) == (2, True)
-    assert repr(slot) == f"<ClientSlot '' {control!r}>"
+    assert slot.version == 2
+    assert repr(slot) == f"<ClientSlot {control!r}>"
 
 
 def test_another_client_is_refused_while_the_first_is_alive(stack: ExitStack, slot: ClientSlot) -> None:
@@ -107,7 +95,7 @@ def test_another_client_is_refused_while_the_first_is_alive(stack: ExitStack, sl
 
 def test_another_client_is_refused_with_a_key_as_well(stack: ExitStack) -> None:
     """Having the key is no right to another's place."""
-    _, slot = make_slot(stack, OLD_KEY)
+    slot = make_clients(stack, OLD_KEY)[1].slots[0]
     ends, incumbent = occupy(stack, slot, agreed(ONE, OLD_KEY))
     serve(stack, ends, incumbent)
     _, asking = ask_for(stack, slot, agreed(OTHER, OLD_KEY))
@@ -170,7 +158,7 @@ def test_without_a_key_only_a_client_of_the_same_address_is_the_same(stack: Exit
 
 
 def test_with_a_key_the_same_client_may_come_again_from_anywhere(stack: ExitStack) -> None:
-    _, slot = make_slot(stack, OLD_KEY)
+    slot = make_clients(stack, OLD_KEY)[1].slots[0]
     ends, incumbent = occupy(stack, slot, agreed(ONE, OLD_KEY))
     serve(stack, ends, incumbent)
     control, asking = ask_for(stack, slot, agreed(ONE, OLD_KEY), from_elsewhere(stack))
@@ -209,7 +197,6 @@ def test_a_client_whose_handshake_fails_does_not_get_the_slot(stack: ExitStack, 
     with pytest.raises(BrokenPipeError), slot.admission(Candidate(control, ONE, None)):
         raise BrokenPipeError
     assert slot.control is None
-    assert not slot.wait_for_client(0)
 
 
 def test_clients_are_admitted_one_after_another(stack: ExitStack, slot: ClientSlot) -> None:
@@ -310,7 +297,6 @@ def test_a_client_on_trial_becomes_the_client_once(stack: ExitStack, slot: Clien
         assert slot.promote(trial), "its other data connections ask as well"
         assert waiting.get() is True
     assert slot.control is trial.control
-    assert slot.wait_for_client(0)
 
 
 def test_no_client_is_on_trial_where_the_place_is_taken(stack: ExitStack, slot: ClientSlot) -> None:
@@ -355,7 +341,7 @@ def test_of_two_clients_that_take_the_place_of_a_silent_one_only_the_first_has_i
     monkeypatch.setattr(module, "LIFE_SIGN_WITHIN", SOON)
     occupy(stack, slot, agreed(ONE))
     with on_trial(stack, slot) as (_, trial), monkeypatch.context() as patch:
-        patch.setattr(slot.flows, "end_all", lambda: occupy(stack, slot, agreed(OTHER)))
+        patch.setattr(slot._flows, "end_all", lambda _: occupy(stack, slot, agreed(OTHER)))
         assert not slot.promote(trial)
         assert trial.is_over
     assert slot.control
@@ -368,7 +354,7 @@ def test_a_client_on_trial_that_takes_the_place_first_keeps_it(
     monkeypatch.setattr(module, "LIFE_SIGN_WITHIN", SOON)
     occupy(stack, slot, agreed(ONE))
     with on_trial(stack, slot) as (_, trial), monkeypatch.context() as patch:
-        patch.setattr(slot.flows, "end_all", lambda: slot.promote(trial))
+        patch.setattr(slot._flows, "end_all", lambda _: slot.promote(trial))
         with pytest.raises(RefusedError) as refused:
             occupy(stack, slot, agreed(OTHER))
         assert refused.value.reason == "busy"
@@ -425,7 +411,6 @@ def test_a_released_slot_is_free_and_its_idle_connections_are_closed(stack: Exit
     [peer] = fill(stack, slot, "00000001")
     slot.release(control, CLOSED)
     assert slot.control is None
-    assert not slot.wait_for_client(0)
     assert len(slot.pool) == 0
     assert peer.recv(1) == b""
     assert control.ending == CLOSED
@@ -464,7 +449,7 @@ def test_a_v1_client_is_not_told_why(stack: ExitStack, slot: ClientSlot) -> None
 def test_a_client_stays_while_the_key_that_it_has_proven_is_there(
     stack: ExitStack, keys: list[Key], stays: bool
 ) -> None:
-    _, slot = make_slot(stack, OLD_KEY)
+    slot = make_clients(stack, OLD_KEY)[1].slots[0]
     ends, control = occupy(stack, slot, agreed(ONE, OLD_KEY))
     assert slot.set_keys(keys) is not stays
     assert (OLD_KEY in slot.keys) is stays
@@ -472,13 +457,6 @@ def test_a_client_stays_while_the_key_that_it_has_proven_is_there(
     if not stays:
         assert read_line(ends.client) == b"//bye?reason=reload\n"
         assert control.ending.reason == "reload"
-
-
-def test_a_tunnel_whose_last_key_is_removed_is_closed_and_not_open(stack: ExitStack) -> None:
-    _, slot = make_slot(stack, OLD_KEY)
-    slot.set_keys([])
-    [key] = slot.keys
-    assert key not in (OLD_KEY, NEW_KEY)
 
 
 def test_a_client_without_a_key_ends_where_one_is_required_now(stack: ExitStack, slot: ClientSlot) -> None:
@@ -493,7 +471,7 @@ def test_a_client_whose_key_goes_while_it_waits_for_its_turn_is_not_admitted(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LIFE_SIGN_WITHIN", SOON)
-    _, slot = make_slot(stack, OLD_KEY)
+    slot = make_clients(stack, OLD_KEY)[1].slots[0]
     occupy(stack, slot, agreed(ONE, OLD_KEY))
     _, asking = ask_for(stack, slot, agreed(OTHER, OLD_KEY))
     gevent.sleep(0)
@@ -516,95 +494,8 @@ def test_without_a_key_data_connections_must_come_from_the_clients_address(stack
 
 
 def test_with_a_key_data_connections_may_come_from_anywhere(stack: ExitStack) -> None:
-    _, slot = make_slot(stack, OLD_KEY)
+    slot = make_clients(stack, OLD_KEY)[1].slots[0]
     elsewhere = Endpoint(socket.AF_INET, ("192.0.2.1", 4711))
     assert slot.agreement_with(elsewhere) is None
     _, control = occupy(stack, slot, agreed(ONE, OLD_KEY))
     assert slot.agreement_with(elsewhere) is control.agreement
-
-
-# Launches
-
-
-def test_a_launch_names_the_data_connection_that_it_returns(stack: ExitStack, slot: ClientSlot) -> None:
-    ends, _ = occupy(stack, slot)
-    fill(stack, slot, "00000001")
-    assert launch(stack, slot) == "00000001"
-    assert read_line(ends.client) == b"//00000001#1\n"
-
-
-def test_a_launch_waits_for_a_data_connection(stack: ExitStack, slot: ClientSlot) -> None:
-    occupy(stack, slot)
-    launching = run(stack, launch, stack, slot)
-    gevent.sleep(0)
-    assert not launching.ready()
-    fill(stack, slot, "00000001")
-    assert launching.get() == "00000001"
-
-
-def test_a_launch_gives_up_after_its_timeout(slot: ClientSlot) -> None:
-    with pytest.raises(NoDataConnection):
-        slot.launch(TCP, SOON)
-
-
-def test_a_lane_is_not_launched_at_a_v1_client(stack: ExitStack, slot: ClientSlot) -> None:
-    occupy(stack, slot, V1)
-    [peer] = fill(stack, slot, "00000001")
-    with pytest.raises(NoDataConnection, match="no lanes"):
-        slot.launch(LANE, PATIENT)
-    assert peer.recv(1) == b""
-
-
-def test_a_launch_that_cannot_be_sent_waits_for_the_next_client(stack: ExitStack, slot: ClientSlot) -> None:
-    _, control = occupy(stack, slot)
-    control.close(Ending("failed", "it is broken"))
-    [lost] = fill(stack, slot, "00000001")
-    launching = run(stack, launch, stack, slot)
-    assert lost.recv(1) == b"", "its client would wait for it in vain"
-    slot.release(control, CLOSED)
-    ends, _ = occupy(stack, slot)
-    fill(stack, slot, "00000002")
-    assert launching.get() == "00000002"
-    assert read_line(ends.client) == b"//00000002#1\n"
-
-
-def test_no_client_is_told_of_a_connection_of_the_client_before_it(stack: ExitStack, slot: ClientSlot) -> None:
-    """The connection arrives for a waiting visitor, and before that one runs again the client is replaced."""
-    before, old = occupy(stack, slot)
-    launching = run(stack, launch, stack, slot)
-    after = connect_ends(stack)
-    control = after.server_control()
-    stream, lost = stack.enter_context(tcp_pair())
-    slot.pool.add("00000001", stream)  # from here on no other greenlet runs
-    slot.release(old, STOPPING)
-    with slot.admission(Candidate(control, "", None)):
-        control.agree(V2)
-    assert is_closed(lost), "the client before would wait for it in vain"
-    fill(stack, slot, "00000002")
-    assert launching.get() == "00000002"
-    assert read_line(after.client) == b"//00000002#1\n"
-    assert is_closed(before.client)
-
-
-@pytest.mark.parametrize("wants", [True, False])
-def test_a_launch_carries_the_visitors_addresses_where_the_client_wants_them(
-    stack: ExitStack, slot: ClientSlot, wants: bool
-) -> None:
-    ends, _ = occupy(stack, slot, Agreement(Offer(10102, 0, 5000), wants_addresses=wants))
-    fill(stack, slot, "00000001")
-    stream, visitor = stack.enter_context(tcp_pair())
-    _, data = slot.launch(TCP, PATIENT, stream.sock)
-    stack.callback(data.close)
-    source, target = (f"127.0.0.1:{name[1]}" for name in (visitor.getsockname(), visitor.getpeername()))
-    query = f"?from={source}&to={target}" if wants else ""
-    assert read_line(ends.client) == f"//00000001{query}#1\n".encode()
-
-
-def test_a_launch_for_a_visitor_that_has_left_carries_no_addresses(stack: ExitStack, slot: ClientSlot) -> None:
-    ends, _ = occupy(stack, slot, Agreement(Offer(10102, 0, 5000), wants_addresses=True))
-    fill(stack, slot, "00000001")
-    stream, _ = stack.enter_context(tcp_pair())
-    stream.close()
-    _, data = slot.launch(TCP, PATIENT, stream.sock)
-    stack.callback(data.close)
-    assert read_line(ends.client) == b"//00000001#1\n"

@@ -15,8 +15,9 @@ from gevent import socket
 from nodepass.errors import TLSError
 from nodepass.log import Limit, Log
 from nodepass.net.sockets import Endpoint
-from nodepass.server import client_slot, control_listener
+from nodepass.server import control_listener
 from nodepass.server import opening as opening_module
+from nodepass.tunnel import control as control_module
 from nodepass.tunnel.control import Agreement
 from nodepass.wire.auth import Key, SessionKey, Transcript
 from nodepass.wire.negotiation import Auth, Challenge, DataHello, Hello, Offer, parse_opening, without_mac
@@ -110,7 +111,7 @@ def test_another_client_is_refused_while_the_first_is_alive(stack: ExitStack) ->
 
 
 def test_another_client_replaces_one_that_does_not_respond(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_slot, "LIFE_SIGN_WITHIN", SOON)
+    monkeypatch.setattr(control_module, "LIFE_SIGN_WITHIN", SOON)
     port = OpenPort(stack)
     silent = port.connect(hello(ONE))
     take_offer(silent)
@@ -290,7 +291,7 @@ def test_a_client_that_has_waited_for_its_turn_for_too_long_is_told_that_the_pla
     """What it had to say it has said."""
     port = OpenPort(stack, *keys, handshake_timeout=5 * SOON)
     occupy(stack, port.slot, Agreement(Offer(10102, 0, 5000), client=TWO, key=keys[0] if keys else None))
-    monkeypatch.setattr(client_slot, "LIFE_SIGN_WITHIN", 5)
+    monkeypatch.setattr(control_module, "LIFE_SIGN_WITHIN", 5)
     said = hello(ONE)
     peer = port.connect(said)
     if keys:

@@ -318,8 +318,8 @@ def test_each_tunnel_has_the_keys_of_its_name() -> None:
         "client://localhost:10101/localhost:1?name=web",
         keys=keys,
     )
-    assert first._slot.keys == (Key("one secret of a tunnel"),)
-    assert web._slot.keys == (Key("one of web's secrets", "web"), Key("another of web's secrets", "web"))
+    assert first._clients.keys == (Key("one secret of a tunnel"),)
+    assert web._clients.keys == (Key("one of web's secrets", "web"), Key("another of web's secrets", "web"))
     assert isinstance(client, Client)
 
 

@@ -13,7 +13,7 @@ from nodepass.config.settings import rows
 from nodepass.config.urls import Address
 from nodepass.net.listen import close_all, listen_udp
 from nodepass.server import datagram_listener as module
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.server.datagram_listener import DatagramListener
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.control import Agreement
@@ -23,7 +23,7 @@ from nodepass.visitors.rules import Rules
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 from nodepass.wire.negotiation import Offer
 from tests.unit.controls import V1, V2, read_line, until
-from tests.unit.servers import PATIENT, a_server_room, fill, make_slot, occupy, start
+from tests.unit.servers import PATIENT, a_server_room, fill, make_clients, occupy, start
 
 SOON = 0.05  # seconds
 LARGEST = 100
@@ -42,18 +42,19 @@ class Port:
     def __init__(self, stack: ExitStack, limit: int = 10, **settings: object) -> None:
         self._stack = stack
         self.common: Common
-        self.slot: ClientSlot
+        self.clients: Clients
         settings = {"udp_data_buf_size": LARGEST, "udp_read_timeout": PATIENT, **settings}
-        self.common, self.slot = make_slot(stack, **settings)
+        self.common, self.clients = make_clients(stack, **settings)
+        self.slot = self.clients.slots[0]
         self.sessions = WorkerPool(self.common.log, self.common.stats, limit)
         sockets = listen_udp(Address("127.0.0.1", 0), "target")
         stack.callback(close_all, sockets)
         stack.callback(self.sessions.kill)
         self.sock = sockets[0]
-        policy = self.slot.flows.policy = Policy.of(self.common, Rules(self.common.settings, "server"))
+        policy = self.clients.flows.policy = Policy.of(self.common, Rules(self.common.settings, "server"))
         self.listener: DatagramListener = start(
             stack,
-            DatagramListener(self.common, self.sock, self.slot, self.sessions, policy),
+            DatagramListener(self.common, self.sock, self.clients, self.sessions, policy),
         )
 
     def visitor(self, source: str = "127.0.0.1") -> socket.socket:
@@ -75,8 +76,8 @@ class Port:
 
 def test_with_a_v1_client_a_data_connection_carries_a_datagram_and_its_answer(stack: ExitStack) -> None:
     port = Port(stack)
-    client, _ = occupy(stack, port.slot, V1)
-    [data] = fill(stack, port.slot, "00000001")
+    client, _ = occupy(stack, port.clients, V1)
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     visitor = port.visitor()
     visitor.send(b"question")
     assert read_line(client.client) == b"//00000001#2\n"
@@ -91,8 +92,8 @@ def test_with_a_v1_client_a_data_connection_carries_a_datagram_and_its_answer(st
 
 def test_a_v1_client_that_closes_without_an_answer_leaves_the_visitor_without_one(stack: ExitStack) -> None:
     port = Port(stack)
-    occupy(stack, port.slot, V1)
-    [data] = fill(stack, port.slot, "00000001")
+    occupy(stack, port.clients, V1)
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     port.visitor().send(b"question")
     assert data.recv(100) == b"question"
     data.close()
@@ -105,8 +106,8 @@ def test_a_v1_client_that_closes_without_an_answer_leaves_the_visitor_without_on
 )
 def test_an_answer_that_cannot_be_read_is_counted(stack: ExitStack, answer: bytes, ended: bool) -> None:
     port = Port(stack)
-    occupy(stack, port.slot, V1)
-    [data] = fill(stack, port.slot, "00000001")
+    occupy(stack, port.clients, V1)
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     port.visitor().send(b"question")
     assert data.recv(100) == b"question"
     if ended:
@@ -123,14 +124,14 @@ def test_an_answer_that_cannot_be_read_is_counted(stack: ExitStack, answer: byte
 )
 def test_a_datagram_that_wire_v1_cannot_carry_is_dropped(stack: ExitStack, payload: bytes, reason: str) -> None:
     port = Port(stack)
-    occupy(stack, port.slot, V1)
+    occupy(stack, port.clients, V1)
     port.visitor().send(payload)
     until(lambda: port.drops == {reason: 1})
 
 
 def test_at_the_limit_a_datagram_is_dropped_and_not_waited_with(stack: ExitStack) -> None:
     port = Port(stack, limit=1)
-    occupy(stack, port.slot, V1)
+    occupy(stack, port.clients, V1)
     visitor = port.visitor()
     visitor.send(b"waits for a data connection")
     until(port.sessions.full)
@@ -140,7 +141,7 @@ def test_at_the_limit_a_datagram_is_dropped_and_not_waited_with(stack: ExitStack
 
 def test_without_a_data_connection_a_datagram_is_dropped(stack: ExitStack) -> None:
     port = Port(stack, pool_get_timeout=SOON)
-    occupy(stack, port.slot, V1)
+    occupy(stack, port.clients, V1)
     port.visitor().send(b"question")
     until(lambda: port.drops == {"unserved": 1})
     assert port.common.stats.udp.ended["unserved"] == 1
@@ -160,8 +161,8 @@ def test_a_datagram_waits_for_a_client_of_either_version(stack: ExitStack, agree
     port = Port(stack)
     port.visitor().send(b"question")
     until(lambda: len(port.sessions) == 1)
-    occupy(stack, port.slot, agreement)  # type: ignore[arg-type]
-    [data] = fill(stack, port.slot, "00000001")
+    occupy(stack, port.clients, agreement)  # type: ignore[arg-type]
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     received = data.recv(100)
     assert received == (b"question" if agreement is V1 else encode_frame(1, b"question"))
 
@@ -171,8 +172,8 @@ def test_a_datagram_waits_for_a_client_of_either_version(stack: ExitStack, agree
 
 def test_with_a_v2_client_datagrams_go_on_a_lane_and_take_no_session(stack: ExitStack) -> None:
     port = Port(stack, udp_lanes=1)
-    client, _ = occupy(stack, port.slot)
-    [data] = fill(stack, port.slot, "00000001")
+    client, _ = occupy(stack, port.clients)
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     visitors = [port.visitor() for _ in range(3)]
     for visitor in visitors:
         visitor.send(b"question")
@@ -190,8 +191,8 @@ def test_with_a_v2_client_datagrams_go_on_a_lane_and_take_no_session(stack: Exit
 @pytest.mark.parametrize("wants", [True, False])
 def test_a_flow_begins_with_its_addresses_where_the_client_wants_them(stack: ExitStack, wants: bool) -> None:
     port = Port(stack)
-    occupy(stack, port.slot, Agreement(Offer(10102, 0, 5000), wants_addresses=wants))
-    [data] = fill(stack, port.slot, "00000001")
+    occupy(stack, port.clients, Agreement(Offer(10102, 0, 5000), wants_addresses=wants))
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     visitor = port.visitor()
     source, target = (f"127.0.0.1:{name[1]}" for name in (visitor.getsockname(), visitor.getpeername()))
     expected = encode_addresses(1, source, target) if wants else b""
@@ -211,39 +212,39 @@ def test_a_flow_begins_with_its_addresses_where_the_client_wants_them(stack: Exi
 def test_a_refused_datagram_is_dropped_and_takes_nothing(stack: ExitStack, agreement: Agreement | None) -> None:
     port = Port(stack, deny=rows()["deny"].kind.parse("127.0.0.2"))
     if agreement:
-        occupy(stack, port.slot, agreement)
-        fill(stack, port.slot, "00000001")
+        occupy(stack, port.clients, agreement)
+        fill(stack, port.clients.slots[0], "00000001")
     port.visitor("127.0.0.2").send(b"question")
     refused = port.common.stats.visitors_refused
     until(lambda: refused["denied"] == 1)
-    assert (len(port.sessions), len(port.slot.flows), len(port.slot.pool)) == (0, 0, bool(agreement))
+    assert (len(port.sessions), len(port.clients.flows), len(port.clients.slots[0].pool)) == (0, 0, bool(agreement))
     port.visitor().send(b"question")
-    until(lambda: len(port.sessions) + len(port.slot.flows) == 1)
+    until(lambda: len(port.sessions) + len(port.clients.flows) == 1)
     assert refused.total() == 1
 
 
 def test_flows_of_one_address_are_limited_until_they_end(stack: ExitStack) -> None:
     port = Port(stack, sessions_per_address=rows()["sessions_per_address"].kind.parse("2"))
-    occupy(stack, port.slot)
-    fill(stack, port.slot, "00000001")
+    occupy(stack, port.clients)
+    fill(stack, port.clients.slots[0], "00000001")
     refused, visitors = port.common.stats.visitors_refused, [port.visitor() for _ in range(3)]
     for visitor in visitors:
         visitor.send(b"question")
     until(lambda: refused["address_sessions"] == 1)
     visitors[0].send(b"a flow that runs goes on")
     port.visitor("127.0.0.2").send(b"another address")
-    until(lambda: len(port.slot.flows) == 3)
-    port.slot.flows.end_all()
-    until(lambda: len(port.slot.flows) == 0)
+    until(lambda: len(port.clients.flows) == 3)
+    port.clients.flows.end_all()
+    until(lambda: len(port.clients.flows) == 0)
     visitors[2].send(b"question")
-    until(lambda: len(port.slot.flows) == 1)
+    until(lambda: len(port.clients.flows) == 1)
     assert refused.total() == 1
 
 
 def test_with_a_v1_client_datagrams_of_one_address_are_limited_while_they_are_served(stack: ExitStack) -> None:
     port = Port(stack, sessions_per_address=rows()["sessions_per_address"].kind.parse("1"))
-    occupy(stack, port.slot, V1)
-    one, other = fill(stack, port.slot, "00000001", "00000002")
+    occupy(stack, port.clients, V1)
+    one, other = fill(stack, port.clients.slots[0], "00000001", "00000002")
     visitor = port.visitor()
     visitor.send(b"question")
     assert other.recv(100) == b"question"
@@ -261,8 +262,8 @@ def test_with_a_v1_client_datagrams_of_one_address_are_limited_while_they_are_se
 
 def test_a_listener_that_stops_receives_nothing_more_and_answers_what_it_has_received(stack: ExitStack) -> None:
     port = Port(stack)
-    occupy(stack, port.slot, V1)
-    [data] = fill(stack, port.slot, "00000001")
+    occupy(stack, port.clients, V1)
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     visitor = port.visitor()
     visitor.send(b"question")
     assert data.recv(100) == b"question"
@@ -286,8 +287,8 @@ def test_a_receive_error_does_not_end_the_loop(stack: ExitStack, monkeypatch: py
 
     monkeypatch.setattr(module, "receive_datagram", fail_first)
     port = Port(stack)
-    occupy(stack, port.slot, V1)
-    [data] = fill(stack, port.slot, "00000001")
+    occupy(stack, port.clients, V1)
+    [data] = fill(stack, port.clients.slots[0], "00000001")
     port.visitor().send(b"question")
     assert data.recv(100) == b"question"
     [loop] = port.listener._loops

@@ -14,7 +14,7 @@ from nodepass.client.pool import ClientPool
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.stream import TCPStream
-from nodepass.server.pool import INSISTS_AFTER, ServerPool
+from nodepass.server.pool import INSISTS_AFTER, Found, Queue, ServerPool
 from nodepass.stats import Stats
 from tests.unit.streams import tcp_pair
 
@@ -50,9 +50,21 @@ def connections() -> Iterator[Connections]:
 
 @pytest.fixture
 def server() -> Iterator[ServerPool]:
-    pool = ServerPool(Log("test"), Stats(), 2, 64)
+    pool = ServerPool(Log("test"), Stats(), 2, 64, Queue())
     yield pool
     pool.flush("the test is over")
+
+
+def take(pool: ServerPool, timeout: float) -> Found:
+    """A connection, which is waited for as a session does."""
+    if found := pool.take():
+        return found
+    pool.note_empty()
+    try:
+        return pool._queue.wait(timeout)[1]
+    except NoDataConnection:
+        pool.note_unserved()
+        raise
 
 
 @pytest.fixture
@@ -64,9 +76,9 @@ def client() -> Iterator[ClientPool]:
 
 def test_a_connection_is_handed_out_once(server: ServerPool, connections: Connections) -> None:
     ids = connections.add_to(server, 3)
-    assert {server.take(1)[0] for _ in ids} == set(ids)
+    assert {take(server, 1)[0] for _ in ids} == set(ids)
     with pytest.raises(NoDataConnection):
-        server.take(0.01)
+        take(server, 0.01)
 
 
 def test_the_servers_pool_lacks_connections_until_one_comes_and_after_a_wait_in_vain(
@@ -75,10 +87,10 @@ def test_the_servers_pool_lacks_connections_until_one_comes_and_after_a_wait_in_
     lacking = [server.is_lacking(60)]
     connections.add_to(server)
     lacking.append(server.is_lacking(0))
-    server.take(1)
+    take(server, 1)
     lacking += [server.is_lacking(60), server.is_lacking(0)]  # empty: for a moment, or for too long
     with pytest.raises(NoDataConnection):
-        server.take(0.01)
+        take(server, 0.01)
     lacking.append(server.is_lacking(60))
     connections.add_to(server)
     lacking.append(server.is_lacking(0))
@@ -103,7 +115,7 @@ def test_the_clients_pool_lacks_connections_while_it_is_empty_and_dials_fail(
 
 
 def test_who_has_waited_longest_is_served_first(server: ServerPool, connections: Connections) -> None:
-    waiting = [gevent.Greenlet.spawn(server.take, 10) for _ in range(3)]
+    waiting = [gevent.Greenlet.spawn(take, server, 10) for _ in range(3)]
     gevent.idle()
     ids = connections.add_to(server, 3)
     assert [each.get(timeout=10)[0] for each in waiting] == ids
@@ -112,7 +124,7 @@ def test_who_has_waited_longest_is_served_first(server: ServerPool, connections:
 def test_a_dead_connection_is_never_handed_out(server: ServerPool, connections: Connections) -> None:
     first, second = connections.add_to(server, 2)
     connections.peers[second].close()
-    assert server.take(1)[0] == first
+    assert take(server, 1)[0] == first
 
 
 def test_a_connection_that_speaks_out_of_turn_is_dead_to_the_server(
@@ -121,13 +133,13 @@ def test_a_connection_that_speaks_out_of_turn_is_dead_to_the_server(
     [id] = connections.add_to(server)
     connections.peers[id].sendall(b"?")
     with pytest.raises(NoDataConnection):
-        server.take(0.05)
+        take(server, 0.05)
     assert not len(server)
 
 
 def test_a_waiter_that_is_ended_leaves_its_connection_to_the_next(server: ServerPool, connections: Connections) -> None:
-    first = gevent.Greenlet.spawn(server.take, 10)
-    second = gevent.Greenlet.spawn(server.take, 10)
+    first = gevent.Greenlet.spawn(take, server, 10)
+    second = gevent.Greenlet.spawn(take, server, 10)
     gevent.idle()
     first.kill()
     [id] = connections.add_to(server)
@@ -138,8 +150,8 @@ def test_a_connection_handed_over_to_a_greenlet_being_ended_is_closed(
     server: ServerPool, connections: Connections
 ) -> None:
     [id] = connections.add_to(server)
-    stream = server.take(1)[1]
-    waiter = gevent.Greenlet.spawn(server.take, 10)
+    stream = take(server, 1)[1]
+    waiter = gevent.Greenlet.spawn(take, server, 10)
     gevent.idle()
     waiter.kill(block=False)  # it is given its connection before it hears of its end
     server.add(id, stream)

@@ -17,7 +17,7 @@ from nodepass.daemon.supervisor import Supervisor
 from nodepass.errors import ListenError
 from nodepass.log import Log
 from nodepass.net.activation import NOTHING
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.server.pool import ServerPool
 from nodepass.server.server import Server
 from nodepass.server.tunnel_port import TunnelPort
@@ -110,9 +110,9 @@ def test_a_server_probes_its_client_visitors_and_data_connections_as_its_setting
     running = Running(stack, replace(SETTINGS, keepalive=7.0))
     client, connections = running.connect_client()
     running.visit(client, connections)
-    session = next(iter(running.server._slot.deadlines._watched))
-    assert running.server.control
-    for stream in (session.up.source, session.up.sink, running.server.control.stream):
+    session = next(iter(running.server._clients.slots[0].deadlines._watched))
+    assert running.server._clients.newest
+    for stream in (session.up.source, session.up.sink, running.server._clients.newest.stream):
         assert stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 7
 
 
@@ -156,7 +156,7 @@ def test_a_stop_drains_sessions_and_keeps_the_client_until_they_have_ended(stack
     assert is_closed_after_a_bye(client)
     client.close()
     assert stopping.get() == 0
-    assert not running.server.control
+    assert not running.server._clients.newest
 
 
 def test_a_visitor_that_has_connected_before_a_stop_is_served(stack: ExitStack) -> None:
@@ -279,10 +279,10 @@ def test_a_reload_takes_the_keys_that_there_are_then_and_cuts_the_sessions_of_on
     client, connections = running.connect_client()
     session = running.visit(client, connections)
     running.server.reload()
-    assert running.server.control
+    assert running.server._clients.newest
     keys.append(Key("correct horse battery staple"))
     running.server.reload()
-    assert not running.server.control
+    assert not running.server._clients.newest
     assert read_line(client) == b"//bye?reason=reload\n"
     assert all(is_closed(end) for end in session)
     late = running.connect(running.server._port.tunnel[0], hello())
@@ -401,7 +401,7 @@ def test_a_tunnel_whose_close_crashes_leaves_its_port_all_the_same(
     shared = Shared(stack)
     crashed = shared.first.tunnel
     with monkeypatch.context() as patched:
-        patched.setattr(ClientSlot, "close", lambda _: 1 / 0)
+        patched.setattr(Clients, "close", lambda _: 1 / 0)
         shared.crash(crashed)
         until(lambda: shared.first.tunnel is not crashed)
     assert len(shared.port.slots) == 2

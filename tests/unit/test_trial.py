@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import gevent
 import pytest
 
-from nodepass.server.trial import Trial
+from nodepass.server.client_slot import Trial
 from tests.unit.controls import V1, Ends, connect_ends, run
 from tests.unit.servers import PATIENT, SOON, a_server_room
 from tests.unit.streams import reset

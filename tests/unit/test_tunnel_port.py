@@ -16,7 +16,7 @@ from nodepass.errors import ConfigError, ListenError
 from nodepass.net.activation import NOTHING
 from nodepass.net.sockets import Endpoint
 from nodepass.server import tunnel_port as module
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.server.control_listener import ControlListener
 from nodepass.server.data_listener import DataListener
 from nodepass.server.server import make_port_parts
@@ -44,12 +44,12 @@ class Ready:
         self.common = make_common(stack, data_port=Ports(0, 0), **settings)
         common = self.common
         self.port = TunnelPort(urls or [server_url()], common.settings, common.log, common.stats, NOTHING)
-        self.slots = [ClientSlot(common, f"{each}") for each in range(number)]
+        self.slots = [Clients(common, f"{each}") for each in range(number)]
         self.crashes: list[Exception] = []
         for slot in self.slots:
             stack.callback(self.port.leave, slot)
 
-    def join(self, slot: ClientSlot) -> None:
+    def join(self, slot: Clients) -> None:
         self.port.join(slot, self.crashes.append)
 
     @property
@@ -82,7 +82,7 @@ def test_a_port_is_open_from_the_first_tunnel_to_the_last(stack: ExitStack) -> N
     address, data = ready.address, ready.port.data[0].getsockname()
     ready.join(second)
     assert ready.address == address
-    assert ready.port.slots == [first, second]
+    assert ready.port.slots == [*first.slots, *second.slots]
     ready.port.leave(first)
     ready.port.leave(first)
     assert is_open(address)
@@ -170,7 +170,7 @@ def test_a_crash_of_one_of_its_loops_fails_every_tunnel(stack: ExitStack) -> Non
 def test_a_tunnel_that_comes_back_after_a_crash_does_not_wait_for_the_others(stack: ExitStack) -> None:
     """What they joined is dead; it is opened again, and they may still leave what they joined."""
     port = OpenPort(stack, tunnels={"": [], "web": []})
-    first, late = port.slots
+    first, late = port.tunnels
     port.port._fail(ZeroDivisionError())
     port.port.leave(first)
     old = port.port.tunnel[0]
@@ -210,13 +210,20 @@ def test_the_loops_of_a_port_are_not_those_of_its_tunnels(stack: ExitStack) -> N
 def test_v1_clients_are_served_by_the_tunnel_without_a_name_and_a_key(
     stack: ExitStack, tunnels: dict[str, list[Key]], wire: str, served: str | None
 ) -> None:
-    slot = OpenPort(stack, tunnels=tunnels, wire=wire).port.v1_slot
-    assert (slot.name if slot else None) == served
+    port = OpenPort(stack, tunnels=tunnels, wire=wire)
+    slot = port.port.v1_slot
+    assert [clients.name for clients in port.tunnels if slot in clients.slots] == ([] if served is None else [served])
+
+
+def test_v1_clients_are_not_served_where_a_tunnel_has_several(stack: ExitStack) -> None:
+    """They could not be told apart."""
+    port = OpenPort(stack, clients=2)
+    assert port.port.v1_slot is None
 
 
 def test_an_unknown_tunnel_has_a_key_that_nobody_knows(stack: ExitStack) -> None:
     first, second = (OpenPort(stack, KEY) for _ in range(2))
-    assert list(first.port.keys_of(first.slot)) == [KEY]
+    assert list(first.port.keys_of(first.tunnels[0])) == [KEY]
     [key] = first.port.keys_of(None)
     assert key not in (KEY, *second.port.keys_of(None))
 
@@ -236,7 +243,7 @@ def test_at_one_port_the_tunnel_port_is_offered(stack: ExitStack) -> None:
 
 def test_each_tunnel_of_a_port_offers_its_own_heartbeat(stack: ExitStack) -> None:
     port = OpenPort(stack, tunnels={"": [], "web": []}, report_interval=3.0)
-    web = port.slots[1]
+    web = port.tunnels[1]
     web.common = replace(web.common, settings=replace(web.common.settings, report_interval=4.0))
     for name, heartbeat in (("", 3000), ("web", 4000)):
         client = port.connect(Hello("0" * 32, "1" * 16, name).encode())

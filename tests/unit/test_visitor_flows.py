@@ -11,14 +11,14 @@ from gevent import socket
 
 from nodepass.net.udp import ReplyAddress
 from nodepass.server import udp_flows
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.server.udp_flows import LAST_NUMBER
 from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.control import STOPPING
 from nodepass.tunnel.part import Common
 from nodepass.wire.frames import HEADER, encode_frame
 from tests.unit.controls import V1, until
-from tests.unit.servers import a_server_room, fill, make_slot, occupy
+from tests.unit.servers import a_server_room, fill, make_clients, occupy
 
 SOON = 0.05  # seconds
 
@@ -35,9 +35,10 @@ class Flows:
     def __init__(self, stack: ExitStack, **settings: object) -> None:
         self._stack = stack
         self.common: Common
-        self.slot: ClientSlot
-        self.common, self.slot = make_slot(stack, **settings)
-        self.flows = self.slot.flows
+        self.clients: Clients
+        self.common, self.clients = make_clients(stack, **settings)
+        self.slot = self.clients.slots[0]
+        self.flows = self.clients.flows
         self._sock = self._udp_socket()
 
     def _udp_socket(self, host: str = "127.0.0.1") -> socket.socket:

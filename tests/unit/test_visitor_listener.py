@@ -16,7 +16,7 @@ from nodepass.net import unix
 from nodepass.net.sockets import reset_on_close
 from nodepass.net.unix import UnixListener
 from nodepass.server import visitor_listener as module
-from nodepass.server.client_slot import ClientSlot
+from nodepass.server.clients import Clients
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common
@@ -24,7 +24,7 @@ from nodepass.visitors.access_log import COLUMNS
 from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
 from tests.unit.controls import V1, Ends, read_line, until
-from tests.unit.servers import a_server_room, connect, fill, listen_on, make_slot, occupy, start
+from tests.unit.servers import a_server_room, connect, fill, listen_on, make_clients, occupy, start
 from tests.unit.streams import receive_all
 
 SOON = 0.05  # seconds
@@ -45,8 +45,9 @@ class Port:
         """`access`: gets the lines of the access log."""
         self._stack = stack
         self.common: Common
-        self.slot: ClientSlot
-        common, self.slot = make_slot(stack, **settings)
+        self.clients: Clients
+        common, self.clients = make_clients(stack, **settings)
+        self.slot = self.clients.slots[0]
         self.common = replace(common, access=access)
         self.sock = listen_on(stack)
         reset_on_close(self.sock, True)  # as `listen_both` has it
@@ -55,7 +56,7 @@ class Port:
         policy = Policy.of(self.common, Rules(self.common.settings, "server"))
         self.listener: VisitorListener = start(
             stack,
-            VisitorListener(self.common, [self.sock], self.slot, self.sessions, policy),
+            VisitorListener(self.common, [self.sock], self.clients, self.sessions, policy),
         )
 
     def connect(self, source: str = "127.0.0.1") -> socket.socket:
@@ -145,7 +146,7 @@ def test_a_visitor_on_a_unix_socket_has_no_address_and_is_relayed_like_others(
     stack.callback(listener.close)
     policy = Policy.of(port.common, Rules(port.common.settings, "server"))
     assert policy
-    start(stack, VisitorListener(port.common, [listener.sock], port.slot, port.sessions, policy))
+    start(stack, VisitorListener(port.common, [listener.sock], port.clients, port.sessions, policy))
     visitor = stack.enter_context(socket.socket(socket.AF_UNIX))
     visitor.connect(path)
     [data] = fill(stack, port.slot, "00000001")
