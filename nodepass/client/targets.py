@@ -145,8 +145,8 @@ class Targets:
             raise
         finally:
             target.sessions -= not connected
-        if target.failed.is_set():
-            self._note_dialled(target)
+        if target.failed.is_set() and not self._has_checks:
+            self.note_success(target)
         return sock
 
     def end(self, target: Target) -> None:
@@ -182,7 +182,7 @@ class Targets:
             self.changed.set()
 
     def note_success(self, target: Target) -> None:
-        """A check of a target has succeeded."""
+        """A check of a target has succeeded, or without checks a dial."""
         target.failed.clear()
         if target.health.note(True):
             words = "the target %(target)s is up again"
@@ -190,8 +190,3 @@ class Targets:
             self.changed.set()
         if target.health.is_up:
             target.failure = None
-
-    def _note_dialled(self, target: Target) -> None:
-        """A session has reached a target that had failed; where there are checks, it is they that say what that is."""
-        if not self._has_checks:
-            self.note_success(target)

@@ -1,20 +1,25 @@
-"""Real programs through the tunnel: curl from nginx, and iperf3 with itself."""
+"""Real programs through the tunnel: curl from nginx, iperf3 with itself, and several nginx that fail."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import json
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support.process import scrubbed
+from tests.support.process import Nodepass, scrubbed
 from tests.support.programs import running, running_nginx, tunnel_to
-from tests.support.sockets import Address, free_port
+from tests.support.sockets import PATIENCE, Address, format_address, free_port, until
+from tests.support.tunnel import CALM, OurServer
 
 NGINX = """
 worker_processes 1;
@@ -88,3 +93,99 @@ def test_iperf3_runs_through_the_tunnel(direction: tuple[str, ...]) -> None:
     assert "error" not in report, report["error"]
     assert report["end"]["sum_received"]["bytes"] > 0
     assert done.returncode == 0
+
+
+BACKEND = """
+worker_processes 1;
+{user}
+http {{
+    access_log off;
+    client_body_temp_path {root}/body;
+    proxy_temp_path {root}/proxy;
+    fastcgi_temp_path {root}/fastcgi;
+    uwsgi_temp_path {root}/uwsgi;
+    scgi_temp_path {root}/scgi;
+    server {{ listen {listen}; location / {{ return 200 "{name}"; }} }}
+}}
+"""
+
+
+class Backend:
+    """An nginx that answers with its name."""
+
+    def __init__(self, root: Path, listen: str) -> None:
+        root.mkdir()
+        self.name = root.name
+        self.listen = listen
+        config = root / "nginx.conf"
+        blocks = BACKEND.format(
+            root=root, listen=listen, name=self.name, user="user root;" if os.geteuid() == 0 else ""
+        )
+        config.write_text(f"daemon off;\npid {root}/nginx.pid;\nerror_log stderr;\nevents {{ }}\n{blocks}")
+        self._command = ["nginx", "-p", str(root), "-e", "stderr", "-c", str(config)]
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        if self.listen.startswith("unix:"):
+            Path(self.listen.removeprefix("unix:")).unlink(missing_ok=True)  # of one that was killed
+        self._running = subprocess.Popen(self._command, env=scrubbed(), start_new_session=True)
+
+    def send(self, number: signal.Signals) -> None:
+        """To its worker, too."""
+        assert self._running
+        os.killpg(self._running.pid, number)
+
+    def kill(self) -> None:
+        assert self._running
+        self.send(signal.SIGKILL)
+        self._running.wait()
+
+
+def ask(visitors: Address) -> str:
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection(*visitors, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/", headers={"Connection": "close"})
+        return connection.getresponse().read().decode()
+
+
+@pytest.mark.programs("nginx")
+def test_no_request_is_lost_while_targets_are_killed_stopped_and_started_one_after_the_other(
+    stack: contextlib.ExitStack, tmp_path: Path
+) -> None:
+    """Three nginx, one of them on a Unix socket. A stopped one accepts connections: only the check by HTTP finds it."""
+    listens = [f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/nginx.sock"]
+    backends = [Backend(tmp_path / name, listen) for name, listen in zip("abc", listens, strict=True)]
+    for each in backends:
+        each.start()
+        stack.callback(lambda each=each: each.kill())
+    server = stack.enter_context(OurServer())
+    url = f"client://{format_address(server.tunnel_address)}/{','.join(listens)}"
+    query = "log=info&health_check=http:/&health_interval=100ms"
+    client = stack.enter_context(Nodepass(f"{url}?{query}", env=CALM))
+    server.wait_for_client()
+    workers = stack.enter_context(ThreadPoolExecutor(8))
+
+    def burst() -> set[str]:
+        """The names of those that have answered 80 requests, 8 at a time; a lost one raises."""
+        return set(workers.map(ask, [server.visitor_address] * 80))
+
+    until(lambda: burst() == {"a", "b", "c"})
+    for backend in backends:
+        others = {each.name for each in backends} - {backend.name}
+        for number, reverse in ((signal.SIGKILL, None), (signal.SIGSTOP, signal.SIGCONT)):
+            mark = client.mark()
+            if reverse is None:
+                backend.kill()
+            else:
+                backend.send(number)
+                client.wait_for("target.down", target=backend.listen, after=mark, reason="timeout")
+            assert burst() == others
+            client.wait_for("target.down", target=backend.listen, after=mark)
+            if reverse is None:
+                backend.start()
+            else:
+                backend.send(reverse)
+            client.wait_for("target.up", target=backend.listen, after=mark)
+            assert burst() == {"a", "b", "c"}
+    assert not client.find("target.unreachable")

@@ -17,8 +17,11 @@ LONGEST = 5.0
 
 TARGET_AWAY = (
     Explained("target.unreachable"),
+    Explained("target.down"),
+    Explained("client.target_unreachable"),
+    Explained("visitor.unserved", reason="target_down"),
     Explained("datagram.dropped", reason=one_of("target_refused", "target_unreachable")),
-    Explained("log.suppressed", suppressed=one_of("target.unreachable", "datagram.dropped")),
+    Explained("log.suppressed", suppressed=one_of("target.unreachable", "visitor.unserved", "datagram.dropped")),
 )
 PEER_AWAY = (
     Explained("server.unreachable"),
