@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -81,6 +82,27 @@ def test_bad_input_is_one_failure_and_status_2(arguments: tuple[str, ...], env: 
     assert done.code == 2
     assert found(done, "fail", re.escape(said))
     assert len(trouble(done)) == 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "code", "level", "said"),
+    [
+        ("", 0, "warn", "STATE_DIRECTORY is not set; expected if the unit's StateDirectory= sets it"),
+        ("/proc", 2, "fail", "/proc is not a directory in which this user may write"),
+        ("/none", 2, "fail", "/none is not a directory in which this user may write"),
+        ("here", 0, "ok", "counted in "),
+    ],
+)
+def test_a_traffic_limit_needs_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str, code: int, level: str, said: str
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: path != "/proc")  # root may write everywhere
+    url = "server://127.0.0.1:0/127.0.0.1:0?tls=1&traffic_limit=1GB/day"
+    env = {"STATE_DIRECTORY": str(tmp_path) if directory == "here" else directory} if directory else {}
+    done = check_here(url, **env)
+    assert done.code == code
+    assert found(done, level, re.escape(f"TRAFFIC_LIMIT=1GB/day: {said}"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_bad_url_is_told_at_once_and_a_newline_forges_no_line() -> None:
