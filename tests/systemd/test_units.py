@@ -124,9 +124,12 @@ def test_the_first_visitor_starts_a_server_on_port_443_without_privileges(
 def test_each_instance_is_a_user_of_its_own(stack: contextlib.ExitStack, box: Box) -> None:
     users = set()
     for name in ("one", "the_longest-name_of_22"):
-        server = unit(stack, box, name, "server://127.0.0.1:0/127.0.0.1:0?tls=0", DATA_PORT="0")
+        url = "server://127.0.0.1:0/127.0.0.1:0?tls=0&traffic_limit=1TB/month"
+        server = unit(stack, box, name, url, DATA_PORT="0")
         server.start()
         users.add(server.show("UID"))
+        state = f"/var/lib/nodepass/{name}"
+        assert box.run("stat", "--format=%a", f"{state}/", f"{state}/traffic-server-0.lock").split() == ["700", "600"]
     assert len(users) == 2
 
 
