@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,26 @@ def test_a_server_counts_over_restarts_and_refuses_new_visitors(target: Target, 
         server.wait_for("visitor.refused", reason="traffic_limit")
         assert server.stop() == 0
     assert counted(file) == 100_015
+
+
+@pytest.mark.programs  # takes more than 3 s
+def test_a_server_that_is_killed_loses_a_second_of_its_count(target: Target, tmp_path: Path) -> None:
+    file, env = tmp_path / "traffic-server-web.json", {**CALM, "STATE_DIRECTORY": str(tmp_path)}
+    moved: list[tuple[float, int]] = []  # when, and how much by then
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(OurServer(query="name=web&traffic_limit=1TB/day", env=env))
+        client = stack.enter_context(OurClient(server.tunnel_address, target.address, query="tls=0&name=web"))
+        client.wait_until_connected()
+        visitor, service = stack.enter_context(Tunnel(server, client, target).session())
+        began = time.monotonic()
+        while time.monotonic() - began < 3.7:
+            move(visitor, service, 100)
+            moved.append((time.monotonic(), 100 * (len(moved) + 1)))
+            time.sleep(0.005)
+        server.kill()
+        killed = time.monotonic()
+    late = 0.5  # of a machine that is busy, beyond the second
+    assert counted(file) >= max(size for when, size in moved if when < killed - 1.0 - late)
 
 
 def test_a_client_counts_until_it_stops_and_refuses_launches_and_new_flows(target: Target, tmp_path: Path) -> None:

@@ -119,6 +119,21 @@ def test_turns_begin_in_the_order_in_which_they_were_queued_and_one_can_be_cance
     assert begun == ["a", "c", "d"]
 
 
+def test_what_comes_while_turns_wait_does_not_overtake_them(clock: Clock) -> None:
+    way = Way()
+    bucket = Bucket(8 * MEGABIT, [way])
+    way.bytes += 110_000
+
+    def turn() -> None:
+        pass
+
+    bucket.queue(turn)
+    clock.now += 1
+    assert not bucket.is_free()
+    bucket.cancel(turn)
+    assert bucket.is_free()
+
+
 def test_turns_that_move_much_in_a_row_let_others_run() -> None:
     way = Way()
     bucket = Bucket(100_000 * MEGABIT, [way])
