@@ -176,6 +176,7 @@ def test_without_anybody_to_ask_the_health_check_fails_in_one_line(listen: str) 
     assert "METRICS_LISTEN" in done.stderr
 
 
+@pytest.mark.programs
 def test_a_running_server_and_a_running_client_are_healthy(stack: contextlib.ExitStack) -> None:
     ports = free_port(2), free_port()
     server = stack.enter_context(OurServer(env={"METRICS_LISTEN": f"127.0.0.1:{ports[0]}"}))

@@ -224,6 +224,7 @@ def test_running_out_of_descriptors_is_survived_and_does_not_fill_the_log(tunnel
     assert len(run.find(error=EXHAUSTED)) < 20
 
 
+@pytest.mark.programs
 def test_a_second_client_does_not_disturb_the_first(tunnel: TunnelFactory) -> None:
     started = tunnel()
     with V1Client(started.our_server.tunnel_address, pool=2) as second:

@@ -269,6 +269,7 @@ def test_a_flow_that_makes_room_is_evicted_and_one_whose_client_is_gone_is_lost(
         wait_for_value(place, 0, "nodepass_sessions_open", protocol="udp")
 
 
+@pytest.mark.programs
 def test_a_reconnect_is_counted() -> None:
     with Target() as target, OurServer(env=WATCHED) as server:
         place = metrics_of(server)

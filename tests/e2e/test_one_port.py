@@ -93,6 +93,7 @@ def test_a_mapped_port_works_with_tls_and_a_key(stack: contextlib.ExitStack) -> 
     assert_all_works(Tunnel(server, client, target))
 
 
+@pytest.mark.programs
 def test_a_v1_client_on_one_port_comes_back(authority: Authority) -> None:
     with open_tunnel(Pair("ours", "v1", 1), authority, server_env=ENV) as tunnel:
         before = tunnel.v1_client.connects

@@ -70,6 +70,7 @@ def test_a_service_that_never_answers_harms_nobody(tunnel: TunnelFactory) -> Non
     assert client.settled_descriptors() <= before[1]
 
 
+@pytest.mark.programs
 def test_a_service_without_a_udp_port_harms_nobody(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer())
     client = stack.enter_context(OurClient(server.tunnel_address, ("127.0.0.1", free_port())))

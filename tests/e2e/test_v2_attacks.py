@@ -313,7 +313,7 @@ def test_with_tls_1_and_no_key_everything_can_be_read_and_both_ends_have_said_so
             assert find("tunnel.security", security=re.compile("only against passive eavesdropping"))
 
 
-@pytest.mark.parametrize("certificate", [forged, valid])
+@pytest.mark.parametrize("certificate", [pytest.param(forged, marks=pytest.mark.programs), valid])
 def test_with_a_key_ending_tls_in_the_middle_is_refused_with_any_certificate(
     lab: Lab, certificate: Callable[[Lab], Certificate]
 ) -> None:

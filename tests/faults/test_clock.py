@@ -89,5 +89,6 @@ def test_nothing_that_waits_or_measures_asks_for_the_wall_clock() -> None:
         "certificates",
         "access_log",  # says when a session ended; how long it took is measured by the other clock
         "exposition",  # says in Unix time when the process started, looked at once
+        "traffic",  # counts by days and months of the local time
         "top_table",  # shows how long ago a process started, which Prometheus has in Unix time
     }
