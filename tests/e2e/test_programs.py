@@ -20,6 +20,7 @@ from tests.support.process import Nodepass, scrubbed
 from tests.support.programs import running, running_nginx, tunnel_to
 from tests.support.sockets import PATIENCE, Address, format_address, free_port, until
 from tests.support.tunnel import CALM, OurServer
+from tests.support.web import Nginx
 
 NGINX = """
 worker_processes 1;
@@ -95,52 +96,6 @@ def test_iperf3_runs_through_the_tunnel(direction: tuple[str, ...]) -> None:
     assert done.returncode == 0
 
 
-BACKEND = """
-worker_processes 1;
-{user}
-http {{
-    access_log off;
-    client_body_temp_path {root}/body;
-    proxy_temp_path {root}/proxy;
-    fastcgi_temp_path {root}/fastcgi;
-    uwsgi_temp_path {root}/uwsgi;
-    scgi_temp_path {root}/scgi;
-    server {{ listen {listen}; location / {{ return 200 "{name}"; }} }}
-}}
-"""
-
-
-class Backend:
-    """An nginx that answers with its name."""
-
-    def __init__(self, root: Path, listen: str) -> None:
-        root.mkdir()
-        self.name = root.name
-        self.listen = listen
-        config = root / "nginx.conf"
-        blocks = BACKEND.format(
-            root=root, listen=listen, name=self.name, user="user root;" if os.geteuid() == 0 else ""
-        )
-        config.write_text(f"daemon off;\npid {root}/nginx.pid;\nerror_log stderr;\nevents {{ }}\n{blocks}")
-        self._command = ["nginx", "-p", str(root), "-e", "stderr", "-c", str(config)]
-        self._running: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        if self.listen.startswith("unix:"):
-            Path(self.listen.removeprefix("unix:")).unlink(missing_ok=True)  # of one that was killed
-        self._running = subprocess.Popen(self._command, env=scrubbed(), start_new_session=True)
-
-    def send(self, number: signal.Signals) -> None:
-        """To its worker, too."""
-        assert self._running
-        os.killpg(self._running.pid, number)
-
-    def kill(self) -> None:
-        assert self._running
-        self.send(signal.SIGKILL)
-        self._running.wait()
-
-
 def ask(visitors: Address) -> str:
     """One request on a connection of its own."""
     connection = http.client.HTTPConnection(*visitors, timeout=PATIENCE)
@@ -155,10 +110,9 @@ def test_no_request_is_lost_while_targets_are_killed_stopped_and_started_one_aft
 ) -> None:
     """Three nginx, one of them on a Unix socket. A stopped one accepts connections: only the check by HTTP finds it."""
     listens = [f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/nginx.sock"]
-    backends = [Backend(tmp_path / name, listen) for name, listen in zip("abc", listens, strict=True)]
+    backends = [Nginx(tmp_path / name, listen) for name, listen in zip("abc", listens, strict=True)]
     for each in backends:
-        each.start()
-        stack.callback(lambda each=each: each.kill())
+        stack.enter_context(each)
     server = stack.enter_context(OurServer())
     url = f"client://{format_address(server.tunnel_address)}/{','.join(listens)}"
     query = "log=info&health_check=http:/&health_interval=100ms"
