@@ -8,6 +8,7 @@ when bytes wait, and nothing has been acknowledged for long enough.
 
 All sessions are looked at, by a timer and a share at a time. One that has read from both ends since the last look costs
 two comparisons; a quiet connection costs a system call (2 microseconds). Nothing is added to the path of the bytes.
+One that waits for its turn under a rate has bytes to move, and counts as active.
 `relay` adds the sessions and ends them; `client_slot` and `launches` each have the deadlines of those with one other
 end, and tell them when that has vanished.
 """

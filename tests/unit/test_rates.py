@@ -255,6 +255,7 @@ def test_a_half_close_behind_bytes_follows_them(stack: contextlib.ExitStack) -> 
 def test_a_reset_ends_a_session_that_waits_for_its_turn(
     stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
+    stopped_directions.timer.stop()  # it may still run for an earlier test, with its own period
     monkeypatch.setattr(stopped_directions.timer, "period", 0.01)
     monkeypatch.setattr(stopped_directions, "patience", 0.05)
     monkeypatch.setattr(nodepass.net.relay, "DELIVERY_GRACE", 0.01)
