@@ -143,7 +143,8 @@ def test_the_filter_of_fail2ban_finds_visitors_that_send_nothing(style: str, tmp
         ("203.0.113.8:51000", Traffic(up=1, down=20, ended=2)),
     ):
         lines.begin(visitor).end_relayed(traffic)
-    lines.begin("203.0.113.9:1").end("unserved")
+    for outcome in ("unserved", "unreachable", "cut"):
+        lines.begin("203.0.113.9:1").end(outcome)
     for number, why in enumerate(REFUSALS):
         lines.log.begin("tcp", time.monotonic(), f"198.51.100.{number}:1", "198.51.100.9:443").end(why)
     lines.begin("203.0.113.10:1", protocol="udp").end("unanswered")
@@ -152,5 +153,6 @@ def test_the_filter_of_fail2ban_finds_visitors_that_send_nothing(style: str, tmp
     path.write_text("\n".join([*lines, *of_client, ""]))
     assert banned(path) == ["203.0.113.7", "2001:db8::7"]
     assert banned(path, "any") == ["203.0.113.7", "2001:db8::7", "203.0.113.8"]
-    of_visitors = [number for number, why in enumerate(REFUSALS) if why not in HEADER_FAILURES]
-    assert banned(path, "refused") == [f"198.51.100.{number}" for number in of_visitors], "proxies are not banned"
+    faultless = (*HEADER_FAILURES, "traffic_limit")
+    of_visitors = [f"198.51.100.{number}" for number, why in enumerate(REFUSALS) if why not in faultless]
+    assert banned(path, "refused") == of_visitors, "proxies are not banned"
