@@ -38,13 +38,13 @@ DESCRIPTION = """\
 A TCP/UDP reverse tunnel. Each URL is one tunnel:
 
   server://TUNNEL_HOST:PORT/TARGET_HOST:PORT?name=NAME&tls=0|1|2&crt=FILE&key=FILE&log=LEVEL
-  client://TUNNEL_HOST:PORT/TARGET_HOST:PORT?name=NAME&tls=0|1|2&log=LEVEL
+  client://TUNNEL_HOST:PORT,.../TARGET_HOST:PORT,...?name=NAME&tls=0|1|2&log=LEVEL
 
-The server runs where visitors can reach it. It listens on its tunnel address for its client and on its target
-address for visitors, TCP and UDP. The client runs next to the service. It connects to the server's tunnel address
-and, for every visitor, to its target address. LEVEL is debug, info, warn, error or fatal. A setting in a URL, in
-small letters, is for that tunnel only and overrides flag and variable: ...?min_pool_capacity=64&wire=2. A setting of
-the whole process, marked below, cannot stand in a URL; neither can a key, but tunnel_key_file=FILE can.
+The server runs where visitors can reach it. It listens on its tunnel address for its client and on its target address
+for visitors, TCP and UDP. The client runs next to the service. It connects to the tunnel address of each of its
+servers and, for every visitor, to one of its target addresses. LEVEL is debug, info, warn, error or fatal. A setting
+in a URL, in small letters, is for that tunnel only and overrides flag and variable: ...?min_pool_capacity=64&wire=2.
+A setting of the whole process, marked below, cannot stand in a URL; neither can a key, but tunnel_key_file=FILE can.
 
 `nodepass top ENDPOINT` shows a running process that has METRICS_LISTEN set; see nodepass top --help.
 """

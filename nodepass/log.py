@@ -79,12 +79,19 @@ class Log:
     def __init__(self, tunnel: str) -> None:
         self.tunnel = tunnel
         self._session = ""
+        self._server = ""
         self._bursts: dict[tuple[str, object], _Burst] = {}
 
     def session(self, id: str) -> Log:
         """The log of one session of this tunnel; limits count the lines of all sessions together."""
         log = Log(self.tunnel)
-        log._session, log._bursts = id, self._bursts
+        log._session, log._server, log._bursts = id, self._server, self._bursts
+        return log
+
+    def server(self, name: str) -> Log:
+        """The log of one of a client's several servers: its lines say which, and have limits of their own."""
+        log = Log(self.tunnel)
+        log._server = name
         return log
 
     def debug(self, event: str, sentence: str, /, **fields: object) -> None:
@@ -159,13 +166,16 @@ class Log:
         self, level: int, event: str, sentence: str, fields: Mapping[str, object], crash: BaseException | None = None
     ) -> None:
         trace = (type(crash), crash, crash.__traceback__) if crash else None
-        extra = {"tunnel": self.tunnel, "session": self._session, "event": event, "fields": fields}
+        if self._server:
+            fields = {"server": self._server, **fields}
+        about = self._session or self._server
+        extra = {"tunnel": self.tunnel, "session": self._session, "about": about, "event": event, "fields": fields}
         text = _cut(sentence % fields, LONGEST_SENTENCE)
         _root.handle(_root.makeRecord(_root.name, level, "", 0, text, (), trace, extra=extra))
 
 
 class TextFormatter(logging.Formatter):
-    """Lines for people: time, level, tunnel, session, sentence; the level is coloured on a terminal."""
+    """Lines for people: time, level, tunnel, session or server, sentence; the level is coloured on a terminal."""
 
     default_msec_format = "%s.%03d"
 
@@ -182,8 +192,8 @@ class TextFormatter(logging.Formatter):
 
     def _text(self, record: Any) -> str:
         """What follows the level; only a traceback has more than one line."""
-        session = f" [{record.session}]" if record.session else ""
-        lines = [f"{record.tunnel}{session} {_printable(record.msg)}"]
+        about = f" [{record.about}]" if record.about else ""
+        lines = [f"{record.tunnel}{about} {_printable(record.msg)}"]
         if record.exc_info:
             lines += map(_printable, _traceback(self, record).split("\n"))
         return "\n".join(lines)

@@ -128,6 +128,7 @@ class Stats:
         self.tcp = Sessions(TCP_OUTCOMES)
         self.udp = Sessions(UDP_OUTCOMES)
         self.connects = 0  # completed handshakes of control connections
+        self.reconnects = 0  # of these, those after the first; on a client with several servers after each one's first
         self.data_connections = 0  # added to the pool
         self.found_empty = 0  # sessions that had to wait for a data connection
         self.control_failures = _zeros(CONTROL_FAILURES)

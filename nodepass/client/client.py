@@ -1,7 +1,7 @@
 """The client of one tunnel: makes its parts, starts, stops and closes them, and shows its state.
 
-`connector` keeps the control connection to the server, `connection` is what there is while it lasts, `launches` serves
-the sessions, and `udp_flows` the datagrams. The process calls a client as `tunnel.interface` says.
+`servers` keeps the control connections to the servers, `launches` serves the sessions, and `udp_flows` the datagrams.
+The process calls a client as `tunnel.interface` says.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from collections.abc import Callable, Sequence
 
 from gevent.event import AsyncResult
 
-from nodepass.client.connector import Connector
 from nodepass.client.health import HealthChecks
 from nodepass.client.launches import Launches
+from nodepass.client.servers import Servers
 from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ClientURL
 from nodepass.log import literal
 from nodepass.tasks import TaskGroup
-from nodepass.tunnel.control import ClientControl
 from nodepass.tunnel.handshake import Terms
-from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, View, name_protocols, report_fields
+from nodepass.tunnel.interface import View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
 from nodepass.tunnel.rates import Rates
 from nodepass.tunnel.security import summarize
@@ -55,30 +54,24 @@ class Client:
         self._flows = TargetFlows(common, self._targets, url.tunnel_name)
         launches = Launches(common, self._targets, self._flows, url.tunnel_name)
         checks = HealthChecks(common, self._targets, url.tunnel_name)
-        self._connector = Connector(common, url, self._terms(keys()), launches, self._log_statistics)
-        self._parts: list[Part] = [self._connector, launches, self._flows, checks]  # in the order in which they stop
+        self._servers = Servers(common, url, self._terms(keys()), launches, self._log_statistics)
+        self._parts: list[Part] = [self._servers, launches, self._flows, checks]  # in the order in which they stop
         if meter:
             self._parts.append(Loop(common, "count traffic", meter.run))
         self.sessions = launches.sessions
-        self.ready = self._connector.ready
-
-    @property
-    def control(self) -> ClientControl | None:
-        """The control connection to the server, while there is one."""
-        return self._connector.control
+        self.ready = self._servers.ready
 
     def start(self) -> None:
         """Nothing to open: whatever a client needs is retried."""
 
     def run(self) -> None:
         """Connect, serve, and connect again, until `close`; raises what crashed one of the loops."""
-        self._connector.security.report(None)
         for part in self._parts:
             part.start()
         self._failed.get()
 
     def stop(self, timeout: float) -> int:
-        """As `Tunnel.stop`: the client leaves its server, and sessions drain."""
+        """As `Tunnel.stop`: the client leaves its servers, and sessions drain."""
         return stop_parts(self._parts, self.sessions, timeout)
 
     def close(self) -> None:
@@ -91,7 +84,7 @@ class Client:
         """Take the key that the tunnel has now; where that is another one, connect again with it."""
         keys = self._keys()
         if keys:  # else the server decides; a client that had a key does not go on without
-            self._connector.set_terms(self._terms(keys))
+            self._servers.set_key(keys[0])
 
     def _terms(self, keys: Sequence[Key]) -> Terms:
         wants_addresses = self._settings.proxy_protocol != "off" or self._settings.access_log is not None
@@ -102,38 +95,32 @@ class Client:
         return f"{self.status()}, {self.stats}"
 
     def status(self) -> str:
-        """How it is now, for an operator: its server, or why it has none, its pool, its sessions and flows."""
-        connection = self._connector.connection
-        if connection:
-            server = f"server {connection.control.describe()}, {connection.pool}"
-        else:
-            server = f"not connected: {self._connector.failure}"
-        security = summarize(self._connector.security.of(self.control))
-        server += self._targets.describe()
+        """How it is now, for an operator: its servers, or why it has none, its pools, its sessions and flows."""
+        servers = self._servers.describe() + self._targets.describe()
         sessions = f"{len(self.sessions)} sessions, {len(self._flows)} flows{name_protocols(self._settings.protocols)}"
-        return f"{server}, {sessions}, security: {security}"
+        return f"{servers}, {sessions}, security: {summarize(self._servers.security)}"
 
     def unhealthy_reason(self) -> str:
         """Why a restart is needed, or ""."""
         ended = next(filter(None, (part.find_ended() for part in self._parts)), "")
-        return ended or self._connector.unhealthy_reason()
+        return ended or self._servers.unhealthy_reason()
 
     def view(self) -> View:
         """As `Tunnel.view`."""
-        connection = self._connector.connection
+        servers, connections = self._servers, self._servers.connections
         return View(
             role="client",
             unready=self._unready(),
-            peers=((connection.control.peer, connection.control.version),) if connection else (),
-            places=1,
-            round_trip=connection.control.round_trip if connection else None,
-            pool_idle=len(connection.pool) if connection else 0,
-            pool_capacity=connection.pool.capacity if connection else 0,
+            peers=tuple((each.control.peer, each.control.version) for each in connections),
+            places=len(servers),
+            round_trip=servers.round_trip,
+            pool_idle=sum(len(each.pool) for each in connections),
+            pool_capacity=sum(each.pool.capacity for each in connections),
             slots_used=len(self.sessions),
             slots=self._settings.semaphore_limit,
             flows=len(self._flows),
             certificate_expiry=None,
-            security=self._connector.security.of(self.control),
+            security=servers.security,
             protocols=self._settings.protocols,
             rates=self._settings.rates,
             traffic_used=self._meter.used if self._meter else None,
@@ -142,11 +129,8 @@ class Client:
         )
 
     def _unready(self) -> str:
-        connection = self._connector.connection
-        if not connection:
-            return "not connected to the server"
-        if connection.pool.is_lacking:
-            return NO_DATA_CONNECTIONS
+        if why := self._servers.unready_reason():
+            return why
         if self._targets.answers:
             return ""
         return "the target does not answer" if len(self._targets.all) == 1 else "no target answers"

@@ -16,7 +16,7 @@ from gevent import Greenlet
 from gevent.queue import Full, Queue
 
 from nodepass.client.data_dialer import DataDialer, Route
-from nodepass.client.launches import LANES_AT_MOST, Launches
+from nodepass.client.launches import LANES_AT_MOST, ServerLaunches
 from nodepass.client.pool import ClientPool
 from nodepass.log import Limit
 from nodepass.tunnel.control import STOPPING, ClientControl
@@ -34,19 +34,19 @@ class Connection(Part):
         self,
         common: Common,
         control: ClientControl,
+        pool: ClientPool,
         route: Route,
-        launches: Launches,
+        launches: ServerLaunches,
         log_statistics: Callable[[], None],
     ) -> None:
         super().__init__(common)
-        settings = common.settings
         self.control = control
-        self.pool = ClientPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity)
+        self.pool = pool
         self._route = route
         self._launches = launches
         self._log_statistics = log_statistics
         # With the time at which each was read; None is the end.
-        self._queue: Queue[tuple[Launch, float] | None] = Queue(max(LAUNCHES_WAITING, settings.semaphore_limit))
+        self._queue: Queue[tuple[Launch, float] | None] = Queue(max(LAUNCHES_WAITING, common.settings.semaphore_limit))
         self._reader: Greenlet[..., None] | None = None
         self._parts: list[Part] = [DataDialer(common, self.pool, route), Loop(common, "report", self._report)]
 
@@ -125,9 +125,9 @@ class Connection(Part):
         """Tell a v2 server at once when no target answers any more, and when one does again."""
         targets = self._launches.targets
         while True:
+            changed = targets.changed  # before they are looked at: what changes meanwhile ends the wait
             self.control.tell(targets.answers)
-            targets.changed.wait()
-            targets.changed.clear()
+            changed.wait()
 
     def _drop(self, id: str, why: str, because: str) -> None:
         """Leave a launch unserved; the close of its data connection tells the server."""

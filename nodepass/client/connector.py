@@ -1,7 +1,7 @@
-"""Keeps the client connected: dials the server, shakes hands, runs the connection, and begins again after its end.
+"""Keeps the client connected to one server: dials, shakes hands, runs the connection, begins again after its end.
 
 What happens while a control connection lasts is in `connection`. Failures are logged and counted here, and attempts
-are repeated with growing pauses until `stop`.
+are repeated with growing pauses until `stop`. Which servers there are, `servers` knows.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import gevent
 from gevent.event import Event
 
 from nodepass.client.connection import Connection
 from nodepass.client.data_dialer import Backoff, Route
-from nodepass.client.launches import Launches
-from nodepass.client.names import Name
+from nodepass.client.launches import ServerLaunches
+from nodepass.client.names import Member, Name
+from nodepass.client.pool import ClientPool
 from nodepass.config.kinds import DAY
-from nodepass.config.urls import ClientURL
 from nodepass.errors import RefusedError, VerificationError
 from nodepass.log import Limit
 from nodepass.net.sockets import dial
@@ -28,34 +29,50 @@ from nodepass.stats import failure
 from nodepass.tunnel.control import STOPPING, Agreement, ClientControl, Ending
 from nodepass.tunnel.handshake import IS_IT, Terms, connect_to_server, explain
 from nodepass.tunnel.part import Common, Part
-from nodepass.tunnel.security import SecurityLog, security_of
+from nodepass.tunnel.security import SecurityLog
+from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import BUSY
 from nodepass.wire.signals import BYES, RELOAD, REPLACED, SHUTDOWN
 
 SETTLED = 1.0  # seconds that a control connection must last for the next reconnect to begin with the shortest pause
 REPEAT_WARNING = 60.0  # seconds between two warnings about the same failure to connect
+REPEAT_BUSY = 600.0  # seconds, where there are other servers: it may be one of them, at another address
 FAREWELL = 1.0  # seconds for the server to end its side of the control connection at a shutdown
+SAME_SERVER = "one that is connected at another address has no second place for this client, unless CLIENTS is higher"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server of the client: its address as it is shown, where that is, and what is demanded of it."""
+
+    text: str
+    name: Name | Member
+    terms: Terms
+    is_only: bool = True
 
 
 class Connector(Part):
-    """Has the client's connection to its server, or the reason why there is none."""
+    """Has the client's connection to a server, or the reason why there is none."""
 
     def __init__(
         self,
         common: Common,
-        url: ClientURL,
-        terms: Terms,
-        launches: Launches,
+        server: Server,
+        launches: ServerLaunches,
+        security: SecurityLog,
+        ready: Event,
         log_statistics: Callable[[], None],
     ) -> None:
+        """`ready` is set once a handshake has succeeded."""
         super().__init__(common)
         self.connection: Connection | None = None  # while there is one
         self.failure = "not connected yet"  # why there is none
-        self.ready = Event()  # a handshake has succeeded
-        self.security = SecurityLog(security_of(url, bool(terms.key)), self._log)
-        self._server = url.tunnel
-        self._name = Name(url.tunnel, self._log)
-        self._terms = terms
+        self.server = server
+        self._terms = server.terms
+        self._ready = ready
+        self._security = security
+        self._pool_limits = self._settings.min_pool_capacity, self._settings.max_pool_capacity
+        self._is_first = not self._stats.connects
         self._launches = launches
         self._log_statistics = log_statistics
         self._stopping = Event()
@@ -66,17 +83,28 @@ class Connector(Part):
         """The control connection to the server, while there is one."""
         return self.connection.control if self.connection else None
 
-    def set_terms(self, terms: Terms) -> None:
-        """Demand this from the next connection on, which begins at once where it is something else."""
+    def describe(self) -> str:
+        """The server and the pool, or why there is no connection, for an operator."""
+        if self.connection:
+            return f"{self.connection.control.describe()}, {self.connection.pool}"
+        return f"not connected: {self.failure}"
+
+    def set_key(self, key: Key) -> None:
+        """Prove this key from the next connection on, which begins at once where it is another one."""
+        terms = replace(self._terms, key=key)
         if terms == self._terms:
             return
         self._terms = terms
         if self.control:
             self.control.finish(Ending(RELOAD, BYES[RELOAD]), RELOAD)
 
+    def limit_pool(self, lowest: int, highest: int) -> None:
+        """The capacity that the pool may have, from now on."""
+        self._pool_limits = lowest, highest
+        if self.connection:
+            self.connection.pool.limit(lowest, highest)
+
     def start(self) -> None:
-        if self._name.is_followed:
-            self._start_loop("follow the server's name", self._name.follow)
         self._start_loop("stay connected", self._stay_connected)
 
     def stop(self, timeout: float) -> None:
@@ -112,7 +140,7 @@ class Connector(Part):
                     told = control.ending.reason
                     if time.monotonic() - began > SETTLED:
                         backoff.reset()
-                self._name.refresh()  # it may have moved; the next attempt does not wait for that
+                self.server.name.refresh()  # it may have moved; the next attempt does not wait for that
                 # Two clients with one key must not throw each other out as fast as they can.
                 pause = self._settings.service_cooldown if told in (BUSY, REPLACED) else backoff.pause()
                 self._stopping.wait(pause)
@@ -123,9 +151,10 @@ class Connector(Part):
         """A control connection after its handshake. Raises OSError, RefusedError among them."""
         timeout = self._settings.handshake_timeout
         self._terms.prepare()
-        if not self._name.has_endpoints:
-            self.failure = f"looking up {self._server.host!r}"
-        stream = TCPStream(dial(self._name.endpoints(timeout), timeout))
+        name = self.server.name
+        if isinstance(name, Name) and not name.has_endpoints:
+            self.failure = f"looking up {name.host!r}"
+        stream = TCPStream(dial(name.endpoints(timeout), timeout))
         with contextlib.ExitStack() as failed:
             failed.callback(stream.close)
             settings = self._settings
@@ -142,17 +171,19 @@ class Connector(Part):
         self._stats.control_failures[token := failure(error)] += 1
         refused = isinstance(error, RefusedError | VerificationError)
         level, what = (logging.ERROR, "handshake failed with") if refused else (logging.WARNING, "cannot reach")
+        why, repeat = explain(error), REPEAT_WARNING
+        if not self.server.is_only and isinstance(error, RefusedError) and error.reason == BUSY:
+            level, why, repeat = logging.WARNING, f"{why}; {SAME_SERVER}", REPEAT_BUSY
         check = error.check if isinstance(error, VerificationError) else ""
         # Not by the text, which the server could vary. The kernel's and the resolver's errors have a number.
         kind = " ".join(filter(None, (token, check, "" if error.errno is None else f"errno {error.errno}")))
-        why = explain(error)
-        self.failure = f"{what} the server {self._server}: {why}"
+        self.failure = f"{what} the server {self.server.text}: {why}"
         self._log.log(
             level,
             "server.rejected" if refused else "server.unreachable",
             what + " the server %(server)s: %(error)s; retrying",
-            Limit(kind, REPEAT_WARNING, 1),
-            server=self._server,
+            Limit(kind, repeat, 1),
+            server=self.server.text,
             reason=token,
             check=check,
             error=why,
@@ -164,11 +195,14 @@ class Connector(Part):
             control.close(STOPPING)
             return
         self._stats.connects += 1
+        self._stats.reconnects += not self._is_first
+        self._is_first = False
         self._log_connected(control, agreement)
-        self.security.report(control)
+        self._security.report(control)
         route = Route.of(control, agreement, self._terms.host, self._settings)
-        self.connection = Connection(self.common, control, route, self._launches, self._log_statistics)
-        self.ready.set()
+        pool = ClientPool(self._log, self._stats, *self._pool_limits)
+        self.connection = Connection(self.common, control, pool, route, self._launches, self._log_statistics)
+        self._ready.set()
         try:
             self.connection.run()
         finally:

@@ -2,7 +2,8 @@
 
 The server launches a data connection for each session. `connection` reads the launches and hands them over; each is
 handled in a greenlet of its own, under the semaphore (SEMAPHORE_LIMIT). Running sessions and lanes belong here and
-outlive the control connection that launched them, so that a reconnect does not disturb them.
+outlive the control connection that launched them, so that a reconnect does not disturb them. `Launches` has those of
+all servers; a `ServerLaunches` knows which are one server's, because they are in doubt when it vanishes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import time
 
+from gevent import Greenlet, killall
+
 from nodepass.client.pool import ClientPool
 from nodepass.client.target import Target
 from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
+from nodepass.config.settings import Settings
 from nodepass.errors import NoDataConnection, ProtocolError, reason
 from nodepass.log import Limit, Log
 from nodepass.net.deadlines import Deadlines
@@ -32,8 +36,38 @@ from nodepass.wire.signals import LANE, TCP, Launch
 LANES_AT_MOST = 256  # a server opens at most 64 (UDP_LANES), and those of its last connections can still run
 
 
+class ServerLaunches:
+    """The launches of one server, of all its control connections."""
+
+    def __init__(self, launches: Launches, settings: Settings, log: Log) -> None:
+        """`log`: that of the server."""
+        self.targets = launches.targets
+        self.log = log
+        self.deadlines = Deadlines(settings.idle_timeout, settings.first_byte_timeout, data_is_near=True)
+        self._launches = launches
+        self._lanes: set[Greenlet[..., None]] = set()
+
+    def begin_session(self, pool: ClientPool, launch: Launch, began: float) -> None:
+        """Handle a launch that was read at `began`; waits for a slot."""
+        self._launches.sessions.spawn("launch", self._launches.handle, self, pool, launch, began)
+
+    def begin_lane(self, pool: ClientPool, launch: Launch) -> bool:
+        """Open a lane, which takes no slot; False if there are too many."""
+        if len(self._lanes) >= LANES_AT_MOST:
+            return False
+        lane = self._launches.lanes.spawn("lane", self._launches.handle, self, pool, launch, 0.0)
+        self._lanes.add(lane)
+        lane.rawlink(self._lanes.discard)
+        return True
+
+    def lose_server(self) -> None:
+        """The server has vanished: end its lanes, whose flows would wait for it, and let its sessions show life."""
+        killall(list(self._lanes))
+        self.deadlines.suspect_data_connections()
+
+
 class Launches(Part):
-    """Handles the launches of one client, of all its control connections."""
+    """Handles the launches of one client."""
 
     def __init__(self, common: Common, targets: Targets, flows: TargetFlows, name: str = "") -> None:
         """`name`: of the tunnel."""
@@ -44,9 +78,8 @@ class Launches(Part):
         self.sessions = WorkerPool(self._log, self._stats, self._settings.semaphore_limit)
         self.targets = targets
         self._flows = flows
-        self._deadlines = Deadlines(self._settings.idle_timeout, self._settings.first_byte_timeout, data_is_near=True)
         # Apart from the sessions: a lane does not end by itself, so a shutdown does not wait for it.
-        self._lanes = TaskGroup(self._log, self._stats)
+        self.lanes = TaskGroup(self._log, self._stats)
 
     def start(self) -> None:
         for each in self.targets.names:
@@ -55,37 +88,25 @@ class Launches(Part):
     def close(self) -> None:
         """End everything at once."""
         super().close()
-        self._lanes.kill()
+        self.lanes.kill()
         self.sessions.kill()
 
-    def begin_session(self, pool: ClientPool, launch: Launch, began: float) -> None:
-        """Handle a launch that was read at `began`; waits for a slot."""
-        self.sessions.spawn("launch", self._handle, pool, launch, began)
+    def for_server(self, log: Log) -> ServerLaunches:
+        """The launches of one more server, with its log."""
+        return ServerLaunches(self, self._settings, log)
 
-    def begin_lane(self, pool: ClientPool, launch: Launch) -> bool:
-        """Open a lane, which takes no slot; False if there are too many."""
-        if len(self._lanes) >= LANES_AT_MOST:
-            return False
-        self._lanes.spawn("lane", self._handle, pool, launch, 0.0)
-        return True
-
-    def lose_server(self) -> None:
-        """The server has vanished: end all lanes, whose flows would wait for it, and let the sessions show life."""
-        self._lanes.kill()
-        self._deadlines.suspect_data_connections()
-
-    def _handle(self, pool: ClientPool, launch: Launch, began: float) -> None:
+    def handle(self, server: ServerLaunches, pool: ClientPool, launch: Launch, began: float) -> None:
         """One launch, from its claim to the close."""
         try:
             data = pool.claim(launch.id, self._settings.handshake_timeout)
         except NoDataConnection as error:
             self._stats.trouble["launches_unknown"] += 1
-            self._log.warning("launch.unknown", "launch ignored: %(error)s", Limit(), id=launch.id, error=error)
+            server.log.warning("launch.unknown", "launch ignored: %(error)s", Limit(), id=launch.id, error=error)
             return
-        log = self._log.session(launch.id)
+        log = server.log.session(launch.id)
         try:
             if launch.kind == TCP:
-                self._serve_tcp(data, launch, began, log)
+                self._serve_tcp(data, launch, began, server.deadlines, log)
             elif launch.kind == LANE:
                 self._flows.run_lane(data, launch.id)
             else:
@@ -93,7 +114,7 @@ class Launches(Part):
         finally:
             data.close()
 
-    def _serve_tcp(self, data: Stream, launch: Launch, began: float, log: Log) -> None:
+    def _serve_tcp(self, data: Stream, launch: Launch, began: float, deadlines: Deadlines, log: Log) -> None:
         visit = self._begin_visit("tcp", launch, began)
         dialled = self._dial(visit)
         if dialled is None:
@@ -107,7 +128,7 @@ class Launches(Part):
                     stream.write(header)
             with kernel_buffers.share(data.sock, sock):
                 on_end = visit.end_relayed if visit else None
-                traffic = relay(data, stream, self._stats, began, self._deadlines, on_end, self._rates)
+                traffic = relay(data, stream, self._stats, began, deadlines, on_end, self._rates)
         finally:
             self.targets.end(target)
         sentence = "target %(target)s: " + traffic.SENTENCE

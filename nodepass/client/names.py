@@ -40,14 +40,14 @@ class Name:
         self.failure: OSError | None = None  # of the last lookup
         self.version = 0  # another one means other endpoints
         self.on_outcome: Callable[[], object] = int  # called after each lookup
+        self.host = address.host or LOCAL
         self._address = address
-        self._host = address.host or LOCAL
         self._log = log
         own = endpoint_of(address)
         self._endpoints: list[Endpoint] = [own] if own else []
         self.is_followed = own is None
         # Most targets are localhost, which no name server is asked for: it does not queue behind names that hang.
-        self._thread: AbstractContextManager[object] = nullcontext() if self._host == LOCAL else _threads
+        self._thread: AbstractContextManager[object] = nullcontext() if self.host == LOCAL else _threads
         self._wanted = Event()
         self._outcome = Event()  # of the lookup that runs, or of the next one
         self._ended = -FRESH  # time.monotonic() of the last outcome
@@ -57,6 +57,11 @@ class Name:
     def has_endpoints(self) -> bool:
         """Whether a lookup has ever succeeded."""
         return bool(self._endpoints)
+
+    @property
+    def known(self) -> list[Endpoint]:
+        """The endpoints that the last successful lookup has found, best first; none before."""
+        return self._endpoints
 
     def follow(self) -> None:
         """Look the name up now, every REFRESH seconds, and where `refresh` asks for it. Never returns."""
@@ -77,7 +82,7 @@ class Name:
     def endpoints(self, timeout: float) -> list[Endpoint]:
         """What is known, at once, best first; else what a lookup finds within `timeout` seconds. Raises OSError."""
         if not self._endpoints and not self.newer(timeout):
-            raise with_words(self.failure, reason(self.failure)) if self.failure else lookup_late(self._host, timeout)
+            raise with_words(self.failure, reason(self.failure)) if self.failure else lookup_late(self.host, timeout)
         return self._endpoints
 
     def newer(self, timeout: float = GRACE) -> list[Endpoint]:
@@ -96,7 +101,7 @@ class Name:
     def _take(self, found: list[Endpoint]) -> None:
         known, self._endpoints = self._endpoints, found
         failure, self.failure = self.failure, None
-        host, addresses = self._host, ", ".join(each.host for each in found)
+        host, addresses = self.host, ", ".join(each.host for each in found)
         if known and set(known) != set(found):  # a resolver may change the order each time
             self.version += 1
             self._log.info("name.changed", "%(host)s has moved to %(addresses)s", MOVES, host=host, addresses=addresses)
@@ -107,16 +112,34 @@ class Name:
     def _note_failure(self, error: OSError) -> None:
         if not self.failure:
             words = "%(error)s; " + ("its last addresses stay in use" if self._endpoints else "retrying")
-            self._log.warning("name.failed", words, MOVES, host=self._host, error=reason(error))
+            self._log.warning("name.failed", words, MOVES, host=self.host, error=reason(error))
         self.failure = error
         self._note_outcome()
 
     def _note_late(self) -> None:
         self._is_late = True
-        self._note_failure(lookup_late(self._host, LOOKUP_TIMEOUT))
+        self._note_failure(lookup_late(self.host, LOOKUP_TIMEOUT))
 
     def _note_outcome(self) -> None:
         self._ended = time.monotonic()
         outcome, self._outcome = self._outcome, Event()
         outcome.set()
         self.on_outcome()
+
+
+class Member:
+    """One of the endpoints of a name, where each is a server of its own; as a `Name` it is that endpoint only."""
+
+    has_endpoints = True
+
+    def __init__(self, name: Name, endpoint: Endpoint) -> None:
+        self._name = name
+        self._endpoint = endpoint
+
+    def endpoints(self, _: float) -> list[Endpoint]:
+        """The endpoint."""
+        return [self._endpoint]
+
+    def refresh(self) -> bool:
+        """Have the name looked up now: this endpoint may be none of its any more."""
+        return self._name.refresh()

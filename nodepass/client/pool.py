@@ -321,6 +321,13 @@ class ClientPool(Pool):
         self._states.capacity.end_interval()
         self._finish()
 
+    def limit(self, lowest: int, highest: int) -> None:
+        """Keep the capacity within other limits; what is beyond them is used up."""
+        capacity = self._states.capacity
+        capacity.lowest, capacity.highest = lowest, highest
+        capacity.size = max(lowest, min(capacity.size, highest))
+        self._finish()
+
     def close(self, because: str) -> None:
         """Close everything; the dialer has been stopped."""
         self._timer.stop()

@@ -71,13 +71,13 @@ class Targets:
         self._log = log
         self._stats = stats
         self.all = [make_target(each, log, settings.keepalive, self._has_checks) for each in places]
-        self.changed = Event()  # one is up or down now that was not; its reader clears it
+        self.changed = Event()  # set, and replaced by another one, when one is up or down that was not
         hosts = self._hosts = [each for each in self.all if isinstance(each, HostTarget)]
         self._only = self.all[0] if len(self.all) == 1 and not self._has_checks else None
         self._streams = Spread(settings.spread, self.all)
         self._datagrams = Spread(settings.spread, hosts)
         for host in hosts:
-            host.name.on_outcome = self.changed.set
+            host.name.on_outcome = self._note_change
         for target in self.all:
             for what in ("dial", "check"):
                 stats.target_failures[target.text, what] += 0  # exported from the start
@@ -179,7 +179,7 @@ class Targets:
                 reason=failure(error),
                 error=reason(error),
             )
-            self.changed.set()
+            self._note_change()
 
     def note_success(self, target: Target) -> None:
         """A check of a target has succeeded, or without checks a dial."""
@@ -187,6 +187,10 @@ class Targets:
         if target.health.note(True):
             words = "the target %(target)s is up again"
             self._log.info("target.up", words, Limit(target.text, SECONDS, BURST), target=target)
-            self.changed.set()
+            self._note_change()
         if target.health.is_up:
             target.failure = None
+
+    def _note_change(self) -> None:
+        changed, self.changed = self.changed, Event()
+        changed.set()

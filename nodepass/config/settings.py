@@ -209,6 +209,13 @@ class Settings:
     unix_owner: Owner = setting(
         "process", OWNER, "targets", "server: user and group of a Unix socket that is the target address", role="server"
     )
+    servers: str = setting(
+        "one",
+        choice("one", "all"),
+        "targets",
+        "client: all: connect to each address that a server's name has, as to a server of its own; one: to one of them",
+        role="client",
+    )
     spread: str = setting(
         "least",
         choice("least", "round", "first"),

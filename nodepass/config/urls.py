@@ -1,7 +1,7 @@
 """The URLs that describe a tunnel, parsed into frozen dataclasses.
 
-`server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&log=` and `client://<tunnel_addr>/<target_addr>,...?name=&
-tls=&log=`. A target address may be `unix:/path`. Both may have settings of the table in `settings`, in small letters,
+`server://<tunnel_addr>/<target_addr>?name=&tls=&crt=&key=&log=` and `client://<tunnel_addr>,.../<target_addr>,...?name=
+&tls=&log=`. A target address may be `unix:/path`. Both may have settings of the table in `settings`, in small letters,
 for this tunnel only. Nothing is opened or resolved here. `parse_url` knows the text alone; what is not given there
 depends on the settings and on whether the tunnel has a key, so `with_defaults` fills it in before anything uses the
 URL. A `ConfigError` says in one line what is wrong and what is allowed.
@@ -33,9 +33,11 @@ _HIDDEN = re.compile(r"((?:key|pass|secret|token|psk|auth)[^=&]*=)[^&]*|(/)[^/?]
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
 NAMELESS = "-"  # stands for the empty name where a word is needed
 _FORM = "server://HOST:PORT/HOST:PORT?tls=0|1|2 or client://HOST:PORT/HOST:PORT"
+_NETWORK_PLACE = re.compile(r"[^:/?#]*://([^/?#]*)")  # what follows the scheme, up to the path
 _UNIX = "unix:"  # in front of a path
 _UNESCAPED = "/:+="  # in a path, beside letters, digits and _.-~; not the comma, which separates targets
 TARGETS = 64  # of a client, at most
+SERVERS = 16  # of a client, at most: each has a pool
 _ALLOWED = "allowed: auto or 2"
 
 
@@ -67,8 +69,8 @@ Place = Address | UnixPath  # of a target
 class TunnelURL:
     """What both kinds of URL have."""
 
-    tunnel: Address
-    target: Place  # a client's first one
+    tunnel: Address  # a client's first one
+    target: Place  # likewise
     log: str = "info"
     tunnel_name: str = field(default="", kw_only=True)  # tells the tunnels of one key or one tunnel port apart
     wire: str = field(default="auto", kw_only=True)  # auto, 1 or 2, from `with_defaults` on
@@ -84,6 +86,16 @@ class TunnelURL:
     def targets(self) -> tuple[Place, ...]:
         """The target addresses, as in the URL: one, or on a client several."""
         return (self.target, *self.others) if isinstance(self, ClientURL) else (self.target,)
+
+    @property
+    def tunnels(self) -> tuple[Address, ...]:
+        """The tunnel addresses, as in the URL: one, or on a client several."""
+        return (self.tunnel, *self.other_tunnels) if isinstance(self, ClientURL) else (self.tunnel,)
+
+    @property
+    def tunnel_text(self) -> str:
+        """All of them, as a URL has them."""
+        return ",".join(map(str, self.tunnels))
 
     @property
     def target_text(self) -> str:
@@ -112,9 +124,13 @@ class ServerURL(TunnelURL):
 
 @dataclass(frozen=True)
 class ClientURL(TunnelURL):
-    """A client: connects to the server at `tunnel` and, for every session, to a service: at `target`, or `others`."""
+    """A client: connects to the servers at `tunnel` and `other_tunnels` and, for every session, to a service.
+
+    That is at `target`, or at one of `others`.
+    """
 
     others: tuple[Place, ...] = field(default=(), kw_only=True)
+    other_tunnels: tuple[Address, ...] = field(default=(), kw_only=True)
     tls: int | None = field(default=None, kw_only=True)  # the least that is accepted; None: not given
 
     @property
@@ -142,14 +158,15 @@ def parse_url(text: str) -> ServerURL | ClientURL:
             " process list; allowed: tunnel_key_file=FILE"
         )
     shown = _HIDDEN.sub(r"\1\2…", text)
+    plain, others = _take_out_others(text)
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(plain)
     except ValueError as error:
         raise ConfigError(f"URL {shown!r}: {error}; allowed: {_FORM}") from None
     scheme = parts.scheme
     if scheme not in ROLES or not text.lower().startswith(f"{scheme}://"):
         raise ConfigError(f"URL {shown!r}: the scheme must be server:// or client://; allowed: {_FORM}")
-    if "@" in parts.netloc + parts.path:
+    if "@" in "".join((parts.netloc, *others, parts.path)):
         raise ConfigError(
             f"URL {scheme}://…@…: a user part is not allowed, because a key would show in the process list; use"
             f" TUNNEL_KEY_FILE; allowed: {_FORM}"
@@ -157,13 +174,20 @@ def parse_url(text: str) -> ServerURL | ClientURL:
     if "#" in text:
         raise ConfigError(f"URL {shown!r}: a fragment (#) is not allowed; allowed: {_FORM}")
     lowest_port = 0 if scheme == "server" else 1
-    tunnel = _parse_address(shown, "tunnel address", parts.netloc, lowest_port)
+    tunnels = _parse_tunnels(shown, scheme, [parts.netloc, *others], lowest_port)
     targets = _parse_targets(shown, scheme, parts.path.removeprefix("/"), lowest_port)
-    return _parse_parameters(shown, scheme, tunnel, targets, _parse_query(shown, scheme, parts.query))
+    return _parse_parameters(shown, scheme, tunnels, targets, _parse_query(shown, scheme, parts.query))
+
+
+def _take_out_others(text: str) -> tuple[str, list[str]]:
+    """The URL with its first tunnel address only, which urlsplit could not tell from the others, and those."""
+    place = _NETWORK_PLACE.match(text)
+    first, *others = place[1].split(",") if place else ("",)
+    return (text[: place.start(1)] + first + text[place.end(1) :], others) if place and others else (text, [])
 
 
 def _parse_parameters(
-    text: str, scheme: str, tunnel: Address, targets: Sequence[Place], given: dict[str, str]
+    text: str, scheme: str, tunnels: Sequence[Address], targets: Sequence[Place], given: dict[str, str]
 ) -> ServerURL | ClientURL:
     """The URL of these parts, with the values of its parameters. Raises ConfigError."""
     log = _one_of(text, "log", given.get("log", "info"), LOG_LEVELS)
@@ -175,9 +199,10 @@ def _parse_parameters(
         "tunnel_key_file": given.get("tunnel_key_file", ""),
         "overrides": tuple((name, _check_setting(text, name, given[name])) for name in rows() if name in given),
     }
-    target, *others = targets
+    (tunnel, *other_tunnels), (target, *others) = tunnels, targets
     if scheme == "client":
-        return ClientURL(tunnel, target, log, tls=tls, others=tuple(others), **common)
+        common |= {"others": tuple(others), "other_tunnels": tuple(other_tunnels)}
+        return ClientURL(tunnel, target, log, tls=tls, **common)
     _check_files(text, tls, given)
     crt, key = given.get("crt", ""), given.get("key", "")
     return ServerURL(tunnel, target, log, tls=tls or 0, crt=crt, key=key, is_tls_given=tls is not None, **common)
@@ -212,6 +237,23 @@ def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
         raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable: {error}; allowed: {allowed}") from None
 
 
+def _parse_tunnels(url: str, scheme: str, parts: Sequence[str], lowest_port: int) -> list[Address]:
+    """The tunnel addresses: one of a server, one or several of a client, each once. Raises ConfigError."""
+    if scheme == "server" and len(parts) > 1:
+        words = f"a server listens on one tunnel address, and {','.join(parts)!r} has {len(parts)}"
+        raise ConfigError(f"URL {url!r}: {words}; allowed: one here, several on the client")
+    if len(parts) > SERVERS:
+        raise ConfigError(f"URL {url!r}: it has {len(parts)} servers; allowed: at most {SERVERS}")
+    addresses = [_parse_address(url, "tunnel address", each, lowest_port) for each in parts]
+    _refuse_twice(url, "server", addresses)
+    return addresses
+
+
+def _refuse_twice(url: str, what: str, places: Sequence[Place]) -> None:
+    if twice := [each for number, each in enumerate(places) if each in places[:number]]:
+        raise ConfigError(f"URL {url!r}: the {what} {twice[0]} is given twice; allowed: each {what} once")
+
+
 def _parse_targets(url: str, scheme: str, text: str, lowest_port: int) -> list[Place]:
     """The target addresses: one of a server, one or several of a client, each once. Raises ConfigError."""
     parts = text.split(",")
@@ -221,8 +263,7 @@ def _parse_targets(url: str, scheme: str, text: str, lowest_port: int) -> list[P
     if len(parts) > TARGETS:
         raise ConfigError(f"URL {url!r}: it has {len(parts)} targets; allowed: at most {TARGETS}")
     places = [_parse_target(url, each, lowest_port) for each in parts]
-    if twice := [each for number, each in enumerate(places) if each in places[:number]]:
-        raise ConfigError(f"URL {url!r}: the target {twice[0]} is given twice; allowed: each target once")
+    _refuse_twice(url, "target", places)
     return places
 
 

@@ -35,7 +35,7 @@ def find_conflicts(urls: Sequence[URL], keys: Keys, settings: Settings) -> Itera
     for one, other in combinations(servers, 2):
         yield from _compare_servers(one, other, keys, settings)
     for first, second in combinations(clients, 2):
-        if (first.tunnel, first.targets) != (second.tunnel, second.targets):
+        if (set(first.tunnels), first.targets) != (set(second.tunnels), second.targets):
             yield from _compare_keys(first, second, keys)
 
 

@@ -149,7 +149,7 @@ FAMILIES: tuple[Number | Distribution, ...] = (
     Gauge("nodepass_peers_connected", "Connected other ends.", (), lambda w: _one(len(w.view.peers))),
     Gauge(
         "nodepass_peers",
-        "Places for other ends: CLIENTS on a server.",
+        "Places for other ends: CLIENTS on a server, the servers of a client.",
         (),
         lambda w: _one(w.view.places),
     ),
@@ -161,9 +161,9 @@ FAMILIES: tuple[Number | Distribution, ...] = (
     ),
     Counter(
         "nodepass_reconnects_total",
-        "Control connections after the first.",
+        "Control connections after the first; on a client with several servers after each one's first.",
         (),
-        lambda w: _one(max(0, w.stats.connects - 1)),
+        lambda w: _one(w.stats.reconnects),
     ),
     Counter(
         "nodepass_crashes_total",

@@ -209,6 +209,7 @@ class ControlListener(Part):
     def _stay_with(self, control: ServerControl, slot: ClientSlot) -> None:
         """Serve the client that is connected now until it is gone."""
         log, stats = slot.common.log, slot.common.stats
+        stats.reconnects += bool(stats.connects)
         stats.connects += 1
         is_check = bool(control.agreement and control.agreement.is_check)
         words = "client connected from %(client)s: wire v%(wire)d" + f", {_CHECK}" * is_check

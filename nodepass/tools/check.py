@@ -93,7 +93,7 @@ def _parse(text: str, report: Report) -> URL | None:
     except ConfigError as error:
         report.bad("url", str(error))
         return None
-    report.ok(url.name, f"url: tunnel address {url.tunnel}, target address {url.target_text}")
+    report.ok(url.name, f"url: tunnel address {url.tunnel_text}, target address {url.target_text}")
     return url
 
 

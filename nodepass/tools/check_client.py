@@ -1,4 +1,4 @@
-"""The part of `nodepass --check` about a client: its target, its server, their handshake, the data port.
+"""The part of `nodepass --check` about a client: its targets, and of each server the handshake and the data port.
 
 A check is non-disruptive: a server that has a client which responds does not give its place away. The check completes
 no data connection, because the server would give it to a visitor: it connects to the data port after it has left, when
@@ -8,7 +8,7 @@ the server accepts no data connection into its pool.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import gevent
@@ -16,7 +16,7 @@ import gevent
 from nodepass.client.health import HealthCheck
 from nodepass.client.target import http_host
 from nodepass.config.settings import Settings
-from nodepass.config.urls import Address, ClientURL, Place, UnixPath
+from nodepass.config.urls import SERVERS, Address, ClientURL, Place, UnixPath
 from nodepass.errors import RefusedError, VerificationError, reason
 from nodepass.log import Log
 from nodepass.net.sockets import Endpoint, dial, resolve
@@ -40,22 +40,39 @@ def check_client(
     """Check one client URL. `own_ports`: the tunnel ports of the servers in the same command."""
     for place in url.targets:
         _check_target(url, place, settings, report)
-    if url.tunnel.port in own_ports and url.tunnel.host in _LOCAL:
-        report.ok(url.name, f"server {url.tunnel}: another URL of this command; not tried")
-        return
     terms = replace(Terms.of(url, new_client_id(), [key] if key else []), is_check=True)
     terms.prepare()
+    for address in url.tunnels:
+        if address.port in own_ports and address.host in _LOCAL:
+            report.ok(url.name, f"server {address}: another URL of this command; not tried")
+            continue
+        own = terms.for_server(address.host, terms.client)
+        try:
+            endpoints = resolve(address)
+        except OSError as error:
+            report.fail(url.name, f"server {address}: cannot be reached: {reason(error)}")
+            continue
+        if settings.servers == "all":
+            for endpoint in endpoints[:SERVERS]:
+                _check_server(url, str(endpoint), [endpoint], settings, own, report)
+        else:
+            _check_server(url, str(address), endpoints, settings, own, report)
+
+
+def _check_server(
+    url: ClientURL, place: str, endpoints: Sequence[Endpoint], settings: Settings, terms: Terms, report: Report
+) -> None:
+    """Check one server, which is shown as `place`."""
     try:
-        endpoints = resolve(url.tunnel)
         already_connected = is_connected(endpoints)
         sock = dial(endpoints, settings.handshake_timeout)
     except OSError as error:
-        report.fail(url.name, f"server {url.tunnel}: cannot be reached: {reason(error)}")
+        report.fail(url.name, f"server {place}: cannot be reached: {reason(error)}")
         return
     with contextlib.closing(sock):
         control = ClientControl(TCPStream(sock), settings.report_interval, Log(url.name), Stats())
-        report.ok(url.name, f"server {url.tunnel}: reached at {control.endpoint}")
-        _ServerCheck(url, settings, terms, report, control, already_connected).run()
+        report.ok(url.name, f"server {place}: reached at {control.endpoint}")
+        _ServerCheck(url, place, settings, terms, report, control, already_connected).run()
 
 
 def _check_target(url: ClientURL, place: Place, settings: Settings, report: Report) -> None:
@@ -85,6 +102,7 @@ class _ServerCheck:
     """The check of a server, over a new control connection."""
 
     url: ClientURL
+    place: str  # the server, as it is shown
     settings: Settings
     terms: Terms
     report: Report
@@ -169,10 +187,10 @@ class _ServerCheck:
         self._fail(f"data port: cannot be reached, see DATA_PORT: {reason(error)}")
 
     def _ok(self, text: str) -> None:
-        self.report.ok(self.url.name, f"server {self.url.tunnel}: {text}")
+        self.report.ok(self.url.name, f"server {self.place}: {text}")
 
     def _warn(self, text: str) -> None:
-        self.report.warn(self.url.name, f"server {self.url.tunnel}: {text}")
+        self.report.warn(self.url.name, f"server {self.place}: {text}")
 
     def _fail(self, text: str) -> None:
-        self.report.fail(self.url.name, f"server {self.url.tunnel}: {text}")
+        self.report.fail(self.url.name, f"server {self.place}: {text}")

@@ -126,7 +126,9 @@ class Tunnel:
 
     name: str
     ready: bool = False
-    peer: str = ""
+    peer: str = ""  # one of those that are connected
+    peers: int = 0  # places for them
+    peers_connected: int = 0
     security: str = ""  # as `security.abbreviate` has it
     round_trip: float | None = None  # seconds
     pool_idle: int = 0
@@ -202,6 +204,8 @@ def _read(samples: list[tuple[str, dict[str, str], float]]) -> Scrape:
 _WHOLE = {
     "pool_idle_connections": "pool_idle",
     "pool_capacity_connections": "pool_capacity",
+    "peers": "peers",
+    "peers_connected": "peers_connected",
     "traffic_used_bytes": "traffic_used",
     "traffic_limit_bytes": "traffic_limit",
 }

@@ -129,7 +129,7 @@ def _cells(tunnel: Tunnel, rates: Rates | None) -> tuple[str, ...]:
     cells = (
         tunnel.name,
         "ready" if tunnel.ready else "down",
-        tunnel.peer or NOTHING,
+        (f"{tunnel.peers_connected} of {tunnel.peers}" if tunnel.peers > 1 else tunnel.peer) or NOTHING,
         tunnel.security or NOTHING,
         far,
         f"{tunnel.pool_idle}/{tunnel.pool_capacity}",

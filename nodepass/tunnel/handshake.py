@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nodepass.config.hostport import certified_host
 from nodepass.config.urls import ClientURL
 from nodepass.errors import ClearAnswer, ClosedError, ProtocolError, RefusedError, VerificationError, reason
+from nodepass.net.sockets import LOCAL
 from nodepass.tunnel.control import Agreement, ClientControl, ServerControl
 from nodepass.wire.auth import Key, SessionKey, Transcript, new_nonce, same
 from nodepass.wire.lines import printable
@@ -117,9 +118,16 @@ class Terms:
 
     @classmethod
     def of(cls, url: ClientURL, client: str, keys: Sequence[Key], wants_addresses: bool = False) -> Terms:
-        """Those of a client URL whose defaults are filled in; of several keys the client proves the first."""
-        host = certified_host(url.tunnel.host or "localhost")
+        """Those of a client URL whose defaults are filled in, for its first server; see `for_server`.
+
+        Of several keys the client proves the first.
+        """
+        host = certified_host(url.tunnel.host or LOCAL)
         return cls(host, url.demand, url.wire, url.tunnel_name, client, next(iter(keys), None), wants_addresses)
+
+    def for_server(self, host: str, client: str) -> Terms:
+        """The same for the server of this name or address, to which the client calls itself this."""
+        return replace(self, host=certified_host(host or LOCAL), client=client)
 
     def prepare(self) -> None:
         """Do before the connect what the first byte would wait for: a server takes long silence for wire v1."""

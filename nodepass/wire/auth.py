@@ -10,6 +10,7 @@ connections.
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import dataclass
 
 _PROTOCOL = b"nodepass/2"
@@ -25,6 +26,14 @@ def new_nonce() -> str:
 def new_client_id() -> str:
     """8 random bytes as 16 hex digits: what a client of a process calls itself."""
     return os.urandom(8).hex()
+
+
+def client_id_for(server: str, id: str) -> str:
+    """What a client with several servers, called `id`, calls itself to this one: the same whenever it connects.
+
+    Two servers may be one machine at two addresses. Under one id each connection would take the other's place.
+    """
+    return f"{int(id, 16) ^ zlib.crc32(server.encode()):016x}"
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,15 @@ def test_what_is_dialled_beyond_the_capacity_is_given_back_by_the_ends_of_dead_c
     assert (states.extra, states.capacity.size) == (0, 3)
 
 
+def test_a_pool_keeps_within_limits_that_change() -> None:
+    pool = ClientPool(Log("test"), Stats(), 4, 16)
+    assert (pool.capacity, pool.missing) == (4, 4)
+    pool.limit(2, 3)
+    assert (pool.capacity, pool.missing) == (3, 3)
+    pool.limit(5, 8)
+    assert (pool.capacity, pool.missing) == (5, 5)
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Plays the filler, the signal reader, the launch handlers, the report, the timer and the event loop."""
 

@@ -69,6 +69,7 @@ def test_what_goes_together_is_accepted(keys: Keys, urls: tuple[str, ...]) -> No
         (ONE, ("server://:0/:2?name=a", "server://:0/:4?name=a"), "have the same key and the name 'a'"),
         (ONE, (CLIENT, "client://s.example:10101/:81"), "have the same key and no name"),
         (ONE, (CLIENT, "client://other:10101/:80"), "have the same key and no name"),
+        (ONE, (CLIENT, "client://other:10101,s.example:10101/:80"), "have the same key and no name"),
         (EACH, (f"{SERVER}name=web", "server://:3/:4?name=web"), "have the same key and the name 'web'"),
         (EACH, (f"{SERVER}name=other",), "TUNNEL_KEYS_FILE=keys has no key for server:10101/other, the name 'other'"),
         (Keys(by_name={}, place="TUNNEL_KEYS_FILE=keys"), (CLIENT,), "has no key for client:10101, no name"),

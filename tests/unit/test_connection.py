@@ -10,7 +10,8 @@ from gevent.event import Event
 
 from nodepass.client.connection import Connection
 from nodepass.client.data_dialer import Route
-from nodepass.client.launches import Launches
+from nodepass.client.launches import ServerLaunches
+from nodepass.client.pool import ClientPool
 from nodepass.config.settings import Settings
 from nodepass.log import Log
 from nodepass.stats import Stats
@@ -59,7 +60,8 @@ def test_a_connection_that_ends_is_not_unhealthy_however_long_a_server_makes_tha
     control, launches = ends.client_control(agreement), FullLaunches()
     common = Common(Settings(min_pool_capacity=0), log, stats, TaskGroup(log, stats))
     route = Route(control.endpoint, "localhost", 1.0, 15.0, agreement, None)
-    connection = Connection(common, control, route, cast(Launches, cast(Any, launches)), lambda: None)
+    pool = ClientPool(common.log, common.stats, 0, 1)
+    connection = Connection(common, control, pool, route, cast(ServerLaunches, cast(Any, launches)), lambda: None)
     ends.server.sendall(b"//00000000#1\n")
     running = run(stack, connection.run)
     launches.asked.wait()
@@ -82,7 +84,8 @@ def test_a_client_refuses_launches_of_what_is_off_and_counts_and_logs_them(
     settings = Settings(min_pool_capacity=0, **{off: False})
     common = Common(settings, Log("test"), stats, TaskGroup(Log("test"), stats))
     route = Route(control.endpoint, "localhost", 1.0, 15.0, agreement, None)
-    connection = Connection(common, control, route, cast(Launches, cast(Any, launches)), lambda: None)
+    pool = ClientPool(common.log, common.stats, 0, 1)
+    connection = Connection(common, control, pool, route, cast(ServerLaunches, cast(Any, launches)), lambda: None)
     lines = (Launch(f"0000000{kind}", kind).encode() for kind in (TCP, LANE))
     with recorded() as log:
         running = run(stack, connection.run)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 from typing import Any, cast
 
-from nodepass.client.connector import Connector
+from gevent.event import Event
+
+from nodepass.client.connector import Connector, Server
+from nodepass.client.names import Name
 from nodepass.config.settings import Settings
-from nodepass.config.urls import Address, ClientURL
+from nodepass.config.urls import Address
 from nodepass.errors import ProtocolError, RefusedError, VerificationError
 from nodepass.log import Log
 from nodepass.stats import Stats
@@ -20,9 +23,9 @@ from nodepass.wire.negotiation import REASONS
 def make_connector() -> tuple[Connector, Log, Stats]:
     log, stats = Log("test"), Stats()
     common = Common(Settings(), log, stats, TaskGroup(log, stats))
-    url = ClientURL(Address("server.example", 10101), Address("127.0.0.1", 80))
+    server = Server("server.example:10101", Name(Address("server.example", 10101), log), Terms("server.example"))
     nothing = cast(Any, None)
-    return Connector(common, url, Terms("server.example"), nothing, lambda: None), log, stats
+    return Connector(common, server, nothing, nothing, Event(), lambda: None), log, stats
 
 
 def test_a_server_with_a_new_reason_each_time_makes_one_line_a_minute() -> None:

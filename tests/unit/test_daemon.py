@@ -326,5 +326,5 @@ def test_each_tunnel_has_the_keys_of_its_name() -> None:
 def test_a_client_calls_itself_the_same_after_a_crash_and_differently_from_every_other() -> None:
     urls = [cast(ClientURL, parse_url(f"client://localhost:10101/localhost:{port}?tls=0")) for port in (1, 2)]
     makers = make_tunnels(urls, [Settings()] * len(urls), Keys(), Inherited(), NO_ACCESS)
-    first, again, other = (cast(Any, make())._connector for make in (makers[0], makers[0], makers[1]))
+    first, again, other = (cast(Any, make())._servers for make in (makers[0], makers[0], makers[1]))
     assert first._terms.client == again._terms.client != other._terms.client

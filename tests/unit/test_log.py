@@ -83,6 +83,22 @@ def test_as_text_a_line_has_time_level_tunnel_session_and_sentence() -> None:
     assert re.fullmatch(rf"{TIME} WARN  server:1 \[0a1b2c3d\] visitor a:1 waited\n", stream.getvalue())
 
 
+def test_a_line_about_one_of_several_servers_says_which_one_and_its_limits_are_its_own() -> None:
+    for style, shown in (("text", ["[a:1] wait", "[0a1b2c3d] wait", "[b:2] wait"]), ("json", ['"server": "a:1"'])):
+        stream, log, words = set_up(style=style), Log("client:1"), "wait"
+        one, other = log.server("a:1"), log.server("b:2")
+        for _ in range(2):
+            one.warning("data.missing", words, Limit(burst=1))
+        one.session("0a1b2c3d").warning("launch.unknown", words)
+        other.warning("data.missing", words, Limit(burst=1))
+        lines = lines_of(stream)
+        assert len(lines) == 3
+        assert all(text in line for text, line in zip(shown, lines, strict=False))
+        if style == "json":
+            assert [json.loads(line)["server"] for line in lines] == ["a:1", "a:1", "b:2"]
+            assert ["session" in json.loads(line) for line in lines] == [False, True, False]
+
+
 def test_as_json_it_has_the_same_with_the_event_and_its_fields() -> None:
     stream = set_up(style="json")
     say_one()

@@ -204,16 +204,19 @@ def test_without_checks_a_target_is_down_after_a_second_dial_and_up_after_one_an
     some = Some(sock)
     some.checks.start()
     stack.callback(some.checks.close)
+    went_down = some.targets.changed
     with recorded() as records:
         with pytest.raises(ConnectionRefusedError):
             some.dial()
         until(lambda: not some.targets.answers)
         assert "Connection refused" in some.targets.describe()
+        came_up = some.targets.changed
         sock.listen()
         until(lambda: some.targets.answers)
         until(lambda: some.targets.describe() == "")
     assert [each.event for each in records] == ["target.down", "target.up"]
-    assert some.targets.changed.is_set()
+    assert went_down.is_set()
+    assert came_up.is_set()
     assert some.failures(0)["dial"] >= 2
 
 

@@ -102,10 +102,12 @@ def test_a_plain_table_is_aligned() -> None:
         scrape(
             1,
             Tunnel("a-long-name-of-a-tunnel", ready=True),
-            Tunnel("b", round_trip=0.0123, peer="h:1", security="key tls1"),
+            Tunnel("b", round_trip=0.0123, peer="h:1", security="key tls1", peers=1, peers_connected=1),
+            Tunnel("c", peer="h:2", peers=3, peers_connected=2),
         )
     )
-    head, first, second = plain(watch.rows()).splitlines()
+    head, first, second, third = plain(watch.rows()).splitlines()
     assert head.index("SECURITY") == second.index("key tls1")
     assert head.index("STATE") == first.index("ready") == second.index("down")
     assert "12.3ms" in second
+    assert head.index("PEER") == second.index("h:1") == third.index("2 of 3")

@@ -269,6 +269,42 @@ def test_a_key_file_stands_in_a_url() -> None:
     assert parse_url("client://:1/:2?tunnel_key_file=/a%20b").tunnel_key_file == "/a b"
 
 
+# Servers
+
+
+def test_a_client_has_several_servers_and_a_server_has_one_tunnel_address() -> None:
+    url = parse_url("client://A.example:1,[::1]:2,:3,10.1:4/:80,:81?name=web")
+    assert url.tunnels == (Address("a.example", 1), Address("::1", 2), Address("", 3), Address("10.0.0.1", 4))
+    assert url.tunnel_text == "a.example:1,[::1]:2,:3,10.0.0.1:4"
+    assert (url.tunnel, url.name, len(url.targets)) == (Address("a.example", 1), "client:1/web", 2)
+    assert parse_url(f"client://{url.tunnel_text}/:80,:81?name=web") == url
+    assert parse_url("client://[::1]:1,[::1]:2/:80").tunnels == (Address("::1", 1), Address("::1", 2))
+    assert parse_url("server://h:1/:2").tunnels == (Address("h", 1),)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("client://a:1,b/:80", "the tunnel address 'b' is not usable: the port must be a number"),
+        ("client://a:1,/:80", "the tunnel address '' is not usable"),
+        ("client://,a:1/:80", "the tunnel address '' is not usable"),
+        ("client://a:1,b:0/:80", "the port must be a number from 1"),
+        ("client://a:1,A:1/:80", "the server a:1 is given twice"),
+        ("client://a:1,me:hunter2@b:1/:80", "a user part is not allowed"),
+        (
+            "client://" + ",".join(f":{port}" for port in range(1, 18)) + "/:80",
+            "it has 17 servers; allowed: at most 16",
+        ),
+        ("server://a:1,b:2/:80", "a server listens on one tunnel address, and 'a:1,b:2' has 2"),
+        ("server://a:1/:80?servers=all", "servers has no meaning on a server"),
+    ],
+)
+def test_servers_that_cannot_be_are_refused_with_the_reason(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)) as caught:
+        parse_url(text)
+    assert "hunter2" not in str(caught.value)
+
+
 # Targets
 
 

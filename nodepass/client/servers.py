@@ -1,0 +1,191 @@
+"""The servers of a client: which there are, and a connector for each, which connects, fails and returns by itself.
+
+There is one for each tunnel address of the URL, or with SERVERS=all for each endpoint of their names, which are
+followed. All share the client's targets, sessions and limits. What one connector does is in `connector`; `client` asks
+here what they have together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import gevent
+from gevent.event import Event
+
+from nodepass.client.connection import Connection
+from nodepass.client.connector import FAREWELL, Connector, Server
+from nodepass.client.launches import Launches
+from nodepass.client.names import Member, Name
+from nodepass.config.kinds import DAY
+from nodepass.config.urls import SERVERS, ClientURL
+from nodepass.log import Limit
+from nodepass.tunnel.handshake import Terms
+from nodepass.tunnel.interface import NO_DATA_CONNECTIONS
+from nodepass.tunnel.part import Common, Part
+from nodepass.tunnel.security import Security, SecurityLog, security_of
+from nodepass.wire.auth import Key, client_id_for
+
+
+class Servers(Part):
+    """Has a connector for each server. The client is connected while one of them is."""
+
+    def __init__(
+        self, common: Common, url: ClientURL, terms: Terms, launches: Launches, log_statistics: Callable[[], None]
+    ) -> None:
+        super().__init__(common)
+        self.ready = Event()  # a handshake has succeeded, with any server
+        self._has_all = self._settings.servers == "all"
+        self._is_one = len(url.tunnels) == 1 and not self._has_all
+        self._terms = terms
+        self._launches = launches
+        self._log_statistics = log_statistics
+        self._security = security_of(url, bool(terms.key))
+        self._security_log = SecurityLog(self._security, self._log)
+        self._names = [(address, Name(address, self._log)) for address in url.tunnels]
+        self._connectors: dict[str, Connector] = {}  # by the address that is shown
+        self._leaving: set[Connector] = set()
+        self._is_stopping = False
+        if not self._has_all:
+            for address, name in self._names:
+                self._add(str(address), address.host, name)
+            self._share_pool()
+
+    def __len__(self) -> int:
+        """How many there are; a name whose addresses are not known yet is one."""
+        return max(len(self._connectors), len(self._names))
+
+    # What they have together
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Those that there are now, in the order of the servers."""
+        return [each.connection for each in self._connectors.values() if each.connection]
+
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds, the longest; None while none is known."""
+        known = [each.control.round_trip for each in self.connections if each.control.round_trip is not None]
+        return max(known, default=None)
+
+    @property
+    def security(self) -> Security:
+        """What protects the tunnel; while several servers are connected, of the one with the lowest TLS mode."""
+        found = [each.control.qualify(self._security) for each in self.connections]
+        return min(found, key=lambda each: each.tls or 0, default=self._security)
+
+    def describe(self) -> str:
+        """How each is, for an operator."""
+        if self._is_one:
+            [only] = self._connectors.values()
+            return f"server {only.describe()}" if only.connection else only.describe()
+        each = "; ".join(one.describe() for one in self._connectors.values())
+        unknown = ", ".join(name.host for _, name in self._names if not name.has_endpoints)
+        looking = f"looking up {unknown}" if unknown and self._has_all else ""
+        return f"{len(self.connections)} of {len(self)} servers: {'; '.join(filter(None, (each, looking)))}"
+
+    def unready_reason(self) -> str:
+        """Why none of them can launch a session now, or ""."""
+        connections = self.connections
+        if not connections:
+            return "not connected to the server" if self._is_one else "not connected to any server"
+        return NO_DATA_CONNECTIONS if all(each.pool.is_lacking for each in connections) else ""
+
+    def unhealthy_reason(self) -> str:
+        """Why a restart is needed, or ""; a server that cannot be reached is no reason."""
+        reasons = (each.unhealthy_reason() for each in self._connectors.values())
+        return self.find_ended() or next(filter(None, reasons), "")
+
+    # Start and end
+
+    def start(self) -> None:
+        self._security_log.report(None)
+        for _, name in self._names:
+            if self._has_all:
+                name.on_outcome = self._update
+            if name.is_followed:
+                self._start_loop("follow the server's name", name.follow)
+        for each in self._connectors.values():
+            each.start()
+        if self._has_all:
+            self._update()  # for addresses, which are never looked up
+
+    def stop(self, timeout: float) -> None:
+        """Leave every server, all at once; launches that they have already sent are still served."""
+        self._is_stopping = True
+        gevent.joinall([gevent.spawn(each.stop, timeout) for each in self._connectors.values()])
+
+    def close(self) -> None:
+        """End the connections at once."""
+        self._is_stopping = True
+        super().close()
+        for each in (*self._connectors.values(), *self._leaving):
+            each.close()
+
+    def set_key(self, key: Key) -> None:
+        """Prove this key from the next connections on, which begin at once where it is another one."""
+        self._terms = replace(self._terms, key=key)
+        for each in self._connectors.values():
+            each.set_key(key)
+
+    # Which there are
+
+    def _update(self) -> None:
+        """With SERVERS=all: connect to the endpoints that a name has now, and leave those that it has no more."""
+        if self._is_stopping:
+            return
+        found = {
+            str(endpoint): (address, Member(name, endpoint))
+            for address, name in reversed(self._names)  # the first name counts where two have one endpoint
+            for endpoint in name.known
+        }
+        for text in [text for text in self._connectors if text not in found]:
+            self._remove(text)
+        new = [text for text in found if text not in self._connectors]
+        room = SERVERS - len(self._connectors)
+        for text in new[:room]:
+            address, member = found[text]
+            self._add(text, address.host, member).start()
+        if new[room:]:
+            words = f"%(servers)d servers found, of which {SERVERS} are used at most; not used: %(left_out)s"
+            limit = Limit(seconds=DAY, burst=1)
+            self._log.warning("server.left_out", words, limit, servers=len(found), left_out=", ".join(new[room:]))
+        self._share_pool()
+
+    def _add(self, text: str, host: str, name: Name | Member) -> Connector:
+        """Make the connector of one more server."""
+        common, security = self.common, self._security_log
+        if not self._is_one:
+            common = replace(common, log=self._log.server(text))
+            security = SecurityLog(self._security, common.log)
+        terms = self._terms if self._is_one else self._terms.for_server(host, client_id_for(text, self._terms.client))
+        server = Server(text, name, terms, self._is_one)
+        launches, report = self._launches.for_server(common.log), partial(self._report, text)
+        connector = self._connectors[text] = Connector(common, server, launches, security, self.ready, report)
+        return connector
+
+    def _remove(self, text: str) -> None:
+        """Leave a server for good; its sessions end in their own time."""
+        connector = self._connectors.pop(text)
+        self._leaving.add(connector)
+        self._group.spawn("leave a server", self._leave, connector)
+
+    def _leave(self, connector: Connector) -> None:
+        connector.stop(FAREWELL)
+        connector.close()
+        self._leaving.discard(connector)
+
+    def _share_pool(self) -> None:
+        """Divide the capacity by the number of servers, so that all pools together have MAX_POOL_CAPACITY at most."""
+        highest = max(1, self._settings.max_pool_capacity // len(self))
+        for each in self._connectors.values():
+            each.limit_pool(min(self._settings.min_pool_capacity, highest), highest)
+
+    def _report(self, text: str) -> None:
+        """Log the tunnel's statistics, once in an interval: when the first that is connected asks for it."""
+        first = next((name for name, each in self._connectors.items() if each.connection), text)
+        if first == text:
+            if not self._is_one:
+                self._log.report_suppressed()
+            self._log_statistics()
