@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
+import socket
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from typing import Any
 import pytest
 
 from tests.support.process import REPOSITORY, scrubbed
-from tests.support.programs import installed, running_nginx, tunnel_to
+from tests.support.programs import installed, running_nginx
 from tests.support.scrape import WATCHED, metrics_of, scrape
 from tests.support.sockets import (
+    PATIENCE,
     Address,
     connect,
     datagram_socket,
@@ -30,7 +34,7 @@ from tests.support.sockets import (
     until,
 )
 from tests.support.target import Target
-from tests.support.tunnel import Tunnel, assert_connected
+from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
 from tests.support.wire2.ours import OurClients, OurServers
 
@@ -225,33 +229,66 @@ def test_logrotate_rotates_it_and_no_line_is_lost(logged: Logged, tmp_path: Path
 
 
 NGINX = """
+user root;
 http {{
-    log_format bytes "$request_length $bytes_sent";
+    log_format bytes "$proxy_protocol_addr $request_length $bytes_sent";
     access_log {root}/served bytes;
     server {{
-        listen 127.0.0.1:{port};
-        keepalive_timeout 0;
-        location / {{ root {root}; }}
+        listen 127.0.0.1:{port} proxy_protocol;
+        location / {{ root {root}; log_not_found off; }}
     }}
 }}
 """
 
+SERVED = {"small": 10, "large": 3_000_000, "page": 20_000}
+
+
+def visit_nginx(address: Address, source: str, names: list[str]) -> None:
+    """Request these files over one connection from an address."""
+    with socket.create_connection(address, PATIENCE, (source, 0)) as visitor:
+        for left, name in zip(range(len(names))[::-1], names, strict=True):
+            last = "" if left else "Connection: close\r\n"
+            visitor.sendall(f"GET /{name} HTTP/1.1\r\nHost: x\r\n{last}\r\n".encode())
+        receive_all(visitor)
+
+
+def by_visitor(rows: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:
+    """Bytes up and down of each visitor's address."""
+    sums: dict[str, tuple[int, int]] = {}
+    for visitor, up, down in rows:
+        before = sums.get(visitor, (0, 0))
+        sums[visitor] = (before[0] + up, before[1] + down)
+    return sums
+
 
 @pytest.mark.programs("nginx")
-def test_nginx_counts_the_same_bytes(tmp_path: Path) -> None:
-    port, path = free_port(), tmp_path / "access.log"
-    for name, size in (("small", 10), ("large", 3_000_000)):
+def test_access_log_metrics_and_nginx_have_the_same_sums(stack: contextlib.ExitStack, tmp_path: Path) -> None:
+    """nginx has each visitor's address by the PROXY protocol, whose header is not payload."""
+    port, paths = free_port(), [tmp_path / "server.log", tmp_path / "client.log"]
+    for name, size in SERVED.items():
         (tmp_path / name).write_bytes(bytes(size))
-    tmp_path.chmod(0o755)
-    blocks = NGINX.format(root=tmp_path, port=port)
-    names = ["small", "large", "missing", "small"]
-    with running_nginx(tmp_path, port, blocks) as nginx, tunnel_to(nginx, 1, ACCESS_LOG=str(path)) as visitors:
-        for name in names:
-            with connect(parse_address(visitors)) as visitor:
-                visitor.sendall(f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-                receive_all(visitor)
-        until(lambda: path.exists() and len(path.read_text().splitlines()) == len(names))
-        until(lambda: len((tmp_path / "served").read_text().splitlines()) == len(names))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    served = [tuple(map(int, line.split())) for line in (tmp_path / "served").read_text().splitlines()]
-    assert sorted((line["up"], line["down"]) for line in lines) == sorted(served)
+    nginx = stack.enter_context(running_nginx(tmp_path, port, NGINX.format(root=tmp_path, port=port)))
+    server = stack.enter_context(OurServer(1, query=f"access_log={paths[0]}", env=WATCHED))
+    query = f"tls=1&proxy_protocol=v2&access_log={paths[1]}"
+    client = stack.enter_context(OurClient(server.tunnel_address, nginx, query=query, env=WATCHED))
+    client.wait_until_connected()
+    visits = [
+        (f"127.0.1.{visitor}", random.Random(visitor + number).choices([*SERVED, "missing"], k=1 + number % 3))
+        for visitor in range(1, 13)
+        for number in range(8)
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda visit: visit_nginx(server.visitor_address, *visit), visits))
+
+    requests = sum(len(names) for _, names in visits)
+    until(lambda: len((tmp_path / "served").read_text().splitlines()) == requests)
+    rows = [line.split() for line in (tmp_path / "served").read_text().splitlines()]
+    served = by_visitor((visitor, int(up), int(down)) for visitor, up, down in rows)
+    assert len(served) == 12
+    assert sum(down for _, down in served.values()) > sum(SERVED.get(name, 0) for _, names in visits for name in names)
+    for run, path, role in ((server, paths[0], "server"), (client, paths[1], "client")):
+        log = Log(path, metrics_of(run), {"": f"{role}:{server.tunnel_address[1]}"})
+        lines = log.wait_for(len(visits), "")
+        assert by_visitor((parse_address(line["visitor"])[0], line["up"], line["down"]) for line in lines) == served
+        log.assert_equal_sums("")
+        assert log.sums("")["tcp", "completed"] == len(visits)

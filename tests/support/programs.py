@@ -50,7 +50,8 @@ def _listens(port: int, protocol: str) -> bool:
 
 
 def _table(name: str) -> list[str]:
-    path = Path("/proc/net") / name
+    """The sockets in the network namespace of this thread."""
+    path = Path("/proc/thread-self/net") / name
     return path.read_text().splitlines()[1:] if path.exists() else []
 
 
