@@ -20,6 +20,7 @@ from tests.support.tunnel import BRISK, CALM, STEADY, OurServer, assert_connecte
 from tests.support.v1_server import V1Server
 
 SMALL = {"MIN_POOL_CAPACITY": "4", "METRICS_LISTEN": "127.0.0.1:0"}
+OLD, NEW = "a secret that is long enough", "another secret that is long enough"
 BOTH = "127.0.0.1 localhost\n127.0.0.1 both.example\n127.0.0.2 both.example\n"
 ONE = "127.0.0.1 localhost\n127.0.0.1 both.example\n"
 
@@ -201,6 +202,33 @@ def test_a_v1_server_is_one_of_them() -> None:
         for server in (old, new):
             with connect(server.visitor_address) as visitor, target.accept() as service:
                 assert_connected(visitor, service)
+
+
+def test_each_server_has_its_own_tls_mode_and_a_new_key_reconnects_to_all(tmp_path: Path) -> None:
+    keys, own = tmp_path / "keys", tmp_path / "own"
+    keys.write_text(f"- {OLD}\n- {NEW}\n")
+    own.write_text(f"- {OLD}\n")
+    for file in (keys, own):
+        file.chmod(0o600)
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(Service("service"))
+        env = {**CALM, "TUNNEL_KEYS_FILE": str(keys)}
+        servers = [stack.enter_context(OurServer(tls, env=env)) for tls in (0, 1)]
+        addresses = [server.tunnel_address for server in servers]
+        url = client_url(addresses, service.address, "&tls=0")
+        client = stack.enter_context(Nodepass(url, env={**CALM, **SMALL, "TUNNEL_KEYS_FILE": str(own)}))
+        modes = {format_address(address): tls for tls, address in enumerate(addresses)}
+        for server, tls in modes.items():
+            assert client.wait_for("server.connected", server=server)["tls"] == tls
+            client.wait_for("tunnel.security", server=server, tls=tls)
+        assert value(metrics_of(client), "nodepass_tunnel_info", tls="0", tls_version="") == 1, "the lowest one"
+        mark = client.mark()
+        own.write_text(f"- {NEW}\n")
+        client.send(signal.SIGHUP)
+        for server in modes:
+            assert client.wait_for("server.disconnected", after=mark, server=server)["reason"] == "reload"
+            client.wait_for("server.connected", after=mark, server=server)
+        assert {ask(server.visitor_address) for server in servers} == {"service"}
 
 
 def test_a_check_tries_each_server_and_says_which_one_fails() -> None:
