@@ -90,7 +90,11 @@ class NoDataConnection(NodepassError, ConnectionError):
 
 
 class NoTarget(NoDataConnection):
-    """The client has said that none of its targets answers."""
+    """The client has said that it can serve no such session; `reason` is a token for the log."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class ExpiredError(NodepassError, TimeoutError):

@@ -7,6 +7,7 @@ The process calls a client as `tunnel.interface` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from gevent.event import AsyncResult
 
@@ -88,7 +89,7 @@ class Client:
 
     def _terms(self, keys: Sequence[Key]) -> Terms:
         wants_addresses = self._settings.proxy_protocol != "off" or self._settings.access_log is not None
-        return Terms.of(self._url, self._id, keys, wants_addresses)
+        return replace(Terms.of(self._url, self._id, keys, wants_addresses), serves_tcp=self._settings.tcp)
 
     def describe(self) -> str:
         """One line for an operator: its status and its counters."""

@@ -168,13 +168,13 @@ class Clients(Part):
 
         A client that wants them is told the visitor's addresses, which are `proxied` where a proxy has named them. If a
         client goes away meanwhile, a connection of another or the next one serves as well. Raises NoDataConnection, at
-        once where no client's target answers TCP.
+        once (NoTarget) where no client can serve TCP.
         """
         deadline = time.monotonic() + timeout
         while True:
-            if kind == TCP and self.connected and not any(each.target_answers for each in self.controls):
-                raise NoTarget("the client's target does not answer")
-            slot, (id, stream) = self._take(max(0.0, deadline - time.monotonic()))
+            if kind == TCP:
+                self._refuse_in_vain()
+            slot, (id, stream) = self._take(kind, max(0.0, deadline - time.monotonic()))
             try:
                 # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
                 if stream.sock.fileno() >= 0 and slot.send_launch(id, kind, visitor, proxied):
@@ -188,10 +188,19 @@ class Clients(Part):
             if time.monotonic() >= deadline:
                 raise NoDataConnection("the client disconnected")
 
-    def _take(self, timeout: float) -> tuple[ClientSlot, Found]:
+    def _refuse_in_vain(self) -> None:
+        """Raise NoTarget where every client says that it can serve no TCP session."""
+        if not (controls := self.controls):
+            return
+        if not any(each.serves_tcp for each in controls):
+            raise NoTarget("tcp_off", "TCP=off on the client")
+        if not any(each.target_answers for each in controls):
+            raise NoTarget("target_down", "the client's target does not answer")
+
+    def _take(self, kind: int, timeout: float) -> tuple[ClientSlot, Found]:
         """A data connection, and the slot that it belongs to. Raises NoDataConnection after `timeout` seconds."""
         waits = self._stats.pool_waits
-        for slot in self._in_order() if len(self.slots) > 1 else self.slots:
+        for slot in self._in_order(kind) if len(self.slots) > 1 else self.slots:
             if found := slot.pool.take():
                 waits.observe(0.0)
                 return slot, found
@@ -208,9 +217,11 @@ class Clients(Part):
             waits.observe(time.monotonic() - began)
         return self._by_pool[pool], found
 
-    def _in_order(self) -> list[ClientSlot]:
-        """The slots that serve sessions now, the preferred one first."""
+    def _in_order(self, kind: int) -> list[ClientSlot]:
+        """The slots that serve sessions of this kind now, the preferred one first."""
         slots = [slot for slot in self.slots if slot.control and slot.pool not in self._queue.withheld]
+        if kind == TCP:
+            slots = [slot for slot in slots if slot.control and slot.control.serves_tcp]
         spread = self._settings.spread
         if spread == "first":
             return sorted(slots, key=lambda slot: slot.since)

@@ -153,8 +153,8 @@ class VisitorListener(Part):
         outcome = "unserved"
         words, why = "closed visitor %(visitor)s: no data connection within %(timeout)s", "pool_empty"
         if isinstance(error, NoTarget):
-            outcome, why = "unreachable", "target_down"
-            words = "closed visitor %(visitor)s: the client's target does not answer"
+            outcome, why = "unreachable", error.reason
+            words = "closed visitor %(visitor)s: " + str(error)
         elif not self._clients.connected:
             words, why = f"{words}, no client is connected", "no_client"
         self._stats.tcp.ended[outcome] += 1

@@ -83,6 +83,7 @@ class Agreement:
     client: str = ""  # what the client calls itself; v2
     wants_addresses: bool = False  # launches carry the visitor's address
     is_check: bool = False  # the client is `nodepass --check`, as it says, and leaves at once
+    serves_tcp: bool = True  # as the client says
 
     @property
     def version(self) -> int:
@@ -298,6 +299,11 @@ class ServerControl(Control):
 
     def describe(self) -> str:
         return super().describe() + ("" if self.target_answers else ", its target does not answer")
+
+    @property
+    def serves_tcp(self) -> bool:
+        """Whether the client takes TCP sessions."""
+        return self.agreement is None or self.agreement.serves_tcp
 
     def beat(self, count_idle: Callable[[], int]) -> None:
         """Send heartbeats until the connection fails or is closed; `count_idle`: of idle data connections."""

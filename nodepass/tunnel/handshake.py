@@ -79,7 +79,8 @@ def accept_client(
             offer = replace(offer, mac=key.server_proof(transcript, text))
             session = key.session(transcript, text)
         control.send(offer)
-        return control.agree(Agreement(offer, session, key, hello.client, hello.wants_addresses, hello.is_check))
+        told = hello.client, hello.wants_addresses, hello.is_check, hello.serves_tcp
+        return control.agree(Agreement(offer, session, key, *told))
 
 
 def _read_proof(control: ServerControl) -> str:
@@ -114,6 +115,7 @@ class Terms:
     client: str = ""  # what this client calls itself
     key: Key | None = None
     wants_addresses: bool = False  # launches carry the visitor's address
+    serves_tcp: bool = True
     is_check: bool = False  # the server's log names a check as such
 
     @classmethod
@@ -181,7 +183,14 @@ def _start_tls(control: ClientControl, terms: Terms) -> bytes | None:
 
 def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
     """Hello to offer, on the present channel; None where the server wants TLS first."""
-    hello = Hello(new_nonce(), terms.client, terms.name, terms.wants_addresses, is_check=terms.is_check)
+    hello = Hello(
+        new_nonce(),
+        terms.client,
+        terms.name,
+        terms.wants_addresses,
+        is_check=terms.is_check,
+        serves_tcp=terms.serves_tcp,
+    )
     control.send(hello)
     line = control.read_line()
     opening = parse_opening(line)

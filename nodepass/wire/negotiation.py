@@ -76,9 +76,10 @@ class Hello:
     wants_addresses: bool = False  # launches are to carry the visitor's address
     version: str = "2"
     is_check: bool = False  # for the server's log: it comes from `nodepass --check`
+    serves_tcp: bool = True  # else the server launches no TCP session, which the client would only drop
 
     def encode(self) -> bytes:
-        more = "&want=from" * self.wants_addresses + "&check=1" * self.is_check
+        more = "&want=from" * self.wants_addresses + "&check=1" * self.is_check + "&off=tcp" * (not self.serves_tcp)
         return f"//hello?v={self.version}&nonce={self.nonce}&client={self.client}&name={self.name}{more}\n".encode()
 
 
@@ -168,7 +169,14 @@ def parse_first(line: bytes) -> Hello | DataHello:
     if (version := query.get("v", "")) != "2":
         return Hello("", version=version)
     nonce, client, name = (parameter(line, query, each, _FORMS[each]) for each in ("nonce", "client", "name"))
-    return Hello(nonce, client, name, query.get("want") == "from", is_check=query.get("check") == "1")
+    return Hello(
+        nonce,
+        client,
+        name,
+        query.get("want") == "from",
+        is_check=query.get("check") == "1",
+        serves_tcp=query.get("off") != "tcp",
+    )
 
 
 def parse_auth(line: bytes) -> Auth:

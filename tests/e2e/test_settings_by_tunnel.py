@@ -11,7 +11,7 @@ import pytest
 from tests.support.process import Nodepass
 from tests.support.sockets import connect, datagram_socket, free_port, parse_address
 from tests.support.target import Target
-from tests.support.tunnel import CALM, assert_connected
+from tests.support.tunnel import CALM, OurClient, OurServer, assert_connected, exchange
 
 HOST = "127.0.0.1"
 OWN = {"web": "udp=off&min_pool_capacity=3&max_pool_capacity=3", "game": "tcp=off&report_interval=4s"}
@@ -52,3 +52,17 @@ def test_each_tunnel_of_a_process_has_the_settings_of_its_url() -> None:
             }
             assert {name: report["pool_capacity"] for name, report in reports.items()} == CAPACITIES
             assert all(f"{PROTOCOLS[name]} only" in report.line for name, report in reports.items())
+
+
+def test_visitors_of_a_client_without_tcp_are_reset_at_once_and_cost_no_data_connection() -> None:
+    with contextlib.ExitStack() as stack:
+        target, server = stack.enter_context(Target()), stack.enter_context(OurServer())
+        client = stack.enter_context(OurClient(server.tunnel_address, target.address, query="tcp=off", env=CALM))
+        server.wait_for_client()
+        server.wait_for("pool.added")
+        for _ in range(5):
+            with connect(server.visitor_address) as visitor, pytest.raises(ConnectionResetError):
+                visitor.recv(1)
+        assert server.wait_for("visitor.unserved")["reason"] == "tcp_off"
+        assert exchange(server.visitor_address, target, b"question", b"answer") == (b"question", b"answer")
+        assert [entry["kind"] for entry in client.find("launch.received")] == ["lane"]

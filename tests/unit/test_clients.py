@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import gevent
 import pytest
@@ -289,6 +290,21 @@ def test_a_client_whose_target_does_not_answer_serves_no_session(stack: ExitStac
     several.answer(0)
     several.slots[0].sessions += 10
     assert several.launch() == 0
+
+
+def test_a_client_without_tcp_serves_lanes_only_and_where_none_has_it_no_data_connection_is_used(
+    stack: ExitStack,
+) -> None:
+    several = Several(stack, 2)
+    several.fill(3, 2)
+    several.controls[0].agreement = replace(agreed("0"), serves_tcp=False)
+    assert [several.launch(), several.launch()] == [1, 1]
+    assert several.launch(LANE) == 0
+    several.controls[1].agreement = replace(agreed("1"), serves_tcp=False)
+    with pytest.raises(NoTarget, match="TCP=off"):
+        several.launch()
+    assert len(several.slots[0].pool) == 2
+    assert several.launch(LANE) == 0
 
 
 def test_a_session_waits_for_a_good_client_rather_than_to_use_a_bad_one(stack: ExitStack) -> None:

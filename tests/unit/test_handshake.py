@@ -263,6 +263,16 @@ def test_a_client_that_says_hello_is_offered_wire_v2(stack: ExitStack, ends: End
     assert accepting.get() == Agreement(offer, client=CLIENT, wants_addresses=True)
 
 
+def test_a_client_without_tcp_says_so(stack: ExitStack, ends: Ends) -> None:
+    control = ends.client_control()
+    run(stack, connect_to_server, control, Terms(HOST, client=CLIENT, serves_tcp=False))
+    line = read_line(ends.server)
+    assert line.endswith(b"&name=&off=tcp\n")
+    hello = parse_first(line[:-1])
+    assert isinstance(hello, Hello)
+    assert not hello.serves_tcp
+
+
 def test_a_client_that_proves_the_key_is_offered_a_proof_in_return(stack: ExitStack, ends: Ends, key: Key) -> None:
     accepting = accept(stack, ends, [key])
     transcript = Transcript(HELLO.encode()[:-1], read_challenge(ends.client), b"")
