@@ -7,7 +7,8 @@ here what they have together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,8 @@ from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.security import Security, SecurityLog, security_of
 from nodepass.wire.auth import Key, client_id_for
 
+LINGER = 60.0  # seconds for which an address that a name has no more is kept: visitors have cached it, too
+
 
 class Servers(Part):
     """Has a connector for each server. The client is connected while one of them is."""
@@ -45,6 +48,7 @@ class Servers(Part):
         self._security_log = SecurityLog(self._security, self._log)
         self._names = [(address, Name(address, self._log)) for address in url.tunnels]
         self._connectors: dict[str, Connector] = {}  # by the address that is shown
+        self._absent: dict[str, float] = {}  # since when a name has these no more (time.monotonic())
         self._leaving: set[Connector] = set()
         self._is_stopping = False
         if not self._has_all:
@@ -132,7 +136,7 @@ class Servers(Part):
     # Which there are
 
     def _update(self) -> None:
-        """With SERVERS=all: connect to the endpoints that a name has now, and leave those that it has no more."""
+        """With SERVERS=all: connect to the endpoints that names have now, and leave those that none has any more."""
         if self._is_stopping:
             return
         found = {
@@ -140,8 +144,7 @@ class Servers(Part):
             for address, name in reversed(self._names)  # the first name counts where two have one endpoint
             for endpoint in name.known
         }
-        for text in [text for text in self._connectors if text not in found]:
-            self._remove(text)
+        self._leave_absent(found)
         new = [text for text in found if text not in self._connectors]
         room = SERVERS - len(self._connectors)
         for text in new[:room]:
@@ -152,6 +155,16 @@ class Servers(Part):
             limit = Limit(seconds=DAY, burst=1)
             self._log.warning("server.left_out", words, limit, servers=len(found), left_out=", ".join(new[room:]))
         self._share_pool()
+
+    def _leave_absent(self, found: Collection[str]) -> None:
+        """Leave the servers that have not been found for LINGER seconds, or that are not connected any more."""
+        now = time.monotonic()
+        for text, connector in list(self._connectors.items()):
+            if text in found:
+                self._absent.pop(text, None)
+            elif not connector.connection or now - self._absent.setdefault(text, now) >= LINGER:
+                self._absent.pop(text, None)
+                self._remove(text)
 
     def _add(self, text: str, host: str, name: Name | Member) -> Connector:
         """Make the connector of one more server."""

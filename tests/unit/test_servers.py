@@ -11,7 +11,7 @@ import pytest
 
 from nodepass.client import servers
 from nodepass.client.connector import Server
-from nodepass.client.servers import Servers
+from nodepass.client.servers import LINGER, Servers
 from nodepass.config.settings import Settings
 from nodepass.config.urls import SERVERS, ClientURL, parse_url
 from nodepass.log import Log
@@ -228,10 +228,35 @@ def test_with_all_each_endpoint_of_a_name_is_a_server_that_comes_and_goes_with_t
     first.server.name.refresh()
     resolver.answer(endpoint(3), endpoint(2))
     assert list(made.connectors) == ["192.0.2.2:1", "192.0.2.3:1"]
+    assert not made.servers._absent
     gevent.sleep(0.001)
     assert first.calls == ["start", "stop", "close"]
     assert second.calls == ["start"]
     assert {each.limits[1] for each in made.connectors.values()} == {Settings().max_pool_capacity // 2}
+
+
+def test_a_connected_server_is_left_once_the_name_has_been_without_its_address_for_a_minute(
+    make: Make, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Visitors have cached the address, too; and a name can have other ones of many at each lookup."""
+    now = [1000.0]
+    monkeypatch.setattr(servers.time, "monotonic", lambda: now[0])
+    made = make("name.example:1", servers="all")
+    made.servers.start()
+    resolver.answer(endpoint(1), endpoint(2))
+    first, second = made.connectors.values()
+    first.connection = FakeConnection()
+    for later, found, left in (
+        (0.0, [2], False),
+        (LINGER - 1, [2], False),
+        (0.0, [1, 2], False),
+        (LINGER, [2], False),
+        (LINGER, [2], True),
+    ):
+        now[0] += later
+        second.server.name.refresh()
+        resolver.answer(*map(endpoint, found))
+        assert (first not in made.connectors.values()) is left
 
 
 def test_after_a_stop_no_new_address_is_connected_to(make: Make, resolver: Resolver) -> None:
