@@ -38,7 +38,7 @@ SETTLED = 1.0  # seconds that a control connection must last for the next reconn
 REPEAT_WARNING = 60.0  # seconds between two warnings about the same failure to connect
 REPEAT_BUSY = 600.0  # seconds, where there are other servers: it may be one of them, at another address
 FAREWELL = 1.0  # seconds for the server to end its side of the control connection at a shutdown
-SAME_SERVER = "one that is connected at another address has no second place for this client, unless CLIENTS is higher"
+SAME_SERVER = "if this client is connected to it at another address, leave one of the two out, or raise CLIENTS there"
 
 
 @dataclass(frozen=True)
