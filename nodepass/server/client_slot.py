@@ -338,7 +338,7 @@ class ClientSlot(Part):
             else:
                 self._flows.abandon(self)
 
-    def send_launch(self, id: str, kind: int, visitor: Socket | None = None, proxied: Addresses = ()) -> bool:
+    def send_launch(self, id: str, kind: int, visitor: Socket | None = None, known: Addresses = ()) -> bool:
         """Whether the client could be told to use a data connection, and the visitor's addresses if it wants them.
 
         Raises NoDataConnection where the connected client has no such sessions.
@@ -348,7 +348,7 @@ class ClientSlot(Part):
             return False
         if kind == LANE and agreement.version < 2:
             raise NoDataConnection("the client now connected speaks wire v1, which has no lanes")
-        addresses = proxied or _addresses(visitor) if visitor and agreement.wants_addresses else ()
+        addresses = known or _addresses(visitor) if visitor and agreement.wants_addresses else ()
         with contextlib.suppress(OSError):
             self.control.send(Launch(id, kind, *addresses))
             return True

@@ -163,10 +163,10 @@ class Clients(Part):
 
     # Sessions
 
-    def launch(self, kind: int, timeout: float, visitor: Socket | None = None, proxied: Addresses = ()) -> Launched:
+    def launch(self, kind: int, timeout: float, visitor: Socket | None = None, known: Addresses = ()) -> Launched:
         """A data connection that its client has been told to use for a session.
 
-        A client that wants them is told the visitor's addresses, which are `proxied` where a proxy has named them. If a
+        A client that wants them is told the visitor's addresses, which the socket has unless they are `known`. If a
         client goes away meanwhile, a connection of another or the next one serves as well. Raises NoDataConnection, at
         once (NoTarget) where no client can serve TCP.
         """
@@ -177,7 +177,7 @@ class Clients(Part):
             slot, (id, stream) = self._take(kind, max(0.0, deadline - time.monotonic()))
             try:
                 # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
-                if stream.sock.fileno() >= 0 and slot.send_launch(id, kind, visitor, proxied):
+                if stream.sock.fileno() >= 0 and slot.send_launch(id, kind, visitor, known):
                     self._launches += 1
                     slot.turn = self._launches
                     return Launched(id, stream, slot)

@@ -116,8 +116,8 @@ class VisitorListener(Part):
                 visit = self._begin_visit(self._access, peer, sockaddr, began)
             if self._policy and not (counted := self._policy.begin(peer.host, peer, visit)):
                 return
-            proxied = (str(peer), str(local)) if local else ()
-            id, data, slot = self._clients.launch(TCP, self._settings.pool_get_timeout, sock, proxied)
+            known = (visit.visitor, visit.local) if visit else (str(peer), str(local)) if local else ()
+            id, data, slot = self._clients.launch(TCP, self._settings.pool_get_timeout, sock, known)
             slot.sessions += 1
             try:
                 if visit:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from nodepass.net.relay import Traffic
@@ -26,6 +27,7 @@ COLUMNS = (
 # What a peer sent may be no address, and could forge a column: anything but such a word is unknown. Without quotes and
 # backslashes JSON has it as it is: an encoder took half of the time of a line.
 _WORD = re.compile(r"[!#-\[\]-~]{1,300}")
+_WORDS = re.compile(rf"{_WORD.pattern}(?: {_WORD.pattern}){{7}}")  # one look at all of them, as nearly all lines pass
 
 
 class AccessLog:
@@ -49,10 +51,12 @@ class AccessLog:
         """Write the line of a session that has ended."""
         seconds = time.monotonic() - visit.began
         who = (self._log.tunnel, visit.session, visit.protocol, visit.visitor, visit.local)
-        where = (visit.client, visit.target, visit.dial)
-        words = [text if _WORD.fullmatch(text) else "" for text in (*who, *where)]
-        first_byte = "" if visit.first_byte is None else f"{visit.first_byte:.6f}"
-        numbers = (str(visit.up), str(visit.down), first_byte, f"{seconds:.6f}")
+        texts = (*who, visit.client, visit.target, visit.dial)
+        words = " ".join([each or "-" for each in texts])
+        if not _WORDS.fullmatch(words):
+            words = " ".join([each if _WORD.fullmatch(each) else "-" for each in texts])
+        first_byte = "-" if visit.first_byte is None else f"{visit.first_byte:.6f}"
+        numbers = f"{visit.up} {visit.down} {first_byte} {seconds:.6f}"
         self._write(self._form.line(time.time(), words, numbers, outcome))
 
 
@@ -94,17 +98,15 @@ class Visit:
 
 
 class _Form(Protocol):
-    def line(self, now: float, words: Iterable[str], numbers: Iterable[str], outcome: str) -> str:
-        """The line of these COLUMNS, written at `now` (Unix time); an empty text is unknown."""
+    def line(self, now: float, words: str, numbers: str, outcome: str) -> str:
+        """The line of these COLUMNS, written at `now` (Unix time); they have blanks between, and - is unknown."""
 
 
 class _Text:
     """For people, awk and fail2ban: words with blanks between, local time as in the log."""
 
-    def line(self, now: float, words: Iterable[str], numbers: Iterable[str], outcome: str) -> str:
-        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        columns = " ".join([each or "-" for each in (*words, *numbers)])
-        return f"{date}.{int(now % 1 * 1000):03d} {columns} {outcome}"
+    def line(self, now: float, words: str, numbers: str, outcome: str) -> str:
+        return f"{_local_date(int(now))}.{int(now % 1 * 1000):03d} {words} {numbers} {outcome}"
 
 
 class _JSON:
@@ -112,8 +114,18 @@ class _JSON:
 
     _template = "{" + ", ".join(f'"{name}": %s' for name in ("time", *COLUMNS)) + "}"
 
-    def line(self, now: float, words: Iterable[str], numbers: Iterable[str], outcome: str) -> str:
-        date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-        quoted = [f'"{each}"' if each else "null" for each in words]
-        known = [each or "null" for each in numbers]
-        return self._template % (f'"{date}.{int(now % 1 * 1000):03d}+00:00"', *quoted, *known, f'"{outcome}"')
+    def line(self, now: float, words: str, numbers: str, outcome: str) -> str:
+        quoted = ["null" if each == "-" else f'"{each}"' for each in words.split(" ")]
+        known = ["null" if each == "-" else each for each in numbers.split(" ")]
+        time_ = f'"{_utc_date(int(now))}.{int(now % 1 * 1000):03d}+00:00"'
+        return self._template % (time_, *quoted, *known, f'"{outcome}"')
+
+
+@lru_cache(1)  # many lines are of one second
+def _local_date(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+@lru_cache(1)
+def _utc_date(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

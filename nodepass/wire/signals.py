@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nodepass.config.hostport import parse_ip, split_host_port
+from nodepass.config.hostport import parse_ip
 from nodepass.errors import ProtocolError
 from nodepass.wire.lines import TOKEN, parameter, printable, split, split_strictly
 
@@ -36,9 +36,10 @@ BYES = {
 
 _COUNT = re.compile(r"[0-9]{1,9}")
 _YES_OR_NO = re.compile(r"[01]")
-_LAUNCH = re.compile(rb"//([0-9a-f]{8})#([13])")  # v2, without addresses
+_LAUNCH = re.compile(rb"//([0-9a-f]{8})(?:\?from=([0-9A-Fa-f.:\[\]]+)&to=([0-9A-Fa-f.:\[\]]+))?#([13])")  # v2
 _V1_LAUNCH = re.compile(rb"//([0-9a-f]{8})#([12])")
 _ID = re.compile(rb"[0-9a-f]{8}")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\]|([0-9.]+)):([0-9]{1,5})")
 _V1_KINDS = {b"1": TCP, b"2": UDP}
 _KINDS = {b"1": TCP, b"3": LANE}
 
@@ -130,7 +131,8 @@ def parse_v1_signal(line: bytes) -> Signal:
 def parse_signal(line: bytes) -> Signal:
     """What either end reads after the handshake in v2. Raises ProtocolError."""
     if launch := _LAUNCH.fullmatch(line):  # as most are
-        return Launch(launch[1].decode(), int(launch[2]))
+        addresses = [_address(text.decode()) for text in (launch[2], launch[3]) if text]
+        return Launch(launch[1].decode(), int(launch[4]), *addresses)
     host, query, fragment = split_strictly(line)
     if host == b"beat":
         if "ok" in query:
@@ -145,15 +147,13 @@ def parse_signal(line: bytes) -> Signal:
 
 
 def _address(text: str) -> str:
-    """`ip:port` or `[ip]:port` as it is; nothing where the text is no such address."""
+    """`ip:port` or `[ip]:port` as it is; nothing where the text is no such address, which has no zone."""
+    match = _ADDRESS.fullmatch(text)
     try:
-        host, _ = split_host_port(text)
-        parse_ip(host)
-        if "%" in host:
-            raise ValueError("a zone means nothing on another machine")
+        parse_ip(match[1] or match[2] if match else "")
     except ValueError:
         return ""
-    return text
+    return text if match and int(match[3]) <= 65535 else ""
 
 
 def parse_id(data: bytes) -> str:
