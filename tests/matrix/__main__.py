@@ -100,7 +100,7 @@ class Combination:
                 raise Failed(failure)
 
     def _test(self, paths: Sequence[str], checkout: Path) -> str:
-        options = ("-q", "-p", "no:cacheprovider", "--numprocesses", "4", "--dist", "worksteal")
+        options = ("-q", "-p", "no:cacheprovider", "--numprocesses", "4", "--dist", "loadfile")
         began = time.monotonic()
         with self.log.open("a+") as log:
             start = log.seek(0, os.SEEK_END)

@@ -105,8 +105,9 @@ def test_a_first_lookup_that_fails_or_takes_too_long_is_an_error_that_names_the_
 def test_a_late_lookup_counts_as_failed_and_its_answer_is_taken_all_the_same(
     name: Name, resolver: Resolver, log: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "LOOKUP_TIMEOUT", 0.01)
     resolver.answer(OLD)
+    until(lambda: name.has_endpoints)
+    monkeypatch.setattr(names, "LOOKUP_TIMEOUT", 0.01)
     name.refresh()
     until(lambda: name.failure)
     assert log.events == ["name.failed"]
