@@ -72,7 +72,9 @@ class ControlListener(Part):
             self._take(sock, peer)
 
     def _take(self, sock: Socket, peer: Endpoint) -> None:
-        self._pending.accept(sock, peer, self._serve, silence=self._patience(peer))
+        shortcut = self._data_listener.take_at_once if self._port.mux else None
+        if not (shortcut and shortcut(sock, peer)):
+            self._pending.accept(sock, peer, self._serve, silence=self._patience(peer), shortcut=shortcut)
 
     def _patience(self, peer: Endpoint) -> float:
         """Seconds for which a connection may be silent before its greenlet begins."""

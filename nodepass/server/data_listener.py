@@ -1,8 +1,9 @@
 """Accepts data connections and prepares each for its pool: TLS, whose it is, an id, and the proofs of the key.
 
 In the usual case (a data port of its own, one tunnel, no TLS, no key) eight bytes are written at the accept, and no
-greenlet is needed. Else each is prepared in a greenlet of its own, so that a silent peer holds up no other. Which
-client one belongs to is decided by `tunnel_port`. `control_listener` hands over those that come to the tunnel port.
+greenlet is needed; nor is one where without TLS and key a line says whose the connection is. Else each is prepared in a
+greenlet of its own, so that a silent peer holds up no other. Which client one belongs to is decided by `tunnel_port`.
+`control_listener` hands over those that come to the tunnel port.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import gevent
 from nodepass.errors import ProtocolError, RefusedError, reason
 from nodepass.log import Limit
 from nodepass.net.listen import accept_forever
-from nodepass.net.sockets import Endpoint, Socket
+from nodepass.net.sockets import Endpoint, Socket, peek_bytes
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.opening import SILENCE_OF_V1_DATA, Opening
@@ -25,7 +26,8 @@ from nodepass.server.tunnel_port import Membership, TunnelPort
 from nodepass.stats import failure
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import PROOF_LENGTH, same
-from nodepass.wire.negotiation import DataHello
+from nodepass.wire.lines import MAX_OPENING
+from nodepass.wire.negotiation import DataHello, parse_first
 from nodepass.wire.signals import ID_LENGTH
 
 # Most often the last ones of a client that has just left, which is no reason for a warning.
@@ -77,7 +79,26 @@ class DataListener(Part):
         else:
             may_be_v1 = not self._port.certificate and self._port.find_v1(peer) is not None
             silence = 0.0 if may_be_v1 else self._settings.handshake_timeout
-            self._pending.accept(sock, peer, self._serve, may_be_v1, silence=silence)
+            if not self.take_at_once(sock, peer):
+                self._pending.accept(sock, peer, self._serve, may_be_v1, silence=silence, shortcut=self.take_at_once)
+
+    def take_at_once(self, sock: Socket, peer: Endpoint) -> bool:
+        """Whether the first bytes of a connection were a line that eight bytes answer, so that it is in its pool now.
+
+        Without TLS and key it needs no greenlet. Whatever else it is, or is wrong with it, is found out in one.
+        """
+        if self._port.certificate or not (said := peek_bytes(sock, MAX_OPENING)).endswith(b"\n"):
+            return False
+        try:
+            hello = parse_first(said[:-1])
+        except ProtocolError:
+            return False
+        member = self._port.find_sid(hello.sid) if isinstance(hello, DataHello) else None
+        if not member or member.agreement.session or not member.slot.is_client(peer) or member.slot.pool.full:
+            return False
+        sock.recv(len(said))
+        self._add(sock, peer, member)
+        return True
 
     def _admit_at_once(self, sock: Socket, peer: Endpoint, slot: ClientSlot) -> None:
         """Without TLS and for one tunnel it is plain whose connection it is, and the server speaks first."""
@@ -95,9 +116,10 @@ class DataListener(Part):
         """Eight bytes into a new connection need neither a wait nor a greenlet."""
         id, stream = _new_id(member.slot), TCPStream(sock)
         try:
-            stream.write(id.encode())
+            if stream.send(id.encode()):
+                raise TimeoutError("it takes no bytes")
         except OSError as error:
-            self._reject(stream, peer, failure(error), reason(error))
+            self._reject(stream, peer, failure(error), reason(error), member)
         else:
             self._give(id, stream, peer, member)
 

@@ -15,7 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from gevent import Greenlet, get_hub
 
@@ -33,6 +33,7 @@ LOOK_EVERY = 1 / 16  # seconds between two looks for silences that are over
 READABLE = 1  # the event loop's flag
 
 Work = Callable[..., object]
+Shortcut = Callable[[Socket, Endpoint], bool]
 Steps = Generator[None, bool, None]  # resumed with whether the peer has spoken
 
 
@@ -77,11 +78,20 @@ class PendingConnections:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at the {self._port} port: {len(self)}, {self._here.silent} of them silent>"
 
-    def accept(self, sock: Socket, peer: Endpoint, work: Work, *args: object, silence: float = 0.0) -> None:
+    def accept(
+        self,
+        sock: Socket,
+        peer: Endpoint,
+        work: Work,
+        *args: object,
+        silence: float = 0.0,
+        shortcut: Shortcut | None = None,
+    ) -> None:
         """Run `work(sock, peer, *args)` in a greenlet; it must close the connection or hand it on, also when killed.
 
         It begins at the peer's first bytes, or after `silence` seconds. The values of `silence` should be few. The work
-        may `release` the connection and have it accepted again, as that of another peer, with other work.
+        may `release` the connection and have it accepted again, as that of another peer, with other work. `shortcut` is
+        called before, at the first bytes, by the event loop: where it returns True, the connection is its own.
         """
         try:
             sock.getpeername()
@@ -95,7 +105,7 @@ class PendingConnections:
         self._here.add(network, pending)
         self._ports[self] = None
         PendingConnections._total += 1
-        pending.steps = self._steps(pending, work, (peer, *args), silence)
+        pending.steps = self._steps(pending, work, (peer, *args), silence, shortcut)
         next(pending.steps)
 
     def began(self, sock: Socket) -> float:
@@ -119,7 +129,9 @@ class PendingConnections:
         self._tasks.kill()
         self._timer.stop()
 
-    def _steps(self, pending: _Pending, work: Work, args: tuple[object, ...], silence: float) -> Steps:
+    def _steps(
+        self, pending: _Pending, work: Work, args: tuple[Any, ...], silence: float, shortcut: Shortcut | None
+    ) -> Steps:
         """Begin the work at the first bytes or after the silence, and note the first bytes. The event loop resumes it.
 
         Where the work begins before them, it and this wait for the same bytes. All in one generator: a flood has many.
@@ -138,8 +150,11 @@ class PendingConnections:
                         del waiting[pending]
                         if not waiting:
                             del self._waiting[silence]
-                pending.greenlet = self._tasks.spawn(f"the {self._port} port", self._run, pending, work, args)
-                if not pending.spoken:
+                if pending.spoken and shortcut and shortcut(pending.sock, args[0]):
+                    self._forget(pending.sock)
+                else:
+                    pending.greenlet = self._tasks.spawn(f"the {self._port} port", self._run, pending, work, args)
+                if pending.greenlet and not pending.spoken:
                     self._note_spoken(pending, (yield))
             finally:
                 watcher.stop()

@@ -129,7 +129,8 @@ class OpenPort:
         keys_by_name = {"": keys} if tunnels is None else tunnels
         urls = [server_url(name, tls, wire) for name in keys_by_name]
         common = self.common
-        self.port = TunnelPort(urls, common.settings, common.log, common.stats, NOTHING)
+        several = common.settings.clients > 1
+        self.port = TunnelPort(urls, common.settings, common.log, common.stats, NOTHING, has_several_clients=several)
         self.crashes: list[Exception] = []
         self.tunnels = [Clients(common, name, its_keys) for name, its_keys in keys_by_name.items()]
         for clients in self.tunnels:

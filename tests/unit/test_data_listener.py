@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from gevent import socket
 
 from nodepass.server.client_slot import ClientSlot
+from nodepass.server.pending import PendingConnections
 from nodepass.tunnel.control import STOPPING, Agreement
 from nodepass.wire.auth import PROOF_LENGTH, Key, SessionKey
 from nodepass.wire.negotiation import DataHello, Offer
@@ -218,6 +220,35 @@ def test_a_connection_goes_to_the_tunnel_of_its_sid(shared: OpenPort) -> None:
         id = receive_id(shared.connect_data(DataHello(sid).encode()))
         assert_pooled(slot, id)
     assert [len(slot.pool) for slot in shared.slots] == [1, 1]
+
+
+@pytest.mark.parametrize("mux", [False, True], ids=["data port", "tunnel port"])
+@pytest.mark.parametrize("begins", ["with its line", "silently", "with half of it"])
+def test_a_line_without_tls_and_key_is_answered_without_a_greenlet_unless_it_comes_in_parts(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, mux: bool, begins: str
+) -> None:
+    served = []
+    original = PendingConnections._run
+
+    def run_work(pending: PendingConnections, *args: Any) -> None:
+        served.append(args)
+        original(pending, *args)
+
+    monkeypatch.setattr(PendingConnections, "_run", run_work)
+    port = OpenPort(stack, mux=mux, clients=2)
+    occupy(stack, port.slot, agreed(sid=SIDS[0]))
+    line = DataHello(SIDS[0]).encode()
+    cut = {"with its line": len(line), "silently": 0, "with half of it": 20}[begins]
+    peer = port.connect_data(line[:cut])
+    listener = port.control_listener if mux else port.data_listener
+    if begins != "with its line":
+        until(lambda: len(listener._pending) == 1)
+    if begins == "with half of it":
+        until(lambda: served)
+    peer.sendall(line[cut:])
+    assert_pooled(port.slot, receive_id(peer))
+    until(lambda: len(listener._pending) == 0)
+    assert len(served) == (begins == "with half of it")
 
 
 def test_an_unknown_sid_is_rejected(shared: OpenPort) -> None:
