@@ -62,6 +62,7 @@ class Clients(Part):
         self.flows.slots = self.slots
         self._by_pool = {slot.pool: slot for slot in self.slots}
         self._connected = Event()
+        self._in_vain: tuple[str, str] | None = None  # why no TCP session is launched
         self._launches = 0
         if len(self.slots) > 1:
             for slot in self.slots:
@@ -172,8 +173,8 @@ class Clients(Part):
         """
         deadline = time.monotonic() + timeout
         while True:
-            if kind == TCP:
-                self._refuse_in_vain()
+            if kind == TCP and self._in_vain:
+                raise NoTarget(*self._in_vain)
             slot, (id, stream) = self._take(kind, max(0.0, deadline - time.monotonic()))
             try:
                 # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
@@ -187,15 +188,6 @@ class Clients(Part):
             stream.close()
             if time.monotonic() >= deadline:
                 raise NoDataConnection("the client disconnected")
-
-    def _refuse_in_vain(self) -> None:
-        """Raise NoTarget where every client says that it can serve no TCP session."""
-        if not (controls := self.controls):
-            return
-        if not any(each.serves_tcp for each in controls):
-            raise NoTarget("tcp_off", "TCP=off on the client")
-        if not any(each.target_answers for each in controls):
-            raise NoTarget("target_down", "the client's target does not answer")
 
     def _take(self, kind: int, timeout: float) -> tuple[ClientSlot, Found]:
         """A data connection, and the slot that it belongs to. Raises NoDataConnection after `timeout` seconds."""
@@ -237,11 +229,21 @@ class Clients(Part):
             self._connected.set()
         else:
             self._connected.clear()
+        self._in_vain = self._find_refusal()
         good = [slot for slot in connected if slot.is_good]
         before = self._queue.withheld
         self._queue.withheld = {slot.pool for slot in connected if slot not in good} if good else set()
         for pool in before - self._queue.withheld:
             pool.serve_waiting()
+
+    def _find_refusal(self) -> tuple[str, str] | None:
+        """Why every client says that it can serve no TCP session: a reason, and the same in words."""
+        controls = self.controls
+        if controls and not any(each.serves_tcp for each in controls):
+            return "tcp_off", "TCP=off on the client"
+        if controls and not any(each.target_answers for each in controls):
+            return "target_down", "the client's target does not answer"
+        return None
 
     def _watch(self) -> None:
         while True:

@@ -296,11 +296,13 @@ def test_a_client_without_tcp_serves_lanes_only_and_where_none_has_it_no_data_co
     stack: ExitStack,
 ) -> None:
     several = Several(stack, 2)
-    several.fill(3, 2)
-    several.controls[0].agreement = replace(agreed("0"), serves_tcp=False)
+    several.fill(0, 2)
+    _, several.controls[0] = occupy(stack, several.clients, replace(agreed("0"), serves_tcp=False))
+    several.fill(3, 0)
     assert [several.launch(), several.launch()] == [1, 1]
     assert several.launch(LANE) == 0
-    several.controls[1].agreement = replace(agreed("1"), serves_tcp=False)
+    _, several.controls[1] = occupy(stack, several.clients, replace(agreed("1"), serves_tcp=False))
+    several.fill(0, 2)
     with pytest.raises(NoTarget, match="TCP=off"):
         several.launch()
     assert len(several.slots[0].pool) == 2

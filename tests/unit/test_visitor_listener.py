@@ -23,6 +23,7 @@ from nodepass.tunnel.part import Common
 from nodepass.visitors.access_log import COLUMNS
 from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
+from nodepass.wire.signals import BeatAnswer
 from tests.unit.controls import V1, Ends, read_line, until
 from tests.unit.servers import a_server_room, connect, fill, listen_on, make_clients, occupy, start
 from tests.unit.streams import receive_all
@@ -121,13 +122,13 @@ def test_a_visitor_is_reset_at_once_while_no_target_of_the_client_answers(stack:
     port = Port(stack, access=lines.append, pool_get_timeout=60.0)
     client, _ = occupy(stack, port.slot)
     assert port.slot.control
-    port.slot.control.target_answers = False
+    port.slot.control._take_answer(BeatAnswer(False))
     visitor = port.connect()
     with pytest.raises(ConnectionResetError):
         visitor.recv(1)
     assert port.common.stats.tcp.ended["unreachable"] == 1
     assert [line.split()[-1] for line in lines] == ["unreachable"]
-    port.slot.control.target_answers = True
+    port.slot.control._take_answer(BeatAnswer(True))
     visitor = port.connect()
     [data] = fill(stack, port.slot, "00000001")
     assert_relayed(client, data, visitor)
