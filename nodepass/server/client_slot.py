@@ -95,7 +95,9 @@ class ClientSlot(Part):
         settings = common.settings
         self.keys = tuple(keys)
         self.control: ServerControl | None = None
-        self.pool = ServerPool(self._log, self._stats, settings.min_pool_capacity, settings.max_pool_capacity, queue)
+        highest = max(1, settings.max_pool_capacity // settings.clients)  # so that all pools together keep to it
+        lowest = min(settings.min_pool_capacity, highest)
+        self.pool = ServerPool(self._log, self._stats, lowest, highest, queue)
         self.sessions = 0  # of TCP, that the clients in this slot serve
         self.turn = 0  # the number of its last launch, among those of the tunnel
         self._flows = flows

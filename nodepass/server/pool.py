@@ -28,9 +28,6 @@ class Queue:
         self.withheld: set[ServerPool] = set()  # of clients that serve no session while another client can
         self._waiting: dict[PoolWaiter, None] = {}
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     def serves(self, pool: ServerPool) -> bool:
         """Whether a session waits for a connection of this pool."""
         return bool(self._waiting) and pool not in self.withheld

@@ -184,6 +184,15 @@ def test_each_client_gets_a_slot_of_its_own_and_keeps_it(stack: ExitStack) -> No
     assert "3 of 3 clients" in several.clients.describe()
 
 
+@pytest.mark.parametrize(("number", "limits"), [(1, (2, 16)), (3, (2, 5)), (16, (1, 1)), (20, (1, 1))])
+def test_all_pools_together_keep_to_the_largest_capacity(
+    stack: ExitStack, number: int, limits: tuple[int, int]
+) -> None:
+    _, clients = make_clients(stack, clients=number, min_pool_capacity=2, max_pool_capacity=16)
+    capacities = [slot.pool._capacity for slot in clients.slots]
+    assert {(each.lowest, each.highest) for each in capacities} == {limits}
+
+
 def test_one_more_client_is_refused_while_all_respond(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     several = Several(stack, 2)
     for control in several.controls:
