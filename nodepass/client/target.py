@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gevent.event import Event
 
-from nodepass.client.names import GRACE, Name
+from nodepass.client.names import Name
 from nodepass.config.urls import Address, Place, UnixPath
 from nodepass.log import Log
 from nodepass.net.sockets import KEEPALIVE, LOCAL, Endpoint, Socket, dial
@@ -120,8 +120,8 @@ class HostTarget(Target):
         return sock
 
     def datagram_endpoints(self) -> list[Endpoint]:
-        """Where to send the datagrams of a flow, the best first. Raises OSError; waits for a first lookup only."""
-        return _first(self._answered_udp or self._answered, self.name.endpoints(GRACE))
+        """Where to send the datagrams of a flow, the best first, of what is known."""
+        return _first(self._answered_udp or self._answered, self.name.known)
 
     def note_answer(self, endpoint: Endpoint) -> None:
         """A datagram has come from this endpoint: new flows begin with it."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from gevent.event import Event
 
+from nodepass.client.names import GRACE
 from nodepass.client.target import Health, HostTarget, Target, make_target
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Place
@@ -154,16 +155,19 @@ class Targets:
         target.sessions -= 1
 
     def for_datagrams(self) -> list[HostTarget]:
-        """The targets of a new flow, the best first. Raises OSError where none can have it."""
+        """The targets of a new flow whose addresses are known, the best first. Raises OSError where none can have it.
+
+        Waits for a first lookup where no address is known.
+        """
         found = list(self._datagrams.order(with_down=not self._has_checks))
         if not found:
             raise OSError(errno.EHOSTUNREACH, "no target for datagrams is up")
-        return found
+        return _known(found) or _wait_for_one(found)
 
     def others_for_datagrams(self, target: HostTarget) -> list[HostTarget]:
         """The targets that a flow of this one may go on at."""
         may_be_down = not self._has_checks
-        return [each for each in self._hosts if each is not target and (each.health.is_up or may_be_down)]
+        return _known(each for each in self._hosts if each is not target and (each.health.is_up or may_be_down))
 
     def note_failure(self, target: Target, error: OSError, what: str) -> None:
         """A dial or a check (`what`) of a target has failed."""
@@ -194,3 +198,19 @@ class Targets:
     def _note_change(self) -> None:
         changed, self.changed = self.changed, Event()
         changed.set()
+
+
+def _known(hosts: Iterable[HostTarget]) -> list[HostTarget]:
+    """Those whose addresses are known."""
+    return [each for each in hosts if each.name.has_endpoints]
+
+
+def _wait_for_one(hosts: Sequence[HostTarget]) -> list[HostTarget]:
+    """Those whose addresses are known once there is an answer for the first, in GRACE. Raises OSError if none are."""
+    try:
+        hosts[0].name.endpoints(GRACE)  # the others are looked up at the same time
+    except OSError:
+        if not (known := _known(hosts)):
+            raise
+        return known
+    return _known(hosts)

@@ -190,7 +190,7 @@ class TargetFlows(Part):
         """Connect a flow to a target, or to the first of its others that can be. Raises OSError where none can."""
         while True:
             try:
-                flow.untried, flow.version = list(target.datagram_endpoints()), target.name.version
+                flow.untried = list(target.datagram_endpoints())
                 self._connect(flow)
                 break
             except OSError:
@@ -200,7 +200,7 @@ class TargetFlows(Part):
         if flow.counted:
             self._targets.end(flow.target)
         target.sessions += 1
-        flow.target, flow.counted = target, True
+        flow.target, flow.version, flow.counted = target, target.name.version, True
         if flow.visit:
             flow.visit.target = target.text
 

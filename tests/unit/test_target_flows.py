@@ -25,6 +25,7 @@ from nodepass.tunnel.part import Common
 from nodepass.tunnel.udp import Lane
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 from tests.unit.controls import run, until
+from tests.unit.resolver import Resolver
 from tests.unit.streams import tcp_pair
 
 
@@ -340,3 +341,17 @@ def test_a_flow_goes_round_the_targets_until_one_takes_its_datagram(stack: ExitS
     again.bind(address)
     client.server.sendall(encode_frame(1, b"found"))
     assert again.recv(100) == b"found"
+
+
+def test_a_target_whose_name_is_unknown_is_passed_over_and_never_waited_for(
+    stack: ExitStack, resolver: Resolver
+) -> None:
+    """The event loop has the news of a refusal, and may not wait for a lookup."""
+    last = bound(stack)
+    client = Client(stack, others=[Address("unknown.example", 9), Address(*last.getsockname())], spread="first")
+    run(stack, client.targets.names[0].name.follow)
+    client.move(unbound(stack))
+    client.server.sendall(encode_frame(1, b"question"))
+    assert last.recv(100) == b"question"
+    assert resolver.is_asked()
+    assert not client.stats.trouble["bugs"]

@@ -20,13 +20,14 @@ from nodepass.client.targets import Spread, Targets
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, Place, UnixPath
 from nodepass.log import Log
-from nodepass.net.sockets import Socket
+from nodepass.net.sockets import Endpoint, Socket
 from nodepass.net.unix import dial_unix
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Common
 from tests.unit.controls import run, until
 from tests.unit.records import recorded
+from tests.unit.resolver import Resolver
 
 LOG = Log("test")
 
@@ -326,6 +327,51 @@ def test_a_check_begins_with_a_proxy_header_without_an_address_where_targets_exp
     dialled = Some(sock).targets.all[0].dial(10)
     HealthCheck(settings, "").run(dialled, "localhost", 10)
     assert peer.get() == b"PROXY UNKNOWN\r\n"
+
+
+# Names
+
+
+@pytest.fixture
+def named(stack: ExitStack, resolver: Resolver) -> Targets:  # noqa: ARG001  # names are looked up there
+    """Two targets whose names are looked up, the first one first."""
+    places = [Address("first.example", 9), Address("second.example", 9)]
+    targets = Targets(places, Settings(spread="first"), LOG, Stats())
+    for each in targets.names:
+        run(stack, each.name.follow)
+    gevent.sleep(0)
+    return targets
+
+
+def endpoint(number: int) -> Endpoint:
+    return Endpoint(socket.AF_INET, (f"192.0.2.{number}", 9))
+
+
+def test_a_flow_begins_at_a_target_whose_address_is_known_and_waits_where_none_is(
+    stack: ExitStack, named: Targets, resolver: Resolver
+) -> None:
+    first, second = named.names
+    waiting = run(stack, named.for_datagrams)
+    gevent.sleep(0)
+    assert not waiting.dead
+    resolver.lookups[0].set_exception(OSError(-2, "no such name"))
+    resolver.lookups[1].set([endpoint(2)])
+    assert waiting.get() == [second]
+    assert named.others_for_datagrams(second) == []
+    first.name.refresh()
+    resolver.answer(endpoint(1))
+    assert named.for_datagrams() == [first, second]
+    assert named.others_for_datagrams(second) == [first]
+
+
+def test_a_flow_without_any_address_fails_as_the_first_lookup_does(
+    stack: ExitStack, named: Targets, resolver: Resolver
+) -> None:
+    waiting = run(stack, named.for_datagrams)
+    for lookup in resolver.lookups:
+        lookup.set_exception(OSError(-2, "no such name"))
+    with pytest.raises(OSError, match="no such name"):
+        waiting.get()
 
 
 # Unix sockets
