@@ -174,7 +174,7 @@ class Launches(Part):
         udp, outcome = self._stats.udp, "unanswered"
         udp.begin()
         try:
-            asked, answered = self._ask(data, visit)
+            target, asked, answered = self._ask(data, visit)
         except ProtocolError as error:
             self._stats.udp_drops["too_large"] += 1
             words = "dropped a datagram: %(error)s"
@@ -185,14 +185,14 @@ class Launches(Part):
         else:
             outcome = "completed"
             words = "target %(target)s: datagram of %(asked)d bytes, reply of %(answered)d bytes"
-            log.debug("datagram.answered", words, target=self.targets, asked=asked, answered=answered)
+            log.debug("datagram.answered", words, target=target, asked=asked, answered=answered)
         finally:
             udp.end(outcome)
             if visit:
                 visit.end(outcome)
 
-    def _ask(self, data: Stream, visit: Visit | None) -> tuple[int, int]:
-        """Carry one datagram to the target and its answer back; their sizes in bytes. Raises OSError."""
+    def _ask(self, data: Stream, visit: Visit | None) -> tuple[Target, int, int]:
+        """Carry one datagram to a target and its answer back; the target and their sizes in bytes. Raises OSError."""
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
         question = read_datagram(data, largest, timeout)
         if self._rates.up:
@@ -200,7 +200,7 @@ class Launches(Part):
         self._stats.udp.up.bytes += len(question)
         if visit:
             visit.count_up(len(question))
-        answer = self._ask_target(self._proxy.of_datagram("", "") + question, largest, timeout)
+        target, answer = self._ask_target(self._proxy.of_datagram("", "") + question, largest, timeout, visit)
         if self._rates.down:
             self._rates.down.wait()
         data.write(answer)
@@ -208,12 +208,16 @@ class Launches(Part):
         self._stats.udp.down.bytes += len(answer)
         if visit:
             visit.count_down(len(answer))
-        return len(question), len(answer)
+        return target, len(question), len(answer)
 
-    def _ask_target(self, question: bytes, largest: int, timeout: float) -> bytes:
-        """The answer of the first endpoint that does not refuse the datagram. Raises OSError."""
+    def _ask_target(
+        self, question: bytes, largest: int, timeout: float, visit: Visit | None = None
+    ) -> tuple[Target, bytes]:
+        """The first target that does not refuse the datagram, and its answer. Raises OSError."""
         failure, any_port = OSError("no address to send to"), self._settings.udp_answers == "any"
         for target in self.targets.for_datagrams():
+            if visit:
+                visit.target = target.text
             for endpoint in target.datagram_endpoints():
                 try:
                     answer = ask_target(endpoint, question, largest, timeout, any_port)
@@ -223,6 +227,6 @@ class Launches(Part):
                     failure = error
                 else:
                     target.note_answer(endpoint)
-                    return answer
+                    return target, answer
             target.name.refresh()  # it may have moved
         raise failure

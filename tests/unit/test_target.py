@@ -22,8 +22,10 @@ from nodepass.net.sockets import Endpoint
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Common, Records
+from nodepass.wire.signals import UDP, Launch
 from tests.unit.controls import run
 from tests.unit.resolver import Resolver
+from tests.unit.streams import tcp_pair
 
 ADDRESS = Address("moving.example", 80)
 LOG = Log("test")
@@ -137,8 +139,26 @@ def test_a_datagram_of_wire_v1_is_answered_by_the_first_address_that_does_not_re
     asking = run(stack, launches._ask_target, b"question", 100, 10.0)
     payload, asker = service.recvfrom(100)
     service.sendto(payload.upper(), asker)
-    assert asking.get() == b"QUESTION"
+    assert asking.get() == (target, b"QUESTION")
     assert target.datagram_endpoints()[0] == endpoint(service)
+
+
+def test_a_datagram_of_wire_v1_goes_on_to_the_next_target_which_the_access_log_has(stack: ExitStack) -> None:
+    service = listener(stack, socket.SOCK_DGRAM)
+    places = [Address(*each.getsockname()) for each in (refusing(stack, socket.SOCK_DGRAM), service)]
+    settings, lines = Settings(spread="first"), list[str]()
+    common = Common(settings, LOG, Stats(), TaskGroup(LOG, Stats()), lines.append)
+    targets = Targets(places, settings, LOG, Stats())
+    launches = Launches(common, targets, TargetFlows(common, targets))
+    data, peer = stack.enter_context(tcp_pair())
+    peer.sendall(b"question")
+    peer.shutdown(socket.SHUT_WR)
+    serving = run(stack, launches._serve_datagram, data, Launch("0123abcd", UDP), 0.0, LOG)
+    service.sendto(b"answer", service.recvfrom(100)[1])
+    serving.get()
+    assert peer.recv(100) == b"answer"
+    (line,) = lines
+    assert f" {places[1]} " in line
 
 
 @pytest.mark.parametrize("is_open", [True, False])
