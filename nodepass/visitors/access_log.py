@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple
 
 from nodepass.net.relay import Traffic
 from nodepass.tunnel.part import Common
@@ -36,7 +36,7 @@ class AccessLog:
     def __init__(self, common: Common, write: Callable[[str], object]) -> None:
         self._log = common.log  # has the tunnel's name, which is complete only once its port is open
         self._write = write
-        self._form: _Form = _JSON() if common.settings.log_format == "json" else _Text()
+        self._form = _JSON if common.settings.log_format == "json" else _TEXT
 
     @classmethod
     def of(cls, common: Common) -> AccessLog | None:
@@ -49,15 +49,15 @@ class AccessLog:
 
     def write(self, visit: Visit, outcome: str) -> None:
         """Write the line of a session that has ended."""
-        seconds = time.monotonic() - visit.began
+        form, now, seconds = self._form, time.time(), time.monotonic() - visit.began
         who = (self._log.tunnel, visit.session, visit.protocol, visit.visitor, visit.local)
-        texts = (*who, visit.client, visit.target, visit.dial)
-        words = " ".join([each or "-" for each in texts])
-        if not _WORDS.fullmatch(words):
-            words = " ".join([each if _WORD.fullmatch(each) else "-" for each in texts])
-        first_byte = "-" if visit.first_byte is None else f"{visit.first_byte:.6f}"
-        numbers = f"{visit.up} {visit.down} {first_byte} {seconds:.6f}"
-        self._write(self._form.line(time.time(), words, numbers, outcome))
+        words = [each or "-" for each in (*who, visit.client, visit.target, visit.dial)]
+        if not _WORDS.fullmatch(" ".join(words)):
+            words = [each if _WORD.fullmatch(each) else "-" for each in words]
+        first_byte = form.unknown if visit.first_byte is None else f"{visit.first_byte:.6f}"
+        numbers = (visit.up, visit.down, first_byte, f"{seconds:.6f}")
+        line = form.template % (form.date(int(now)), now % 1 * 1000, *words, *numbers, outcome)
+        self._write(line.replace('"-"', "null"))  # no word has a quote, so text has none
 
 
 @dataclass(eq=False, slots=True)
@@ -97,30 +97,6 @@ class Visit:
         self.log.write(self, traffic.outcome)
 
 
-class _Form(Protocol):
-    def line(self, now: float, words: str, numbers: str, outcome: str) -> str:
-        """The line of these COLUMNS, written at `now` (Unix time); they have blanks between, and - is unknown."""
-
-
-class _Text:
-    """For people, awk and fail2ban: words with blanks between, local time as in the log."""
-
-    def line(self, now: float, words: str, numbers: str, outcome: str) -> str:
-        return f"{_local_date(int(now))}.{int(now % 1 * 1000):03d} {words} {numbers} {outcome}"
-
-
-class _JSON:
-    """For programs: an object, in UTC as in the log."""
-
-    _template = "{" + ", ".join(f'"{name}": %s' for name in ("time", *COLUMNS)) + "}"
-
-    def line(self, now: float, words: str, numbers: str, outcome: str) -> str:
-        quoted = ["null" if each == "-" else f'"{each}"' for each in words.split(" ")]
-        known = ["null" if each == "-" else each for each in numbers.split(" ")]
-        time_ = f'"{_utc_date(int(now))}.{int(now % 1 * 1000):03d}+00:00"'
-        return self._template % (time_, *quoted, *known, f'"{outcome}"')
-
-
 @lru_cache(1)  # many lines are of one second
 def _local_date(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
@@ -129,3 +105,21 @@ def _local_date(seconds: int) -> str:
 @lru_cache(1)
 def _utc_date(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def _json_template() -> str:
+    numbers = ("up", "down", "first_byte", "seconds")
+    columns = [f'"{name}": %s' if name in numbers else f'"{name}": "%s"' for name in COLUMNS]
+    return f'{{"time": "%s.%03d+00:00", {", ".join(columns)}}}'
+
+
+class _Form(NamedTuple):
+    """What a line is made of."""
+
+    template: str  # of the date, milliseconds and the COLUMNS
+    date: Callable[[int], str]  # of a Unix time
+    unknown: str  # a number
+
+
+_TEXT = _Form("%s.%03d" + " %s" * len(COLUMNS), _local_date, "-")  # for people, awk and fail2ban; local time as the log
+_JSON = _Form(_json_template(), _utc_date, "null")  # for programs; in UTC as in the log
