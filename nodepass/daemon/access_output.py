@@ -75,11 +75,13 @@ class AccessOutputs:
 class _Output:
     """One place and its queue; a kind of place has its own `_send`."""
 
+    batches = True  # whether it takes several lines in one write
+
     def __init__(self, place: AccessPlace, stats: Stats, descriptor: int) -> None:
         self._place = place
         self._stats = stats
         self._descriptor = descriptor
-        self._queue = LineQueue(descriptor, self._try_to_send, self._report_lost)
+        self._queue = LineQueue(descriptor, self._try_to_send, self._report_lost, self.batches)
         self.finish = self._queue.finish
 
     def write(self, line: str) -> None:
@@ -129,6 +131,7 @@ class _FileOutput(_Output):
             words = "cannot open the access log %(place)s again: %(error)s; lines go to the file that is open"
             _log.error("access.reopen_failed", words, place=str(self._place), error=reason(error))
             return
+        self._queue.flush()
         old, self._descriptor = self._descriptor, descriptor
         self._queue.move(descriptor)
         os.close(old)
@@ -140,6 +143,8 @@ class _FileOutput(_Output):
 
 class _DatagramOutput(_Output):
     """A Unix datagram socket: a line is a datagram. Its reader may come later, go away and come back."""
+
+    batches = False
 
     def __init__(self, place: AccessPlace, stats: Stats) -> None:
         self._sock = _socket(socket.AF_UNIX, socket.SOCK_DGRAM)

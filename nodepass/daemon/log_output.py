@@ -35,6 +35,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer
 
 QUEUED = 256 << 10  # bytes that wait for room at most: some 2,000 lines, beside the 64 KiB of a pipe
+BATCH = select.PIPE_BUF  # bytes that are written together at most: a pipe takes as many without cutting a line
 RETRY = 1.0  # seconds between two attempts after an error, such as a full disk
 LAST_CHANCE = 1.0  # seconds at the exit for the lines that wait
 
@@ -53,11 +54,16 @@ class LineQueue:
     `on_lost` is called with the number of lines that are missing at this place, once there is room again.
     """
 
-    def __init__(self, descriptor: int, write: Write, on_lost: Callable[[int], object]) -> None:
+    def __init__(
+        self, descriptor: int, write: Write, on_lost: Callable[[int], object], is_batching: bool = False
+    ) -> None:
+        """`is_batching`: the lines of one turn of the event loop are written together, at its end."""
         self._descriptor = descriptor
+        self._is_batching = is_batching
+        self._batch: Any = None  # gevent's callback at the end of this turn, which has no type
         self._write = write
         self._on_lost = on_lost
-        self._lines: deque[bytes] = deque()
+        self._lines: deque[bytes] = deque()  # with `is_batching` each is as many as are written together
         self._size = 0  # bytes of them
         self._lost = 0  # lines since `on_lost` was last called
         self._broken = False  # the last write failed, and not for lack of room
@@ -69,14 +75,25 @@ class LineQueue:
 
         Once one is lost, all are until half of the queue is written: there are few gaps, and each is reported.
         """
+        if self._is_batching and self._size + len(line) > BATCH:
+            self.flush()
         is_taken = not self._lost and self._size < QUEUED
         if is_taken:
-            self._lines.append(line)
-            self._size += len(line)
+            self._append(line)
         else:
             self._lost += 1
-        self._go_on()
+        if not self._is_batching:
+            self._go_on()
+        elif self._batch is None:
+            self._batch = get_hub().loop.run_callback(self.flush)
         return is_taken
+
+    def flush(self) -> None:
+        """Write what is taken now, without waiting for the end of the turn."""
+        if self._batch is not None:
+            self._batch.stop()
+            self._batch = None
+        self._go_on()
 
     def move(self, descriptor: int) -> None:
         """Go on at another descriptor, to which `write` writes from now on."""
@@ -93,9 +110,17 @@ class LineQueue:
             room.poll(1000 * left)
 
     def close(self) -> None:
-        """Write nothing more; the descriptor itself stays open."""
+        """Write what is taken now, and nothing more; the descriptor itself stays open."""
+        self.flush()
         self._timer.stop()
         self._room.close()
+
+    def _append(self, line: bytes) -> None:
+        self._size += len(line)
+        if self._is_batching and self._lines and len(self._lines[-1]) + len(line) <= BATCH:
+            self._lines[-1] += line
+        else:
+            self._lines.append(line)
 
     def _go_on(self) -> None:
         """Write what is taken now. The rest follows when there is room, or after RETRY where there is an error."""

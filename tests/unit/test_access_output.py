@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -59,6 +61,11 @@ def receive(reader: socket.socket) -> str:
             gevent.sleep(0.001)
 
 
+def end_turn() -> None:
+    """Have the event loop end its turn, as between two sessions."""
+    gevent.sleep(0)
+
+
 def test_off_is_no_place(outputs: AccessOutputs) -> None:
     assert outputs.writer(None) is None
 
@@ -71,6 +78,7 @@ def test_a_new_file_is_for_its_group_and_an_old_one_is_appended_to(outputs: Acce
     try:
         for path in (old, new):
             open_file(outputs, path)("line")
+        end_turn()
     finally:
         os.umask(before)
     assert (old.read_text(), new.read_text()) == ("before\nline\n", "line\n")
@@ -84,6 +92,7 @@ def test_tunnels_that_name_the_same_file_share_one_descriptor(outputs: AccessOut
     assert len(os.listdir("/proc/self/fd")) == before
     first("1")
     second("2")
+    end_turn()
     assert (tmp_path / "log").read_text() == "1\n2\n"
 
 
@@ -96,6 +105,7 @@ def test_a_file_that_was_renamed_is_followed_at_a_reload(outputs: AccessOutputs,
     write("2")
     outputs.reopen()
     write("3")
+    end_turn()
     assert ((tmp_path / "log.1").read_text(), path.read_text()) == ("1\n2\n", "3\n")
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -107,10 +117,76 @@ def test_a_file_that_cannot_be_opened_again_stays_open(outputs: AccessOutputs, t
     path.mkdir()
     outputs.reopen()
     write("after")
+    end_turn()
     assert (tmp_path / "log.1").read_text() == "after\n"
     assert [(each.event, each.fields["place"], each.fields["error"]) for each in log] == [
         ("access.reopen_failed", str(path), "Is a directory")
     ]
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every write of a file."""
+    made: list[bytes] = []
+    write = os.write
+
+    def keep(descriptor: int, data: bytes) -> int:
+        made.append(data)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(access_output, "os", SimpleNamespace(**{**vars(os), "write": keep}))
+    return made
+
+
+def test_the_lines_of_one_turn_are_written_together(
+    outputs: AccessOutputs, tmp_path: Path, writes: list[bytes]
+) -> None:
+    write = open_file(outputs, tmp_path / "log")
+    for turn in ("12", "3"):
+        for line in turn:
+            write(line)
+        end_turn()
+    assert writes == [b"1\n2\n", b"3\n"]
+    assert not outputs._stats.access_lines_lost
+
+
+def test_many_lines_of_one_turn_are_neither_kept_nor_cut(
+    outputs: AccessOutputs, tmp_path: Path, writes: list[bytes]
+) -> None:
+    """More than the queue takes, as where thousands of sessions are cut; each write is one that a pipe takes whole."""
+    write, lines = open_file(outputs, tmp_path / "log"), [f"{number:04d} {200 * 'x'}" for number in range(3000)]
+    for line in lines:
+        write(line)
+    assert (tmp_path / "log").read_text().count("\n") > 2900, "they are written as they come"
+    end_turn()
+    assert (tmp_path / "log").read_text().splitlines() == lines
+    assert max(map(len, writes)) <= select.PIPE_BUF
+    assert len(writes) < len(lines) / 15
+    assert all(each.endswith(b"\n") for each in writes)
+
+
+def test_a_line_that_is_longer_than_a_batch_is_written_alone(
+    outputs: AccessOutputs, tmp_path: Path, writes: list[bytes]
+) -> None:
+    write = open_file(outputs, tmp_path / "log")
+    for line in ("1", 2 * log_output.BATCH * "2", "3"):
+        write(line)
+    end_turn()
+    assert b"".join(writes) == (tmp_path / "log").read_bytes()
+    assert [len(each) for each in writes] == [2, 2 * log_output.BATCH + 1, 2]
+
+
+@pytest.mark.parametrize("end", ["close", "exit"])
+def test_the_last_turn_is_written_at_the_end(tmp_path: Path, end: str) -> None:
+    outputs = AccessOutputs(Stats(), {})
+    open_file(outputs, tmp_path / "log")("1")
+    if end == "exit":
+        for output in outputs._outputs.values():
+            output.finish()
+        assert (tmp_path / "log").read_text() == "1\n"
+    outputs.close()
+    end_turn()
+    assert (tmp_path / "log").read_text() == "1\n"
 
 
 def test_lines_that_waited_for_a_full_disk_follow_into_the_file_that_is_opened_again(
