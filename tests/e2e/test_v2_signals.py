@@ -13,7 +13,7 @@ from tests.support.certificates import Authority
 from tests.support.process import Environment
 from tests.support.sockets import connect, format_address, has_ipv6, until
 from tests.support.target import Target
-from tests.support.tunnel import BRISK, CALM, OurServer, Tunnel, assert_connected
+from tests.support.tunnel import CALM, OurServer, Tunnel, assert_connected
 from tests.support.wire2.client import V2Client
 from tests.support.wire2.client_side import ClientSide, GoodbyeError
 from tests.support.wire2.lines import LONGEST_SIGNAL
@@ -22,19 +22,21 @@ from tests.support.wire2.server_side import Listener, ServerSide, Terms
 from tests.support.wire2.stage import attached, attached_each
 from tests.support.wire2.talk import EndedError
 
-INTERVAL = 0.2
-"""Seconds of REPORT_INTERVAL in BRISK: with these a silent peer is given up soon."""
+INTERVAL = 0.5
+"""Seconds between two heartbeats where a test waits for several: on a busy machine a peer must not be late by three."""
+
+QUICK: Environment = {**CALM, "REPORT_INTERVAL": f"{INTERVAL:g}s"}
 
 MARGIN = 6.0
 """Seconds that a loaded machine may add."""
 
 SLOW: Environment = {**CALM, "REPORT_INTERVAL": "30s"}
-"""With these no heartbeat finds anybody dead during a test."""
+"""With these no heartbeat finds a peer dead during a test."""
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["in the clear", "inside TLS"])
-def brisk(request: pytest.FixtureRequest) -> Iterator[OurServer]:
-    with OurServer(request.param, env=BRISK) as running:
+def quick(request: pytest.FixtureRequest) -> Iterator[OurServer]:
+    with OurServer(request.param, env=QUICK) as running:
         yield running
         assert not running.find_crashes()
 
@@ -42,8 +44,8 @@ def brisk(request: pytest.FixtureRequest) -> Iterator[OurServer]:
 # Our server
 
 
-def test_our_server_beats_to_the_letter_and_counts_the_pool(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address) as client:
+def test_our_server_beats_to_the_letter_and_counts_the_pool(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address) as client:
         client.connect()
         for _ in range(3):
             client.open_data()
@@ -56,37 +58,37 @@ def test_our_server_beats_to_the_letter_and_counts_the_pool(brisk: OurServer) ->
         assert set(heard) <= {0, 1, 2, 3}
 
 
-def test_a_client_that_answers_is_never_given_up(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address) as client:
+def test_a_client_that_answers_is_never_given_up(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address) as client:
         client.connect()
-        mark = brisk.mark()
-        for ok in (1, 0, 1, 0, 1, 1, 1):
+        mark = quick.mark()
+        for ok in (1, 0, 1, 0, 1):
             client.take_beat(client.talk.hear())
             client.talk.say(f"//beat?ok={ok}")
         source = format_address(client.talk.sock.getsockname())
-        assert not brisk.find("client.disconnected", after=mark, client=source)
+        assert not quick.find("client.disconnected", after=mark, client=source)
 
 
-def test_any_line_of_a_client_is_a_sign_of_life(brisk: OurServer) -> None:
+def test_any_line_of_a_client_is_a_sign_of_life(quick: OurServer) -> None:
     """Lines of the future are ignored; the last one read counts."""
-    with ClientSide(brisk.tunnel_address) as client:
+    with ClientSide(quick.tunnel_address) as client:
         client.connect()
-        mark = brisk.mark()
-        for _ in range(7):
+        mark = quick.mark()
+        for _ in range(5):
             client.take_beat(client.talk.hear())
             client.talk.say("//news?of=tomorrow")
         source = format_address(client.talk.sock.getsockname())
-        assert not brisk.find("client.disconnected", after=mark, client=source)
+        assert not quick.find("client.disconnected", after=mark, client=source)
 
 
-def test_our_server_gives_a_silent_client_up_after_three_heartbeats(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address) as client:
-        mark = brisk.mark()
+def test_our_server_gives_a_silent_client_up_after_three_heartbeats(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address) as client:
+        mark = quick.mark()
         client.connect()
         began = time.monotonic()
         client.talk.rest()
         assert 2.5 * INTERVAL < time.monotonic() - began < 3 * INTERVAL + MARGIN
-        brisk.wait_for("client.disconnected", after=mark, reason="silent")
+        quick.wait_for("client.disconnected", after=mark, reason="silent")
 
 
 @pytest.mark.programs
@@ -107,47 +109,47 @@ LINES_OF_A_CLIENT = {
 }
 
 
-def test_lines_of_a_client_that_mean_nothing_harm_nobody(brisk: OurServer) -> None:
+def test_lines_of_a_client_that_mean_nothing_harm_nobody(quick: OurServer) -> None:
     """They are ignored, or end this client's connection; the next one is served."""
     for line in LINES_OF_A_CLIENT.values():
-        with ClientSide(brisk.tunnel_address) as client:
+        with ClientSide(quick.tunnel_address) as client:
             client.connect()
             client.talk.say(line)
-            with contextlib.suppress(ConnectionError):
-                client.talk.hear()
-    with ClientSide(brisk.tunnel_address) as client:
+            client.talk.end()
+            client.talk.rest()  # it has read the line
+    with ClientSide(quick.tunnel_address) as client:
         client.connect()
         identity, talk = client.open_data()
-        with connect(brisk.visitor_address) as visitor:
+        with connect(quick.visitor_address) as visitor:
             assert client.hear_launch().host == identity
             talk.write(b"x")
             assert visitor.recv(1) == b"x"
 
 
-def test_a_line_over_the_limit_is_not_kept(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address) as client:
+def test_a_line_over_the_limit_is_not_kept(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address) as client:
         client.connect()
-        mark = brisk.mark()
+        mark = quick.mark()
         with contextlib.suppress(ConnectionError):
             for _ in range(64):
                 client.talk.write(b"y" * 65536)
-        brisk.wait_for(after=mark, level=lambda level: level != "debug")
-        assert not brisk.find_crashes()
+        quick.wait_for(after=mark, level=lambda level: level != "debug")
+        assert not quick.find_crashes()
 
 
-def test_a_launch_is_to_the_letter_and_says_no_more_than_was_asked_for(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address) as client:
+def test_a_launch_is_to_the_letter_and_says_no_more_than_was_asked_for(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address) as client:
         client.connect()
         identity, _ = client.open_data()
-        with connect(brisk.visitor_address):
+        with connect(quick.visitor_address):
             assert client.hear_launch().raw == f"//{identity}#1".encode()
 
 
-def test_a_client_that_wants_addresses_is_told_them(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address, wants=True) as client:
+def test_a_client_that_wants_addresses_is_told_them(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address, wants=True) as client:
         client.connect()
         identity, _ = client.open_data()
-        with connect(brisk.visitor_address) as visitor:
+        with connect(quick.visitor_address) as visitor:
             source, target = visitor.getsockname(), visitor.getpeername()
             expected = f"//{identity}?from={format_address(source)}&to={format_address(target)}#1"
             assert client.hear_launch().raw == expected.encode()
@@ -179,22 +181,22 @@ def test_our_server_says_bye_when_it_stops() -> None:
         assert server.wait() == 0
 
 
-def test_why_a_client_left_is_in_our_server_s_log(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address) as client:
-        mark = brisk.mark()
+def test_why_a_client_left_is_in_our_server_s_log(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address) as client:
+        mark = quick.mark()
         client.connect()
         client.talk.say("//bye?reason=reload")
         client.talk.end()
-        brisk.wait_for("client.disconnected", after=mark, reason="reload")
+        quick.wait_for("client.disconnected", after=mark, reason="reload")
 
 
-def test_a_farewell_cannot_forge_a_line_of_the_log(brisk: OurServer) -> None:
-    with ClientSide(brisk.tunnel_address) as client:
-        mark = brisk.mark()
+def test_a_farewell_cannot_forge_a_line_of_the_log(quick: OurServer) -> None:
+    with ClientSide(quick.tunnel_address) as client:
+        mark = quick.mark()
         client.connect()
         client.talk.say("//bye?reason=%0a" + "x" * 3000)
         client.talk.end()
-        assert len(brisk.wait_for("client.disconnected", after=mark).line) < 1500
+        assert len(quick.wait_for("client.disconnected", after=mark).line) < 1500
 
 
 # Our client
@@ -209,7 +211,7 @@ def test_our_client_answers_every_heartbeat_at_once(authority: Authority) -> Non
 
 
 def test_our_client_gives_a_silent_server_up_after_three_of_its_heartbeats() -> None:
-    with attached(Terms(hb=200), env=SLOW) as (side, _, clients):
+    with attached(Terms(hb=round(1000 * INTERVAL)), env=SLOW) as (side, _, clients):
         began = time.monotonic()
         side.talk.rest()
         assert 2.5 * INTERVAL < time.monotonic() - began < 3 * INTERVAL + MARGIN
