@@ -155,11 +155,15 @@ def test_two_tunnels_in_a_row_keep_the_visitors_first_address(stack: contextlib.
 Front = Callable[[Path, int, str, Address], AbstractContextManager[Address]]
 
 
+CHECKS = "check inter 5s fastinter 50ms fall 1000"
+"""A check every 50 ms. `inter` is also the time that a check may take, and one that fails at the start is enough."""
+
+
 def in_haproxy(options: str) -> Front:
     """haproxy in front of a server, with these options towards it; it checks the server's health all the time."""
 
     def start(root: Path, port: int, host: str, server: Address) -> AbstractContextManager[Address]:
-        to = f"server one {format_address(server)} {options} check inter 50ms source {PROXY}"
+        to = f"server one {format_address(server)} {options} {CHECKS} source {PROXY}"
         bind = f"bind {format_address((host, port))}"
         config = root / "haproxy.cfg"
         config.write_text(f"{HAPROXY}listen front\n    {bind}\n    {to}\n")
