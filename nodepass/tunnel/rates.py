@@ -32,7 +32,8 @@ LEAST_TURN = 1024  # bytes; fewer are not worth a read
 MOST_TURN = 1 << 20  # bytes: as much as a pipe holds
 BURST = 0.1  # seconds of the rate that a quiet tunnel saves up; a busy machine is late by as much
 WAITS = 0.1  # seconds of the rate that the datagrams of one flow may wait for
-MOST_WAITING = 1 << 20  # bytes of the datagrams of all flows in one direction
+MOST_WAITING = 1 << 20  # bytes of memory for the datagrams of all flows in one direction
+OVERHEAD = 300  # bytes of memory that one takes beside its payload, which may be empty
 LEAST_PAUSE = 0.001  # seconds before waiting turns are looked at again, so that others run
 AT_ONCE = 1 << 20  # bytes that turns in a row may move before others run
 
@@ -138,7 +139,7 @@ class DatagramRate:
         self._stats = stats
         self._most = bucket.rate * WAITS  # bytes of one flow, but one datagram may always wait
         self._queues: dict[Hashable, _Queue] = {}
-        self._waiting = 0  # bytes
+        self._waiting = 0  # bytes of memory
 
     @classmethod
     def of(cls, bucket: Bucket | None, setting: str, log: Log, stats: Stats) -> DatagramRate | None:
@@ -150,7 +151,7 @@ class DatagramRate:
         queue = self._queues.get(flow)
         if queue is None and self._bucket.is_free():
             send()
-        elif self._waiting + size > MOST_WAITING or (queue and queue.size + size > self._most):
+        elif self._waiting + size + OVERHEAD > MOST_WAITING or (queue and queue.size + size > self._most):
             self._drop(size)
         else:
             if queue is None:
@@ -158,14 +159,14 @@ class DatagramRate:
                 self._bucket.queue(queue.turn)
             queue.datagrams.append((size, send))
             queue.size += size
-            self._waiting += size
+            self._waiting += size + OVERHEAD
 
     def end(self, flow: Hashable) -> None:
         """A flow has ended: what waits of it is dropped."""
         if queue := self._queues.pop(flow, None):
             self._bucket.cancel(queue.turn)
-            self._waiting -= queue.size
             for size, _ in queue.datagrams:
+                self._waiting -= size + OVERHEAD
                 self._drop(size)
             queue.datagrams.clear()
 
@@ -180,7 +181,7 @@ class DatagramRate:
             while queue.datagrams and left > 0:
                 size, send = queue.datagrams.popleft()
                 queue.size -= size
-                self._waiting -= size
+                self._waiting -= size + OVERHEAD
                 left -= max(1, size)
                 send()
         finally:

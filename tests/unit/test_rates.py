@@ -19,7 +19,7 @@ from nodepass.net.relay import Traffic, relay
 from nodepass.net.stopped import stopped_directions
 from nodepass.stats import Stats, Way
 from nodepass.tunnel import rates as module
-from nodepass.tunnel.rates import BURST, LEAST_TURN, MOST_TURN, MOST_WAITING, Bucket, DatagramRate, Rates
+from nodepass.tunnel.rates import BURST, LEAST_TURN, MOST_TURN, MOST_WAITING, OVERHEAD, Bucket, DatagramRate, Rates
 from tests.unit.controls import until
 from tests.unit.streams import receive_all, reset, tcp_pair
 
@@ -382,8 +382,20 @@ def test_the_datagrams_of_all_flows_that_wait_are_limited() -> None:
     for number in range(2 * MOST_WAITING // 65507):
         flows.send(str(number), 65507)
     assert flows.rate._waiting <= MOST_WAITING
-    assert flows.dropped == 2 * MOST_WAITING // 65507 - MOST_WAITING // 65507
-    assert len(flows.rate._queues) == MOST_WAITING // 65507
+    assert flows.dropped == 2 * MOST_WAITING // 65507 - MOST_WAITING // (65507 + OVERHEAD)
+    assert len(flows.rate._queues) == MOST_WAITING // (65507 + OVERHEAD)
+
+
+def test_empty_datagrams_that_wait_are_limited_too() -> None:
+    """They use nothing of the rate, but a flood of them would use memory."""
+    flows = Flows()
+    flows.way.bytes += 10**6
+    for _ in range(MOST_WAITING // OVERHEAD + 10):
+        flows.send("a", 0)
+    assert flows.dropped == 10
+    assert flows.rate._waiting <= MOST_WAITING
+    flows.rate.end("a")
+    assert not flows.rate._waiting
 
 
 def test_what_waits_of_a_flow_that_ends_is_counted_as_dropped() -> None:
