@@ -209,7 +209,8 @@ class TargetFlows(Part):
         while True:
             endpoint = flow.untried.pop(0)
             try:
-                sock = AnyPort(endpoint) if self._any_port else dial_udp(endpoint)
+                # The event loop begins turns: there nothing can wait.
+                sock = AnyPort(endpoint) if self._any_port else dial_udp(endpoint, blocking=self._up is None)
                 break
             except OSError:
                 if not flow.untried:

@@ -81,20 +81,24 @@ def receive_datagram(sock: socket.socket) -> tuple[bytes, ReplyAddress]:
     return payload, ReplyAddress(sockaddr, tuple(control))
 
 
-def send_datagram(sock: socket.socket, payload: bytes, to: ReplyAddress) -> None:
-    """Answer a peer from the address that it has spoken to. Raises OSError."""
+def send_datagram(sock: socket.socket, payload: bytes, to: ReplyAddress, blocking: bool = True) -> None:
+    """Answer a peer from the address that it has spoken to. Raises OSError, BlockingIOError if it must not wait."""
     to = to.via or to
-    sock.sendmsg([payload], to.control, 0, to.sockaddr)
+    sock.sendmsg([payload], to.control, 0 if blocking else socket.MSG_DONTWAIT, to.sockaddr)
 
 
-def dial_udp(endpoint: Endpoint) -> socket.socket:
-    """A UDP socket connected to an endpoint: only its answers arrive, and its refusals are errors. Raises OSError."""
+def dial_udp(endpoint: Endpoint, blocking: bool = True) -> socket.socket:
+    """A UDP socket connected to an endpoint: only its answers arrive, and its refusals are errors. Raises OSError.
+
+    `blocking`: whether its calls wait, in greenlets; a callback of the event loop must not.
+    """
     sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
     try:
         sock.connect(endpoint.sockaddr)
     except OSError:
         sock.close()
         raise
+    sock.setblocking(blocking)
     return sock
 
 

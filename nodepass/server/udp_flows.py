@@ -267,7 +267,8 @@ class VisitorFlows(Part):
 
     def _send_down(self, flow: VisitorFlow, payload: bytes) -> None:
         try:
-            send_datagram(flow.sock, payload, flow.visitor)
+            # The event loop begins turns: there nothing can wait.
+            send_datagram(flow.sock, payload, flow.visitor, blocking=self._down is None)
             self._stats.udp.down.bytes += len(payload)
             if flow.visit:
                 flow.visit.count_down(len(payload))

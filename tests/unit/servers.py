@@ -31,6 +31,7 @@ from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement, ServerControl
 from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
+from nodepass.tunnel.rates import Rates
 from nodepass.wire.auth import Key
 from tests.unit.controls import V2, Ends, connect_ends, read_line
 from tests.unit.streams import tcp_pair
@@ -64,7 +65,8 @@ def make_common(stack: ExitStack, **settings: Any) -> Common:
         assert not crashes
 
     stack.callback(check)
-    return Common(Settings(**settings), log, stats, TaskGroup(log, stats, on_crash=crashes.append))
+    own, loops = Settings(**settings), TaskGroup(log, stats, on_crash=crashes.append)
+    return Common(own, log, stats, loops, rates=Rates.of(own, stats))
 
 
 def make_clients(stack: ExitStack, *keys: Key, **settings: Any) -> tuple[Common, Clients]:

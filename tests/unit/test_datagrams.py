@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import gevent
 import pytest
@@ -14,7 +15,7 @@ from nodepass.config.urls import Address
 from nodepass.net import listen, udp
 from nodepass.net.listen import close_all, listen_udp, port_of
 from nodepass.net.sockets import Endpoint
-from nodepass.net.udp import STRAYS_PER_TURN, AnyPort, dial_udp, receive_datagram, send_datagram
+from nodepass.net.udp import STRAYS_PER_TURN, AnyPort, ReplyAddress, dial_udp, receive_datagram, send_datagram
 from tests.support.sockets import has_ipv6
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
@@ -42,6 +43,25 @@ def speak(stack: ExitStack, sock: Any, host: str, payload: bytes = b"question") 
     peer.connect((host, port_of([sock])))
     peer.send(payload)
     return peer
+
+
+def test_a_send_that_must_not_wait_fails_where_the_socket_is_full(stack: ExitStack, tmp_path: Path) -> None:
+    """As in a callback of the event loop. A Unix socket is full sooner than one of UDP."""
+    sock, peer = [stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) for _ in range(2)]
+    peer.bind(str(tmp_path / "peer"))
+    peer_address = ReplyAddress(cast(Any, str(tmp_path / "peer")), ())
+    done: list[OSError] = []
+
+    def send_all() -> None:
+        try:
+            while True:
+                send_datagram(sock, bytes(10_000), peer_address, blocking=False)
+        except BlockingIOError as error:
+            done.append(error)
+
+    gevent.get_hub().loop.run_callback(send_all)
+    gevent.sleep(0)
+    assert len(done) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,9 +11,11 @@ import gevent
 import pytest
 from gevent import socket
 
+from nodepass.client import udp_flows as flows_module
 from nodepass.client.target import HostTarget
 from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
+from nodepass.config.kinds import parse_rate
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, Place
 from nodepass.log import Log
@@ -22,6 +25,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.part import Common
+from nodepass.tunnel.rates import Rates
 from nodepass.tunnel.udp import Lane
 from nodepass.wire.frames import FrameBuffer, encode_addresses, encode_frame
 from tests.unit.controls import run, until
@@ -89,7 +93,9 @@ class Client:
         log = Log("test")
         self.target = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.target.bind(("127.0.0.1", 0))
-        common = Common(Settings(semaphore_limit=limit, **settings), log, self.stats, TaskGroup(log, self.stats))
+        own = Settings(semaphore_limit=limit, **settings)
+        loops, rates = TaskGroup(log, self.stats), Rates.of(own, self.stats)
+        common = Common(own, log, self.stats, loops, rates=rates)
         places = [Address(*self.target.getsockname()), *others]
         self.targets = Targets(places, common.settings, log, self.stats)
         self.known = self.targets.all[0]
@@ -213,6 +219,29 @@ def test_an_answer_that_a_full_lane_cannot_take_is_dropped_and_counted(
     monkeypatch.setattr(lanes, "QUEUE", 0)
     client.target.sendto(b"answer", address)
     until(lambda: client.stats.udp_drops["lane_full"] == 1)
+
+
+def test_a_datagram_whose_turn_comes_while_the_socket_is_full_is_dropped_and_counted(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop begins turns, so that the send must not wait. A Unix socket is full sooner than one of UDP."""
+
+    def dial_full(_: Endpoint, blocking: bool) -> Any:
+        near, far = map(stack.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+        assert far
+        near.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                near.send(bytes(10_000))
+        near.setblocking(blocking)
+        return near
+
+    monkeypatch.setattr(flows_module, "dial_udp", dial_full)
+    client = Client(stack, rate_up=parse_rate("8M"))
+    client.stats.tcp.up.bytes += 110_000  # beyond what was saved up
+    client.server.sendall(encode_frame(1, b"question"))
+    until(lambda: client.stats.udp_drops["target_unreachable"] == 1)
+    assert not client.stats.udp.up.bytes
 
 
 def test_a_bug_at_one_flow_ends_that_flow_only_and_is_reported(

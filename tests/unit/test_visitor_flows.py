@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any, cast
 
 import pytest
 from gevent import socket
 
+from nodepass.config.kinds import parse_rate
 from nodepass.net.udp import ReplyAddress
 from nodepass.server import udp_flows
 from nodepass.server.clients import Clients
@@ -227,6 +229,22 @@ def test_lanes_are_not_launched_at_a_v1_client(stack: ExitStack) -> None:
     fill(stack, flows.slot, "00000001")
     flows.visitor().send(b"hello")
     until(lambda: flows.drops == {"lane_missing": 1})
+
+
+def test_a_reply_whose_turn_comes_while_the_socket_is_full_is_dropped_and_counted(stack: ExitStack) -> None:
+    """The event loop begins turns, so that the send must not wait."""
+
+    class FullSocket:
+        def sendmsg(self, _buffers: object, _control: object, flags: int, _to: object) -> None:
+            assert flags & socket.MSG_DONTWAIT
+            raise BlockingIOError
+
+    flows, data = begin_flow(stack, rate_down=parse_rate("8M"))
+    [flow] = flows.flows._by_number.values()
+    flow.sock = cast(Any, FullSocket())
+    flows.common.stats.tcp.down.bytes += 110_000  # beyond what was saved up
+    data.sendall(encode_frame(1, b"answer"))
+    until(lambda: flows.drops == {"visitor_unreachable": 1})
 
 
 def test_a_lane_that_is_full_drops_datagrams(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
