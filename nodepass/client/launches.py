@@ -28,7 +28,8 @@ from nodepass.stats import failure
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.buffers import kernel_buffers
 from nodepass.tunnel.part import Common, Part
-from nodepass.tunnel.udp import ask_target, read_datagram
+from nodepass.tunnel.rates import NoTurnError
+from nodepass.tunnel.udp import ask_target, drop_datagram, read_datagram
 from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.wire.proxy_protocol import ProxyHeaders
 from nodepass.wire.signals import LANE, TCP, Launch
@@ -179,6 +180,8 @@ class Launches(Part):
             self._stats.udp_drops["too_large"] += 1
             words = "dropped a datagram: %(error)s"
             self._log.warning("datagram.dropped", words, Limit("too_large"), reason="too_large", error=error)
+        except NoTurnError as error:
+            drop_datagram(self._log, self._stats, "rate", "a datagram or its reply: %(error)s", error=error)
         except OSError as error:
             words = "no reply to a datagram: %(error)s"
             self._log.warning("datagram.unanswered", words, Limit(), reason=failure(error), error=reason(error))
@@ -196,13 +199,13 @@ class Launches(Part):
         largest, timeout = self._settings.udp_data_buf_size, self._settings.udp_read_timeout
         question = read_datagram(data, largest, timeout)
         if self._rates.up:
-            self._rates.up.wait()
+            self._rates.up.wait(timeout)
         self._stats.udp.up.bytes += len(question)
         if visit:
             visit.count_up(len(question))
         target, answer = self._ask_target(self._proxy.of_datagram("", "") + question, largest, timeout, visit)
         if self._rates.down:
-            self._rates.down.wait()
+            self._rates.down.wait(timeout)
         data.write(answer)
         data.half_close()
         self._stats.udp.down.bytes += len(answer)

@@ -21,6 +21,7 @@ from nodepass.net.udp import ReplyAddress, receive_datagram, send_datagram
 from nodepass.server.clients import Clients
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.part import Common, Part
+from nodepass.tunnel.rates import NoTurnError
 from nodepass.tunnel.udp import ANSWER_GRACE, drop_datagram, read_datagram
 from nodepass.visitors.access_log import AccessLog, Visit
 from nodepass.visitors.policy import Policy
@@ -134,7 +135,7 @@ class DatagramListener(Part):
             answer = self._ask(data, question, visit)
             if answer:
                 if self._rates.down:
-                    self._rates.down.wait()
+                    self._rates.down.wait(self._settings.udp_read_timeout)
                 send_datagram(self._sock, answer, visitor)
                 udp.down.bytes += len(answer)
                 if visit:
@@ -142,6 +143,8 @@ class DatagramListener(Part):
                 outcome = "completed"
             words = "replied to visitor %(visitor)s with %(size)d bytes"
             log.debug("datagram.answered", words, visitor=visitor, size=len(answer))
+        except NoTurnError as error:
+            self._drop(question, visitor, "rate", str(error))
         except OSError as error:
             words = "the reply to visitor %(visitor)s: %(error)s"
             drop_datagram(self._log, self._stats, "answer", words, visitor=visitor, error=reason(error))
@@ -161,7 +164,7 @@ class DatagramListener(Part):
     def _ask(self, data: Stream, question: bytes, visit: Visit | None) -> bytes:
         """What the client answers; empty where it closes without an answer. Raises OSError."""
         if self._rates.up:
-            self._rates.up.wait()
+            self._rates.up.wait(self._settings.udp_read_timeout)
         data.write(question)
         self._stats.udp.up.bytes += len(question)
         if visit:

@@ -8,7 +8,7 @@ the next one waits for: the mean is exact, and no read has to be cut to a few by
 
 TCP sessions take turns in `net.pump`, which stops reading meanwhile, so that the peer is held back. Datagrams wait in
 the queue of their flow, in a `DatagramRate`; what does not fit is dropped, counted and logged. Single datagrams of wire
-v1 have greenlets, which `wait`.
+v1 have greenlets, which `wait` with a limit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import gevent
 from gevent import get_hub
 from gevent.hub import Waiter
 
+from nodepass.config.kinds import format_duration
 from nodepass.config.settings import Settings
 from nodepass.log import Log
 from nodepass.stats import Stats, Way
@@ -38,6 +40,10 @@ LEAST_PAUSE = 0.001  # seconds before waiting turns are looked at again, so that
 AT_ONCE = 1 << 20  # bytes that turns in a row may move before others run
 
 Turn = Callable[[], object]
+
+
+class NoTurnError(TimeoutError):
+    """A datagram has waited too long for its turn."""
 
 
 class Bucket:
@@ -69,15 +75,16 @@ class Bucket:
         """Do not call back, if it still waits."""
         self._turns.pop(turn, None)
 
-    def wait(self) -> None:
-        """Wait for a turn, in a greenlet."""
+    def wait(self, seconds: float) -> None:
+        """Wait for a turn, in a greenlet. Raises NoTurnError after so many seconds."""
         if self.is_free():
             return
         waiter: Waiter[None] = Waiter()
         turn = partial(waiter.switch, None)
         self.queue(turn)
         try:
-            waiter.get()
+            with gevent.Timeout(seconds, NoTurnError(f"no turn under the rate within {format_duration(seconds)}")):
+                waiter.get()
         finally:
             self.cancel(turn)
 

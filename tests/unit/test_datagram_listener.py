@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import cast
 
 import pytest
 from gevent import Greenlet, socket
 
+from nodepass.config.kinds import parse_rate
 from nodepass.config.settings import rows
 from nodepass.config.urls import Address
 from nodepass.net.listen import close_all, listen_udp
@@ -88,6 +89,23 @@ def test_with_a_v1_client_a_data_connection_carries_a_datagram_and_its_answer(st
     until(lambda: len(port.sessions) == 0)
     udp = port.common.stats.udp
     assert (udp.up.bytes, udp.down.bytes, udp.ended["completed"]) == (8, 6, 1)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_with_a_v1_client_a_datagram_does_not_wait_for_good_under_a_rate(stack: ExitStack, direction: str) -> None:
+    port = Port(stack, **{f"rate_{direction}": parse_rate("8k")}, udp_read_timeout=SOON)
+    getattr(port.common.stats.tcp, direction).bytes += 10**6  # a quarter of an hour
+    occupy(stack, port.clients, V1)
+    [data] = fill(stack, port.clients.slots[0], "00000001")
+    port.visitor().send(b"question")
+    if direction == "down":
+        assert data.recv(100) == b"question"
+        data.sendall(b"answer")
+    until(lambda: port.drops == {"rate": 1})
+    until(lambda: len(port.sessions) == 0)
+    assert port.common.stats.udp.ended["unanswered"] == 1
+    with suppress(ConnectionResetError):
+        assert data.recv(1) == b"", "its data connection is closed"
 
 
 def test_a_v1_client_that_closes_without_an_answer_leaves_the_visitor_without_one(stack: ExitStack) -> None:

@@ -19,11 +19,22 @@ from nodepass.net.relay import Traffic, relay
 from nodepass.net.stopped import stopped_directions
 from nodepass.stats import Stats, Way
 from nodepass.tunnel import rates as module
-from nodepass.tunnel.rates import BURST, LEAST_TURN, MOST_TURN, MOST_WAITING, OVERHEAD, Bucket, DatagramRate, Rates
+from nodepass.tunnel.rates import (
+    BURST,
+    LEAST_TURN,
+    MOST_TURN,
+    MOST_WAITING,
+    OVERHEAD,
+    Bucket,
+    DatagramRate,
+    NoTurnError,
+    Rates,
+)
 from tests.unit.controls import until
 from tests.unit.streams import receive_all, reset, tcp_pair
 
 MEGABIT = 1_000_000
+PATIENT = 10.0  # seconds
 
 
 class Clock:
@@ -161,14 +172,23 @@ def test_turns_that_move_much_in_a_row_let_others_run() -> None:
 def test_a_greenlet_waits_for_its_turn_and_leaves_the_queue_when_it_is_killed() -> None:
     way = Way()
     bucket = Bucket(8 * MEGABIT, [way])
-    bucket.wait()  # does not
+    bucket.wait(PATIENT)  # does not
     way.bytes += 105_000
-    killed, waiting = gevent.spawn(bucket.wait), gevent.spawn(bucket.wait)
+    killed, waiting = gevent.spawn(bucket.wait, PATIENT), gevent.spawn(bucket.wait, PATIENT)
     gevent.sleep(0)
     assert len(bucket._turns) == 2
     killed.kill()
     assert len(bucket._turns) == 1
     waiting.get(timeout=10)
+
+
+def test_a_greenlet_waits_for_its_turn_with_a_limit() -> None:
+    way = Way()
+    bucket = Bucket(8 * MEGABIT, [way])
+    way.bytes += 10**9
+    with pytest.raises(NoTurnError, match="no turn under the rate within 10ms"):
+        bucket.wait(0.01)
+    assert not bucket._turns
 
 
 class Session:

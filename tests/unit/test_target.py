@@ -14,6 +14,7 @@ from nodepass.client.launches import Launches
 from nodepass.client.target import HostTarget
 from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
+from nodepass.config.kinds import parse_rate
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ClientURL
 from nodepass.log import Log
@@ -22,6 +23,7 @@ from nodepass.net.sockets import Endpoint
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.part import Common, Records
+from nodepass.tunnel.rates import Rates
 from nodepass.wire.signals import UDP, Launch
 from tests.unit.controls import run
 from tests.unit.resolver import Resolver
@@ -159,6 +161,19 @@ def test_a_datagram_of_wire_v1_goes_on_to_the_next_target_which_the_access_log_h
     assert peer.recv(100) == b"answer"
     (line,) = lines
     assert f" {places[1]} " in line
+
+
+def test_a_datagram_of_wire_v1_does_not_wait_for_good_under_a_rate(stack: ExitStack) -> None:
+    settings, stats = Settings(rate_up=parse_rate("8k"), udp_read_timeout=0.05), Stats()
+    common = Common(settings, LOG, stats, TaskGroup(LOG, stats), rates=Rates.of(settings, stats))
+    targets = Targets([Address("127.0.0.1", 9)], settings, LOG, stats)
+    launches = Launches(common, targets, TargetFlows(common, targets))
+    data, peer = stack.enter_context(tcp_pair())
+    stats.tcp.up.bytes += 10**6  # a quarter of an hour
+    peer.sendall(b"question")
+    run(stack, launches._serve_datagram, data, Launch("0123abcd", UDP), 0.0, LOG).get(timeout=10)
+    assert stats.udp_drops["rate"] == 1
+    assert stats.udp.ended["unanswered"] == 1
 
 
 @pytest.mark.parametrize("is_open", [True, False])
