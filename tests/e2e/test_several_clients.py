@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.load import load
 from tests.support.scope import Closes
 from tests.support.sockets import Address, connect, datagram_socket, receive_all, until
 from tests.support.target import bind_pair
@@ -82,40 +83,11 @@ class Group:
             visitor.sendall(b"?")
             return receive_all(visitor).decode()
 
-    @contextlib.contextmanager
-    def crowd(self) -> Iterator[Counter[str]]:
-        """Visitors one after another, several at a time; how many each service has answered, and "lost"."""
-        answers: Counter[str] = Counter()
-        over = threading.Event()
-
-        def visit() -> None:
-            while not over.is_set():
-                try:
-                    answers[self.visit() or "lost"] += 1
-                except OSError:
-                    answers["lost"] += 1
-
-        threads = [threading.Thread(target=visit) for _ in range(VISITORS_AT_ONCE)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield answers
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join()
-
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Group]:
     with contextlib.ExitStack() as stack:
         yield Group(stack)
-
-
-def answered(answers: Counter[str], number: int) -> None:
-    """Wait for so many more answers."""
-    before = answers.total()
-    until(lambda: answers.total() >= before + number)
 
 
 def test_visitors_are_spread_over_the_clients(group: Group) -> None:
@@ -145,13 +117,14 @@ def test_datagrams_of_a_visitor_stay_with_one_client_and_visitors_are_spread(gro
 
 @pytest.mark.programs
 def test_no_visitor_is_lost_while_each_client_is_restarted_in_turn(group: Group) -> None:
-    with group.crowd() as answers:
+    with load(group.visit, VISITORS_AT_ONCE) as found:
         for name in NAMES:
             assert group.clients[name].stop() == 0
-            answered(answers, 30)
+            before = len(found.requests)
+            until(lambda before=before: len(found.requests) >= before + 30)  # type: ignore[misc]
             group.start(name)
-    assert answers["lost"] == 0
-    assert set(answers) >= set(NAMES)
+    assert not found.failed()
+    assert found.answers() == set(NAMES)
 
 
 def test_visitors_that_come_after_a_client_was_killed_are_served_by_the_others(group: Group) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.test_several_clients import Service
+from tests.support.load import load
 from tests.support.names import ClientWithNames
 from tests.support.process import Nodepass, run
 from tests.support.scrape import get, metrics_of, scrape, value, wait_for_value
@@ -75,26 +76,6 @@ class Pair:
         for server in self.servers:
             assert ask(server.visitor_address) == "service"
 
-    @contextlib.contextmanager
-    def visits(self, number: int) -> Iterator[list[str]]:
-        """Visitors of a server, one after another, and what they were told, or why they were not."""
-        visitors, told, over = self.servers[number].visitor_address, list[str](), threading.Event()
-
-        def visit() -> None:
-            while not over.is_set():
-                try:
-                    told.append(ask(visitors))
-                except OSError as error:
-                    told.append(repr(error))
-
-        thread = threading.Thread(target=visit)
-        thread.start()
-        try:
-            yield told
-        finally:
-            over.set()
-            thread.join()
-
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
@@ -130,8 +111,9 @@ def test_each_line_about_a_server_says_which_one_it_is(pair: Pair) -> None:
 def test_visitors_and_flows_of_one_server_notice_nothing_when_the_other_is(pair: Pair, fault: str) -> None:
     mark, first = pair.client.mark(), pair.servers[0]
     reconnects = value(pair.metrics, "nodepass_reconnects_total")
-    with datagram_socket() as flow, pair.visits(1) as told:
-        flow.connect(pair.servers[1].visitor_address)
+    visitors = pair.servers[1].visitor_address
+    with datagram_socket() as flow, load(partial(ask, visitors), 1) as found:
+        flow.connect(visitors)
         flow.send(b"?")
         assert flow.recv(100) == b"service"
         opened = len(pair.client.find("flow.opened", after=mark))
@@ -150,7 +132,8 @@ def test_visitors_and_flows_of_one_server_notice_nothing_when_the_other_is(pair:
         flow.send(b"?")
         assert flow.recv(100) == b"service"
         assert len(pair.client.find("flow.opened", after=mark)) == opened, "its lane was cut"
-    assert set(told) == {"service"}
+    assert not found.failed()
+    assert found.answers() == {"service"}
     assert value(pair.metrics, "nodepass_reconnects_total") == reconnects + 1
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.machines import Load, Machines, load
+from tests.support.load import Load, load
+from tests.support.machines import Machines
 from tests.support.sockets import Address, until
 from tests.support.tunnel import OurClient, OurServer
-from tests.support.web import Nginx
+from tests.support.v2_network import enter
+from tests.support.web import Nginx, ask
 
 INTERVAL = 1.0
 """Seconds between two heartbeats."""
@@ -63,7 +65,8 @@ class Place:
 
     @contextlib.contextmanager
     def under_load(self) -> Iterator[Load]:
-        with load(self.hub, self.visitors, AT_A_TIME) as found:
+        enter_hub = partial(enter, Path("/run/netns", self.hub.name))
+        with load(partial(ask, self.visitors), AT_A_TIME, enter_hub) as found:
             serves_all(found)
             yield found
 

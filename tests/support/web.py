@@ -1,15 +1,17 @@
-"""nginx that answers each request with its name; started, killed, stopped and started again by a test."""
+"""nginx that answers each request with its name; started, killed, stopped and started again by a test. Its visitors."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
 from tests.support.process import scrubbed
 from tests.support.programs import installed
 from tests.support.scope import Closes
+from tests.support.sockets import Address
 from tests.support.v2_network import Namespace
 
 CONFIG = """
@@ -29,6 +31,10 @@ http {{
     server {{ listen {listen}; location / {{ return 200 "{name}"; }} }}
 }}
 """
+
+REQUEST = b"GET / HTTP/1.0\r\n\r\n"
+GIVEN_UP = 15.0
+"""Seconds after which a request has failed."""
 
 
 class Nginx(Closes):
@@ -79,3 +85,14 @@ class Nginx(Closes):
         self._running.send_signal(signal.SIGQUIT)
         assert self._running.wait(10) == 0
         self._running = None
+
+
+def ask(address: Address) -> str:
+    """The body that a server of HTTP answers; "" where it does not answer in full. Raises OSError."""
+    with socket.create_connection(address, GIVEN_UP) as sock:
+        sock.sendall(REQUEST)
+        answer = b""
+        while received := sock.recv(4096):
+            answer += received
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return body.decode() if b" 200 " in head else ""
