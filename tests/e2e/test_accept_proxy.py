@@ -19,8 +19,7 @@ from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
 from tests.e2e.test_proxy_protocol import HOSTS, dig, ends, read_v2, running_unbound
-from tests.support.needs import STREAM_MODULE
-from tests.support.programs import running
+from tests.support.programs import running, running_haproxy, running_nginx
 from tests.support.sockets import (
     PATIENCE,
     Address,
@@ -41,14 +40,6 @@ ACCEPT = f"accept_proxy={PROXY}"
 FRONT = "127.0.0.7"  # where clients find a tunnel port that is behind a proxy
 
 VISITOR, LOCAL = (ip_address("192.0.2.1"), 51000), (ip_address("198.51.100.1"), 443)
-
-HAPROXY = """
-defaults
-    mode tcp
-    timeout connect 5s
-    timeout client 1h
-    timeout server 1h
-"""
 
 
 def written(version: Any, protocol: int) -> bytes:
@@ -165,9 +156,7 @@ def in_haproxy(options: str) -> Front:
     def start(root: Path, port: int, host: str, server: Address) -> AbstractContextManager[Address]:
         to = f"server one {format_address(server)} {options} {CHECKS} source {PROXY}"
         bind = f"bind {format_address((host, port))}"
-        config = root / "haproxy.cfg"
-        config.write_text(f"{HAPROXY}listen front\n    {bind}\n    {to}\n")
-        return running(port, "haproxy", "-db", "-f", str(config))
+        return running_haproxy(root, port, f"listen front\n    {bind}\n    {to}\n")
 
     return start
 
@@ -176,9 +165,7 @@ def in_nginx(root: Path, port: int, host: str, server: Address) -> AbstractConte
     """nginx in front of a server, which writes version 1."""
     to = f"proxy_pass {format_address(server)}; proxy_protocol on; proxy_bind {PROXY};"
     stream = f"stream {{ server {{ listen {format_address((host, port))}; {to} }} }}"
-    config = root / "nginx.conf"
-    config.write_text(f"load_module {STREAM_MODULE};\ndaemon off;\npid {root}/nginx.pid;\nevents {{ }}\n{stream}\n")
-    return running(port, "nginx", "-p", str(root), "-e", "stderr", "-c", str(config))
+    return running_nginx(root, port, stream, has_streams=True)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -228,12 +215,11 @@ def test_a_real_proxy_in_front_of_the_tunnel_port(
     query = f"{ACCEPT}&data_port={data_port}"
     server = stack.enter_context(OurServer(tls, query=query))
     ports = {server.tunnel_address[1], server.data_address[1]}
-    config = HAPROXY + "".join(
+    sections = "".join(
         f"listen port-{port}\n    bind {FRONT}:{port}\n    server one 127.0.0.1:{port} {version} source {PROXY}\n"
         for port in sorted(ports)
     )
-    (tmp_path / "haproxy.cfg").write_text(config)
-    stack.enter_context(running(max(ports), "haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")))
+    stack.enter_context(running_haproxy(tmp_path, max(ports), sections))
     front = (FRONT, server.tunnel_address[1])
     client = stack.enter_context(OurClient(front, target.address, query=f"tls={tls}", env=CALM))
     client.wait_until_connected()

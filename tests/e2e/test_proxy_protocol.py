@@ -16,7 +16,7 @@ from proxyprotocol.v2 import ProxyProtocolV2
 
 from nodepass.wire.proxy_protocol import TUNNEL_NAME
 from tests.support.process import scrubbed
-from tests.support.programs import running, running_nginx, tunnel_to
+from tests.support.programs import running, running_haproxy, running_nginx, tunnel_to
 from tests.support.sockets import (
     Address,
     connect,
@@ -137,12 +137,8 @@ http {{
 """
 
 HAPROXY = """
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 20s
-    timeout server 20s
 frontend front
+    mode http
     bind 127.0.0.1:{port} accept-proxy
     http-request return status 200 content-type text/plain lf-string "%[src] %[src_port] %[dst_port]"
 """
@@ -181,8 +177,7 @@ def ask_for_addresses(visitors: Address) -> tuple[list[str], Address]:
 def test_nginx_and_haproxy_see_the_visitors_address(tmp_path: Path, version: str, host: str) -> None:
     port = free_port()
     other = free_port()
-    (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(port=other))
-    haproxy = running(other, "haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg"))
+    haproxy = running_haproxy(tmp_path, other, HAPROXY.format(port=other))
     with running_nginx(tmp_path, port, NGINX.format(port=port)) as first, haproxy as second:
         for service in (first, second):
             with tunnel_to(service, 1, host, PROXY_PROTOCOL=version) as visitors:

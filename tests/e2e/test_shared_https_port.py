@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.process import Environment
-from tests.support.programs import running
+from tests.support.programs import running_haproxy, running_nginx
 from tests.support.sockets import Address, free_port
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
@@ -24,10 +24,6 @@ from tests.support.v2_tunnel import KEYED
 PAGE = b"<h1>a website</h1>"
 
 NGINX = """
-load_module /usr/lib/nginx/modules/ngx_stream_module.so;
-daemon off;
-pid {root}/nginx.pid;
-events {{}}
 stream {{
     map $ssl_preread_alpn_protocols $behind {{
         ~\\bnodepass/2\\b {tunnel};
@@ -43,11 +39,6 @@ stream {{
 """
 
 HAPROXY = """
-defaults
-    mode tcp
-    timeout connect 5s
-    timeout client 1h
-    timeout server 1h
 frontend https
     bind 127.0.0.1:{port}
     tcp-request inspect-delay 5s
@@ -92,12 +83,11 @@ def website(authority: Authority) -> Iterator[str]:
 def shared_port(name: str, root: Path, tunnel: Address, website: str) -> AbstractContextManager[Address]:
     """One of the two programs in front of both."""
     port = free_port()
-    config = root / f"{name}.conf"
     text = {"nginx": NGINX, "haproxy": HAPROXY}[name]
-    config.write_text(text.format(root=root, port=port, tunnel=f"127.0.0.1:{tunnel[1]}", website=website))
+    text = text.format(port=port, tunnel=f"127.0.0.1:{tunnel[1]}", website=website)
     if name == "nginx":
-        return running(port, "nginx", "-p", str(root), "-e", "stderr", "-c", str(config))
-    return running(port, "haproxy", "-db", "-f", str(config))
+        return running_nginx(root, port, text, has_streams=True)
+    return running_haproxy(root, port, text)
 
 
 def read_page(address: Address, authority: Authority, protocols: list[str]) -> bytes:

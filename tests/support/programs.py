@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tests.support.needs import program
+from tests.support.needs import STREAM_MODULE, program
 from tests.support.process import scrubbed
 from tests.support.sockets import Address, format_address, until
 from tests.support.tunnel import CALM, OurClient, OurServer
@@ -35,11 +35,28 @@ def running(port: int, name: str, *arguments: str, protocol: str = "tcp") -> Ite
             process.wait(10)
 
 
-def running_nginx(root: Path, port: int, blocks: str) -> AbstractContextManager[Address]:
+def running_nginx(root: Path, port: int, blocks: str, *, has_streams: bool = False) -> AbstractContextManager[Address]:
     """nginx with these blocks of its configuration, once it listens on this port; its files are below `root`."""
     config = root / "nginx.conf"
-    config.write_text(f"daemon off;\npid {root}/nginx.pid;\nerror_log stderr;\nevents {{ }}\n{blocks}")
+    module = f"load_module {STREAM_MODULE};\n" * has_streams
+    config.write_text(f"{module}daemon off;\npid {root}/nginx.pid;\nerror_log stderr;\nevents {{ }}\n{blocks}")
     return running(port, "nginx", "-p", str(root), "-e", "stderr", "-c", str(config))
+
+
+HAPROXY = """
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 1h
+    timeout server 1h
+"""
+
+
+def running_haproxy(root: Path, port: int, sections: str) -> AbstractContextManager[Address]:
+    """haproxy with these sections of its configuration, in TCP mode by default, once it listens on this port."""
+    config = root / "haproxy.cfg"
+    config.write_text(HAPROXY + sections)
+    return running(port, "haproxy", "-db", "-f", str(config))
 
 
 def _listens(port: int, protocol: str) -> bool:
