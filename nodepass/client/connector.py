@@ -49,6 +49,7 @@ class Server:
     name: Name | Member
     terms: Terms
     is_only: bool = True
+    is_new: bool = True  # this tunnel has had no connection to it
 
 
 class Connector(Part):
@@ -72,7 +73,7 @@ class Connector(Part):
         self._ready = ready
         self._security = security
         self._pool_limits = self._settings.min_pool_capacity, self._settings.max_pool_capacity
-        self._is_first = not self._stats.connects
+        self._is_first = server.is_new
         self._launches = launches
         self._log_statistics = log_statistics
         self._stopping = Event()

@@ -41,6 +41,7 @@ class Servers(Part):
         self.ready = Event()  # a handshake has succeeded, with any server
         self._has_all = self._settings.servers == "all"
         self._is_one = len(url.tunnels) == 1 and not self._has_all
+        self._is_new = not self._stats.connects  # else the tunnel has begun again after a crash
         self._terms = terms
         self._launches = launches
         self._log_statistics = log_statistics
@@ -173,7 +174,7 @@ class Servers(Part):
             common = replace(common, log=self._log.server(text))
             security = SecurityLog(self._security, common.log)
         terms = self._terms if self._is_one else self._terms.for_server(host, client_id_for(text, self._terms.client))
-        server = Server(text, name, terms, self._is_one)
+        server = Server(text, name, terms, self._is_one, self._is_new)
         launches, report = self._launches.for_server(common.log), partial(self._report, text)
         connector = self._connectors[text] = Connector(common, server, launches, security, self.ready, report)
         return connector

@@ -235,6 +235,14 @@ def test_with_all_each_endpoint_of_a_name_is_a_server_that_comes_and_goes_with_t
     assert {each.limits[1] for each in made.connectors.values()} == {Settings().max_pool_capacity // 2}
 
 
+def test_the_first_connection_to_an_address_that_comes_later_is_no_reconnect(make: Make, resolver: Resolver) -> None:
+    made = make("name.example:1,192.0.2.9:1", servers="all")
+    made.servers.start()
+    made.servers.common.stats.connects += 1
+    resolver.answer(endpoint(1))
+    assert [each.server.is_new for each in made.connectors.values()] == [True, True]
+
+
 def test_a_connected_server_is_left_once_the_name_has_been_without_its_address_for_a_minute(
     make: Make, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
