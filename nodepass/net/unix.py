@@ -26,7 +26,6 @@ from nodepass.net.sockets import Socket
 PROCESS = Owner()
 MODE = 0o660  # the user and the group of the process may connect
 BACKLOG = 128  # connections
-PROBE_TIMEOUT = 1.0  # seconds for the listener of an existing socket to answer
 FULL_PAUSE = 0.01  # seconds until a listener whose queue is full is tried again: the kernel has no event for that
 
 
@@ -113,13 +112,13 @@ def is_living(path: str) -> bool:
 
 def _answers(path: str) -> bool:
     """Whether a process listens there. Raises OSError where there is no socket, or no permission."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(PROBE_TIMEOUT)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-    return True
+    with contextlib.closing(Socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as probe:
+        error = probe.connect_ex(path)
+    if error in (0, errno.EAGAIN):  # its queue may be full
+        return True
+    if error == errno.ECONNREFUSED:
+        return False
+    raise OSError(error, os.strerror(error))
 
 
 def _find_user(name: str) -> int:

@@ -6,7 +6,7 @@ import grp
 import os
 import pwd
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from nodepass.net.relay import Traffic, relay
 from nodepass.net.sockets import Socket, is_gone, read_tcp_info, room_to_send
 from nodepass.net.stopped import stopped_directions
 from nodepass.net.stream import TCPStream
-from nodepass.net.unix import UnixListener, dial_unix
+from nodepass.net.unix import UnixListener, dial_unix, is_living
 from nodepass.stats import Stats
 from tests.unit.controls import run, until
 from tests.unit.streams import receive_all, tcp_pair
@@ -45,6 +45,17 @@ def _of_gevent(stack: ExitStack, listener: object) -> socket.socket:
 
 
 # The file
+
+
+def test_a_listener_whose_queue_is_full_is_not_taken_for_a_stale_socket_or_waited_for(
+    stack: ExitStack, path: Path
+) -> None:
+    stack.callback(UnixListener(str(path), "it", backlog=0).close)
+    stack.enter_context(closing(dial_unix(str(path), 10)))
+    assert is_living(str(path))
+    with pytest.raises(ListenError, match="another process listens there"):
+        UnixListener(str(path), "it")
+    assert path.exists()
 
 
 def test_a_listeners_file_has_the_mode_and_the_owner_and_is_removed(path: Path) -> None:
