@@ -125,8 +125,7 @@ def running_inside(network: Network, name: str, *arguments: str) -> Iterator[Non
     )
     try:
         assert process.stdout
-        while "listening" not in process.stdout.readline():
-            pass
+        assert any("listening" in line for line in process.stdout), f"{command} did not start"
         yield
     finally:
         process.terminate()
