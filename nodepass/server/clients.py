@@ -20,14 +20,14 @@ from nodepass.errors import NoDataConnection, NoTarget, RefusedError
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Stream
 from nodepass.server.client_slot import Addresses, ClientSlot
-from nodepass.server.pool import Found, Queue
+from nodepass.server.pool import Found, Queue, ServerPool
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import Key, unknown_key
 from nodepass.wire.negotiation import BUSY
-from nodepass.wire.signals import TCP
+from nodepass.wire.signals import LANE, TCP, UDP
 
 LOOK_EVERY = 1.0  # seconds between two looks for clients that leave a heartbeat unanswered, where there are several
 
@@ -193,14 +193,16 @@ class Clients(Part):
         """A data connection, and the slot that it belongs to. Raises NoDataConnection after `timeout` seconds."""
         waits = self._stats.pool_waits
         for slot in self._in_order(kind) if len(self.slots) > 1 else self.slots:
-            if found := slot.pool.take():
+            if found := slot.pool.take(kind):
                 waits.observe(0.0)
                 return slot, found
             slot.pool.note_empty()
         self._stats.found_empty += 1
         began = time.monotonic()
         try:
-            pool, found = self._queue.wait(timeout)
+            pool, found = self._queue.wait(kind, timeout)
+        except NoTarget:
+            raise
         except NoDataConnection:
             for slot in self.slots:
                 slot.pool.note_unserved()
@@ -211,9 +213,7 @@ class Clients(Part):
 
     def _in_order(self, kind: int) -> list[ClientSlot]:
         """The slots that serve sessions of this kind now, the preferred one first."""
-        slots = [slot for slot in self.slots if slot.control and slot.pool not in self._queue.withheld]
-        if kind == TCP:
-            slots = [slot for slot in slots if slot.control and slot.control.serves_tcp]
+        slots = [slot for slot in self.slots if slot.control and not self._queue.withholds(slot.pool, kind)]
         spread = self._settings.spread
         if spread == "first":
             return sorted(slots, key=lambda slot: slot.since)
@@ -229,19 +229,27 @@ class Clients(Part):
             self._connected.set()
         else:
             self._connected.clear()
-        self._in_vain = self._find_refusal()
-        good = [slot for slot in connected if slot.is_good]
-        before = self._queue.withheld
-        self._queue.withheld = {slot.pool for slot in connected if slot not in good} if good else set()
-        for pool in before - self._queue.withheld:
-            pool.serve_waiting()
+        if refusal := self._find_refusal():
+            self._queue.refuse(TCP, lambda: NoTarget(*refusal))
+        self._in_vain = refusal
+        self._queue.withheld = {kind: self._find_withheld(kind) for kind in (TCP, UDP, LANE)}
+        for slot in connected:
+            slot.pool.serve_waiting()
+
+    def _find_withheld(self, kind: int) -> set[ServerPool]:
+        """The pools of the clients that cannot serve sessions of this kind, or do not while another can."""
+        connected = self.connected
+        able = [slot for slot in connected if kind != TCP or (slot.control and slot.control.serves_tcp)]
+        serving = [slot for slot in able if slot.is_good] or able
+        return {slot.pool for slot in connected if slot not in serving}
 
     def _find_refusal(self) -> tuple[str, str] | None:
-        """Why every client says that it can serve no TCP session: a reason, and the same in words."""
+        """Why no client can serve a TCP session, as they say: a reason, and the same in words."""
         controls = self.controls
-        if controls and not any(each.serves_tcp for each in controls):
+        able = [each for each in controls if each.serves_tcp]
+        if controls and not able:
             return "tcp_off", "TCP=off on the client"
-        if controls and not any(each.target_answers for each in controls):
+        if able and not any(each.target_answers for each in able):
             return "target_down", "the client's target does not answer"
         return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
@@ -22,43 +23,63 @@ INSISTS_AFTER = 8  # intervals in a row in which the client replaced what was tr
 
 
 class Queue:
-    """The sessions of a tunnel that wait for a data connection, the longest wait first."""
+    """The sessions of a tunnel that wait for a data connection, of each kind the longest wait first."""
 
     def __init__(self) -> None:
-        self.withheld: set[ServerPool] = set()  # of clients that serve no session while another client can
-        self._waiting: dict[PoolWaiter, None] = {}
+        # By kind of session: of clients that cannot serve it, or do not while another can.
+        self.withheld: dict[int, set[ServerPool]] = {}
+        self._waiting: dict[int, dict[PoolWaiter, None]] = {}
 
-    def serves(self, pool: ServerPool) -> bool:
-        """Whether a session waits for a connection of this pool."""
-        return bool(self._waiting) and pool not in self.withheld
+    def withholds(self, pool: ServerPool, kind: int) -> bool:
+        """Whether this pool gives sessions of this kind no connection."""
+        return pool in self.withheld.get(kind, ())
 
-    def pop(self) -> PoolWaiter:
-        """The session that has waited longest, and waits no more."""
-        waiter = next(iter(self._waiting))
-        del self._waiting[waiter]
-        return waiter
+    def find(self, pool: ServerPool) -> PoolWaiter | None:
+        """The session that has waited longest for a connection that this pool could give it, if there is one."""
+        if not self._waiting:
+            return None
+        first = [next(iter(each)) for kind, each in self._waiting.items() if not self.withholds(pool, kind)]
+        return min(first, key=lambda waiter: waiter.since, default=None)
 
-    def wait(self, timeout: float) -> tuple[ServerPool, Found]:
+    def wait(self, kind: int, timeout: float) -> tuple[ServerPool, Found]:
         """The next connection, and its pool. Raises NoDataConnection after `timeout` seconds.
 
         It comes closed if the pool's `flush` ran after it was given and before the return.
         """
-        waiter = PoolWaiter()
-        self._waiting[waiter] = None
+        waiter = PoolWaiter(kind)
+        self._waiting.setdefault(kind, {})[waiter] = None
         try:
             found = waiter.wait(timeout, f"no data connection within {timeout:g}s")
             assert waiter.pool is not None
             return waiter.pool, found
         finally:
-            self._waiting.pop(waiter, None)
+            self.discard(waiter)
             if waiter.pool is not None:
                 waiter.pool.forget(waiter)
+
+    def discard(self, waiter: PoolWaiter) -> None:
+        """It waits no more."""
+        waiting = self._waiting.get(waiter.kind, {})
+        if waiter in waiting:
+            del waiting[waiter]
+            if not waiting:
+                del self._waiting[waiter.kind]
+
+    def refuse(self, kind: int, make_error: Callable[[], NoDataConnection]) -> None:
+        """End the wait of all sessions of this kind."""
+        for waiter in self._waiting.pop(kind, {}):
+            waiter.fail(make_error())
 
 
 class PoolWaiter(Waiter):
     """A session in the queue, and the pool that has given it a connection."""
 
     pool: ServerPool | None = None
+
+    def __init__(self, kind: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.since = time.monotonic()
 
 
 class ServerPool(Pool):
@@ -87,24 +108,21 @@ class ServerPool(Pool):
         """Take over a connection that is ready for its session."""
         self._capacity.count_created()
         self._is_supplied, self._last_idle = True, time.monotonic()
-        if self._queue.serves(self):
-            self._taken += 1
-            self._give(id, stream)
-        else:
-            if old := self._idle.pop(id, None):
-                self._close(id, old, "replaced", "its id was given again")
-            self._idle[id] = stream
-            self._start_watching(id, stream, self._watch(id, stream))
+        self._give_or_keep(id, stream)
 
-    def take(self) -> Found | None:
-        """The newest idle connection that is alive; None where there is none.
+    def take(self, kind: int) -> Found | None:
+        """The newest idle connection that is alive, for a session of this kind; None where there is none.
 
         One that proves dead can have them all withheld: its client may be dead.
         """
-        while self._idle and self not in self._queue.withheld:
+        found = self._find_alive(kind)
+        self._taken += found is not None
+        return found
+
+    def _find_alive(self, kind: int) -> Found | None:
+        while self._idle and not self._queue.withholds(self, kind):
             id = next(reversed(self._idle))
             if self._idle[id].peek() is None:
-                self._taken += 1
                 self._last_idle = time.monotonic()
                 stream = self._idle.pop(id)
                 stream.unwatch()
@@ -119,8 +137,8 @@ class ServerPool(Pool):
 
     def serve_waiting(self) -> None:
         """Give what is idle to sessions that wait: it was withheld from them until now."""
-        while self._queue.serves(self) and (found := self.take()):
-            self._give(*found)
+        while (waiter := self._queue.find(self)) and (found := self._find_alive(waiter.kind)):
+            self._give_or_keep(*found)  # a connection that proved dead may have had this session served by another pool
 
     def forget(self, waiter: PoolWaiter) -> None:
         """A session has got what it was given."""
@@ -130,11 +148,18 @@ class ServerPool(Pool):
         """A session has waited in vain."""
         self._is_supplied = False
 
-    def _give(self, id: str, stream: Stream) -> None:
-        waiter = self._queue.pop()
-        self._given[waiter] = stream
-        waiter.pool = self
-        waiter.give(id, stream)
+    def _give_or_keep(self, id: str, stream: Stream) -> None:
+        if waiter := self._queue.find(self):
+            self._queue.discard(waiter)
+            self._taken += 1
+            self._given[waiter] = stream
+            waiter.pool = self
+            waiter.give(id, stream)
+            return
+        if old := self._idle.pop(id, None):
+            self._close(id, old, "replaced", "its id was given again")
+        self._idle[id] = stream
+        self._start_watching(id, stream, self._watch(id, stream))
 
     def flush(self, because: str) -> None:
         """Close all that is idle or given: these connections belong to a client that has gone."""

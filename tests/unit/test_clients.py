@@ -318,11 +318,78 @@ def test_a_client_without_tcp_serves_lanes_only_and_where_none_has_it_no_data_co
     assert several.launch(LANE) == 0
 
 
+def without_tcp(stack: ExitStack, several: Several, client: int) -> None:
+    """This client comes again, with TCP=off."""
+    _, several.controls[client] = occupy(stack, several.clients, replace(agreed(str(client)), serves_tcp=False))
+
+
+def test_a_session_that_waits_gets_no_connection_of_a_client_without_tcp_and_a_lane_gets_it(stack: ExitStack) -> None:
+    several = Several(stack, 2)
+    without_tcp(stack, several, 0)
+    launching, carrying = run(stack, several.launch), run(stack, several.launch, LANE)
+    gevent.sleep(0)
+    several.fill(2, 0)
+    assert carrying.get() == 0
+    assert not launching.ready()
+    assert len(several.slots[0].pool) == 1
+    several.fill(0, 1)
+    assert launching.get() == 1
+
+
+def test_of_the_sessions_that_a_client_can_serve_the_one_that_has_waited_longest_is_first(stack: ExitStack) -> None:
+    several = Several(stack, 2)
+    kinds = [LANE, TCP, TCP, LANE]
+    waiting = []
+    for kind in kinds:
+        waiting.append(run(stack, several.launch, kind))
+        gevent.sleep(0)
+    for each in waiting:
+        several.fill(0, 1)
+        assert each.get() == 1
+
+
+def test_a_doubted_client_serves_the_sessions_that_the_others_cannot(stack: ExitStack) -> None:
+    """It is the only one with TCP, and a lane goes to the other."""
+    several = Several(stack, 2)
+    without_tcp(stack, several, 1)
+    several.fill(2, 2)
+    several.slots[0].doubt()
+    assert [several.launch(), several.launch(LANE)] == [0, 1]
+
+
+def test_a_visitor_is_refused_where_no_target_of_a_client_with_tcp_answers(stack: ExitStack) -> None:
+    several = Several(stack, 2)
+    without_tcp(stack, several, 1)
+    several.answer(0, ok=False)
+    with pytest.raises(NoTarget, match="target does not answer"):
+        several.launch()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_session_that_waits_is_refused_once_no_client_can_serve_it(stack: ExitStack, number: int) -> None:
+    several = Several(stack, number)
+
+    def find_reason() -> str:
+        with pytest.raises(NoTarget) as refused:
+            several.launch()
+        return refused.value.reason
+
+    refused = run(stack, find_reason)
+    gevent.sleep(0)
+    for client in range(number):
+        without_tcp(stack, several, client)
+    assert refused.get() == "tcp_off"
+    carrying = run(stack, several.launch, LANE)
+    gevent.sleep(0)
+    several.fill(1, *[0] * (number - 1))
+    assert carrying.get() == 0
+
+
 def test_a_session_waits_for_a_good_client_rather_than_to_use_a_bad_one(stack: ExitStack) -> None:
     """And takes the bad one once it is the only one, or is good again."""
     for change in ("left", "answers"):
         several = Several(stack, 2)
-        several.answer(0, ok=False)
+        several.slots[0].doubt()
         launching = run(stack, several.launch)
         gevent.sleep(0)
         several.fill(1, 0)

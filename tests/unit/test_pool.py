@@ -16,6 +16,7 @@ from nodepass.log import Log
 from nodepass.net.stream import TCPStream
 from nodepass.server.pool import INSISTS_AFTER, Found, Queue, ServerPool
 from nodepass.stats import Stats
+from nodepass.wire.signals import TCP
 from tests.unit.streams import tcp_pair
 
 
@@ -57,11 +58,11 @@ def server() -> Iterator[ServerPool]:
 
 def take(pool: ServerPool, timeout: float) -> Found:
     """A connection, which is waited for as a session does."""
-    if found := pool.take():
+    if found := pool.take(TCP):
         return found
     pool.note_empty()
     try:
-        return pool._queue.wait(timeout)[1]
+        return pool._queue.wait(TCP, timeout)[1]
     except NoDataConnection:
         pool.note_unserved()
         raise
