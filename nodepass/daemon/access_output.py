@@ -1,7 +1,8 @@
 """Where access logs go: files, Unix datagram sockets and standard output, each opened once for all tunnels.
 
 Nothing here waits, as in `log_output`, whose queue each place has: what a place does not take is queued, and beyond the
-queue lines are lost, counted in `Stats` and reported in the log. A file is opened again at SIGHUP, so that it can be
+queue lines are lost, counted in `Stats` and reported in the log. The lines of one turn of the event loop are written
+together; only to a datagram socket each goes alone, at once. A file is opened again at SIGHUP, so that it can be
 rotated. A datagram socket is connected again once its reader is back. What a line says is the business of
 `visitors.access_log`. `cli` makes the one `AccessOutputs`; `daemon` gives tunnels their writers, and reopens it.
 `check` asks `find_trouble`.
