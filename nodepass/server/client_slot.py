@@ -198,12 +198,12 @@ class ClientSlot(Part):
         with self._admitting:
             while self.control is not incumbent:
                 incumbent = self._find_place(candidate)
-            if candidate.key not in (self.keys or (None,)):
-                raise RefusedError(KEY_MISMATCH, "the tunnel's keys have changed since the client was challenged")
+            self._check_still_welcome(candidate)
             if acknowledged(control.sock) is None:
                 raise ClosedError("disconnected while waiting for its turn")
             if self.control:
                 self._replace(self.control, candidate)
+                self._check_still_welcome(candidate)  # others have run while the lanes ended
             if self.control:
                 raise RefusedError(BUSY, f"another client, {self.control.peer}, has taken the place meanwhile")
             yield
@@ -266,6 +266,13 @@ class ClientSlot(Part):
         if self._is_stopping:
             raise RefusedError(SHUTDOWN, "the server is shutting down")
         return self.control
+
+    def _check_still_welcome(self, candidate: Candidate) -> None:
+        """Raise RefusedError where the server stops meanwhile, or does not have the proven key any more."""
+        if self._is_stopping:
+            raise RefusedError(SHUTDOWN, "the server is shutting down")
+        if candidate.key not in (self.keys or (None,)):
+            raise RefusedError(KEY_MISMATCH, "the tunnel's keys have changed since the client was challenged")
 
     def holds(self, candidate: Candidate) -> bool:
         """Whether the connected client itself has come again."""

@@ -482,6 +482,25 @@ def test_a_client_whose_key_goes_while_it_waits_for_its_turn_is_not_admitted(
     assert slot.control is None
 
 
+@pytest.mark.parametrize(("change", "reason"), [("keys", "key-mismatch"), ("stop", "shutdown")])
+def test_a_client_is_not_admitted_where_that_changes_while_the_lanes_of_the_one_before_it_end(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, change: str, reason: str
+) -> None:
+    monkeypatch.setattr(module, "LIFE_SIGN_WITHIN", SOON)
+    slot = make_clients(stack, OLD_KEY)[1].slots[0]
+    occupy(stack, slot, agreed(ONE, OLD_KEY))
+
+    def end_lanes(*_: object) -> None:
+        slot.set_keys([NEW_KEY]) if change == "keys" else slot.stop(0)
+
+    with monkeypatch.context() as ending:
+        ending.setattr(slot._flows, "end_all", end_lanes)
+        with pytest.raises(RefusedError) as refused:
+            occupy(stack, slot, agreed(OTHER, OLD_KEY))
+    assert refused.value.reason == reason
+    assert slot.control is None
+
+
 # Whose data connections are taken
 
 
