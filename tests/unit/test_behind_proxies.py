@@ -181,7 +181,6 @@ def test_flows_are_the_visitors_and_answers_go_to_the_socket_that_came_last(stac
     one, two = port.visitor(PROXY), port.visitor(OTHER_PROXY)
     for proxy, visitor, payload in ((one, "192.0.2.1:1", b"a"), (one, "192.0.2.2:1", b"b"), (two, "192.0.2.1:1", b"")):
         proxy.send(datagram(visitor, payload))
-        gevent.sleep(0.01)
     one.send(datagram("192.0.2.1:1", b"d", "198.51.100.1:444"))
     assert frames_of(data, 4) == [(1, b"a"), (2, b"b"), (1, b""), (3, b"d")]
     data.sendall(encode_frame(1, b"to a") + encode_frame(2, b"to b"))
