@@ -119,7 +119,8 @@ class Servers(Part):
     def stop(self, timeout: float) -> None:
         """Leave every server, all at once; launches that they have already sent are still served."""
         self._is_stopping = True
-        gevent.joinall([gevent.spawn(each.stop, timeout) for each in self._connectors.values()])
+        stops = [self._group.spawn("leave a server", each.stop, timeout) for each in self._connectors.values()]
+        gevent.joinall(stops)
 
     def close(self) -> None:
         """End the connections at once."""

@@ -121,7 +121,7 @@ class Clients(Part):
 
     def dismiss(self, timeout: float) -> None:
         """Tell the clients that the server stops, and wait until they have left, so that no reset overtakes that."""
-        gevent.joinall([gevent.spawn(slot.dismiss, timeout) for slot in self.connected])
+        gevent.joinall([self._group.spawn("dismiss a client", slot.dismiss, timeout) for slot in self.connected])
 
     def set_keys(self, keys: Sequence[Key]) -> list[ClientSlot]:
         """Take other keys, and end each client that has proven one that is gone; the slots that these had.
@@ -158,9 +158,14 @@ class Clients(Part):
         for slot in self.slots:
             if not slot.control:
                 return slot
-        asked = {slot: gevent.spawn(slot.responds) for slot in self.slots}
-        gevent.joinall(list(asked.values()))
-        return next((slot for slot, asking in asked.items() if not asking.value), self.slots[0])
+        silent: list[ClientSlot] = []
+
+        def ask(slot: ClientSlot) -> None:
+            if not slot.responds():
+                silent.append(slot)
+
+        gevent.joinall([self._group.spawn("ask a client", ask, slot) for slot in self.slots])
+        return (silent or self.slots)[0]
 
     # Sessions
 

@@ -96,7 +96,10 @@ class DataListener(Part):
         member = self._port.find_sid(hello.sid) if isinstance(hello, DataHello) else None
         if not member or member.agreement.session or not member.slot.is_client(peer) or member.slot.pool.full:
             return False
-        sock.recv(len(said))
+        try:
+            sock.recv(len(said))
+        except OSError:
+            return False
         self._add(sock, peer, member)
         return True
 

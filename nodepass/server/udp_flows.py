@@ -174,7 +174,7 @@ class VisitorFlows(Part):
         def is_meant(lane: ServerLane) -> bool:
             return slot is None or lane.slot is slot
 
-        lanes = [lane for lane in self._lanes if is_meant(lane)]
+        lanes = [lane for lane in (*self._lanes, *self._refused) if is_meant(lane)]
         killall([lane.task for lane in lanes if lane.task])
         # A lane that was killed before it ran has ended none of its own.
         self._table.end(lambda flow: is_meant(flow.lane), "lost")

@@ -156,6 +156,22 @@ def test_a_client_that_serves_no_lanes_is_asked_again_after_a_pause_only(
     assert read_frame(first)[1] == b"three"
 
 
+def test_a_pause_of_a_client_that_serves_no_lanes_ends_with_the_flows(stack: ExitStack) -> None:
+    flows = Flows(stack, udp_lanes=1)
+    occupy(stack, flows.slot)
+    [data] = fill(stack, flows.slot, "00000001")
+    flows.visitor().send(b"one")
+    read_frame(data)
+    data.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    data.close()
+    until(lambda: flows.flows._refused)
+    [pausing] = [lane.task for lane in flows.flows._refused]
+    assert pausing
+    flows.flows.end_all()
+    assert pausing.dead
+    assert not flows.flows._refused
+
+
 def test_one_network_has_at_most_a_quarter_of_the_flows(stack: ExitStack) -> None:
     flows = Flows(stack, semaphore_limit=8, udp_lanes=1)
     occupy(stack, flows.slot)
