@@ -61,7 +61,7 @@ def test_visitors_of_a_client_without_tcp_are_reset_at_once_and_cost_no_data_con
         server.wait_for_client()
         server.wait_for("pool.added")
         for _ in range(5):
-            with connect(server.visitor_address) as visitor, pytest.raises(ConnectionResetError):
+            with pytest.raises(ConnectionResetError), connect(server.visitor_address) as visitor:
                 visitor.recv(1)
         assert server.wait_for("visitor.unserved")["reason"] == "tcp_off"
         assert exchange(server.visitor_address, target, b"question", b"answer") == (b"question", b"answer")

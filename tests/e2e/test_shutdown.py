@@ -98,7 +98,7 @@ def refuses(server: OurServer) -> bool:
         with connect(server.visitor_address) as visitor:
             visitor.settimeout(0.2)
             return is_over(visitor)
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return True
     except TimeoutError:
         return False

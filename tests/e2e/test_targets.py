@@ -99,7 +99,7 @@ def test_sessions_pass_over_targets_that_are_gone_and_return_to_them(
     assert states == {never: 0, place: 0, path: 1}
     assert is_ready(client)
     second.close()
-    with connect(server.visitor_address) as visitor, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), connect(server.visitor_address) as visitor:
         visitor.recv(1)
     client.wait_for("target.down", target=path)
     server.wait_for("client.target_unreachable")

@@ -40,7 +40,7 @@ def target() -> Iterator[Target]:
 
 def refuses_tcp(tunnel: Tunnel) -> bool:
     """Whether a new visitor is reset."""
-    with connect(tunnel.visitor_address) as visitor, contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError), connect(tunnel.visitor_address) as visitor:
         visitor.sendall(b"?")
         return is_over(visitor)
     return True

@@ -43,7 +43,7 @@ def test_both_ends_are_unready_and_say_why_while_a_visitor_would_not_be_served()
                 end.wait_for("data.restored")
                 until(partial(readiness, end, 200, "ready"))
             target.close()
-            with connect(server.visitor_address) as visitor, contextlib.suppress(ConnectionResetError):
+            with contextlib.suppress(ConnectionResetError), connect(server.visitor_address) as visitor:
                 visitor.recv(1)
             client.wait_for("target.unreachable", error=re.compile("Connection refused"))
             server.wait_for("client.target_unreachable")

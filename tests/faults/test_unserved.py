@@ -25,7 +25,7 @@ def server(stack: contextlib.ExitStack) -> OurServer:
 
 
 def test_a_visitor_without_a_data_connection_is_reset(server: OurServer) -> None:
-    with connect(server.visitor_address) as visitor, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), connect(server.visitor_address) as visitor:
         visitor.recv(1)
 
 
