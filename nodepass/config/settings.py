@@ -259,6 +259,14 @@ class Settings:
         "how long running sessions may take to finish at shutdown; the rest is cut",
         scope=Scope.PROCESS,
     )
+    shutdown_delay: float = setting(
+        "0",
+        duration(0, DAY),
+        "timing",
+        "server: how long visitors are still served at shutdown before that, unready, so that a balancer notices",
+        scope=Scope.PROCESS,
+        role="server",
+    )
     start_timeout: float = setting(
         "0",
         duration(0, DAY),

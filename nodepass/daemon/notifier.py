@@ -58,7 +58,7 @@ class Notifier:
     def stop(self, timeout: float) -> None:
         """Announce the drain: systemd must wait for it, whatever its unit says. The watchdog is served meanwhile."""
         self._stopping = True
-        self._send_state("STOPPING=1", extend_timeout(timeout + MARGIN))
+        self._send_state("STOPPING=1", extend_timeout(self._settings.shutdown_delay + timeout + MARGIN))
 
     def close(self) -> None:
         """Watch no more."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 import gevent
 from gevent.event import AsyncResult, Event
 
+from nodepass.config.kinds import format_duration
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ServerURL, UnixPath
 from nodepass.errors import ClosedError
@@ -117,8 +118,13 @@ class Server:
     def stop(self, timeout: float) -> int:
         """As `Tunnel.stop`: from here on clients are refused and visitors do not reach it, and sessions drain.
 
-        The connected client and the UDP sockets stay for as long as sessions need them.
+        The connected client and the UDP sockets stay for as long as sessions need them. SHUTDOWN_DELAY comes before:
+        what asks for readiness is told `stopping` meanwhile.
         """
+        if delay := self._settings.shutdown_delay:
+            words = "unready, and still serving visitors for %(delay)s (SHUTDOWN_DELAY)"
+            self.log.info("server.leaving", words, delay=format_duration(delay))
+            gevent.sleep(delay)
         cut = stop_parts(self._parts, self.sessions, timeout)
         self._clients.dismiss(GOODBYE)
         return cut

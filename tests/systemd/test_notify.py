@@ -178,11 +178,11 @@ def test_a_reload_does_not_make_a_starting_client_ready(stack: contextlib.ExitSt
 def test_a_stop_is_announced_and_asks_for_as_long_as_it_may_take(
     stack: contextlib.ExitStack, notified: NotifySocket
 ) -> None:
-    server = stack.enter_context(OurServer(env=told(notified, SHUTDOWN_TIMEOUT="100s")))
+    server = stack.enter_context(OurServer(env=told(notified, SHUTDOWN_TIMEOUT="100s", SHUTDOWN_DELAY="10ms")))
     notified.wait_for("READY=1")
     assert server.stop() == 0
     notified.wait_for("STOPPING=1")
-    assert notified.wait_for("EXTEND_TIMEOUT_USEC=") == "EXTEND_TIMEOUT_USEC=110000000"
+    assert notified.wait_for("EXTEND_TIMEOUT_USEC=") == "EXTEND_TIMEOUT_USEC=110010000"
     notified.wait_for("STATUS=stopping: ")
 
 

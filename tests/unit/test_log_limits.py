@@ -16,6 +16,7 @@ FROM_INSIDE = {
     "process.limits",
     "process.limits_exceeded",
     "metrics.listening",
+    "server.leaving",
     "server.listening",
     "certificate.loaded",
     "tls.public_api",

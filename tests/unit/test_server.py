@@ -173,6 +173,21 @@ def test_a_visitor_that_has_connected_before_a_stop_is_served(stack: ExitStack) 
     assert stopping.get() == 0
 
 
+def test_visitors_and_clients_are_served_for_the_delay_of_a_stop(stack: ExitStack) -> None:
+    """A balancer learns meanwhile that the server is not ready."""
+    running = Running(stack, replace(SETTINGS, shutdown_delay=0.2))
+    client, connections = running.connect_client()
+    stopping = gevent.spawn(running.server.stop, PATIENT)
+    gevent.sleep(0)
+    visitor, data = running.visit(client, connections)
+    data.close()
+    visitor.close()
+    assert not stopping.ready()
+    assert is_closed_after_a_bye(client)
+    client.close()
+    assert stopping.get() == 0
+
+
 def test_a_stop_cuts_what_does_not_end_in_time_and_says_how_many(stack: ExitStack) -> None:
     running = Running(stack)
     client, connections = running.connect_client(2)

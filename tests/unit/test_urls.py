@@ -230,6 +230,7 @@ def test_settings_of_the_whole_process_are_these() -> None:
     assert {name for name, row in rows().items() if row.scope is Scope.PROCESS} == {
         "start_timeout",
         "shutdown_timeout",
+        "shutdown_delay",
         "log_format",
         "metrics_listen",
     }
