@@ -40,10 +40,12 @@ class Load:
 
 
 @contextlib.contextmanager
-def load(ask: Callable[[], str], at_a_time: int, prepare: Callable[[], None] = lambda: None) -> Iterator[Load]:
+def load(
+    ask: Callable[[], str], at_a_time: int, prepare: Callable[[], None] = lambda: None, pause: float = 0.0
+) -> Iterator[Load]:
     """Visitors until the end, so many at a time. `ask` is one of them: what has answered, or "", or OSError.
 
-    prepare: called at first in each of their threads.
+    prepare: called at first in each of their threads; `pause`: seconds between two in a thread.
     """
     found, over = Load(), threading.Event()
 
@@ -54,6 +56,7 @@ def load(ask: Callable[[], str], at_a_time: int, prepare: Callable[[], None] = l
             with contextlib.suppress(OSError):
                 answer = ask()
             found.requests.append(Request(began, time.monotonic(), answer))
+            over.wait(pause)
 
     threads = [threading.Thread(target=visit) for _ in range(at_a_time)]
     for thread in threads:

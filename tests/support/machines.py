@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeVar
 
 from tests.support.scope import Closes
@@ -24,32 +25,36 @@ class Machine:
         stack.callback(self.namespace.delete)
         self.address, self.hub_address = f"10.77.{number}.2", f"10.77.{number}.1"
         self._cable = f"cable{number}"
-        self._hub = hub
         ends = ((hub, self.hub_address), (self.namespace, self.address))
         names = ("netns", hub.name, "type", "veth", "peer", self._cable, "netns", self.namespace.name)
         ip("link", "add", self._cable, *names)
         for namespace, address in ends:
             namespace.ip("address", "add", f"{address}/24", "dev", self._cable)
             namespace.ip("link", "set", self._cable, "up")
+        self._route()
+
+    def _route(self) -> None:
         self.namespace.ip("route", "add", "default", "via", self.hub_address)
 
     def pull(self) -> None:
-        """Take its link down: nothing arrives any more, and neither end is told."""
-        self._hub.ip("link", "set", self._cable, "down")
+        """Take its link down, at its own end: all others hear nothing more, and are not told."""
+        self.namespace.ip("link", "set", self._cable, "down")
 
     def mend(self) -> None:
         """Bring the link up again."""
-        self._hub.ip("link", "set", self._cable, "up")
+        self.namespace.ip("link", "set", self._cable, "up")
+        self._route()
 
 
 class Machines(Closes):
-    """The visitors' machine, `hub`, and so many others."""
+    """The visitors' machine, `hub`, and so many others, which reach each other through it."""
 
     def __init__(self, number: int) -> None:
         self._stack = contextlib.ExitStack()
         try:
             self.hub = Namespace("hub")
             self._stack.callback(self.hub.delete)
+            self.hub.inside(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
             self.others = [Machine(self._stack, self.hub, each) for each in range(number)]
         except BaseException:
             self._stack.close()
