@@ -1,11 +1,14 @@
 """The entry point: patches the standard library for gevent, then imports the rest.
 
-Nothing else may be imported before the patch: a socket made by an unpatched module would block the whole process.
+Nothing else but `installed` may be imported before the patch: a socket made by an unpatched module would block the
+whole process.
 """
 
 import gc
 import os
 import sys
+
+from nodepass.installed import how_to_add
 
 
 def main() -> int:
@@ -23,7 +26,7 @@ def main() -> int:
     try:
         from gevent import events, monkey
     except ImportError as error:
-        sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
+        sys.stderr.write(f"nodepass: {error}; {how_to_add(error)}\n")
         return 1
     # Searching for plug-ins of the patching would import a mail parser and more: 2.7 MB.
     events.notify_and_call_entry_points = events.notify  # type: ignore[attr-defined]  # its stubs know neither
@@ -35,7 +38,7 @@ def main() -> int:
     try:
         from nodepass.cli import main as run
     except ImportError as error:
-        sys.stderr.write(f"nodepass: {error}; install it with: pip install -r requirements.txt\n")
+        sys.stderr.write(f"nodepass: {error}; {how_to_add(error)}\n")
         return 1
     return run(sys.argv[1:])
 

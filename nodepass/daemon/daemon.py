@@ -32,6 +32,7 @@ from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.daemon.terminal import Terminal
 from nodepass.errors import ConfigError, StartError, reason
+from nodepass.installed import how_to_add
 from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited
 from nodepass.stats import Stats
@@ -147,7 +148,7 @@ class Daemon:
         try:
             from nodepass.metrics.endpoint import MetricsEndpoint
         except ImportError as error:
-            raise ConfigError(f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client") from None
+            raise ConfigError(f"METRICS_LISTEN: {error}; {how_to_add(error)}") from None
         return MetricsEndpoint(listen, self._watch, self._log, self._stats)
 
     def _watch(self) -> list[Watched]:

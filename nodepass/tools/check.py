@@ -26,6 +26,7 @@ from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.errors import ConfigError
+from nodepass.installed import how_to_add
 from nodepass.net.activation import Inherited, Share
 from nodepass.net.listen import listen_in_range, listen_tcp, listen_udp
 from nodepass.tools.check_client import check_client
@@ -178,7 +179,7 @@ def _metrics(listen: Listen, urls: Sequence[URL], report: Report, held: ExitStac
     try:
         from nodepass.metrics.endpoint import LOOPBACK, WHAT
     except ModuleNotFoundError as error:
-        report.bad("settings", f"METRICS_LISTEN: {error}; install it with: pip install prometheus-client")
+        report.bad("settings", f"METRICS_LISTEN: {error}; {how_to_add(error)}")
         return
     if listen.path:
         try_unix(report, "metrics", WHAT, listen.path)

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from nodepass.config.kinds import parse_duration
 from nodepass.errors import ConfigError
+from nodepass.installed import how_to_add
 from nodepass.tools.top_scrape import ALLOWED, NoAnswer, Scrape, Source, parse_source, take
 from nodepass.tools.top_table import Watch, plain
 
@@ -84,8 +85,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"nodepass top: {error}\n")
         return 1
     except ImportError as error:
-        package = "rich, or use --plain" if error.name == "rich" else "prometheus-client"
-        sys.stderr.write(f"nodepass top: {error}; install it with: pip install {package}\n")
+        instead = ", or use --plain" if error.name == "rich" else ""
+        sys.stderr.write(f"nodepass top: {error}; {how_to_add(error)}{instead}\n")
         return 2
     except BrokenPipeError:
         os.dup2(

@@ -19,7 +19,7 @@ from nodepass.tools import top_scrape
 from nodepass.tools.top_scrape import NoAnswer, Source, take
 from nodepass.tools.top_table import Watch, plain, sparkline
 from tests.support.command import call
-from tests.support.process import PROGRAM, Nodepass, run, scrubbed
+from tests.support.process import PROGRAM, REPOSITORY, Nodepass, run, scrubbed
 from tests.support.scrape import WATCHED, metrics_of
 from tests.support.sockets import format_address, is_over, receive_exactly
 from tests.support.target import Target
@@ -339,7 +339,7 @@ def test_an_answer_that_comes_in_drops_is_given_up(monkeypatch: pytest.MonkeyPat
 def test_it_needs_nothing_of_the_daemon() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", "import nodepass.tools.top, sys; print(*sys.modules)"],
-        cwd=PROGRAM.parents[1],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=True,

@@ -26,7 +26,7 @@ from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROGRAM = REPOSITORY / "bin" / "nodepass"
+PROGRAM = Path(os.environ.get("NODEPASS") or REPOSITORY / "bin" / "nodepass").absolute()
 INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "VIRTUAL_ENV")
 
 IS_MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ

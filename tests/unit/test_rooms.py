@@ -16,7 +16,7 @@ APART = {"server", "client"}
 LIMIT = 12  # modules in a room, and
 ROOT_LIMIT = 10  # at the root
 COMMAND = {"cli", "__main__"}  # they stand at the root and above all rooms
-ROOT = ("__init__", "errors", "stats", "log", "tasks")  # in the order of imports
+ROOT = ("__init__", "installed", "errors", "stats", "log", "tasks")  # in the order of imports
 
 
 @functools.cache
