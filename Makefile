@@ -9,12 +9,12 @@ PARALLEL := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 LOCK := $(VENV)/bin/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.10 --no-header \
 	--no-annotate
-TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak tests/matrix benchmarks contrib/demo contrib/systemd/nodepass-manager)
+TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak tests/matrix benchmarks contrib/demo contrib/dist contrib/systemd/nodepass-manager)
 
 # Compiled tests are kept: else every worker compiles them again, 4 s of CPU time each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo test programs coverage lint bench fuzz soak matrix lock clean
+.PHONY: help venv demo test programs coverage lint bench fuzz soak matrix lock dist clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -57,6 +57,10 @@ lock: $(VENV)/lock.stamp ## Resolve the locked dependencies of releases again
 	$(LOCK) setup.py --extra metrics --output-file contrib/lock/metrics.txt
 	$(LOCK) setup.py --extra top --output-file contrib/lock/top.txt
 	echo 'setuptools>=77.0.1' | $(LOCK) - --output-file contrib/lock/build.txt
+	printf 'setuptools>=77.0.1\npatchelf>=0.17.2,<0.20\n' | $(LOCK) - --output-file contrib/lock/dist.txt
+
+dist: $(VENV)/dist.stamp ## Build what is released, reproducibly: wheel, sdist, executable, Debian package (dist/)
+	$(RUN) -m contrib.dist $(ARGS)
 
 clean: ## Remove everything that was made here
 	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* \
@@ -68,6 +72,10 @@ $(VENV)/stamp: requirements.txt setup.py
 		% sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/dist.stamp: $(VENV)/stamp contrib/lock/dist.txt
+	$(PIP) install --require-hashes --requirement contrib/lock/dist.txt
 	@touch $@
 
 $(VENV)/%.stamp: $(VENV)/stamp

@@ -22,7 +22,7 @@ def read(name: str) -> list[tuple[Requirement, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize("name", [*EXTRAS, "build"])
+@pytest.mark.parametrize("name", [*EXTRAS, "build", "dist"])
 def test_every_release_is_exact_and_has_its_hashes(name: str) -> None:
     for requirement, hashes in read(name):
         (exact,) = requirement.specifier

@@ -1,0 +1,1 @@
+"""What `make dist` releases, used as on a machine that has nothing of this project."""
