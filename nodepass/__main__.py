@@ -22,6 +22,10 @@ def main() -> int:
     if sys.platform != "linux":
         sys.stderr.write(f"nodepass: this system is {sys.platform}; allowed: linux\n")
         return 1
+    if "NODEPASS_HANDOVER" in os.environ:
+        from nodepass.handover.program import detach
+
+        detach()
     gc.disable()  # imports leave no garbage; `cli` enables it
     try:
         from gevent import events, monkey

@@ -29,7 +29,8 @@ from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.limits import forbid_core_dumps
 from nodepass.daemon.log_output import LogOutput
 from nodepass.daemon.systemd import ServiceManager
-from nodepass.errors import ConfigError, ListenError, Notice, StartError
+from nodepass.errors import ConfigError, ListenError, NodepassError, Notice, StartError
+from nodepass.handover.receiver import Takeover
 from nodepass.stats import Stats
 
 BUGS = 3  # exit status
@@ -152,27 +153,32 @@ def main(arguments: Sequence[str]) -> int:
         from nodepass.tools import check
 
         return check.run(texts, lambda: read_settings(parser, namespace), find_keys, os.environ)
+    takeover = None
     try:
-        return _serve(texts, read_settings(parser, namespace), find_keys)
-    except ConfigError as error:
-        sys.stderr.write(f"nodepass: {error}\n")
-        return 2
-    except (ListenError, StartError) as error:
-        sys.stderr.write(f"nodepass: {error}{_name_holder(error)}\n")
-        return 1
+        takeover = Takeover.take(os.environ)
+        return _serve(texts, read_settings(parser, namespace), find_keys, takeover)
+    except (ConfigError, ListenError, StartError) as error:
+        text = f"{error}{_name_holder(error)}"
+        sys.stderr.write(f"nodepass: {text}\n")
+        if takeover:
+            takeover.report_failure(text)
+        return 2 if isinstance(error, ConfigError) else 1
 
 
-def _name_holder(error: ListenError | StartError) -> str:
+def _name_holder(error: NodepassError) -> str:
     """Which process has the port, for the end of the line."""
-    if isinstance(error, StartError):
+    if not isinstance(error, ListenError):
         return ""
     from nodepass.tools.check_ports import name_holder
 
     return name_holder(error)
 
 
-def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Keys]) -> int:
-    """Serve the tunnels of these URLs until a signal; the exit status. Raises ConfigError, ListenError, StartError."""
+def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Keys], takeover: Takeover | None) -> int:
+    """Serve the tunnels of these URLs until a signal; the exit status. Raises ConfigError, ListenError, StartError.
+
+    `takeover`: from another process, if there is one.
+    """
     parsed = [parse_url(text) for text in texts]
     forbid_core_dumps()
     manager = ServiceManager.take(os.environ)
@@ -186,7 +192,7 @@ def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Key
     _start_log(urls, settings, [*keys.notices, *find_typos(os.environ), *cas])
     for url in urls:
         keys.of(url).keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
-    daemon = Daemon(urls, settings, keys, manager, stats, AccessOutputs(stats, os.environ))
+    daemon = Daemon(urls, settings, keys, manager, stats, AccessOutputs(stats, os.environ), takeover)
     gc.collect()
     gc.freeze()  # what exists now is never collected; saves 1 % of the time of short sessions
     daemon.run()

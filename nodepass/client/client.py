@@ -19,6 +19,7 @@ from nodepass.client.udp_flows import TargetFlows
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ClientURL
 from nodepass.log import literal
+from nodepass.net.activation import PassedSocket
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import View, name_protocols, report_fields
@@ -43,9 +44,9 @@ class Client:
         log, stats, access, meter = records
         self.log = log
         self.stats = stats
-        self._meter = meter
+        self.meter = meter
         self._url = url
-        self._id = id
+        self.client_id = id
         self._keys = keys
         self._settings = settings
         self._failed: AsyncResult[None] = AsyncResult()
@@ -75,6 +76,27 @@ class Client:
         """As `Tunnel.stop`: the client leaves its servers, and sessions drain."""
         return stop_parts(self._parts, self.sessions, timeout)
 
+    # Where another process takes over
+
+    @property
+    def listeners(self) -> list[PassedSocket]:
+        """A client has none."""
+        return []
+
+    def offer_places(self) -> None:
+        """As `Tunnel.offer_places`."""
+        self._servers.offer_places()
+
+    def keep_places(self) -> None:
+        """As `Tunnel.keep_places`."""
+        self._servers.keep_places()
+
+    def end_accepting(self) -> None:
+        """A client accepts nothing."""
+
+    def hand_over(self) -> None:
+        """`stop` leaves the servers."""
+
     def close(self) -> None:
         """End everything at once."""
         for part in self._parts:
@@ -89,7 +111,7 @@ class Client:
 
     def _terms(self, keys: Sequence[Key]) -> Terms:
         wants_addresses = self._settings.proxy_protocol != "off" or self._settings.access_log is not None
-        return replace(Terms.of(self._url, self._id, keys, wants_addresses), serves_tcp=self._settings.tcp)
+        return replace(Terms.of(self._url, self.client_id, keys, wants_addresses), serves_tcp=self._settings.tcp)
 
     def describe(self) -> str:
         """One line for an operator: its status and its counters."""
@@ -124,8 +146,8 @@ class Client:
             security=servers.security,
             protocols=self._settings.protocols,
             rates=self._settings.rates,
-            traffic_used=self._meter.used if self._meter else None,
-            traffic_limit=self._meter.limit.bytes if self._meter else None,
+            traffic_used=self.meter.used if self.meter else None,
+            traffic_limit=self.meter.limit.bytes if self.meter else None,
             targets=self._targets.states(),
         )
 

@@ -48,7 +48,8 @@ class Connection(Part):
         # With the time at which each was read; None is the end.
         self._queue: Queue[tuple[Launch, float] | None] = Queue(max(LAUNCHES_WAITING, common.settings.semaphore_limit))
         self._reader: Greenlet[..., None] | None = None
-        self._parts: list[Part] = [DataDialer(common, self.pool, route), Loop(common, "report", self._report)]
+        self.dialer = DataDialer(common, self.pool, route)
+        self._parts: list[Part] = [self.dialer, Loop(common, "report", self._report)]
 
     def run(self) -> None:
         """Serve launches until the control connection ends."""

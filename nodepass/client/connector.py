@@ -37,6 +37,7 @@ from nodepass.wire.signals import BYES, RELOAD, REPLACED, SHUTDOWN
 SETTLED = 1.0  # seconds that a control connection must last for the next reconnect to begin with the shortest pause
 REPEAT_WARNING = 60.0  # seconds between two warnings about the same failure to connect
 REPEAT_BUSY = 600.0  # seconds, where there are other servers: it may be one of them, at another address
+DIALS_WITHIN = 1.0  # seconds for data connections that are being made, where another process takes the place
 FAREWELL = 1.0  # seconds for the server to end its side of the control connection at a shutdown
 SAME_SERVER = "if this client is connected to it at another address, leave one of the two out, or raise CLIENTS there"
 
@@ -76,6 +77,8 @@ class Connector(Part):
         self._is_first = server.is_new
         self._launches = launches
         self._log_statistics = log_statistics
+        self._may_connect = Event()  # not while another process takes the place
+        self._may_connect.set()
         self._stopping = Event()
         self._ended = Event()
 
@@ -105,6 +108,26 @@ class Connector(Part):
         if self.connection:
             self.connection.pool.limit(lowest, highest)
 
+    def offer_place(self) -> None:
+        """Do not connect again, because another process takes this one's place; leave it at once where that is v1's.
+
+        A server takes one v1 client at a time, and cannot tell that the other one is the same. Nor can a v2 server tell
+        whose a data connection is, where it needs no line: so none is being made when the other process connects.
+        """
+        self._may_connect.clear()
+        if not self.connection:
+            return
+        if self.connection.control.version == 1:
+            self.connection.control.finish(STOPPING, SHUTDOWN)
+        else:
+            self.connection.dialer.pause(DIALS_WITHIN)
+
+    def keep_place(self) -> None:
+        """Connect again, also where that process has taken the place."""
+        self._may_connect.set()
+        if self.connection:
+            self.connection.dialer.resume()
+
     def start(self) -> None:
         self._start_loop("stay connected", self._stay_connected)
 
@@ -129,7 +152,7 @@ class Connector(Part):
     def _stay_connected(self) -> None:
         backoff = Backoff(self._settings.service_cooldown)
         try:
-            while not self._stopping.is_set():
+            while self._wait_until_allowed():
                 began = time.monotonic()
                 try:
                     control, agreement = self._connect()
@@ -141,12 +164,20 @@ class Connector(Part):
                     told = control.ending.reason
                     if time.monotonic() - began > SETTLED:
                         backoff.reset()
+                        if told == RELOAD:
+                            continue  # what is there now accepts already
                 self.server.name.refresh()  # it may have moved; the next attempt does not wait for that
                 # Two clients with one key must not throw each other out as fast as they can.
                 pause = self._settings.service_cooldown if told in (BUSY, REPLACED) else backoff.pause()
-                self._stopping.wait(pause)
+                if self._may_connect.is_set():
+                    self._stopping.wait(pause)
         finally:
             self._ended.set()
+
+    def _wait_until_allowed(self) -> bool:
+        """Whether to connect, once that is known."""
+        gevent.wait([self._may_connect, self._stopping], count=1)
+        return not self._stopping.is_set()
 
     def _connect(self) -> tuple[ClientControl, Agreement]:
         """A control connection after its handshake. Raises OSError, RefusedError among them."""

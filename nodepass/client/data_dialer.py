@@ -14,6 +14,7 @@ from random import uniform
 from typing import TYPE_CHECKING
 
 import gevent
+from gevent.event import Event
 
 from nodepass.client.pool import ClientPool
 from nodepass.config.settings import Settings
@@ -69,6 +70,8 @@ class DataDialer(Part):
         self._backoff = Backoff(self._settings.service_cooldown)
         self._failures = 0  # since the last success
         self._is_lacking = False  # and the log says so
+        self._may_dial = Event()
+        self._may_dial.set()
 
     def start(self) -> None:
         self._start_loop("fill pool", self._fill)
@@ -76,6 +79,15 @@ class DataDialer(Part):
     def close(self) -> None:
         super().close()
         self._dials.kill()
+
+    def pause(self, timeout: float) -> None:
+        """Begin no dial until `resume`; return when those that run have ended, or after `timeout` seconds."""
+        self._may_dial.clear()
+        self._dials.join(timeout)
+
+    def resume(self) -> None:
+        """Dial again."""
+        self._may_dial.set()
 
     def _fill(self) -> None:
         pool = self._pool
@@ -86,6 +98,7 @@ class DataDialer(Part):
                 self._failures = 0
                 gevent.sleep(self._backoff.pause())
             while pool.missing > 0:
+                self._may_dial.wait()
                 pool.begin_dial()
                 self._dials.spawn("dial data connection", self._dial)
 

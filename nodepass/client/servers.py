@@ -52,6 +52,7 @@ class Servers(Part):
         self._absent: dict[str, float] = {}  # since when a name has these no more (time.monotonic())
         self._leaving: set[Connector] = set()
         self._is_stopping = False
+        self._is_offering = False  # its places, to another process
         if not self._has_all:
             for address, name in self._names:
                 self._add(str(address), address.host, name)
@@ -129,6 +130,18 @@ class Servers(Part):
         for each in (*self._connectors.values(), *self._leaving):
             each.close()
 
+    def offer_places(self) -> None:
+        """Another process takes the places of this client: stay away where it has, or where the wire has no places."""
+        self._is_offering = True
+        offers = [self._group.spawn("offer a place", each.offer_place) for each in self._connectors.values()]
+        gevent.joinall(offers)
+
+    def keep_places(self) -> None:
+        """It does not after all."""
+        self._is_offering = False
+        for each in self._connectors.values():
+            each.keep_place()
+
     def set_key(self, key: Key) -> None:
         """Prove this key from the next connections on, which begin at once where it is another one."""
         self._terms = replace(self._terms, key=key)
@@ -139,7 +152,7 @@ class Servers(Part):
 
     def _update(self) -> None:
         """With SERVERS=all: connect to the endpoints that names have now, and leave those that none has any more."""
-        if self._is_stopping:
+        if self._is_stopping or self._is_offering:
             return
         found = {
             str(endpoint): (address, Member(name, endpoint))

@@ -267,6 +267,13 @@ class Settings:
         scope=Scope.PROCESS,
         role="server",
     )
+    drain_timeout: float = setting(
+        "1h",
+        duration(0, 365 * DAY),
+        "timing",
+        "SIGUSR2: how long running sessions may stay in the old process; the rest is cut",
+        scope=Scope.PROCESS,
+    )
     start_timeout: float = setting(
         "0",
         duration(0, DAY),

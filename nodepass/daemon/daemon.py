@@ -3,14 +3,15 @@
 The parts are the metrics endpoint, the tunnels under their supervisors, and the notifier. A signal's handler only
 queues its number; the main greenlet acts. SIGTERM and SIGINT drain and stop, and a second one exits at once. SIGHUP
 reads certificates, keys and lists of networks again, or stops where the terminal was closed. SIGUSR1 logs statistics
-and lists the greenlets.
+and lists the greenlets. SIGUSR2 starts the program again, which takes over (`handover`); what has begun here drains.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +33,8 @@ from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.daemon.terminal import Terminal
 from nodepass.errors import ConfigError, StartError, reason
+from nodepass.handover.receiver import NO_LEGACY, Legacy, Takeover, wait_for_peers
+from nodepass.handover.succession import Succession
 from nodepass.installed import how_to_add
 from nodepass.log import Log, literal
 from nodepass.net.activation import Inherited
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from nodepass.server.tunnel_port import TunnelPort
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+HANDED_OVER = 0  # in the queue of signals: another process has taken over
+LOOK_EVERY = 0.2  # seconds between two looks whether flows have ended
 
 
 class Part(Protocol):
@@ -75,8 +80,12 @@ class Daemon:
         manager: ServiceManager,
         stats: Stats,
         access: AccessOutputs,
+        takeover: Takeover | None = None,
     ) -> None:
-        """`stats`: of what belongs to no tunnel; `access`: where the tunnels' access logs go."""
+        """`stats`: of what belongs to no tunnel; `access`: where the tunnels' access logs go.
+
+        `takeover`: from another process, if there is one.
+        """
         self._log = Log("nodepass")
         self._stats = stats
         self._tasks = TaskGroup(self._log, self._stats)
@@ -94,8 +103,12 @@ class Daemon:
         self._terminal = Terminal()
         self._reloading = Semaphore()
         self._unusable_keys: FileState | None = None  # of the keys file, where it could not be used at a reload
+        self._takeover, legacy = takeover, takeover.legacy if takeover else Legacy()
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
-        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited, access, manager.state_directory)
+        if takeover:
+            self._inherited = Inherited(legacy.sockets, LISTENER_ROLES, legacy.unix, "the process before")
+        state = manager.state_directory
+        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited, access, state, legacy)
         self._tunnels = [
             Supervisor(make, own.service_cooldown, self._tasks)
             for make, own in zip(makers, self._limits.settings, strict=True)
@@ -106,6 +119,8 @@ class Daemon:
         self._parts: list[Part] = [*self._tunnels, self._notifier]
         if self._endpoint:
             self._parts.insert(0, self._endpoint)
+        announce = self._notifier.hand_over
+        self._succession = Succession(self._tunnels, self._endpoint, self._log, self._tasks, announce)
 
     @property
     def bugs(self) -> int:
@@ -119,22 +134,25 @@ class Daemon:
         Raises ListenError or StartError where a part cannot start, ConfigError where systemd passed an unused socket.
         """
         gevent.get_hub().print_exception = self._report_stray  # type: ignore[method-assign,assignment]
-        for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1):
+        for number in (*STOPPING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # else nohup has started it
                 gevent.signal_handler(number, self._signals.put, number)
         self._start()
         self._log_limits()
         for tunnel in self._tunnels:
-            self._tasks.spawn("supervise", tunnel.run)
+            if not tunnel.is_running:
+                self._tasks.spawn("supervise", tunnel.run)
         self._wait_for_stop()
-        stop, second = self._tasks.spawn("stop", self._stop), self._tasks.spawn("handle signals", self._wait_for_stop)
-        gevent.wait([stop, second], count=1)
+        self._succession.cancel()
+        stop = self._tasks.spawn("stop", self._drain if self._succession.is_over else self._stop)
+        gevent.wait([stop, self._tasks.spawn("handle signals", self._wait_for_stop)], count=1)
+        if not stop.ready() and self._succession.is_over:  # it was the first signal to stop
+            grace = self._settings.shutdown_timeout
+            self._log_stopping(grace)
+            gevent.wait([stop, self._tasks.spawn("handle signals", self._wait_for_stop)], grace, count=1)
         if not stop.ready():
-            self._log.warning(
-                "process.exiting",
-                "second signal: exiting immediately, cutting %(sessions)d sessions",
-                sessions=self._sessions(),
-            )
+            words = "exiting immediately, cutting %(sessions)d sessions"
+            self._log.warning("process.exiting", words, sessions=self._sessions())
             if self._endpoint:
                 self._endpoint.close()  # removes the file of its socket; the kernel closes everything else
         if self._failure:
@@ -149,7 +167,7 @@ class Daemon:
             from nodepass.metrics.endpoint import MetricsEndpoint
         except ImportError as error:
             raise ConfigError(f"METRICS_LISTEN: {error}; {how_to_add(error)}") from None
-        return MetricsEndpoint(listen, self._watch, self._log, self._stats)
+        return MetricsEndpoint(listen, self._watch, self._log, self._stats, self._inherited.share())
 
     def _watch(self) -> list[Watched]:
         return [tunnel.watched() for tunnel in self._tunnels]
@@ -179,10 +197,44 @@ class Daemon:
         """Start every part; if one fails, close those that have started."""
         with contextlib.ExitStack() as started:
             for part in self._parts:
+                if part is self._notifier and self._takeover:
+                    self._take_over(self._takeover)  # until then another process is the service
                 part.start()
-                started.callback(part.close)
+                if not self._takeover:  # else the listeners' files belong to the process before
+                    started.callback(part.close)
             self._refuse_unused_sockets()
             started.pop_all()
+
+    def _take_over(self, takeover: Takeover) -> None:
+        """Have clients take their places, and wait until the servers may accept. Raises StartError, ConfigError."""
+        self._refuse_unused_sockets()
+        legacy = takeover.legacy
+        takeover.wait_to_connect()
+        for tunnel, id in zip(self._tunnels, legacy.clients, strict=True):
+            if id:
+                self._tasks.spawn("supervise", tunnel.run)
+        wait_for_peers(self._tunnels, legacy.peers, 2 * self._settings.handshake_timeout)
+        takeover.report_ready()
+        takeover.wait_for_turn()
+        meters = {each.meter.path: each.meter for each in (one.tunnel for one in self._tunnels) if each.meter}
+        for meter in meters.values():
+            meter.take_over()
+        self._tasks.spawn("count the old sessions' traffic", self._count_old, takeover, meters)
+        self._log.info("process.took_over", "took over from process %(process)d", process=legacy.process)
+
+    def _count_old(self, takeover: Takeover, meters: Mapping[str, Meter]) -> None:
+        """Count what the sessions of the process before still move."""
+        for moved in takeover.additions():
+            for path, count in moved.items():
+                meters[path].add(count)
+
+    def _hand_over(self) -> None:
+        """SIGUSR2: have a new process take over."""
+        try:
+            if self._succession.run():
+                self._signals.put(HANDED_OVER)
+        except StartError as error:
+            self._fail(error)
 
     def _refuse_unused_sockets(self) -> None:
         """Raise ConfigError where systemd passed a socket that no URL uses: connections to it would wait forever."""
@@ -191,17 +243,45 @@ class Daemon:
             raise ConfigError(f"systemd passed {unused}, which no URL uses; allowed: {allowed}")
 
     def _stop(self) -> None:
-        """Drain within SHUTDOWN_TIMEOUT, then close every part. A crash in one part does not keep the others."""
+        """Drain within SHUTDOWN_TIMEOUT, then close every part."""
         timeout = self._settings.shutdown_timeout
-        grace = format_duration(timeout)
+        self._log_stopping(timeout)
+        self._end_sessions(timeout)
+        self._close_parts()
+
+    def _log_stopping(self, timeout: float) -> None:
         words = "stopping; draining %(sessions)d sessions for up to %(grace)s"
-        self._log.info("process.stopping", words, sessions=self._sessions(), grace=grace)
-        parts = self._parts[::-1]
+        self._log.info("process.stopping", words, sessions=self._sessions(), grace=format_duration(timeout))
+
+    def _drain(self) -> None:
+        """Another process has taken over: let sessions and flows end within DRAIN_TIMEOUT, then close every part."""
+        timeout = self._settings.drain_timeout
+        self._log.info(
+            "process.handed_over",
+            "process %(process)d has taken over; %(sessions)d sessions and %(flows)d flows go on here for up to"
+            " %(grace)s",
+            process=self._succession.process,
+            sessions=self._sessions(),
+            flows=self._flows(),
+            grace=format_duration(timeout),
+        )
+        deadline = time.monotonic() + timeout
+        self._end_sessions(timeout)
+        while self._flows() and time.monotonic() < deadline:
+            gevent.sleep(LOOK_EVERY)
+        self._succession.count()
+        self._close_parts()
+
+    def _end_sessions(self, timeout: float) -> None:
+        """Stop every part; sessions have so many seconds. A crash in one part does not keep the others."""
+        grace, parts = format_duration(timeout), self._parts[::-1]
         gevent.joinall([self._tasks.spawn("stop", part.stop, timeout) for part in parts])
         if cut := sum(tunnel.cut for tunnel in self._tunnels):
             words = "cut %(sessions)d sessions that had not finished within %(grace)s"
             self._log.warning("process.cut", words, sessions=cut, grace=grace)
-        gevent.joinall([self._tasks.spawn("close", part.close) for part in parts])
+
+    def _close_parts(self) -> None:
+        gevent.joinall([self._tasks.spawn("close", part.close) for part in self._parts[::-1]])
         self._log.info("process.stopped", "stopped")
 
     def _fail(self, error: StartError) -> None:
@@ -210,13 +290,15 @@ class Daemon:
         self._signals.put(signal.SIGTERM)
 
     def _wait_for_stop(self) -> None:
-        """Act on signals until one says stop."""
-        while (number := self._signals.get()) not in STOPPING:
+        """Act on signals until one says stop, or another process has taken over."""
+        while (number := self._signals.get()) not in (*STOPPING, HANDED_OVER):
             if number == signal.SIGHUP and self._terminal.has_gone():
                 self._log.info("process.hangup", "SIGHUP: the terminal was closed")
                 return
             if number == signal.SIGHUP:
                 self._tasks.spawn("reload", self._reload)
+            elif number == signal.SIGUSR2:
+                self._tasks.spawn("hand over", self._hand_over)
             else:
                 self._tasks.spawn("dump", self._dump)
 
@@ -291,6 +373,9 @@ class Daemon:
     def _sessions(self) -> int:
         return sum(len(each.tunnel.sessions) for each in self._tunnels)
 
+    def _flows(self) -> int:
+        return sum(each.tunnel.view().flows for each in self._tunnels)
+
     def _report_stray(self, context: object, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """Report what gevent would print of an uncaught exception, of a callback of the event loop for example."""
         report_bug(f"{context!r:.200}", (error or kind()).with_traceback(trace), self._log, self._stats)
@@ -303,25 +388,27 @@ def make_tunnels(
     inherited: Inherited,
     access: AccessOutputs,
     state_directory: str = "",
+    legacy: Legacy = NO_LEGACY,
 ) -> list[Callable[[], Tunnel]]:
     """How to make the tunnel of each URL, again after a crash.
 
     Raises ConfigError where a file is not usable, StartError where another process uses it.
 
-    `settings`: of each tunnel. A tunnel's records and its rules about visitors outlive it, and so does the tunnel port
-    that servers share.
+    `settings`: of each tunnel; `legacy`: what another process passes. A tunnel's records and its rules about visitors
+    outlive it, and so does the tunnel port that servers share.
     """
     makers: list[Callable[[], Tunnel]] = []
     ports: dict[object, TunnelPort] = {}
     servers = [(url, own) for url, own in zip(urls, settings, strict=True) if isinstance(url, ServerURL)]
-    for url, own, name in zip(urls, settings, name_tunnels(urls), strict=True):
+    ids = (each or new_client_id() for each in legacy.clients or ("",) * len(urls))
+    for url, own, name, id in zip(urls, settings, name_tunnels(urls), ids, strict=True):
         log, stats, tunnel_keys = Log(name), Stats(), partial(keys.of(url).keys_for, url.tunnel_name)
-        meter = _make_meter(url, own.traffic_limit, state_directory, log, stats)
+        meter = _make_meter(url, own.traffic_limit, state_directory, log, stats, legacy)
         records = Records(log, stats, access.writer(own.access_log), meter)
         if isinstance(url, ClientURL):
             from nodepass.client.client import Client  # here, because most processes are one end only
 
-            makers.append(partial(Client, url, new_client_id(), tunnel_keys, own, records))
+            makers.append(partial(Client, url, id, tunnel_keys, own, records))
             continue
         from nodepass.server.server import Server
         from nodepass.server.tunnel_port import TunnelPort
@@ -344,7 +431,7 @@ def make_tunnels(
 
 
 def _make_meter(
-    url: ServerURL | ClientURL, limit: TrafficLimit, directory: str, log: Log, stats: Stats
+    url: ServerURL | ClientURL, limit: TrafficLimit, directory: str, log: Log, stats: Stats, legacy: Legacy
 ) -> Meter | None:
     """What counts the traffic of a tunnel, None without a limit. Raises ConfigError, StartError."""
     if not limit:
@@ -352,7 +439,8 @@ def _make_meter(
     if not directory:
         allowed = "allowed: the directory that keeps the count, as StateDirectory= of a systemd unit sets it"
         raise ConfigError(f"{url.name}: TRAFFIC_LIMIT={limit} needs STATE_DIRECTORY, which is not set; {allowed}")
-    return Meter(limit, TrafficFile(directory, f"{url.role}-{url.tunnel_name or url.tunnel.port}", log), log, stats)
+    tunnel = f"{url.role}-{url.tunnel_name or url.tunnel.port}"
+    return Meter(limit, TrafficFile(directory, tunnel, log, legacy.locks), log, stats)
 
 
 def name_tunnels(urls: Sequence[ServerURL | ClientURL]) -> list[str]:

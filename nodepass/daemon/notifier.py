@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import gevent
 
@@ -63,6 +64,12 @@ class Notifier:
     def close(self) -> None:
         """Watch no more."""
         self._tasks.kill()
+
+    def hand_over(self, process: int) -> None:
+        """Have systemd take the process of this id for the service; from now on that one notifies it."""
+        self._send(f"MAINPID={process}")
+        self._tasks.kill()
+        self._manager = replace(self._manager, address="")
 
     def begin_reload(self) -> None:
         """Announce a reload; `end_reload` must follow."""

@@ -29,7 +29,7 @@ class Supervisor:
         self._cooldown = cooldown  # seconds between a crash and the restart
         self._tasks = tasks
         self._stopping = Event()
-        self._ended = False
+        self._is_running = self._ended = False
 
     @property
     def log(self) -> Log:
@@ -50,6 +50,10 @@ class Supervisor:
         """The tunnel's state, for an operator."""
         return self.tunnel.status()
 
+    def count_peers(self) -> int:
+        """How many other ends are connected."""
+        return len(self.tunnel.view().peers)
+
     def unhealthy_reason(self) -> str:
         """Why a restart of the process is needed, or ""."""
         return self.tunnel.unhealthy_reason()
@@ -61,12 +65,18 @@ class Supervisor:
             view = replace(view, unready="stopping")
         return Watched(self.log.tunnel, self.stats, view, alive=is_stopping or not self._ended)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether `run` has been called."""
+        return self._is_running
+
     def start(self) -> None:
         """Open the tunnel's listeners. Raises ListenError."""
         self.tunnel.start()
 
     def run(self) -> None:
         """Serve until `stop` and `close`; restart the tunnel after each crash."""
+        self._is_running = True
         try:
             while not self._stopping.is_set() and self._run_until_crash():
                 self._tasks.spawn("close", self.tunnel.close).join()  # if that crashes too, a restart is still right

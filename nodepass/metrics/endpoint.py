@@ -6,6 +6,7 @@ daemon starts it first and closes it last, so that it answers while tunnels drai
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -15,11 +16,12 @@ from nodepass.config.urls import Address
 from nodepass.log import Limit, Log
 from nodepass.metrics.exposition import CONTENT_TYPE, Exposition
 from nodepass.metrics.http import Answer, HTTPServer, Request
+from nodepass.net.activation import NOTHING, PassedSocket, Share
 from nodepass.net.listen import listen_tcp
 from nodepass.net.sockets import format_sockaddr
 from nodepass.net.unix import UnixListener
 from nodepass.stats import Stats
-from nodepass.tunnel.interface import Watched
+from nodepass.tunnel.interface import METRICS, Watched
 
 WHAT = "METRICS_LISTEN"
 LOOPBACK = "localhost"  # where no host is given: the metrics are for this machine unless configured otherwise
@@ -28,7 +30,17 @@ LOOPBACK = "localhost"  # where no host is given: the metrics are for this machi
 class MetricsEndpoint:
     """The endpoint, from `start` to `close`; `watch` returns the present state of all tunnels."""
 
-    def __init__(self, listen: Listen, watch: Callable[[], Sequence[Watched]], log: Log, stats: Stats) -> None:
+    def __init__(
+        self,
+        listen: Listen,
+        watch: Callable[[], Sequence[Watched]],
+        log: Log,
+        stats: Stats,
+        share: Share = NOTHING,
+    ) -> None:
+        """`share`: the sockets that were passed to the process."""
+        self._share = share.of(METRICS)
+        self._listeners: list[socket.socket] = []
         self._listen = listen
         self._watch = watch
         self._log, self._stats = log, stats
@@ -39,14 +51,27 @@ class MetricsEndpoint:
     def start(self) -> None:
         """Listen, and answer requests from now on. Raises ListenError."""
         if self._listen.path:
-            self._unix = UnixListener(self._listen.path, WHAT)
-            listeners, where = [self._unix.sock], f"unix:{self._listen.path}"
+            path = self._listen.path
+            self._unix = UnixListener(path, WHAT, passed=self._share.take_unix(path))
+            listeners, where = [self._unix.sock], f"unix:{path}"
         else:
-            listeners = listen_tcp(Address(self._listen.host or LOOPBACK, self._listen.port), WHAT)
+            listeners = listen_tcp(Address(self._listen.host or LOOPBACK, self._listen.port), WHAT, self._share)
             where = " and ".join(f"http://{format_sockaddr(each.getsockname())}/metrics" for each in listeners)
+        self._listeners = listeners
         self._server = HTTPServer(listeners, self._answer, self._log, self._stats)
         self._server.start()
         self._log.info("metrics.listening", "metrics listening: %(address)s", address=where)
+
+    @property
+    def listeners(self) -> list[PassedSocket]:
+        """What another process needs to answer at the same address."""
+        return [PassedSocket(METRICS, each) for each in self._listeners]
+
+    def hand_over(self) -> None:
+        """Close every connection: another process answers from now on."""
+        if self._unix:
+            self._unix.hand_over()
+        self.close()
 
     def stop(self, timeout: float) -> None:
         """Go on until `close`: what restarts or watches the process may ask while it drains."""

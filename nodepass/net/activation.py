@@ -1,7 +1,8 @@
-"""Sockets that systemd opened and passed to the process: which of them belongs to which address.
+"""Sockets that were passed to the process: which of them belongs to which address.
 
-They belong to systemd, which keeps them open while the process restarts, so that connections made meanwhile wait in the
-kernel's queue. What is given out is a duplicate, which its taker closes; the original stays for the next start.
+systemd opened them, or the process from which this one takes over. systemd keeps its own open while the process
+restarts, so that connections made meanwhile wait in the kernel's queue. What is given out is a duplicate, which its
+taker closes; the original stays for the next start of a tunnel.
 `listen` asks for them and knows how a socket is used. `daemon` and `check` make the one collection of their process and
 name the roles, which are plain names here: a unit may name a socket after a role (FileDescriptorName=).
 """
@@ -9,7 +10,7 @@ name the roles, which are plain names here: a unit may name a socket after a rol
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from nodepass.config.urls import Address
@@ -17,11 +18,12 @@ from nodepass.errors import ConfigError
 from nodepass.net.sockets import Endpoint, format_sockaddr, plain_host
 
 KINDS: dict[int, str] = {socket.SOCK_STREAM: "tcp", socket.SOCK_DGRAM: "udp"}
+NO_UNIX: Mapping[str, socket.socket] = {}
 
 
 @dataclass(frozen=True)
 class PassedSocket:
-    """A socket that systemd opened, and its name: that of FileDescriptorName=, or else of its unit."""
+    """A passed socket, and its name: that of FileDescriptorName=, or else of its unit; or its role."""
 
     name: str
     sock: socket.socket
@@ -30,13 +32,24 @@ class PassedSocket:
 class Inherited:
     """The sockets passed to the process, none where there is no socket unit."""
 
-    def __init__(self, sockets: Sequence[PassedSocket] = (), roles: Collection[str] = ()) -> None:
-        """`roles`: the names that reserve a socket for one role. Raises ConfigError where a socket is not usable."""
+    def __init__(
+        self,
+        sockets: Sequence[PassedSocket] = (),
+        roles: Collection[str] = (),
+        unix: Mapping[str, socket.socket] = NO_UNIX,
+        source: str = "systemd",
+    ) -> None:
+        """`roles`: the names that reserve a socket for one role; `unix`: Unix listeners by path; `source`: whose.
+
+        Raises ConfigError where a socket is not usable.
+        """
+        self.source = source
+        self.unix = unix
         self._sockets = sockets
         self._roles = roles
         self._owners: dict[PassedSocket, Owner] = {}
         for each in sockets:
-            _check(each)
+            self._check(each)
 
     def share(self) -> Share:
         """A new share. A socket that one share has taken is not given to another one."""
@@ -45,6 +58,13 @@ class Inherited:
     def unused(self) -> str:
         """The sockets that no share has taken, for the user; empty where there are none."""
         return ", ".join(_describe(each) for each in self._sockets if each not in self._owners)
+
+    def _check(self, passed: PassedSocket) -> None:
+        sock = passed.sock
+        listens = sock.type == socket.SOCK_DGRAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type not in KINDS or not listens:
+            allowed = "TCP sockets that listen (Accept=no) and UDP sockets"
+            raise ConfigError(f"{self.source} passed {_describe(passed)}, which is not usable; allowed: {allowed}")
 
     def candidates(self, owner: Owner, role: str, kind: int) -> list[PassedSocket]:
         """Sockets of a kind that the owner may take: its own and free ones that are not named after another role."""
@@ -97,7 +117,12 @@ class Share:
     def hint(self) -> str:
         """For the end of an error about an address that nothing can listen on: the sockets that are left over."""
         unused = self._inherited.unused()
-        return f"; systemd passed {unused}, which is not that address" if unused else ""
+        return f"; {self._inherited.source} passed {unused}, which is not that address" if unused else ""
+
+    def take_unix(self, path: str) -> socket.socket | None:
+        """A duplicate of the listener at a path, which its taker closes; None where none was passed."""
+        sock = self._inherited.unix.get(path)
+        return sock.dup() if sock else None
 
     @property
     def _owner(self) -> Owner:
@@ -118,14 +143,6 @@ def missing_endpoints(
     if not address.host:
         return [] if taken else list(endpoints)
     return [each for each in endpoints if not any(_is_at(sock, each) for sock in taken)]
-
-
-def _check(passed: PassedSocket) -> None:
-    sock = passed.sock
-    listens = sock.type == socket.SOCK_DGRAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type not in KINDS or not listens:
-        allowed = "TCP sockets that listen (Accept=no) and UDP sockets"
-        raise ConfigError(f"systemd passed {_describe(passed)}, which is not usable; allowed: {allowed}")
 
 
 def _describe(passed: PassedSocket) -> str:

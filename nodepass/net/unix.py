@@ -49,9 +49,26 @@ def dial_unix(path: str, timeout: float) -> Socket:
 class UnixListener:
     """A listening socket at a path."""
 
-    def __init__(self, path: str, what: str, mode: int = MODE, owner: Owner = PROCESS, backlog: int = BACKLOG) -> None:
-        """Listen at `path`; `what` names it in the error. Raises ListenError."""
+    def __init__(
+        self,
+        path: str,
+        what: str,
+        mode: int = MODE,
+        owner: Owner = PROCESS,
+        backlog: int = BACKLOG,
+        passed: socket.socket | None = None,
+    ) -> None:
+        """Listen at `path`, with the listener that was passed for it if there is one. Raises ListenError.
+
+        `what` names it in the error.
+        """
         self._path = path
+        self._is_kept = True  # the file is this process's
+        self._file: tuple[int, int] | None
+        if passed:
+            self.sock = passed
+            self._file = _identity_or_none(path)
+            return
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             user, group = _find_user(owner.user), _find_group(owner.group)
@@ -73,11 +90,16 @@ class UnixListener:
             os.unlink(self._path)
             raise with_words(error, f"cannot change its owner: {reason(error)}") from None
 
+    def hand_over(self) -> None:
+        """Stop listening: another process does so with the same socket, and has the file."""
+        self._is_kept = False
+        self.sock.close()
+
     def close(self) -> None:
         """Stop listening, and remove the file."""
         self.sock.close()
-        with contextlib.suppress(OSError):  # it is gone
-            if _identity(self._path) == self._file:
+        if self._is_kept and self._file and _identity_or_none(self._path) == self._file:
+            with contextlib.suppress(OSError):  # it is gone
                 os.unlink(self._path)
 
 
@@ -144,3 +166,10 @@ def _find_group(name: str) -> int:
 def _identity(path: str) -> tuple[int, int]:
     status = os.lstat(path)
     return status.st_dev, status.st_ino
+
+
+def _identity_or_none(path: str) -> tuple[int, int] | None:
+    try:
+        return _identity(path)
+    except OSError:
+        return None

@@ -254,6 +254,11 @@ class ClientSlot(Part):
             self.control.finish(STOPPING, SHUTDOWN)
             self._left.wait(timeout)
 
+    def hand_over(self) -> None:
+        """Tell the client to connect again: another process accepts now. Its sessions and lanes go on here."""
+        if self.control:
+            self.release(self.control, Ending(RELOAD, "a new process takes over"), RELOAD)
+
     def _find_place(self, candidate: Candidate) -> ServerControl | None:
         """Return where a place is free or would be given up: the client that has it. Raises RefusedError."""
         while not self._is_stopping and (incumbent := self.control) and not self._is_same(incumbent, candidate):

@@ -88,6 +88,11 @@ class Clients(Part):
         """The control connection of the client that has connected last; None while none is connected."""
         return max(self.controls, key=lambda control: control.since, default=None)
 
+    @property
+    def sessions(self) -> int:
+        """How many TCP sessions there are that have a data connection."""
+        return sum(slot.sessions for slot in self.slots)
+
     def describe(self) -> str:
         """The clients and their pools, for an operator."""
         if len(self.slots) == 1:
@@ -118,6 +123,12 @@ class Clients(Part):
         super().close()
         for slot in self.slots:
             slot.close()
+
+    def hand_over(self) -> None:
+        """As `ClientSlot.hand_over`, for all; other clients are refused."""
+        self.stop(0.0)
+        for slot in self.slots:
+            slot.hand_over()
 
     def dismiss(self, timeout: float) -> None:
         """Tell the clients that the server stops, and wait until they have left, so that no reset overtakes that."""

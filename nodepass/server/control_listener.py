@@ -54,6 +54,9 @@ class ControlListener(Part):
         for listener in self._port.tunnel:
             self._start_loop("accept clients", self._accept, listener)
 
+    def end_accepting(self) -> None:
+        self._end_loops()
+
     def close(self) -> None:
         super().close()
         self._pending.close()

@@ -46,6 +46,9 @@ class DataListener(Part):
         for listener in self._port.data:
             self._start_loop("accept data connections", self._accept, listener)
 
+    def end_accepting(self) -> None:
+        self._end_loops()
+
     def close(self) -> None:
         super().close()
         self._pending.close()

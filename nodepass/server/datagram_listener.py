@@ -59,6 +59,9 @@ class DatagramListener(Part):
     def stop(self, timeout: float) -> None:  # noqa: ARG002
         self._end_loops()
 
+    def end_accepting(self) -> None:
+        self._end_loops()
+
     def _receive(self) -> None:
         """Receive until killed."""
         received = 0

@@ -20,7 +20,7 @@ from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ServerURL, UnixPath
 from nodepass.errors import ClosedError
 from nodepass.log import Limit, literal
-from nodepass.net.activation import Share
+from nodepass.net.activation import PassedSocket, Share
 from nodepass.net.listen import BACKLOG, close_all, listen_both, port_of
 from nodepass.net.sockets import format_sockaddr
 from nodepass.net.unix import UnixListener
@@ -32,7 +32,7 @@ from nodepass.server.tunnel_port import TunnelPort
 from nodepass.server.visitor_listener import VisitorListener
 from nodepass.tasks import TaskGroup, WorkerPool
 from nodepass.tunnel.control import GOODBYE, MISSED_HEARTBEATS
-from nodepass.tunnel.interface import NO_DATA_CONNECTIONS, TARGET, View, name_protocols, report_fields
+from nodepass.tunnel.interface import DATA, NO_DATA_CONNECTIONS, TARGET, TUNNEL, View, name_protocols, report_fields
 from nodepass.tunnel.part import Common, Loop, Part, Records, stop_parts
 from nodepass.tunnel.rates import Rates
 from nodepass.tunnel.security import SecurityLog, security_of, summarize
@@ -42,6 +42,8 @@ from nodepass.wire.auth import Key
 from nodepass.wire.negotiation import HEARTBEATS
 
 RARELY = Limit(seconds=60.0, burst=1)
+BEGIN_WITHIN = 1.0  # seconds for accepted visitors to get their data connections, where a new process takes over
+LOOK_EVERY = 0.005  # seconds between two looks whether they have
 
 
 class Server:
@@ -62,7 +64,7 @@ class Server:
         log, stats, access, meter = records
         self.log = log
         self.stats = stats
-        self._meter = meter
+        self.meter = meter
         self.ready = Event()  # every listener is open
         self.sessions = WorkerPool(log, stats, settings.semaphore_limit)
         self._settings = settings
@@ -82,6 +84,7 @@ class Server:
         self._datagrams: list[socket.socket] = []  # sockets
         self._unix: UnixListener | None = None  # the one of the visitors' listeners, where that is a Unix socket
         self._parts: list[Part] = []  # from `start` on
+        self._is_handed_over = False
 
     def start(self) -> None:
         """Open every listener. Raises ListenError."""
@@ -102,7 +105,8 @@ class Server:
         share, wanted, target = self._share.of(TARGET), self._settings, self.url.target
         if isinstance(target, UnixPath):
             owner, mode = wanted.unix_owner, wanted.unix_mode
-            self._unix = UnixListener(target.path, "target address", mode, owner, BACKLOG)
+            passed = share.take_unix(target.path)
+            self._unix = UnixListener(target.path, "target address", mode, owner, BACKLOG, passed)
             return [self._unix.sock], []
         return listen_both(target, "target address", share, wanted.keepalive, tcp=wanted.tcp, udp=wanted.udp)
 
@@ -121,13 +125,49 @@ class Server:
         The connected client and the UDP sockets stay for as long as sessions need them. SHUTDOWN_DELAY comes before:
         what asks for readiness is told `stopping` meanwhile.
         """
-        if delay := self._settings.shutdown_delay:
+        if (delay := self._settings.shutdown_delay) and not self._is_handed_over:
             words = "unready, and still serving visitors for %(delay)s (SHUTDOWN_DELAY)"
             self.log.info("server.leaving", words, delay=format_duration(delay))
             gevent.sleep(delay)
         cut = stop_parts(self._parts, self.sessions, timeout)
         self._clients.dismiss(GOODBYE)
         return cut
+
+    # Where another process takes over
+
+    @property
+    def client_id(self) -> str:
+        """A server has none."""
+        return ""
+
+    @property
+    def listeners(self) -> list[PassedSocket]:
+        """As `Tunnel.listeners`."""
+        port, target = self._port, [*self._visitors, *self._datagrams]
+        roles = ((TUNNEL, port.tunnel), (DATA, port.data), (TARGET, target))
+        return [PassedSocket(role, sock) for role, sockets in roles for sock in sockets if sock.fileno() >= 0]
+
+    def offer_places(self) -> None:
+        """A server has none."""
+
+    def keep_places(self) -> None:
+        """A server has none."""
+
+    def end_accepting(self) -> None:
+        """As `Tunnel.end_accepting`; one that still waits for a data connection after BEGIN_WITHIN will have none."""
+        for part in self._parts:
+            part.end_accepting()
+        if self._unix:
+            self._unix.hand_over()
+        with contextlib.suppress(TimeoutError), gevent.Timeout(BEGIN_WITHIN, TimeoutError()):
+            while self._clients.flows.is_opening or len(self.sessions) > self._clients.sessions:
+                gevent.sleep(LOOK_EVERY)
+
+    def hand_over(self) -> None:
+        """As `Tunnel.hand_over`."""
+        self._is_handed_over = True
+        self._port.end_accepting()
+        self._clients.hand_over()
 
     def close(self) -> None:
         """End everything at once; the client is told."""
@@ -155,8 +195,8 @@ class Server:
         ]
         if policy:
             parts.append(Loop(common, "watch the files of visitors", policy.watch))
-        if self._meter:
-            parts.append(Loop(common, "count traffic", self._meter.run))
+        if self.meter:
+            parts.append(Loop(common, "count traffic", self.meter.run))
         return parts
 
     def _log_listening(self) -> None:
@@ -221,8 +261,8 @@ class Server:
             security=self._security.of(clients.newest),
             protocols=self._settings.protocols,
             rates=self._settings.rates,
-            traffic_used=self._meter.used if self._meter else None,
-            traffic_limit=self._meter.limit.bytes if self._meter else None,
+            traffic_used=self.meter.used if self.meter else None,
+            traffic_limit=self.meter.limit.bytes if self.meter else None,
         )
 
     def _unready(self) -> str:

@@ -159,6 +159,13 @@ class TunnelPort:
             if self._members.pop(clients, None) and not self._members:
                 self._close()
 
+    def end_accepting(self) -> None:
+        """Leave the listeners to another process; connections that are being prepared end by themselves."""
+        for part in self._parts:
+            part.end_accepting()
+        close_all(self.tunnel)
+        close_all(self.data)
+
     def find_ended(self) -> str:
         """Which loop has ended although the port is open; empty while all run."""
         return next(filter(None, (part.find_ended() for part in self._parts)), "")

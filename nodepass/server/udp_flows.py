@@ -152,6 +152,11 @@ class VisitorFlows(Part):
             words = "a datagram of %(size)d bytes from %(visitor)s: the lane is full"
             drop_datagram(self._log, self._stats, "lane_full", words, size=len(payload), visitor=flow.visitor)
 
+    @property
+    def is_opening(self) -> bool:
+        """Whether a lane waits for its data connection."""
+        return any(lane.slot is None and not lane.ended for lane in self._lanes)
+
     def count_by_slot(self) -> Counter[LaneClient | None]:
         """How many flows the clients carry."""
         counts: Counter[LaneClient | None] = Counter()

@@ -70,6 +70,12 @@ class VisitorListener(Part):
                     self._begin(sock, peer)
         close_all(self._listeners)
 
+    def end_accepting(self) -> None:
+        """What waits in the kernel's queue is the other process's."""
+        self._end_loops()
+        close_all(self._listeners)
+        self._listeners = []
+
     def _accept(self, listener: socket.socket) -> None:
         """Accept until the listener is closed."""
         for sock, peer in accept_forever(listener, self._log, self._wait_at_limit):

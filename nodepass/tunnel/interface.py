@@ -14,12 +14,14 @@ from gevent.event import Event
 
 from nodepass.config.kinds import Rate
 from nodepass.log import Log
+from nodepass.net.activation import PassedSocket
 from nodepass.stats import Stats
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.security import Security, summarize
+from nodepass.tunnel.traffic import Meter
 
-# What a server listens for. A socket unit of systemd may name its sockets so (FileDescriptorName=).
-TUNNEL, DATA, TARGET = LISTENER_ROLES = ("tunnel", "data", "target")
+# What a server, and the process, listens for. A socket unit of systemd may name its sockets so (FileDescriptorName=).
+TUNNEL, DATA, TARGET, METRICS = LISTENER_ROLES = ("tunnel", "data", "target", "metrics")
 
 NO_DATA_CONNECTIONS = "no data connections"  # why an end is unready
 
@@ -120,6 +122,7 @@ class Tunnel(Observed, Protocol):
 
     stats: Stats
     sessions: WorkerPool
+    meter: Meter | None
 
     def start(self) -> None:
         """Open what must be open from the beginning. Raises ListenError."""
@@ -138,6 +141,28 @@ class Tunnel(Observed, Protocol):
 
     def describe(self) -> str:
         """One line for an operator."""
+
+    # Where another process takes over, in this order; `keep_places` where it does not after all.
+
+    @property
+    def client_id(self) -> str:
+        """What a client calls itself, which the other process must, too; "" for a server."""
+
+    @property
+    def listeners(self) -> list[PassedSocket]:
+        """What a server listens with, which the other process must have."""
+
+    def offer_places(self) -> None:
+        """A client does not come back to servers where the other process takes its place."""
+
+    def keep_places(self) -> None:
+        """It does again."""
+
+    def end_accepting(self) -> None:
+        """A server accepts no visitors any more; those that it has accepted have their data connections at the end."""
+
+    def hand_over(self) -> None:
+        """A server tells its clients to connect to the other process; sessions go on, until `stop`."""
 
     def view(self) -> View:
         """How it is at this moment."""

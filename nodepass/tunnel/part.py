@@ -60,6 +60,9 @@ class Part:
     def stop(self, timeout: float) -> None:
         """Begin nothing new, within `timeout` seconds; what runs goes on until `close`."""
 
+    def end_accepting(self) -> None:
+        """Leave the listeners to another process, which has them, too; what came by them goes on."""
+
     def close(self) -> None:
         """End everything at once."""
         self._end_loops()

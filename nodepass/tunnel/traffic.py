@@ -46,6 +46,9 @@ class Meter:
         self._stats = stats
         self._counts = file.load()  # bytes, by period
         self._saved = dict(self._counts)
+        self._added = 0  # bytes that the process before has moved since this one began
+        self._told = 0  # bytes of `_moved` that the next process has been told
+        self._is_kept = True  # whether this process is the one that writes the file
         self._seen = self._moved()  # bytes that are counted
         self._said = ("", 0)  # the period, and the percentage that the log has
         self._saving: Any = None  # what a thread writes, which has no type
@@ -73,8 +76,39 @@ class Meter:
                     self._saving.wait()
                 self._save()
 
+    # Where a new process takes over
+
+    @property
+    def path(self) -> str:
+        """Of the file."""
+        return self._file.path
+
+    @property
+    def lock(self) -> int | None:
+        """The descriptor of the file's lock, None where there could be none."""
+        return self._file.lock
+
+    def hand_over(self) -> None:
+        """Write for the last time: from now on `take_moved` says what the next process must add."""
+        self._save()
+        self._is_kept = False
+        self._told = self._moved()
+
+    def take_moved(self) -> int:
+        """The bytes since the last time."""
+        before, self._told = self._told, self._moved()
+        return self._told - before
+
+    def take_over(self) -> None:
+        """Go on with what the process before has written for the last time."""
+        self._counts = self._file.load()
+
+    def add(self, moved: int) -> None:
+        """Count bytes that a session of the process before has moved."""
+        self._added += moved
+
     def _moved(self) -> int:
-        return self._stats.bytes_up + self._stats.bytes_down
+        return self._stats.bytes_up + self._stats.bytes_down + self._added
 
     def _count(self) -> tuple[str, int]:
         """The present period, and its bytes up to now."""
@@ -116,7 +150,7 @@ class Meter:
     def _save(self) -> None:
         """Have a thread write what has changed; a disk that does not take it is logged, and asked again."""
         self._count()
-        if self._counts == self._saved:
+        if not self._is_kept or self._counts == self._saved:
             return
         counts = dict(self._counts)
         self._saving = get_hub().threadpool.spawn(self._file.save, counts)

@@ -3,7 +3,8 @@
 It is JSON and one file per tunnel name, in the directory that STATE_DIRECTORY names. A new one is written beside it and
 renamed, so that after a crash there is the old one or the new one. A file that cannot be read, or is of another tunnel,
 is set aside: counting begins at 0, because a tunnel that does not start would help less. A lock, held for as long as
-the process runs, keeps two processes from overwriting each other's count. `traffic` counts and says when to write.
+the process runs, keeps two processes from overwriting each other's count; it can be passed to a process that takes
+over. `traffic` counts and says when to write.
 """
 
 from __future__ import annotations
@@ -24,26 +25,30 @@ MODE = 0o600
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Counts = dict[str, int]  # bytes, by day (2026-03-01) or month (2026-03)
+NO_LOCKS: Mapping[str, int] = {}
 
 
 class TrafficFile:
     """The file of one tunnel."""
 
-    def __init__(self, directory: str, tunnel: str, log: Log) -> None:
+    def __init__(self, directory: str, tunnel: str, log: Log, locks: Mapping[str, int] = NO_LOCKS) -> None:
         """`tunnel`: its role and name, which is the file's, too. Raises ConfigError, and StartError where it is locked.
 
-        What cannot be used of the file is logged.
+        `locks`: those that the process before has passed, by the path of the file that they are for. What cannot be
+        used of the file is logged.
         """
         self._tunnel = tunnel
         self._log = log
         self.path = os.path.join(directory, f"traffic-{tunnel}.json")
-        self._lock = self._take_lock(os.path.join(directory, f"traffic-{tunnel}.lock"))
+        self.lock = locks.get(self.path)
+        if self.lock is None:
+            self.lock = self._take_lock(os.path.join(directory, f"traffic-{tunnel}.lock"))
 
     def close(self) -> None:
         """Release the lock, as the end of the process does."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def load(self) -> Counts:
         """What was counted before."""

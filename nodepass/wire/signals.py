@@ -29,7 +29,7 @@ CERTIFICATE = "certificate"
 BYES = {
     SHUTDOWN: "the peer is shutting down",
     REPLACED: "another client has taken this one's place",
-    RELOAD: "the tunnel's key has been removed or changed",
+    RELOAD: "the peer begins again: the tunnel's key has changed, or a new process takes over",
     CERTIFICATE: "the client refused this server's certificate: it must be valid, have the name in the client's URL,"
     " and come from a CA that the client's system or SSL_CERT_FILE has",
 }

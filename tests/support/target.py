@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 
 from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, Address
@@ -48,3 +49,27 @@ class Target(Closes):
         with contextlib.suppress(TimeoutError):
             while True:
                 self.accept(timeout=0.1).close()
+
+
+class Echo(Closes):
+    """A target that answers each visitor, one after another, with the bytes that it says first."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.address: Address = self._listener.getsockname()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                visitor, _ = self._listener.accept()
+            except OSError:
+                return
+            with visitor, contextlib.suppress(OSError):
+                visitor.sendall(visitor.recv(100))

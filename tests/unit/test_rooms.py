@@ -11,7 +11,10 @@ import nodepass
 
 PACKAGE = Path(nodepass.__file__).parent
 # In the order of imports.
-ROOMS = ("config", "wire", "net", "tls", "tunnel", "visitors", "server", "client", "metrics", "daemon", "tools")
+ROOMS = (
+    *("config", "wire", "net", "tls", "tunnel", "visitors", "server", "client", "metrics", "handover"),
+    *("daemon", "tools"),
+)
 APART = {"server", "client"}
 LIMIT = 12  # modules in a room, and
 ROOT_LIMIT = 10  # at the root

@@ -231,6 +231,7 @@ def test_settings_of_the_whole_process_are_these() -> None:
         "start_timeout",
         "shutdown_timeout",
         "shutdown_delay",
+        "drain_timeout",
         "log_format",
         "metrics_listen",
     }

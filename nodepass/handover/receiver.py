@@ -1,0 +1,162 @@
+"""The new process's end of a handover: what it takes over, and when it may begin.
+
+It is told what the old process has, says when it could serve, and waits until the old one has stopped to accept. What
+can fail fails before that, and then the old process goes on. `sender` is the other end; `daemon` does what is said
+here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import gevent
+
+from nodepass.errors import StartError, reason
+from nodepass.handover.channel import Channel
+from nodepass.handover.program import take_descriptor
+from nodepass.log import Log
+from nodepass.net.activation import PassedSocket
+
+LOOK_EVERY = 0.02  # seconds between two looks whether clients are connected
+
+
+@dataclass
+class Legacy:
+    """What the old process passes: its listeners, and by the order of the URLs what its tunnels have."""
+
+    process: int = 0  # its id
+    sockets: list[PassedSocket] = field(default_factory=list)
+    unix: dict[str, socket.socket] = field(default_factory=dict)  # listeners, by path
+    locks: dict[str, int] = field(default_factory=dict)  # descriptors, by the path of the file
+    clients: list[str] = field(default_factory=list)  # what each calls itself; "" for a server
+    peers: list[int] = field(default_factory=list)  # how many each has
+
+
+NO_LEGACY = Legacy()
+
+
+class Observed(Protocol):
+    """A client, as far as it is waited for."""
+
+    @property
+    def log(self) -> Log:
+        """Its own, which names it."""
+
+    def status(self) -> str:
+        """How it is, for an operator: one line."""
+
+    def count_peers(self) -> int:
+        """How many servers it is connected to."""
+
+
+class Takeover:
+    """`legacy` is what there is to take.
+
+    Then `wait_to_connect`, `report_ready`, `wait_for_turn`, and `additions` until the other process ends.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        """Raises StartError."""
+        self._channel = channel
+        try:
+            channel.send({"process": os.getpid()})
+            self.legacy = self._receive()
+        except OSError as error:
+            raise StartError(f"cannot take over from the process before: {reason(error)}") from None
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Takeover | None:
+        """None where this process does not take over from another one. Raises StartError."""
+        descriptor = take_descriptor(environ)
+        if descriptor is None:
+            return None
+        os.set_inheritable(descriptor, False)
+        return cls(Channel(socket.socket(fileno=descriptor)))
+
+    def wait_to_connect(self) -> None:
+        """Say that only clients' connections are missing, and return when those may be made. Raises StartError."""
+        self._say({"prepared": True})
+        self._wait_for("connect")
+
+    def report_ready(self) -> None:
+        """Say that this process could serve now. Raises StartError."""
+        self._say({"ready": True})
+
+    def report_failure(self, text: str) -> None:
+        """Say why it never will."""
+        with contextlib.suppress(OSError):  # the old process has ended or given up
+            self._channel.send({"failed": text})
+        self._channel.close()
+
+    def wait_for_turn(self) -> None:
+        """Return when the old process has stopped to accept. Raises StartError where it goes on instead."""
+        self._wait_for("begin")
+
+    def _wait_for(self, word: str) -> None:
+        try:
+            message, _ = self._channel.receive()
+        except OSError as error:
+            raise StartError(f"the process before goes on: {reason(error)}") from None
+        if word not in message:
+            raise StartError(f"the process before said something else than {word}")
+
+    def additions(self) -> Iterator[dict[str, int]]:
+        """What the old process's sessions move, until they have ended: bytes by the file of TRAFFIC_LIMIT."""
+        while True:
+            try:
+                message, _ = self._channel.receive()
+            except OSError:
+                self._channel.close()
+                return
+            yield {str(path): int(count) for path, count in message.get("traffic", {}).items()}
+
+    def _say(self, message: dict[str, object]) -> None:
+        try:
+            self._channel.send(message)
+        except OSError as error:
+            raise StartError(f"the process before goes on: {reason(error)}") from None
+
+    def _receive(self) -> Legacy:
+        legacy = Legacy()
+        while True:
+            message, descriptors = self._channel.receive()
+            if "legacy" in message:
+                legacy.process, legacy.clients, legacy.peers = (message["legacy"][each] for each in _LAST)
+                return legacy
+            for item, descriptor in zip(message["items"], descriptors, strict=True):
+                _add(legacy, item, descriptor)
+
+
+_LAST = ("process", "clients", "peers")
+
+
+def wait_for_peers(tunnels: Sequence[Observed], wanted: Sequence[int], timeout: float) -> None:
+    """Return when each client has as many servers as the one before, or after `timeout` seconds where it has any.
+
+    Raises StartError where one has none.
+    """
+    deadline = time.monotonic() + timeout
+    for tunnel, number in zip(tunnels, wanted, strict=True):
+        while number and tunnel.count_peers() < number and time.monotonic() < deadline:
+            gevent.sleep(LOOK_EVERY)
+        if number and not tunnel.count_peers():
+            name, status = tunnel.log.tunnel, tunnel.status()
+            raise StartError(f"{name}: no handshake within {timeout:.3g}s: {status}")
+
+
+def _add(legacy: Legacy, item: dict[str, Any], descriptor: int) -> None:
+    """Keep a descriptor as what it is."""
+    if "lock" in item:
+        legacy.locks[item["lock"]] = descriptor
+        return
+    sock = socket.socket(fileno=descriptor)
+    if sock.family == socket.AF_UNIX:
+        legacy.unix[sock.getsockname()] = sock
+    else:
+        legacy.sockets.append(PassedSocket(item["role"], sock))

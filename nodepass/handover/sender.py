@@ -1,0 +1,108 @@
+"""The old process's end of a handover: starts the new process, passes what it has, and says when that one begins.
+
+Until then the handover can fail, and this process goes on. `receiver` is the other end; what stops in this process,
+and when, is decided by `daemon`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+
+import gevent
+
+from nodepass.errors import ClosedError, StartError, reason
+from nodepass.handover.channel import MOST_DESCRIPTORS, make_pair
+from nodepass.handover.program import start_again
+from nodepass.net.activation import PassedSocket
+
+REAP_EVERY = 0.02  # seconds between two looks at the process that the new one has detached itself from
+
+
+class Handover:
+    """One attempt: `start`, `connect`, `begin`, or `abandon` after any of them. Each raises StartError."""
+
+    def __init__(self) -> None:
+        self.process = 0  # the new one's id, once it is known
+        self._channel, self._its = make_pair()
+
+    def start(
+        self,
+        sockets: Sequence[PassedSocket],
+        locks: Mapping[str, int],
+        clients: Sequence[str],
+        peers: Sequence[int],
+        timeout: float,
+    ) -> None:
+        """Start the new process, and return when it lacks only its clients' connections, within `timeout` seconds.
+
+        `sockets`: listeners by their role; `locks`: descriptors by path; `clients`: what each tunnel's client calls
+        itself, and `peers` how many each has, in the order of the URLs.
+        """
+        try:
+            with _deadline(timeout):
+                _reap(start_again(self._its.fileno()))
+                self._its.close()
+                self.process = self._receive("process")
+                self._pass_on(sockets, locks)
+                last = {"process": os.getpid(), "clients": list(clients), "peers": list(peers)}
+                self._channel.send({"legacy": last})
+                self._receive("prepared")
+        finally:
+            self._its.close()
+
+    def connect(self, timeout: float) -> None:
+        """Have the clients of the new process connect, and return when it could serve, within `timeout` seconds."""
+        with _deadline(timeout):
+            self._channel.send({"connect": True})
+            self._receive("ready")
+
+    def begin(self) -> None:
+        """Have the new process serve."""
+        with _deadline(None):
+            self._channel.send({"begin": True})
+
+    def add(self, traffic: Mapping[str, int]) -> None:
+        """Tell the new process how many bytes have been moved since it began, by the file that counts them."""
+        with contextlib.suppress(OSError):  # it has ended; then nothing counts
+            self._channel.send({"traffic": dict(traffic)})
+
+    def abandon(self) -> None:
+        """End the new process; this one goes on."""
+        self._channel.close()
+        if self.process:
+            with contextlib.suppress(OSError):
+                os.kill(self.process, signal.SIGKILL)
+
+    def _receive(self, key: str) -> int:
+        message, _ = self._channel.receive()
+        if "failed" in message:
+            raise ClosedError(str(message["failed"]))
+        if key not in message:
+            raise ClosedError(f"it said something else than {key}")
+        return int(message[key])
+
+    def _pass_on(self, sockets: Sequence[PassedSocket], locks: Mapping[str, int]) -> None:
+        items: list[tuple[dict[str, str], int]] = [({"role": each.name}, each.sock.fileno()) for each in sockets]
+        items += [({"lock": path}, descriptor) for path, descriptor in locks.items()]
+        for first in range(0, len(items), MOST_DESCRIPTORS):
+            several = items[first : first + MOST_DESCRIPTORS]
+            self._channel.send({"items": [item for item, _ in several]}, [descriptor for _, descriptor in several])
+
+
+@contextlib.contextmanager
+def _deadline(timeout: float | None) -> Iterator[None]:
+    """Raise StartError where the new process does not do something, within `timeout` seconds."""
+    try:
+        with gevent.Timeout(timeout, TimeoutError(f"not ready within {timeout}s")):
+            yield
+    except OSError as error:
+        raise StartError(f"the new process does not take over: {reason(error)}") from None
+
+
+def _reap(process: int) -> None:
+    """Wait for the end of the process that was started: the new one has detached itself then."""
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        gevent.sleep(REAP_EVERY)
