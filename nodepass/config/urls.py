@@ -166,7 +166,8 @@ def parse_url(text: str) -> ServerURL | ClientURL:
     scheme = parts.scheme
     if scheme not in ROLES or not text.lower().startswith(f"{scheme}://"):
         raise ConfigError(f"URL {shown!r}: the scheme must be server:// or client://; allowed: {_FORM}")
-    if "@" in "".join((parts.netloc, *others, parts.path)):
+    target_texts = parts.path.removeprefix("/").split(",")
+    if any("@" in each for each in (parts.netloc, *others, *target_texts) if not each.startswith(_UNIX)):
         raise ConfigError(
             f"URL {scheme}://…@…: a user part is not allowed, because a key would show in the process list; use"
             f" TUNNEL_KEY_FILE; allowed: {_FORM}"
@@ -175,7 +176,7 @@ def parse_url(text: str) -> ServerURL | ClientURL:
         raise ConfigError(f"URL {shown!r}: a fragment (#) is not allowed; allowed: {_FORM}")
     lowest_port = 0 if scheme == "server" else 1
     tunnels = _parse_tunnels(shown, scheme, [parts.netloc, *others], lowest_port)
-    targets = _parse_targets(shown, scheme, parts.path.removeprefix("/"), lowest_port)
+    targets = _parse_targets(shown, scheme, target_texts, lowest_port)
     return _parse_parameters(shown, scheme, tunnels, targets, _parse_query(shown, scheme, parts.query))
 
 
@@ -228,12 +229,13 @@ def with_defaults(url: ServerURL | ClientURL, has_key: bool, settings: Settings)
     return replace(url, wire=wire, tls=url.tls if url.is_tls_given else int(has_key))
 
 
-def _parse_address(url: str, what: str, text: str, lowest_port: int) -> Address:
+def _parse_address(url: str, what: str, text: str, lowest_port: int, also: str = "") -> Address:
+    """`also`: what else is allowed in its place. Raises ConfigError."""
     try:
         host, port = split_host_port(text, lowest_port, in_url=True)
         return Address(normal_host(host), port)
     except ValueError as error:
-        allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535"
+        allowed = f"HOST:PORT, [IPv6]:PORT or :PORT with a port from {lowest_port} to 65535{also}"
         raise ConfigError(f"URL {url!r}: the {what} {text!r} is not usable: {error}; allowed: {allowed}") from None
 
 
@@ -254,11 +256,10 @@ def _refuse_twice(url: str, what: str, places: Sequence[Place]) -> None:
         raise ConfigError(f"URL {url!r}: the {what} {twice[0]} is given twice; allowed: each {what} once")
 
 
-def _parse_targets(url: str, scheme: str, text: str, lowest_port: int) -> list[Place]:
+def _parse_targets(url: str, scheme: str, parts: Sequence[str], lowest_port: int) -> list[Place]:
     """The target addresses: one of a server, one or several of a client, each once. Raises ConfigError."""
-    parts = text.split(",")
     if scheme == "server" and len(parts) > 1:
-        words = f"a server listens on one target address, and {text!r} has {len(parts)}"
+        words = f"a server listens on one target address, and {','.join(parts)!r} has {len(parts)}"
         raise ConfigError(f"URL {url!r}: {words}; allowed: one here, several on the client")
     if len(parts) > TARGETS:
         raise ConfigError(f"URL {url!r}: it has {len(parts)} targets; allowed: at most {TARGETS}")
@@ -269,10 +270,14 @@ def _parse_targets(url: str, scheme: str, text: str, lowest_port: int) -> list[P
 
 def _parse_target(url: str, text: str, lowest_port: int) -> Place:
     if not text.startswith(_UNIX):
-        return _parse_address(url, "target address", text, lowest_port)
+        return _parse_address(url, "target address", text, lowest_port, also=", or unix:/PATH")
     path = unquote_to_bytes(os.fsencode(text.removeprefix(_UNIX)))
-    if not path.startswith(b"/") or path.endswith(b"/") or b"\0" in path or len(path) > LONGEST_PATH:
-        allowed = f"unix:/PATH, an absolute path of at most {LONGEST_PATH} bytes, in which a comma is %2C"
+    # An @ that is not escaped is refused here, too, so that no password can stand before it.
+    is_usable = path.startswith(b"/") and not path.endswith(b"/") and b"\0" not in path and "@" not in text
+    if not is_usable or len(path) > LONGEST_PATH:
+        allowed = (
+            f"unix:/PATH, an absolute path of at most {LONGEST_PATH} bytes, in which a comma is %2C and an @ is %40"
+        )
         raise ConfigError(f"URL {url!r}: the target address {text!r} is not usable; allowed: {allowed}")
     return UnixPath(os.fsdecode(path))
 
