@@ -161,6 +161,7 @@ class Servers(Part):
         }
         self._leave_absent(found)
         new = [text for text in found if text not in self._connectors]
+        self._make_room(len(self._connectors) + len(new) - SERVERS)
         room = SERVERS - len(self._connectors)
         for text in new[:room]:
             address, member = found[text]
@@ -180,6 +181,13 @@ class Servers(Part):
             elif not connector.connection or now - self._absent.setdefault(text, now) >= LINGER:
                 self._absent.pop(text, None)
                 self._remove(text)
+
+    def _make_room(self, wanted: int) -> None:
+        """Leave as many servers as are wanted at most, of those that are absent, the longest first."""
+        absent = sorted(self._absent, key=lambda text: self._absent[text])
+        for text in absent[: max(0, wanted)]:
+            del self._absent[text]
+            self._remove(text)
 
     def _add(self, text: str, host: str, name: Name | Member) -> Connector:
         """Make the connector of one more server."""

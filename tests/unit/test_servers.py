@@ -267,6 +267,20 @@ def test_a_connected_server_is_left_once_the_name_has_been_without_its_address_f
         assert (first not in made.connectors.values()) is left
 
 
+def test_an_address_that_is_absent_makes_room_for_one_that_is_there(make: Make, resolver: Resolver) -> None:
+    made = make("name.example:1", servers="all")
+    made.servers.start()
+    resolver.answer(*(endpoint(number) for number in range(1, SERVERS + 1)))
+    first, *_, last = made.connectors.values()
+    first.connection = FakeConnection()
+    last.server.name.refresh()
+    with recorded() as log:
+        resolver.answer(*(endpoint(number) for number in range(2, SERVERS + 2)))
+    assert first not in made.connectors.values()
+    assert list(made.connectors)[-1] == f"192.0.2.{SERVERS + 1}:1"
+    assert "server.left_out" not in [each.event for each in log]
+
+
 def test_after_a_stop_no_new_address_is_connected_to(make: Make, resolver: Resolver) -> None:
     made = make("name.example:1", servers="all")
     made.servers.start()
