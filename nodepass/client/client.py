@@ -111,7 +111,8 @@ class Client:
 
     def _terms(self, keys: Sequence[Key]) -> Terms:
         wants_addresses = self._settings.proxy_protocol != "off" or self._settings.access_log is not None
-        return replace(Terms.of(self._url, self.client_id, keys, wants_addresses), serves_tcp=self._settings.tcp)
+        off = "tcp" if not self._settings.tcp else "udp" if not self._settings.udp else ""
+        return replace(Terms.of(self._url, self.client_id, keys, wants_addresses), off=off)
 
     def describe(self) -> str:
         """One line for an operator: its status and its counters."""

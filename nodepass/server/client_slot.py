@@ -137,6 +137,10 @@ class ClientSlot(Part):
         """Whether a client is connected that answers, and whose target does."""
         return self.control is not None and self.control.target_answers and not self.control.is_doubted
 
+    def serves(self, kind: int) -> bool:
+        """Whether a client is connected that takes sessions of this kind."""
+        return self.control is not None and self.control.serves(kind)
+
     @property
     def wants_addresses(self) -> bool:
         """Whether the connected client wants to know the visitors' addresses."""

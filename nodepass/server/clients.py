@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import gevent
@@ -27,7 +28,9 @@ from nodepass.tunnel.handshake import Candidate
 from nodepass.tunnel.part import Common, Part
 from nodepass.wire.auth import Key, unknown_key
 from nodepass.wire.negotiation import BUSY
-from nodepass.wire.signals import LANE, TCP, UDP
+from nodepass.wire.signals import KIND_NAMES, TCP
+
+Refusal = tuple[str, str]  # why no client can serve a session: a token, and the same in words
 
 LOOK_EVERY = 1.0  # seconds between two looks for clients that leave a heartbeat unanswered, where there are several
 
@@ -62,7 +65,7 @@ class Clients(Part):
         self.flows.slots = self.slots
         self._by_pool = {slot.pool: slot for slot in self.slots}
         self._connected = Event()
-        self._in_vain: tuple[str, str] | None = None  # why no TCP session is launched
+        self._in_vain: dict[int, Refusal] = {}  # by kind of session: why none is launched
         self._launches = 0
         if len(self.slots) > 1:
             for slot in self.slots:
@@ -185,12 +188,12 @@ class Clients(Part):
 
         A client that wants them is told the visitor's addresses, which the socket has unless they are `known`. If a
         client goes away meanwhile, a connection of another or the next one serves as well. Raises NoDataConnection, at
-        once (NoTarget) where no client can serve TCP.
+        once (NoTarget) where no client can serve this kind.
         """
         deadline = time.monotonic() + timeout
         while True:
-            if kind == TCP and self._in_vain:
-                raise NoTarget(*self._in_vain)
+            if refusal := self._in_vain.get(kind):
+                raise NoTarget(*refusal)
             slot, (id, stream) = self._take(kind, max(0.0, deadline - time.monotonic()))
             try:
                 # It may have been closed by `release` before this greenlet ran: the next client knows no such id.
@@ -245,27 +248,28 @@ class Clients(Part):
             self._connected.set()
         else:
             self._connected.clear()
-        if refusal := self._find_refusal():
-            self._queue.refuse(TCP, lambda: NoTarget(*refusal))
-        self._in_vain = refusal
-        self._queue.withheld = {kind: self._find_withheld(kind) for kind in (TCP, UDP, LANE)}
+        self._in_vain = {kind: refusal for kind in KIND_NAMES if (refusal := self._find_refusal(kind))}
+        for kind, (token, words) in self._in_vain.items():
+            self._queue.refuse(kind, partial(NoTarget, token, words))
+        self._queue.withheld = {kind: self._find_withheld(kind) for kind in KIND_NAMES}
         for slot in connected:
             slot.pool.serve_waiting()
 
     def _find_withheld(self, kind: int) -> set[ServerPool]:
         """The pools of the clients that cannot serve sessions of this kind, or do not while another can."""
         connected = self.connected
-        able = [slot for slot in connected if kind != TCP or (slot.control and slot.control.serves_tcp)]
+        able = [slot for slot in connected if slot.serves(kind)]
         serving = [slot for slot in able if slot.is_good] or able
         return {slot.pool for slot in connected if slot not in serving}
 
-    def _find_refusal(self) -> tuple[str, str] | None:
-        """Why no client can serve a TCP session, as they say: a reason, and the same in words."""
+    def _find_refusal(self, kind: int) -> Refusal | None:
+        """Why no client can serve a session of this kind, as they say."""
         controls = self.controls
-        able = [each for each in controls if each.serves_tcp]
+        able = [each for each in controls if each.serves(kind)]
         if controls and not able:
-            return "tcp_off", "TCP=off on the client"
-        if able and not any(each.target_answers for each in able):
+            protocol = "tcp" if kind == TCP else "udp"
+            return f"{protocol}_off", f"{protocol.upper()}=off on the client"
+        if kind == TCP and able and not any(each.target_answers for each in able):
             return "target_down", "the client's target does not answer"
         return None
 

@@ -52,6 +52,9 @@ class LaneClient(Protocol):
     def is_good(self) -> bool:
         """Whether it can serve."""
 
+    def serves(self, kind: int) -> bool:
+        """Whether a client is connected that takes sessions of this kind."""
+
     @property
     def wants_addresses(self) -> bool:
         """Whether it wants to know the visitors' addresses."""
@@ -219,7 +222,9 @@ class VisitorFlows(Part):
 
     @property
     def _most_lanes(self) -> int:
-        return self._settings.udp_lanes * max(1, sum(1 for slot in self.slots if slot.control))
+        """None where no connected client serves any; one client's where none is connected, as the next one may."""
+        serving = sum(1 for slot in self.slots if slot.serves(LANE))
+        return self._settings.udp_lanes * (serving or not any(slot.control for slot in self.slots))
 
     def _lane(self) -> ServerLane:
         """The lane of a new flow: a new one while there are fewer than allowed, then the least busy."""

@@ -32,6 +32,7 @@ from nodepass.wire.negotiation import Offer
 from nodepass.wire.signals import (
     BYES,
     HEARTBEAT,
+    TCP,
     Beat,
     BeatAnswer,
     Bye,
@@ -83,7 +84,7 @@ class Agreement:
     client: str = ""  # what the client calls itself; v2
     wants_addresses: bool = False  # launches carry the visitor's address
     is_check: bool = False  # the client is `nodepass --check`, as it says, and leaves at once
-    serves_tcp: bool = True  # as the client says
+    off: str = ""  # `tcp` or `udp`, which the client does not serve, as it says
 
     @property
     def version(self) -> int:
@@ -300,10 +301,9 @@ class ServerControl(Control):
     def describe(self) -> str:
         return super().describe() + ("" if self.target_answers else ", its target does not answer")
 
-    @property
-    def serves_tcp(self) -> bool:
-        """Whether the client takes TCP sessions."""
-        return self.agreement is None or self.agreement.serves_tcp
+    def serves(self, kind: int) -> bool:
+        """Whether the client takes sessions of this kind, as its hello says."""
+        return self.agreement is None or self.agreement.off != ("tcp" if kind == TCP else "udp")
 
     def beat(self, count_idle: Callable[[], int]) -> None:
         """Send heartbeats until the connection fails or is closed; `count_idle`: of idle data connections."""
@@ -383,7 +383,7 @@ class ServerControl(Control):
             self.on_change()
         elif self._unanswered:
             self.round_trip = time.monotonic() - self._unanswered.popleft()
-        if self.is_doubted and not self.is_late:
+        if self.is_doubted:
             self.is_doubted = False
             self.on_change()
 

@@ -79,7 +79,7 @@ def accept_client(
             offer = replace(offer, mac=key.server_proof(transcript, text))
             session = key.session(transcript, text)
         control.send(offer)
-        told = hello.client, hello.wants_addresses, hello.is_check, hello.serves_tcp
+        told = hello.client, hello.wants_addresses, hello.is_check, hello.off
         return control.agree(Agreement(offer, session, key, *told))
 
 
@@ -115,7 +115,7 @@ class Terms:
     client: str = ""  # what this client calls itself
     key: Key | None = None
     wants_addresses: bool = False  # launches carry the visitor's address
-    serves_tcp: bool = True
+    off: str = ""  # `tcp` or `udp`, which this client does not serve
     is_check: bool = False  # the server's log names a check as such
 
     @classmethod
@@ -189,7 +189,7 @@ def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
         terms.name,
         terms.wants_addresses,
         is_check=terms.is_check,
-        serves_tcp=terms.serves_tcp,
+        off=terms.off,
     )
     control.send(hello)
     line = control.read_line()

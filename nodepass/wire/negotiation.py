@@ -25,6 +25,7 @@ from nodepass.wire.lines import (
 from nodepass.wire.signals import SHUTDOWN
 
 HEARTBEATS = (10, 60_000)  # milliseconds: the bounds of `hb`
+PROTOCOLS = ("tcp", "udp")  # of sessions
 
 # First bytes, by which a server tells connections apart, and a client what answers its ClientHello.
 SLASH = 0x2F  # a line in the clear
@@ -76,10 +77,10 @@ class Hello:
     wants_addresses: bool = False  # launches are to carry the visitor's address
     version: str = "2"
     is_check: bool = False  # for the server's log: it comes from `nodepass --check`
-    serves_tcp: bool = True  # else the server launches no TCP session, which the client would only drop
+    off: str = ""  # `tcp` or `udp`, of which the server then launches nothing: the client would only drop it
 
     def encode(self) -> bytes:
-        more = "&want=from" * self.wants_addresses + "&check=1" * self.is_check + "&off=tcp" * (not self.serves_tcp)
+        more = "&want=from" * self.wants_addresses + "&check=1" * self.is_check + f"&off={self.off}" * bool(self.off)
         return f"//hello?v={self.version}&nonce={self.nonce}&client={self.client}&name={self.name}{more}\n".encode()
 
 
@@ -169,13 +170,14 @@ def parse_first(line: bytes) -> Hello | DataHello:
     if (version := query.get("v", "")) != "2":
         return Hello("", version=version)
     nonce, client, name = (parameter(line, query, each, _FORMS[each]) for each in ("nonce", "client", "name"))
+    off = query.get("off", "")
     return Hello(
         nonce,
         client,
         name,
         query.get("want") == "from",
         is_check=query.get("check") == "1",
-        serves_tcp=query.get("off") != "tcp",
+        off=off if off in PROTOCOLS else "",
     )
 
 

@@ -306,11 +306,11 @@ def test_a_client_without_tcp_serves_lanes_only_and_where_none_has_it_no_data_co
 ) -> None:
     several = Several(stack, 2)
     several.fill(0, 2)
-    _, several.controls[0] = occupy(stack, several.clients, replace(agreed("0"), serves_tcp=False))
+    _, several.controls[0] = occupy(stack, several.clients, replace(agreed("0"), off="tcp"))
     several.fill(3, 0)
     assert [several.launch(), several.launch()] == [1, 1]
     assert several.launch(LANE) == 0
-    _, several.controls[1] = occupy(stack, several.clients, replace(agreed("1"), serves_tcp=False))
+    _, several.controls[1] = occupy(stack, several.clients, replace(agreed("1"), off="tcp"))
     several.fill(0, 2)
     with pytest.raises(NoTarget, match="TCP=off"):
         several.launch()
@@ -318,9 +318,23 @@ def test_a_client_without_tcp_serves_lanes_only_and_where_none_has_it_no_data_co
     assert several.launch(LANE) == 0
 
 
+def test_a_client_without_udp_serves_no_lanes_and_where_none_has_it_no_data_connection_is_used(
+    stack: ExitStack,
+) -> None:
+    several = Several(stack, 2)
+    _, several.controls[0] = occupy(stack, several.clients, replace(agreed("0"), off="udp"))
+    several.fill(3, 3)
+    assert [several.launch(LANE), several.launch(LANE)] == [1, 1]
+    assert several.launch() == 0
+    _, several.controls[1] = occupy(stack, several.clients, replace(agreed("1"), off="udp"))
+    with pytest.raises(NoTarget, match="UDP=off"):
+        several.launch(LANE)
+    assert len(several.slots[0].pool) == 2
+
+
 def without_tcp(stack: ExitStack, several: Several, client: int) -> None:
     """This client comes again, with TCP=off."""
-    _, several.controls[client] = occupy(stack, several.clients, replace(agreed(str(client)), serves_tcp=False))
+    _, several.controls[client] = occupy(stack, several.clients, replace(agreed(str(client)), off="tcp"))
 
 
 def test_a_session_that_waits_gets_no_connection_of_a_client_without_tcp_and_a_lane_gets_it(stack: ExitStack) -> None:
@@ -426,7 +440,6 @@ def test_a_client_that_leaves_a_heartbeat_unanswered_gets_no_session(
     until(lambda: several.controls[0].is_doubted)
     assert [several.launch(), several.launch()] == [1, 1]
     monkeypatch.setattr(control_module, "LIFE_SIGN_WITHIN", PATIENT)
-    several.answer(0)
     several.answer(0)
     assert not several.controls[0].is_doubted
 

@@ -263,14 +263,15 @@ def test_a_client_that_says_hello_is_offered_wire_v2(stack: ExitStack, ends: End
     assert accepting.get() == Agreement(offer, client=CLIENT, wants_addresses=True)
 
 
-def test_a_client_without_tcp_says_so(stack: ExitStack, ends: Ends) -> None:
+@pytest.mark.parametrize("off", ["tcp", "udp"])
+def test_a_client_without_one_protocol_says_so(stack: ExitStack, ends: Ends, off: str) -> None:
     control = ends.client_control()
-    run(stack, connect_to_server, control, Terms(HOST, client=CLIENT, serves_tcp=False))
+    run(stack, connect_to_server, control, Terms(HOST, client=CLIENT, off=off))
     line = read_line(ends.server)
-    assert line.endswith(b"&name=&off=tcp\n")
+    assert line.endswith(f"&name=&off={off}\n".encode())
     hello = parse_first(line[:-1])
     assert isinstance(hello, Hello)
-    assert not hello.serves_tcp
+    assert hello.off == off
 
 
 def test_a_client_that_proves_the_key_is_offered_a_proof_in_return(stack: ExitStack, ends: Ends, key: Key) -> None:

@@ -54,7 +54,8 @@ PARSERS = (parse_first, parse_auth, parse_opening, parse_signal, parse_v1_signal
 WIRE: list[tuple[Sendable, bytes, Callable[[bytes], object]]] = [
     (Hello(NONCE, CLIENT), HELLO, parse_first),
     (Hello(NONCE, CLIENT, "A-z_0.9" * 9, True), HELLO + b"A-z_0.9" * 9 + b"&want=from", parse_first),
-    (Hello(NONCE, CLIENT, "a", serves_tcp=False), HELLO + b"a&off=tcp", parse_first),
+    (Hello(NONCE, CLIENT, "a", off="tcp"), HELLO + b"a&off=tcp", parse_first),
+    (Hello(NONCE, CLIENT, "a", off="udp"), HELLO + b"a&off=udp", parse_first),
     (DataHello(SID), b"//data?sid=" + SID.encode(), parse_first),
     (StartTLS(), b"//tls", parse_opening),
     (Challenge(NONCE), b"//challenge?nonce=" + NONCE.encode(), parse_opening),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -19,7 +20,7 @@ from nodepass.tunnel import udp as lanes
 from nodepass.tunnel.control import STOPPING
 from nodepass.tunnel.part import Common
 from nodepass.wire.frames import HEADER, encode_frame
-from tests.unit.controls import V1, until
+from tests.unit.controls import V1, V2, until
 from tests.unit.servers import a_server_room, fill, make_clients, occupy
 
 SOON = 0.05  # seconds
@@ -154,6 +155,23 @@ def test_a_client_that_serves_no_lanes_is_asked_again_after_a_pause_only(
     until(lambda: not flows.flows._refused)
     flows.visitor().send(b"three")
     assert read_frame(first)[1] == b"three"
+
+
+def test_flows_go_to_the_client_that_serves_them_and_where_none_does_datagrams_are_dropped(stack: ExitStack) -> None:
+    """Without UDP=off in a hello, a client would be asked for each lane, and would cut it."""
+    flows, without = Flows(stack, clients=2, udp_lanes=1), replace(V2, off="udp")
+    first, second = flows.clients.slots
+    occupy(stack, first, without)
+    fill(stack, first, "00000001")
+    for _ in range(2):
+        flows.visitor().send(b"lost")
+    assert (flows.drops, len(flows.flows), len(first.pool)) == ({"lane_missing": 2}, 0, 1)
+    occupy(stack, second, replace(V2, client="second"))
+    [data] = fill(stack, second, "00000002")
+    flows.visitor().send(b"hello")
+    flows.visitor().send(b"hello")
+    assert [read_frame(data) for _ in range(2)] == [(1, b"hello"), (2, b"hello")]
+    assert len(first.pool) == 1
 
 
 def test_a_pause_of_a_client_that_serves_no_lanes_ends_with_the_flows(stack: ExitStack) -> None:
