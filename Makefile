@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# By file: what the tests of a file share is started once.
-PARALLEL := --numprocesses 4 --dist loadfile --no-loadscope-reorder
+# By file: what the tests of a file share is started once. Three workers keep two cores busy; each one more costs 5 s of
+# CPU time.
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 LOCK := $(VENV)/bin/uv pip compile --quiet --universal --upgrade --generate-hashes --python-version 3.10 --no-header \
 	--no-annotate

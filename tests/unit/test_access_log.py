@@ -20,6 +20,7 @@ from nodepass.tunnel.part import Common
 from nodepass.visitors.access_log import COLUMNS, AccessLog, Visit
 from tests.support.command import call
 from tests.support.fail2ban import banned
+from tests.support.table import each_row
 from tests.unit.streams import tcp_pair
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "visitors.md"
@@ -91,7 +92,7 @@ def test_a_datagram_back_tells_the_time_to_the_first_byte_once() -> None:
     assert shown["first_byte"] == round(first, 6) >= 0.25
 
 
-@pytest.mark.parametrize("forged", ["a b", "a\nb", 'a"b', "a\\b", "\x1b[2J", "", "ä", "x" * 301])
+@each_row("forged", ["a b", "a\nb", 'a"b', "a\\b", "\x1b[2J", "", "ä", "x" * 301])
 def test_text_of_a_peer_that_is_no_word_is_unknown(forged: str) -> None:
     lines, objects = Lines(), Lines("json")
     for each in (lines, objects):
@@ -122,7 +123,7 @@ def test_a_relay_that_is_killed_has_a_line_too(cut: bool) -> None:
     assert 0 < shown["first_byte"] < 10
 
 
-@pytest.mark.parametrize("place", ["on", "access.log", "unix:access.sock", "unix:", f"unix:/{'x' * 107}", "/a\0b"])
+@each_row("place", ["on", "access.log", "unix:access.sock", "unix:", f"unix:/{'x' * 107}", "/a\0b"])
 def test_a_place_is_absolute_so_that_a_typo_makes_no_file(place: str) -> None:
     if "\0" in place:
         done = call(f"server://:10101/:1?access_log={place.replace(chr(0), '%00')}")

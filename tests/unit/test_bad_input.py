@@ -12,6 +12,7 @@ import pytest
 from nodepass.daemon.key_file import generate
 from tests.support.certificates import Authority
 from tests.support.command import Accepted, call, refusals
+from tests.support.table import each_row
 from tests.support.wrong import WRONG, WrongSetting
 
 SERVER = "server://127.0.0.1:0/127.0.0.1:0"
@@ -88,7 +89,7 @@ def test_a_variable_of_another_program_is_ignored() -> None:
     assert call("--version", env={"POOL_CAPACITY": "none", "PORT": "x"}).code == 0
 
 
-@pytest.mark.parametrize("text", ["5s", "500ms", "1h30m", "1.5s", "20000us", "1m0.5s", ".5s"])
+@each_row("text", ["5s", "500ms", "1h30m", "1.5s", "20000us", "1m0.5s", ".5s"])
 def test_durations_are_written_as_in_go(text: str) -> None:
     with pytest.raises(Accepted):
         call("--udp-read-timeout", text, CLIENT)
@@ -98,7 +99,7 @@ def test_a_wrong_url_is_refused_in_one_line() -> None:
     assert not [(name, found) for name, (url, part) in WRONG_URLS.items() if (found := refusals(call(url), part))]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("written", "meant"),
     [
         ("tsl=1", "tls"),
@@ -204,7 +205,7 @@ def test_urls_that_contradict_the_key_or_a_setting_are_refused(
     assert not refusals(call(*urls, env=env), part)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("variable", "value"),
     [
         ("NOTIFY_SOCKET", "relative"),
@@ -232,12 +233,12 @@ def test_a_url_beside_generate_key_is_refused() -> None:
     assert not refusals(call("--generate-key", CLIENT), "--generate-key", "no URL")
 
 
-@pytest.mark.parametrize("text", ["nonsense", ":0", ":65536", "https://localhost:1", "[::1:1", ""])
+@each_row("text", ["nonsense", ":0", ":65536", "https://localhost:1", "[::1:1", ""])
 def test_top_refuses_what_is_no_endpoint(text: str) -> None:
     assert not refusals(call("top", text), repr(text), "allowed: HOST:PORT")
 
 
-@pytest.mark.parametrize("text", ["soon", "-1s", "10ms", "2h", "1", "0"])
+@each_row("text", ["soon", "-1s", "10ms", "2h", "1", "0"])
 def test_top_refuses_an_interval_that_is_not_usable(text: str) -> None:
     """0 is for one table only."""
     assert not refusals(call("top", f"--interval={text}", ":1"), "allowed: a duration from 100ms to 1h")

@@ -22,6 +22,7 @@ from nodepass.tls.stream import TLSStream, accept_tls
 from nodepass.tls.verify import Verify
 from tests.support.key_updates import handshake as introduce
 from tests.support.key_updates import key_updates
+from tests.support.table import each_row
 from tests.support.without_private_names import Hiding
 
 BATCH = bytes(range(256)) * 512
@@ -379,7 +380,7 @@ def test_this_pyopenssl_has_all_private_names() -> None:
     assert bio.Implementation is PrivateRecords
 
 
-@pytest.mark.parametrize(("where", "name"), [(where, name) for where, names in LOOKED_FOR.items() for name in names])
+@each_row(("where", "name"), [(where, name) for where, names in LOOKED_FOR.items() for name in names])
 def test_a_private_name_that_is_missing_is_noticed(where: str, name: str) -> None:
     if where == "connection":
         module: Any = Hiding(SSL, Connection=lambda *args: Hiding(SSL.Connection(*args), **{name: None}))

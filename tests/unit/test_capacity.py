@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nodepass.tunnel.pool import next_capacity
+from tests.support.table import each_row
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("capacity", "created", "found_empty", "expected"),
     [
         (100, 0, False, 80),

@@ -21,6 +21,7 @@ from nodepass.tools.report import Report
 from tests.support.certificates import DAY, Authority, Certificate
 from tests.support.checks import check_here, found, trouble
 from tests.support.sockets import format_address, free_port
+from tests.support.table import each_row
 
 
 def test_the_urls_of_the_environment_are_checked_as_well() -> None:
@@ -30,7 +31,7 @@ def test_the_urls_of_the_environment_are_checked_as_well() -> None:
     assert len(re.findall("^warn server:0: security: none: anyone who reaches the tunnel port", done.output, re.M)) == 2
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("url", "keyed", "level", "said"),
     [
         ("server://127.0.0.1:0/127.0.0.1:0", True, "ok", "security: key, tls 1$"),
@@ -56,7 +57,7 @@ def test_settings_of_a_url_are_checked_and_a_protocol_that_is_off_is_not_tried()
     assert found(done, "ok", "target 127.0.0.1:9: UDP only; not tried")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("arguments", "env", "said"),
     [
         (("server://127.0.0.1:0/127.0.0.1:0?tls=1&udp=off",), {"TCP": "off"}, "TCP and UDP are both off"),

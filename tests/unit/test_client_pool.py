@@ -23,6 +23,7 @@ from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer
 from nodepass.tunnel import pool as tunnel_pool
+from tests.support.table import each_row
 
 LOWEST, HIGHEST = 2, 6
 IDS = st.sampled_from([f"{number:08x}" for number in range(6)])  # few, so that some are given twice
@@ -151,7 +152,7 @@ class States(ConnectionStates[int]):
         return [stream for _, stream in closing]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("state", "event", "expected"),
     [
         ("idle", "first bytes", "early"),
@@ -241,7 +242,7 @@ def beats(comparison: Comparison, mine: int, known: int, count: int, now: float 
     return [comparison.count_missing(map(str, range(mine)), known, CAPACITY, now) for _ in range(count)]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("mine", "known", "missing"),
     [(10, 10, 0), (10, 11, 0), (0, 0, 0), (10, 9, 1), (10, 6, 4), (10, 5, 4), (32, 0, 4)],
 )

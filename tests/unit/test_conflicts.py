@@ -11,6 +11,7 @@ from nodepass.config.urls import parse_url, with_defaults
 from nodepass.daemon.conflicts import find_conflicts, refuse_conflicts
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.errors import ConfigError
+from tests.support.table import each_row
 
 SECRETS = (generate(), generate())
 NONE = Keys()
@@ -25,7 +26,7 @@ def conflicts(keys: Keys, *urls: str) -> list[str]:
     return list(find_conflicts(resolved, keys, Settings()))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("keys", "urls"),
     [
         (NONE, (SERVER, CLIENT)),
@@ -47,7 +48,7 @@ def test_what_goes_together_is_accepted(keys: Keys, urls: tuple[str, ...]) -> No
     assert not conflicts(keys, *urls)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("keys", "urls", "said"),
     [
         (NONE, (SERVER, SERVER), "have the same tunnel address and no name"),

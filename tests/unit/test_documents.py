@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.table import each_row
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("contrib/**/*.md"), *ROOT.glob("bench*/*.md")]
@@ -23,7 +25,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@each_row("path", DOCUMENTS)
 def test_every_link_of_a_document_leads_to_a_file_and_a_heading(path: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if not link.startswith("https://"):

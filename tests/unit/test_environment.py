@@ -8,6 +8,7 @@ from nodepass.config.settings import rows
 from nodepass.daemon.environment import KEYS, find_typos, tidy
 from tests.support.checks import check_here, found
 from tests.support.command import Accepted, call, refusals
+from tests.support.table import each_row
 
 CLIENT = "client://127.0.0.1:9/127.0.0.1:9?tls=0"
 LINKS = {  # of services called data, date, log-format and nodepass
@@ -51,13 +52,13 @@ def test_an_empty_flag_stays_an_error() -> None:
     assert not refusals(call("--udp-lanes=", CLIENT), "--udp-lanes", "''", "allowed")
 
 
-@pytest.mark.parametrize("variable", KEYS)
-@pytest.mark.parametrize("value", ["", " \t"])
+@each_row("variable", KEYS)
+@each_row("value", ["", " \t"])
 def test_an_empty_key_is_refused_and_never_taken_for_no_key(variable: str, value: str) -> None:
     assert not refusals(call(CLIENT, env={variable: value}), f"{variable}: the ", "is empty; allowed: ")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("written", "meant"),
     [
         ("MIN_POOL_CAPCITY", "MIN_POOL_CAPACITY"),

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodepass.wire.frames import HEADER, TEXT, FrameBuffer, encode_addresses, encode_frame
+from tests.support.table import each_row
 
 LARGEST = 65507  # bytes of a UDP datagram
 
@@ -20,8 +21,8 @@ def test_addresses_are_a_frame_whose_length_no_datagram_has() -> None:
     assert frame == b"\x01\x02\x03\x04\xff\xff\x00\x1ffrom=192.0.2.7:4711&to=[::1]:53"
 
 
-@pytest.mark.parametrize("payload", [b"", b"x", b"x" * LARGEST], ids=["empty", "one byte", "largest"])
-@pytest.mark.parametrize("flow", [0, 2**32 - 1])
+@each_row("payload", [b"", b"x", b"x" * LARGEST])
+@each_row("flow", [0, 2**32 - 1])
 def test_a_datagram_arrives_as_it_was_sent(flow: int, payload: bytes) -> None:
     buffer = FrameBuffer()
     assert list(buffer.feed(encode_frame(flow, payload))) == [(flow, payload)]
@@ -64,7 +65,7 @@ def test_a_text_of_any_length_is_skipped(length: int) -> None:
     assert list(buffer.feed(encode_frame(2, b"behind"))) == [(2, b"behind")]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "addresses"),
     [
         (b"from=192.0.2.1:5&to=[2001:db8::1]:53", ("192.0.2.1:5", "[2001:db8::1]:53")),

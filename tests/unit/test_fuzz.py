@@ -27,6 +27,7 @@ from nodepass.wire.negotiation import (
 )
 from nodepass.wire.signals import LANE, TCP, UDP, Beat, BeatAnswer, Bye, Launch, parse_signal, parse_v1_signal
 from tests.fuzz.targets import SEEDS, TARGETS, seeds
+from tests.support.table import each_row
 
 reproducible = settings(
     derandomize=True,
@@ -54,7 +55,7 @@ def inputs(name: str) -> st.SearchStrategy[bytes]:
     return st.one_of(st.builds(edited, st.sampled_from(seeds(name)), edits), st.binary(max_size=300))
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@each_row("name", TARGETS)
 def test_every_seed_that_is_kept_passes(name: str) -> None:
     for seed in seeds(name):
         TARGETS[name](seed)

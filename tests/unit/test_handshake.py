@@ -25,6 +25,7 @@ from nodepass.wire.auth import Key, Transcript
 from nodepass.wire.lines import MAX_OPENING
 from nodepass.wire.negotiation import REASONS, Auth, Challenge, Hello, Offer, Refusal, parse_first, parse_opening
 from tests.support.certificates import Authority
+from tests.support.table import each_row
 from tests.unit.controls import Ends, connect_ends, read_line, run, self_signed_context
 
 NONCE, CLIENT = "0123456789abcdef" * 2, "0011223344556677"
@@ -416,7 +417,7 @@ def test_the_terms_are_those_of_the_url(key: Key, other_key: Key, url: str, dema
     assert Terms.of(parsed, CLIENT, []).key is None
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("written", "host"),
     [("", "localhost"), ("Tunnel.Example.", "tunnel.example"), ("[fe80::1%25eth0]", "fe80::1"), ("127.1", "127.0.0.1")],
 )

@@ -22,6 +22,7 @@ from nodepass.config.urls import Address, parse_url
 from nodepass.errors import ConfigError
 from nodepass.metrics import healthcheck
 from nodepass.tools.top_scrape import NoAnswer, Source, parse_source
+from tests.support.table import each_row
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s\x00-\x20]*)):(\d{1,5})"
@@ -67,12 +68,11 @@ def test_every_place_understands_what_an_address_looks_like(host: str, port: int
     assert parse_source(str(source)) == source
 
 
-@pytest.mark.parametrize(
+@each_row(
     "read",
     [parse_listen, parse_source, healthcheck.connect, lambda text: parse_url(f"client://a:1/{text}")],
-    ids=["METRICS_LISTEN", "top", "health check", "URL"],
 )
-@pytest.mark.parametrize("text", ["", "9464", "a:b:9464", "::1:9464", "[1]:9464", "[::1:9464", "a b:9464", "a:65536"])
+@each_row("text", ["", "9464", "a:b:9464", "::1:9464", "[1]:9464", "[::1:9464", "a b:9464", "a:65536"])
 def test_every_place_refuses_the_same_nonsense(read: Callable[[str], object], text: str) -> None:
     with pytest.raises((ValueError, ConfigError)):
         read(text)
@@ -96,7 +96,7 @@ def test_escapes_and_zones_are_for_urls() -> None:
         parse_listen("[fe80::1%25eth0]:2")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("written", "normal", "certified"),
     [
         ("", "", ""),
@@ -120,7 +120,7 @@ def test_a_host_has_one_form_for_lookups_and_one_for_certificates(written: str, 
     assert certified_host(normal) == certified
 
 
-@pytest.mark.parametrize(
+@each_row(
     "host",
     [
         ".",

@@ -16,6 +16,7 @@ from nodepass.net.sockets import KEEPALIVE, PROBES, Endpoint, Socket, dial
 from nodepass.stats import Stats
 from nodepass.tunnel.control import Agreement, ClientControl
 from nodepass.wire.negotiation import Offer
+from tests.support.table import each_row
 from tests.unit.streams import tcp_pair
 
 OPTIONS = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
@@ -70,7 +71,7 @@ def test_the_default_of_the_setting_is_that_of_listeners_whose_connections_are_n
     assert Settings().keepalive == KEEPALIVE
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("interval", "heartbeat", "keepalive", "expected"),
     [
         (5.0, 5000, 15.0, (5, 5, 2)),

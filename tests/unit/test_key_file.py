@@ -13,6 +13,7 @@ from nodepass.config.urls import parse_url
 from nodepass.daemon import key_file
 from nodepass.daemon.key_file import LARGEST, MOST_LINES, Keys, generate
 from nodepass.errors import ConfigError
+from tests.support.table import each_row
 
 PHRASE = "correct horse battery staple"
 
@@ -184,9 +185,7 @@ def test_keys_from_two_places_are_refused(tmp_path: Path) -> None:
     assert "credentials tunnel-key and tunnel-keys" in refusal(None, None, CREDENTIALS_DIRECTORY=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "secret", [PHRASE, 4 * "0123456789abcdef", "abcdefghijklmnopqrstuv", "ßabcdefghijklmnopqrstuv"]
-)
+@each_row("secret", [PHRASE, 4 * "0123456789abcdef", "abcdefghijklmnopqrstuv", "ßabcdefghijklmnopqrstuv"])
 def test_what_generate_key_did_not_print_is_warned_of(secret: str) -> None:
     keys = Keys.find(None, None, {"TUNNEL_KEY": secret})
     assert keys.secrets("") == (secret,)

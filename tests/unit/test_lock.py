@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.table import each_row
+
 LOCKS = Path(__file__).resolve().parents[2] / "contrib" / "lock"
 EXTRAS = {"base": set[str](), "metrics": {"metrics"}, "top": {"metrics", "top"}}
 
@@ -22,7 +24,7 @@ def read(name: str) -> list[tuple[Requirement, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize("name", [*EXTRAS, "build", "dist"])
+@each_row("name", [*EXTRAS, "build", "dist"])
 def test_every_release_is_exact_and_has_its_hashes(name: str) -> None:
     for requirement, hashes in read(name):
         (exact,) = requirement.specifier

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from tests.support.log import Entry, check_wanted, loud, one_of, parse
+from tests.support.table import each_row
 
 LINE = {
     "time": "2026-01-01T00:00:00.250+00:00",
@@ -33,9 +34,7 @@ def test_a_line_of_json_is_an_event_also_with_the_journal_s_priority() -> None:
         assert found.moment == 1767225600.25
 
 
-@pytest.mark.parametrize(
-    "line", ["Traceback (most recent call last):", "{not json", '{"a": 1}', "nodepass: no URL", ""]
-)
+@each_row("line", ["Traceback (most recent call last):", "{not json", '{"a": 1}', "nodepass: no URL", ""])
 def test_what_is_no_event_stays_text_and_matches_nothing(line: str) -> None:
     found = parse(line)
     assert (found.event, found.text(), str(found)) == ("", line, line)
@@ -49,7 +48,7 @@ def test_an_event_is_shown_as_a_line_of_text() -> None:
     assert entry(traceback="Traceback:\n  here").is_crash
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("event", "wanted", "fits"),
     [
         ("client.rejected", {}, True),
@@ -67,7 +66,7 @@ def test_an_event_matches_by_its_name_and_fields(event: str, wanted: dict[str, o
     assert entry().matches(event, wanted) is fits
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("event", "field"),
     [
         ("client.disconected", "client"),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nodepass.net.networks import Networks
 from nodepass.net.sockets import network_of
+from tests.support.table import each_row
 
 NETWORKS = st.sampled_from(["198.51.100.0/24", "203.0.113.0/24", "2001:db8::/64"])
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("host", "network"),
     [
         ("203.0.113.7", "203.0.113.0/24"),

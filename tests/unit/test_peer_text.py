@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-
 from nodepass.errors import ProtocolError
 from nodepass.tls.verify import shown_names
 from nodepass.wire.negotiation import parse_auth, parse_first, parse_opening
 from nodepass.wire.signals import parse_id, parse_signal, parse_v1_signal
+from tests.support.table import each_row
 
 PARSERS: tuple[Callable[[bytes], object], ...] = (
     parse_first,
@@ -24,7 +23,7 @@ FORMS = ("{}", "//{}", "//{}?v=2&nonce={}", "//error?reason={}", "//bye?reason={
 LONGEST = 350  # characters
 
 
-@pytest.mark.parametrize("parse", PARSERS, ids=lambda each: each.__name__)
+@each_row("parse", PARSERS)
 def test_an_error_about_a_line_is_printable_and_short(parse: Callable[[bytes], object]) -> None:
     texts = []
     for form in FORMS:

@@ -17,6 +17,7 @@ from nodepass.net.sockets import Endpoint, Socket, as_plain
 from nodepass.net.udp import ReplyAddress
 from nodepass.visitors.proxies import Proxies, Visitor, all_networks
 from nodepass.wire.proxy_protocol import LARGEST, Ends, encode_v1, encode_v2
+from tests.support.table import each_row
 from tests.unit.controls import run
 from tests.unit.streams import reset, tcp_pair
 
@@ -215,7 +216,7 @@ def test_a_local_datagram_is_the_proxys_own() -> None:
     assert proxies().unwrap(encode_v2(None, "", datagram=True), proxy) == (b"", proxy)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("datagram", "reason"),
     [
         (b"", "header_missing"),

@@ -27,6 +27,7 @@ from nodepass.wire.proxy_protocol import (
     find_length,
     parse_header,
 )
+from tests.support.table import each_row
 
 V4, V6 = "192.0.2.1:51000", "[2001:db8::1]:443"
 
@@ -62,7 +63,7 @@ def test_the_line_of_version_1() -> None:
     assert headers.of_datagram(V4, V4) == b""
 
 
-@pytest.mark.parametrize(("visitor", "local"), [("", ""), (V4, ""), ("", V6), ("name:1", V4), ("192.0.2.1", V4)])
+@each_row(("visitor", "local"), [("", ""), (V4, ""), ("", V6), ("name:1", V4), ("192.0.2.1", V4)])
 def test_addresses_that_are_not_known_are_those_of_the_connection(visitor: str, local: str) -> None:
     headers = ProxyHeaders("v2", "web")
     for header in (headers.of_connection(visitor, local), headers.of_datagram(visitor, local)):

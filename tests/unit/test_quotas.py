@@ -14,6 +14,7 @@ from nodepass.config.settings import Settings
 from nodepass.errors import ConfigError
 from nodepass.visitors import quotas
 from nodepass.visitors.quotas import Concurrency, Rate, key_of
+from tests.support.table import each_row
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "text", "quota"),
     [
         ("sessions_per_address", "0", Quota()),
@@ -40,7 +41,7 @@ def test_a_quota_has_a_number_and_what_counts_as_one_address(name: str, text: st
     assert getattr(Settings.from_texts({name: (name, text)}), name) == quota
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "text"),
     [
         ("sessions_per_address", "20/24"),
@@ -63,7 +64,7 @@ def test_what_is_no_quota_is_refused(name: str, text: str) -> None:
         Settings.from_texts({name: ("PLACE", text)})
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("one", "other", "is_same"),
     [
         ("192.0.2.1", "192.0.2.1", True),

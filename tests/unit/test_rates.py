@@ -30,6 +30,7 @@ from nodepass.tunnel.rates import (
     NoTurnError,
     Rates,
 )
+from tests.support.table import each_row
 from tests.unit.controls import until
 from tests.unit.streams import receive_all, reset, tcp_pair
 
@@ -50,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "bits"),
     [("0", 0), ("8k", 8000), ("8000", 8000), ("500K", 500_000), ("10M", 10**7), ("2.5G", 25 * 10**8), ("100G", 10**11)],
 )
@@ -58,7 +59,7 @@ def test_a_rate_is_in_decimal_bits_per_second(text: str, bits: int) -> None:
     assert parse_rate(text).bits == bits
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text",
     ["", "1", "7.9k", "101G", "10m", "10MB", "10 M", "-10M", "1e6", "nan", ".5M", "\u0661M", "0k"],
 )

@@ -30,6 +30,7 @@ from nodepass.visitors import network_set
 from nodepass.visitors.network_set import NetworkSet
 from nodepass.visitors.policy import Policy
 from nodepass.visitors.rules import Rules
+from tests.support.table import each_row
 from tests.unit.controls import until
 from tests.unit.records import recorded
 
@@ -37,7 +38,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "version", "number"),
     [
         ("192.0.2.1", 4, 0xC0000201),
@@ -52,7 +53,7 @@ def test_an_address_is_a_number_of_its_family(text: str, version: int, number: i
     assert parse_ip(text) == (version, number)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "first", "last"),
     [
         ("192.0.2.7", "192.0.2.7", "192.0.2.7"),
@@ -68,7 +69,7 @@ def test_a_network_has_a_first_and_a_last_address(text: str, first: str, last: s
     assert parse_network(text) == (*parse_ip(first), parse_ip(last)[1])
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "wrong"),
     [
         ("", "not an IP address"),
@@ -152,7 +153,7 @@ def refusals(allow: str, deny: str, hosts: Sequence[str]) -> list[str]:
 HOSTS = ("192.0.2.1", "192.0.2.200", "203.0.113.1", "::ffff:192.0.2.200", "fe80::9%eth0", "2001:db8::1")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("allow", "deny", "expected"),
     [
         ("all", "none", ["", "", "", "", "", ""]),
@@ -167,7 +168,7 @@ def test_deny_wins_and_an_allow_list_refuses_all_others(allow: str, deny: str, e
     assert refusals(allow, deny, HOSTS) == expected
 
 
-@pytest.mark.parametrize("text", ["none", "@", "@ ", "@a\0b", "192.0.2.0/24,", ",", "192.0.2.1/24", "a.example"])
+@each_row("text", ["none", "@", "@ ", "@a\0b", "192.0.2.0/24,", ",", "192.0.2.1/24", "a.example"])
 def test_what_is_no_list_of_networks_is_refused_where_it_was_written(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^ALLOW: .* is not usable; allowed: all, addresses and networks"):
         Settings.from_texts({"allow": ("ALLOW", text)})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-import pytest
-
 from nodepass.config.settings import Settings
 from nodepass.config.urls import parse_url, with_defaults
 from nodepass.log import Log
@@ -20,6 +18,7 @@ from nodepass.tunnel.security import (
     security_of,
     summarize,
 )
+from tests.support.table import each_row
 from tests.unit.records import recorded
 
 FILES = "&crt=c&key=k"
@@ -39,7 +38,7 @@ def connected(security: Security, tls: int, wire: int = 2) -> Security:
     return replace(security, tls=tls, wire=wire)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("query", "has_key", "summary", "weakness", "warned"),
     [
         ("", False, "none", ANYONE, True),
@@ -64,7 +63,7 @@ def test_a_server_says_what_protects_it(query: str, has_key: bool, summary: str,
     assert describe(security) == (f"{summary}: {weakness}" if weakness else summary)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("query", "has_key", "summary", "weakness", "warned"),
     [
         (
@@ -99,7 +98,7 @@ def test_a_client_says_at_the_start_what_it_demands(
 DETAILS = "(TLS 1.3, X25519MLKEM768)"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("query", "has_key", "tls", "description"),
     [
         ("", False, 0, f"none: {SERVER_IMPERSONATED}"),
@@ -139,7 +138,7 @@ def test_a_group_that_openssls_binding_cannot_tell_is_left_out() -> None:
     assert summarize(security) == "key, tls 1 (TLS 1.3)"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("has_key", "tls", "text"),
     [
         (False, 0, "none"),

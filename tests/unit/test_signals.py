@@ -44,6 +44,7 @@ from nodepass.wire.signals import (
     parse_signal,
     parse_v1_signal,
 )
+from tests.support.table import each_row
 
 NONCE, CLIENT, SID, MAC = "0123456789abcdef" * 2, "0011223344556677", "f0" * 16, "a9" * 32
 HELLO = b"//hello?v=2&nonce=" + NONCE.encode() + b"&client=0011223344556677&name="
@@ -110,8 +111,8 @@ def test_every_signal_is_in_the_table() -> None:
 INVISIBLE = (b"\0", b"\t", b"\r", b"\x0b", b" ", b"\x1f", b"\x7f", b"\x80", b"\xff")
 
 
-@pytest.mark.parametrize("place", ["before", "inside", "behind"])
-@pytest.mark.parametrize(
+@each_row("place", ["before", "inside", "behind"])
+@each_row(
     ("line", "parse"),
     [
         (HELLO + b"web", parse_first),
@@ -127,7 +128,6 @@ INVISIBLE = (b"\0", b"\t", b"\r", b"\x0b", b" ", b"\x1f", b"\x7f", b"\x80", b"\x
         (b"//bye?reason=reload", parse_signal),
         (b"//later", parse_signal),
     ],
-    ids=lambda value: value.split(b"?")[0].decode() if isinstance(value, bytes) else "",
 )
 def test_a_line_of_v2_has_visible_characters_only_and_nothing_is_trimmed(
     line: bytes, parse: Callable[[bytes], object], place: str
@@ -144,13 +144,13 @@ def test_v1_trims_white_space_and_ignores_a_query(line: bytes) -> None:
     assert parse_v1_signal(line) == Launch("deadbeef", TCP)
 
 
-@pytest.mark.parametrize("line", [b" //80#2\r", b"//80?hb=9&mux=1#2\t", b"//80?w=2#2", b"//80?#2"])
+@each_row("line", [b" //80#2\r", b"//80?hb=9&mux=1#2\t", b"//80?w=2#2", b"//80?#2"])
 def test_an_offer_without_a_version_is_one_of_v1(line: bytes) -> None:
     assert parse_opening(line) == Offer(80, 2)
     assert Offer(80, 2).version == 1
 
 
-@pytest.mark.parametrize("version", [b"", b"1", b"3", b"02", b"2x"])
+@each_row("version", [b"", b"1", b"3", b"02", b"2x"])
 def test_an_offer_of_another_version_is_refused(version: bytes) -> None:
     """It is not taken for one of v1, whose signals are in the clear."""
     with pytest.raises(ProtocolError):
@@ -160,7 +160,7 @@ def test_an_offer_of_another_version_is_refused(version: bytes) -> None:
 # Parameters
 
 
-@pytest.mark.parametrize(
+@each_row(
     "query",
     [
         b"",
@@ -186,12 +186,12 @@ def test_an_offer_of_v2_needs_its_parameters_in_their_form(query: bytes) -> None
         assert parse_opening(line) == Offer(80, 1)
 
 
-@pytest.mark.parametrize("heartbeat", [10, 11, 5000, 59_999, 60_000])
+@each_row("heartbeat", [10, 11, 5000, 59_999, 60_000])
 def test_a_heartbeat_within_bounds_is_taken(heartbeat: int) -> None:
     assert parse_opening(b"//80?v=2&hb=%d#0" % heartbeat) == Offer(80, 0, heartbeat)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("line", "parse", "expected"),
     [
         (b"//80?v=2&v=3&hb=7000&hb=8&new=x#0", parse_opening, Offer(80, 0, 7000)),
@@ -229,7 +229,7 @@ def test_a_proof_covers_an_offer_without_its_mac_and_nothing_else(before: bytes,
     assert len(parameter) == 69
 
 
-@pytest.mark.parametrize("behind", [b"&mux=1#1", b"&#1", b"&mac=#1", b"", b"0#1"])
+@each_row("behind", [b"&mux=1#1", b"&#1", b"&mac=#1", b"", b"0#1"])
 def test_a_mac_that_does_not_stand_last_is_refused(behind: bytes) -> None:
     with pytest.raises(ProtocolError, match="mac is not the last"):
         without_mac(OFFER + b"&mac=" + MAC.encode() + behind, MAC)
@@ -238,7 +238,7 @@ def test_a_mac_that_does_not_stand_last_is_refused(behind: bytes) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize(
+@each_row(
     "line",
     [b"", b"//#1", b"//0#1", b"//65536#0", b"//000080#1", b"//80#3", b"//80", b"//80#", b"//-1#1", b"//80/x#1",
      b"//80?v=2&hb=5000", b"//80?v=2&hb=5000#3", b"//0?v=2&hb=5000#1", b"HTTP/1.1 200 OK", b"//tls#1", b"//tls?x",
@@ -251,7 +251,7 @@ def test_a_bad_line_of_a_server_is_refused_in_the_handshake(line: bytes) -> None
         parse_opening(line)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "line",
     [b"", b"//", b"//hello/?v=2", b"GET / HTTP/1.1", b"//data", b"//data?sid=", b"//data?sid=" + b"0" * 31,
      b"//data?sid=" + b"G" * 32, b"//tls", b"//auth?mac=" + MAC.encode(), b"//80#1", b"//beat?ok=1",
@@ -269,15 +269,13 @@ def test_a_bad_first_line_of_a_client_is_refused(line: bytes) -> None:
         parse_first(line)
 
 
-@pytest.mark.parametrize(
-    "line", [b"//auth", b"//auth?mac=", b"//auth?mac=" + b"A" * 64, b"//auth?mac=" + b"0" * 65, HELLO]
-)
+@each_row("line", [b"//auth", b"//auth?mac=", b"//auth?mac=" + b"A" * 64, b"//auth?mac=" + b"0" * 65, HELLO])
 def test_a_bad_answer_to_the_challenge_is_refused(line: bytes) -> None:
     with pytest.raises(ProtocolError):
         parse_auth(line)
 
 
-@pytest.mark.parametrize("line", [b"//hello", b"//hello?v=", b"//hello?v=3&new=form", b"//hello?v=1", b"//hello?v=02"])
+@each_row("line", [b"//hello", b"//hello?v=", b"//hello?v=3&new=form", b"//hello?v=1", b"//hello?v=02"])
 def test_a_hello_of_another_version_is_told_from_a_malformed_one(line: bytes) -> None:
     hello = parse_first(line)
     assert isinstance(hello, Hello)
@@ -400,9 +398,7 @@ def test_an_over_long_line_is_skipped_counted_and_never_held(limit: int, beyond:
     assert (len(got), buffer.skipped) == ((2, 0) if length <= limit else (1, 1))
 
 
-@pytest.mark.parametrize(
-    ("arrived", "empty"), [(b"", True), (b"a\n", True), (b"a", False), (b"a\nb", False), (b"x" * 600, False)]
-)
+@each_row(("arrived", "empty"), [(b"", True), (b"a\n", True), (b"a", False), (b"a\nb", False), (b"x" * 600, False)])
 def test_a_buffer_is_empty_where_nothing_of_a_next_line_has_arrived(arrived: bytes, empty: bool) -> None:
     buffer = LineBuffer(MAX_OPENING)
     buffer.feed(arrived)

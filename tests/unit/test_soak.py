@@ -17,6 +17,7 @@ from tests.soak.pairs import Run, Sample, Shape
 from tests.soak.sessions import Session, outcome, wrongs
 from tests.soak.vitals import slopes
 from tests.support.process import Nodepass
+from tests.support.table import each_row
 
 SESSION = Session(7, 300_000, 2_000_000)
 RUN = Run("steady", "server", Shape(0, False, False), Nodepass())
@@ -53,7 +54,7 @@ def test_a_session_that_goes_well_is_complete(manner: str) -> None:
     assert outcome(session, visitor, target) == "complete"
 
 
-@pytest.mark.parametrize("manner", ["visitor leaves", "target leaves", "visitor resets", "target resets"])
+@each_row("manner", ["visitor leaves", "target leaves", "visitor resets", "target resets"])
 def test_a_session_that_one_end_leaves_is_neither_complete_nor_wrong(manner: str) -> None:
     session = replace(SESSION, manner=manner, leaves_after=100_000)
     visitor, target = play(session)
@@ -102,7 +103,7 @@ def test_a_datagram_is_checked_and_answered() -> None:
             answers_to(wrong)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("resident", "heap", "blocks", "are_flat"),
     [(0, 0, 0, True), (300, 10, 100, True), (1000, 0, 0, False), (0, 80, 0, False), (0, 0, 800, False)],
 )

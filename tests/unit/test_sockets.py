@@ -7,10 +7,11 @@ import pytest
 from gevent import socket
 
 from nodepass.net.sockets import Endpoint, format_sockaddr, format_without_zone, peek_byte, peek_bytes, plain_host
+from tests.support.table import each_row
 from tests.unit.streams import reset, tcp_pair
 
 
-@pytest.mark.parametrize("first", [b"/", b"\x16\x03\x01", b"\0", b"\xff"])
+@each_row("first", [b"/", b"\x16\x03\x01", b"\0", b"\xff"])
 def test_the_first_byte_is_looked_at_and_left(first: bytes) -> None:
     with tcp_pair() as (stream, peer), gevent.Timeout(10):
         assert peek_byte(stream._raw) is None
@@ -34,7 +35,7 @@ def test_a_connection_that_is_over_has_no_first_byte(leave: object) -> None:
                 assert peek_bytes(stream._raw, size) == b""
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("sockaddr", "text", "without_zone"),
     [
         (("192.0.2.7", 80), "192.0.2.7:80", "192.0.2.7:80"),

@@ -8,6 +8,7 @@ import pytest
 
 from nodepass.tools.top_scrape import Scrape, Tunnel
 from nodepass.tools.top_table import COLUMNS, Watch, duration, fit, plain, size, sparkline
+from tests.support.table import each_row
 
 
 def scrape(taken: float, *tunnels: Tunnel, started: float = 1.0) -> Scrape:
@@ -42,7 +43,7 @@ def test_tunnels_that_are_gone_leave_no_history() -> None:
     assert not watch.history("a")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("values", "width", "bars"),
     [
         ([], 5, ""),
@@ -57,7 +58,7 @@ def test_a_sparkline_is_scaled_to_its_highest_value(values: list[float], width: 
     assert sparkline(values, width) == bars
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (1.5e9, "1.5 GB"), (2e15, "2e+03 TB")],
 )
@@ -65,7 +66,7 @@ def test_sizes_are_short(count: float, text: str) -> None:
     assert size(count) == text
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("up", "down", "text"),
     [
         (None, None, "-"),
@@ -81,9 +82,7 @@ def test_the_limits_of_a_rate_are_shown_as_they_are_set(up: float | None, down: 
     assert watch.rows()[0][[column.title for column in COLUMNS].index("RATE")] == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-1, "0s"), (59, "59s"), (61, "1m1s"), (3 * 3600 + 60, "3h1m"), (90000, "1d1h")]
-)
+@each_row(("seconds", "text"), [(-1, "0s"), (59, "59s"), (61, "1m1s"), (3 * 3600 + 60, "3h1m"), (90000, "1d1h")])
 def test_time_spans_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 

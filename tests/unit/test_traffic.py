@@ -22,6 +22,7 @@ from nodepass.stats import Stats
 from nodepass.tunnel import traffic as module
 from nodepass.tunnel.traffic import KEPT, Meter, period_at
 from nodepass.tunnel.traffic_file import LARGEST, TrafficFile
+from tests.support.table import each_row
 from tests.unit.controls import until
 from tests.unit.records import recorded
 
@@ -88,7 +89,7 @@ def metered(tmp_path: Path, clock: Clock) -> Iterator[Metered]:  # noqa: ARG001
     metered.file.close()
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "limit"),
     [
         ("0", TrafficLimit()),
@@ -103,7 +104,7 @@ def test_a_limit_is_in_decimal_units_for_a_day_or_a_month(text: str, limit: Traf
     assert bool(limit) == (text != "0")
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text",
     ["", "1TB", "1/month", "1TB/week", "1TiB/month", "1tb/month", "0GB/day", "1001PB/day", "-1GB/day", "1 GB/day"],
 )

@@ -13,6 +13,7 @@ from nodepass.config.kinds import Ports
 from nodepass.config.settings import Scope, Settings, rows
 from nodepass.config.urls import Address, ClientURL, ServerURL, UnixPath, parse_url, with_defaults
 from nodepass.errors import ConfigError
+from tests.support.table import each_row
 
 
 def test_a_server_url_says_everything() -> None:
@@ -51,10 +52,9 @@ def test_a_server_with_a_key_uses_tls_unless_its_url_says_otherwise(
     assert [resolve(f"server://:1/:2{given}", has_key).tls for has_key in (False, True)] == [without_key, with_key]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("given", "without_key", "with_key", "quiet"),
     [("", 0, 1, False), ("?tls=0", 0, 0, True), ("?tls=1", 1, 1, False), ("?tls=2", 2, 2, False)],
-    ids=["nothing", "0", "1", "2"],
 )
 def test_a_client_demands_what_its_url_says_and_tls_where_it_has_a_key(
     given: str, without_key: int, with_key: int, quiet: bool
@@ -65,7 +65,7 @@ def test_a_client_demands_what_its_url_says_and_tls_where_it_has_a_key(
         assert (url.demand, url.adopts_quietly) == (demand, quiet)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("kind", "given", "setting", "has_key", "expected"),
     [
         ("client", "", "auto", False, "auto"),
@@ -86,7 +86,7 @@ def test_the_wire_is_that_of_the_url_then_of_the_setting_and_2_with_a_key(
     assert resolve(f"{kind}://:1/:2{given}", has_key, setting).wire == expected
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "has_key", "wire"),
     [
         ("server://:1/:2", False, "1"),
@@ -101,13 +101,13 @@ def test_wire_1_is_for_clients_without_a_key(text: str, has_key: bool, wire: str
         resolve(text, has_key, wire)
 
 
-@pytest.mark.parametrize("name", ["", "web", "a.B_0-9", 64 * "w", "--"])
+@each_row("name", ["", "web", "a.B_0-9", 64 * "w", "--"])
 def test_a_tunnel_has_a_name_or_none(name: str) -> None:
     for kind in ("server", "client"):
         assert parse_url(f"{kind}://:1/:2?name={name}").tunnel_name == name
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "host"), [("[::1]", "::1"), ("", ""), ("a.example", "a.example"), ("[fe80::1%25eth0]", "fe80::1%eth0")]
 )
 def test_hosts_may_be_ipv6_names_or_nothing(text: str, host: str) -> None:
@@ -115,7 +115,7 @@ def test_hosts_may_be_ipv6_names_or_nothing(text: str, host: str) -> None:
     assert (url.tunnel, url.target) == (Address(host, 1), Address(host, 2))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "word"),
     [
         ("", "scheme"),
@@ -165,7 +165,7 @@ def test_a_user_part_is_refused_and_not_repeated(url: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "url",
     [
         "http://hunter2@a:1/b:2",
@@ -259,8 +259,8 @@ def test_settings_that_do_not_go_together_are_refused_where_a_url_causes_that() 
     with_defaults(parse_url("server://:1/:2?min_pool_capacity=2000&max_pool_capacity=2000"), False, Settings())
 
 
-@pytest.mark.parametrize("parameter", ["tunnel_key", "TUNNEL_KEY", "tunnel-key", "tunnelkey"])
-@pytest.mark.parametrize("before", ["server://:1/:2?", "client://nowhere?log=loud&", "secret://@#?"])
+@each_row("parameter", ["tunnel_key", "TUNNEL_KEY", "tunnel-key", "tunnelkey"])
+@each_row("before", ["server://:1/:2?", "client://nowhere?log=loud&", "secret://@#?"])
 def test_a_key_in_a_url_is_refused_and_never_repeated(parameter: str, before: str) -> None:
     with pytest.raises(ConfigError, match=r"every user of the machine.*allowed: tunnel_key_file=FILE") as caught:
         parse_url(f"{before}{parameter}=hunter2")
@@ -284,7 +284,7 @@ def test_a_client_has_several_servers_and_a_server_has_one_tunnel_address() -> N
     assert parse_url("server://h:1/:2").tunnels == (Address("h", 1),)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "why"),
     [
         ("client://a:1,b/:80", "the tunnel address 'b' is not usable: the port must be a number"),
@@ -325,7 +325,7 @@ def test_every_path_can_be_written(path: str) -> None:
     assert parse_url(f"client://:1/{place},:2").targets == (place, Address("", 2))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "why"),
     [
         ("client://h:1/a:1,b", "the target address 'b' is not usable: the port must be a number"),
@@ -347,7 +347,7 @@ def test_targets_that_cannot_be_are_refused_with_the_reason(text: str, why: str)
         parse_url(text)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "allowed"),
     [
         ("client://h:1/unix:/a", "udp=off, or a HOST:PORT among the targets"),

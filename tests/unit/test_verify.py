@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from ipaddress import ip_address
 
-import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -13,6 +12,7 @@ from OpenSSL.crypto import X509
 
 from nodepass.config.hostport import certified_host, normal_host
 from nodepass.tls.verify import NAME_SHOWN, Expected, Verify
+from tests.support.table import each_row
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 
@@ -30,7 +30,7 @@ def certificate(*names: x509.GeneralName) -> X509:
     return X509.from_cryptography(builder.sign(key, hashes.SHA256()))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("names", "shown"),
     [
         ([], "no name"),
@@ -55,7 +55,7 @@ def test_a_rejection_by_name_shows_the_names_in_the_certificate(names: list[x509
     assert rejection.words.endswith(f" {shown}")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("host", "name"),
     [
         ("tunnel.example", x509.DNSName("tunnel.example")),
@@ -73,7 +73,7 @@ def test_a_certificate_for_the_host_is_accepted_however_the_url_writes_it(host: 
     assert not expected.rejects_leaf(certificate(other, name))
 
 
-@pytest.mark.parametrize("host", ["a_b.example", "-a.example", "xn--a.example", "com"])
+@each_row("host", ["a_b.example", "-a.example", "xn--a.example", "com"])
 def test_no_host_of_a_url_is_more_than_a_mismatch(host: str) -> None:
     rejection = Expected(host, Verify.ENFORCE).rejects_leaf(certificate(x509.DNSName("other.example")))
     assert rejection

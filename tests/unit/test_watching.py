@@ -7,9 +7,10 @@ import pytest
 from nodepass.config.kinds import Listen, parse_listen
 from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
 from nodepass.stats import BUCKETS, CONTROL_FAILURES, DATA_FAILURES, Histogram, Stats, failure
+from tests.support.table import each_row
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("error", "name"),
     [
         (VerificationError("x"), "certificate"),
@@ -50,7 +51,7 @@ def test_the_snapshot_names_the_reasons_that_have_happened_and_no_others() -> No
     assert shown.endswith("tcp: completed 1, dropped: lane full 2, limit reached 1")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "listen"),
     [
         ("off", None),

@@ -15,6 +15,7 @@ from OpenSSL import SSL
 
 from tests.support.certificates import Authority
 from tests.support.sockets import datagram_socket, until
+from tests.support.table import each_row
 from tests.support.target import Target
 from tests.support.tunnel import Tunnel, assert_arrives, assert_half_closes_pass
 from tests.support.wire2 import lines
@@ -60,7 +61,7 @@ def test_the_lines_of_the_test_vector_can_be_made_and_taken_apart() -> None:
     assert lines.parse(b"//x?a=1&a=2&b").parameters == {"a": "1", "b": ""}
 
 
-@pytest.mark.parametrize("raw", [b"//x y", b"//x\r", b"//\xc3\xa9", b"x", b"/x", b"//" + b"x" * 510])
+@each_row("raw", [b"//x y", b"//x\r", b"//\xc3\xa9", b"x", b"/x", b"//" + b"x" * 510])
 def test_what_is_no_line_is_not_taken_apart(raw: bytes) -> None:
     with pytest.raises(AssertionError):
         lines.parse(raw)
@@ -227,8 +228,8 @@ CHANGES: dict[str, Callable[[ServerSide], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("tls", [0, 1])
+@each_row("change", CHANGES)
+@each_row("tls", [0, 1])
 def test_an_offer_that_is_not_what_was_proven_is_found_out(authority: Authority, change: str, tls: int) -> None:
     def lie(side: ServerSide) -> None:
         side.hear_hello()
