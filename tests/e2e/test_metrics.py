@@ -32,6 +32,7 @@ from tests.support.sockets import (
     datagram_socket,
     format_address,
     is_over,
+    is_refused,
     is_silent,
     receive_exactly,
     reset,
@@ -217,8 +218,7 @@ def test_readiness_says_why_not() -> None:
 def test_a_target_that_refuses_and_a_visitor_that_nobody_serves_are_outcomes() -> None:
     with OurServer(env={**WATCHED, "POOL_GET_TIMEOUT": "50ms"}) as server:
         place = metrics_of(server)
-        with connect(server.visitor_address) as visitor:
-            assert is_over(visitor)
+        assert is_refused(lambda: connect(server.visitor_address))
         wait_for_value(place, 1, ENDED, protocol="tcp", outcome="unserved")
         wait_for_more(place, 0.049, "nodepass_pool_wait_seconds_sum")
         wait_for_value(place, 1, "nodepass_pool_found_empty_total")
@@ -228,8 +228,7 @@ def test_a_target_that_refuses_and_a_visitor_that_nobody_serves_are_outcomes() -
         with OurClient(server.tunnel_address, free_address(), env=WATCHED) as client:
             client.wait_until_connected()
             server.wait_for("pool.added")
-            with connect(server.visitor_address) as visitor:
-                assert is_over(visitor)
+            assert is_refused(lambda: connect(server.visitor_address))
             wait_for_value(metrics_of(client), 1, ENDED, protocol="tcp", outcome="unreachable")
             wait_for_value(place, 1, ENDED, protocol="tcp", outcome="reset")
             with datagram_socket() as sender:
@@ -288,15 +287,13 @@ def test_who_is_turned_away_is_counted_by_reason(stack: contextlib.ExitStack) ->
     for run in (server, client):
         place = metrics_of(run)
         wait_for_more(place, 0, "nodepass_handshake_failures_total", connection="control", reason="key_mismatch")
-    with connect(server.data_address) as stranger:
-        assert is_over(stranger)
+    assert is_refused(lambda: connect(server.data_address))
     wait_for_value(metrics_of(server), 1, "nodepass_handshake_failures_total", connection="data", reason="no_client")
 
 
 def test_a_data_connection_from_elsewhere_is_one_of_a_stranger(shared: Watched) -> None:
     address = shared.tunnel.our_server.data_address
-    with socket.create_connection(address, timeout=PATIENCE, source_address=("127.0.0.2", 0)) as stranger:
-        assert is_over(stranger)
+    assert is_refused(lambda: socket.create_connection(address, PATIENCE, ("127.0.0.2", 0)))
     wait_for_value(shared.server, 1, "nodepass_handshake_failures_total", connection="data", reason="wrong_address")
 
 

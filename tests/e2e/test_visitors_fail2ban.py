@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.test_accept_proxy import ACCEPT, proxy_connection
 from tests.e2e.test_visitors import assert_refused, assert_served, visit
 from tests.support.fail2ban import Jail
-from tests.support.sockets import is_over, until
+from tests.support.sockets import is_refused, until
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel
 
@@ -60,8 +60,7 @@ def test_a_jail_bans_and_unbans_by_the_file_of_deny(stack: contextlib.ExitStack,
             server.wait_for("rules.reloaded", after=mark)
         assert deny.read_text().splitlines() == lines
         assert_refused(tunnel, SCANNER, "denied")
-        with visit_from(tunnel, SCANNER_V6) as scanner:
-            assert is_over(scanner)
+        assert is_refused(lambda: visit_from(tunnel, SCANNER_V6))
         server.wait_for("visitor.refused", visitor=f"[{SCANNER_V6}]:51000", reason="denied")
         assert_served(tunnel, OTHER)
 

@@ -111,6 +111,18 @@ def is_over(source: socket.socket) -> bool:
         return True
 
 
+def is_refused(dial: Callable[[], socket.socket]) -> bool:
+    """Make a connection and wait for the peer to end it: True at end of stream or reset, False if it said something.
+
+    A reset can arrive before the dial has returned, which then raises it.
+    """
+    try:
+        with dial() as made:
+            return is_over(made)
+    except ConnectionResetError:
+        return True
+
+
 def is_closed_both_ways(sock: socket.socket) -> bool:
     """Wait until nothing arrives any more and nothing can be sent either."""
     if not is_over(sock):

@@ -11,7 +11,7 @@ import pytest
 from tests.support.box import BootError, Box, Unit
 from tests.support.fail2ban import CONTRIB
 from tests.support.process import REPOSITORY
-from tests.support.sockets import PATIENCE, is_over, until
+from tests.support.sockets import PATIENCE, is_refused, until
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, assert_connected
 
@@ -72,8 +72,7 @@ def test_fail2ban_bans_by_the_unit_as_the_document_says(stack: contextlib.ExitSt
             pass  # neither says anything
     server.wait_for("rules.reloaded")
     assert f"{SCANNER} # banned" in box.run("cat", "/etc/nodepass.deny")
-    with visit(box, SCANNER) as scanner:
-        assert is_over(scanner)
+    assert is_refused(lambda: visit(box, SCANNER))
     with visit(box, OTHER) as visitor, target.accept() as service:
         assert_connected(visitor, service)
     assert box.run("fail2ban-client", "unban", SCANNER).strip() == "1"
