@@ -18,9 +18,14 @@ CLIENT = "client://127.0.0.1:9/127.0.0.1:9"
     ("arguments", "env", "parts"),
     [
         ([f"{SERVER}?tsl=1"], {}, ["tsl", "did you mean 'tls'"]),
-        (["--data-port=any", CLIENT], {}, ["--data-port", "any", "allowed"]),
+        pytest.param(["--data-port=any", CLIENT], {}, ["--data-port", "any", "allowed"], marks=pytest.mark.programs),
         ([CLIENT], {"SEMAPHORE_LIMIT": "many"}, ["SEMAPHORE_LIMIT", "many", "allowed"]),
-        ([], {"NODEPASS_URL": f"{SERVER}?tls=0 sever://127.0.0.1:1/127.0.0.1:2"}, ["sever", "allowed"]),
+        pytest.param(
+            [],
+            {"NODEPASS_URL": f"{SERVER}?tls=0 sever://127.0.0.1:1/127.0.0.1:2"},
+            ["sever", "allowed"],
+            marks=pytest.mark.programs,
+        ),
         (["top", "nonsense"], {}, ["nonsense", "allowed"]),
     ],
     ids=["a URL", "a flag", "a variable", "the second of two URLs", "an endpoint"],

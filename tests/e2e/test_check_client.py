@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from tests.support.certificates import Authority
-from tests.support.checks import check_of, found, trouble
+from tests.support.checks import check_here, check_of, found, trouble
 from tests.support.process import Environment, run
 from tests.support.sockets import connect, format_address, free_port
 from tests.support.target import Target
@@ -121,7 +121,7 @@ def test_a_certificate_that_is_not_trusted_or_not_for_that_name_fails(
 
 
 def test_a_server_that_is_not_there_fails_and_a_target_that_is_not_there_is_a_warning() -> None:
-    done = check_of(f"client://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}")
+    done = check_here(f"client://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}")
     assert done.code == 1
     assert found(done, "warn", "target 127.0.0.1:.*: Connection refused")
     assert found(done, "fail", "server 127.0.0.1:.*: cannot be reached: .*Connection refused")
@@ -150,7 +150,7 @@ def test_servers_that_speak_wire_v1_pass_with_a_warning(stack: contextlib.ExitSt
 def test_a_client_of_a_server_in_the_same_command_is_not_tried(stack: contextlib.ExitStack) -> None:
     target = stack.enter_context(Target())
     tunnel = free_port()
-    done = check_of(
+    done = check_here(
         f"server://127.0.0.1:{tunnel}/127.0.0.1:0?tls=1", f"client://:{tunnel}/{format_address(target.address)}"
     )
     assert (done.code, trouble(done)) == (0, [])

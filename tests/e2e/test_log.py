@@ -13,7 +13,7 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.log import Entry
 from tests.support.process import Environment, Nodepass, Output
-from tests.support.sockets import Address, connect, free_port, is_over, until
+from tests.support.sockets import Address, connect, free_port, is_over, is_refused, until
 from tests.support.tunnel import CALM, OurServer, Pair, Tunnel, assert_connected, open_tunnel
 from tests.support.v1_client import V1Client
 
@@ -109,7 +109,10 @@ def test_json_for_the_journal_has_priorities_before_the_objects() -> None:
     assert priorities.items() >= {("info", "<6>"), ("warn", "<4>")}
 
 
-@pytest.mark.parametrize(("level", "shown"), [("debug", {"debug", "info", "warn"}), ("warn", {"warn"})])
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [pytest.param("debug", {"debug", "info", "warn"}, marks=pytest.mark.programs), ("warn", {"warn"})],
+)
 def test_a_level_shows_itself_and_what_is_worse_and_nothing_else(level: str, shown: set[str]) -> None:
     """A server without TLS warns of it, says at info that it listens, and at debug what its pool does."""
     port = free_port()
@@ -162,8 +165,7 @@ def lines_of_session(run: Nodepass, line: Entry, mark: int) -> list[Entry]:
 
 def test_sessions_are_not_in_the_log_at_info(stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(OurServer(log="info", env={**CALM, "POOL_GET_TIMEOUT": "10ms"}))
-    with connect(server.visitor_address) as visitor:
-        assert is_over(visitor)
+    assert is_refused(lambda: connect(server.visitor_address))
     server.wait_for("visitor.unserved", reason="no_client")
     assert not server.find(level="debug")
 

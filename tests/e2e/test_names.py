@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from nodepass.daemon.key_file import generate
-from tests.support.process import Nodepass, run
+from tests.support.command import call
+from tests.support.process import Nodepass
 from tests.support.sockets import Address, connect, free_port, is_silent, parse_address
 from tests.support.target import Target
 from tests.support.tunnel import CALM, assert_connected
@@ -121,6 +122,6 @@ def test_without_keys_an_unknown_name_is_refused_by_name() -> None:
 
 
 def test_tunnels_of_one_port_that_disagree_are_bad_input() -> None:
-    done = run(f"server://{HOST}:10101/{HOST}:0?name=a&tls=1", f"server://{HOST}:10101/{HOST}:0?name=b&tls=0")
+    done = call(f"server://{HOST}:10101/{HOST}:0?name=a&tls=1", f"server://{HOST}:10101/{HOST}:0?name=b&tls=0")
     assert done.code == 2
     assert len(done.lines) == 1

@@ -15,13 +15,14 @@ from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
 from nodepass.wire.proxy_protocol import TUNNEL_NAME
+from tests.support.certificates import Authority
 from tests.support.process import scrubbed
 from tests.support.programs import running, running_haproxy, running_nginx, tunnel_to
+from tests.support.shared_tunnels import Ends, Shared, open_tunnels
 from tests.support.sockets import (
     Address,
     connect,
     datagram_socket,
-    format_address,
     free_port,
     has_ipv6,
     parse_address,
@@ -37,12 +38,20 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 HOSTS = ["127.0.0.1", pytest.param("::1", marks=[pytest.mark.programs, needs_ipv6])]
 
 
+@pytest.fixture(scope="module")
+def shared(authority: Authority) -> Iterator[Shared]:
+    """Tunnels named web that tell their targets who visits, by the version of the headers."""
+    query = {"v1": "tls=0&name=web", "v2": "tls=1&name=web"}
+    ends = {version: Ends(each, f"{each}&proxy_protocol={version}") for version, each in query.items()}
+    with open_tunnels(ends, authority) as running:
+        yield running
+
+
 @contextlib.contextmanager
-def tunnel_with(version: str, host: str = "127.0.0.1", tls: int = 0) -> Iterator[Tunnel]:
-    """A tunnel named web that tells its target who visits."""
-    bracketed = format_address((host, 0))
-    with Target() as target, OurServer(tls, target=bracketed, query="name=web") as server:
-        query = f"tls={tls}&name=web&proxy_protocol={version}"
+def tunnel_over_ipv6(version: str) -> Iterator[Tunnel]:
+    """Such a tunnel, whose visitors come over IPv6."""
+    with Target() as target, OurServer(1, target="[::1]:0", query="name=web") as server:
+        query = f"tls=1&name=web&proxy_protocol={version}"
         with OurClient(server.tunnel_address, target.address, query=query) as client:
             client.wait_until_connected()
             server.wait_for_client()
@@ -66,10 +75,24 @@ def ends(header: Any) -> tuple[Address, Address]:
     return (str(header.source[0]), header.source[1]), (str(header.dest[0]), header.dest[1])
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("version", "read"), [("v1", read_v1), ("v2", read_v2)])
-def test_a_connection_begins_with_the_visitors_addresses(version: str, read: Any, host: str) -> None:
-    with tunnel_with(version, host) as tunnel, connect(tunnel.visitor_address) as visitor:
+VERSIONS = pytest.mark.parametrize(("version", "read"), [("v1", read_v1), ("v2", read_v2)])
+
+
+@VERSIONS
+def test_a_connection_begins_with_the_visitors_addresses(shared: Shared, version: str, read: Any) -> None:
+    assert_connection_told(shared.tunnels[version], version, read)
+
+
+@pytest.mark.programs
+@needs_ipv6
+@VERSIONS
+def test_a_connection_over_ipv6_does_too(version: str, read: Any) -> None:
+    with tunnel_over_ipv6(version) as tunnel:
+        assert_connection_told(tunnel, version, read)
+
+
+def assert_connection_told(tunnel: Tunnel, version: str, read: Any) -> None:
+    with connect(tunnel.visitor_address) as visitor:
         visitor.sendall(b"hello")
         with tunnel.target.accept() as service:
             header = read(service)
@@ -81,9 +104,19 @@ def test_a_connection_begins_with_the_visitors_addresses(version: str, read: Any
             assert header.tlv[TUNNEL_NAME] == b"web"
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_with_v2_every_datagram_begins_with_them_and_answers_do_not(host: str) -> None:
-    with tunnel_with("v2", host, tls=1) as tunnel, datagram_socket(host) as visitor, datagram_socket(host) as other:
+def test_with_v2_every_datagram_begins_with_them_and_answers_do_not(shared: Shared) -> None:
+    assert_datagrams_told(shared.tunnels["v2"], "127.0.0.1")
+
+
+@pytest.mark.programs
+@needs_ipv6
+def test_with_v2_every_datagram_over_ipv6_does_too() -> None:
+    with tunnel_over_ipv6("v2") as tunnel:
+        assert_datagrams_told(tunnel, "::1")
+
+
+def assert_datagrams_told(tunnel: Tunnel, host: str) -> None:
+    with datagram_socket(host) as visitor, datagram_socket(host) as other:
         for speaker, payload in ((visitor, b"one"), (other, b"other"), (visitor, b""), (visitor, bytes(60_000))):
             speaker.sendto(payload, tunnel.visitor_address)
             received, source = tunnel.target.udp.recvfrom(65536)
@@ -96,17 +129,19 @@ def test_with_v2_every_datagram_begins_with_them_and_answers_do_not(host: str) -
             assert speaker.recv(100) == b"answer to " + payload[:5]
 
 
-def test_a_datagram_that_is_too_long_with_its_header_is_dropped_and_counted() -> None:
-    with tunnel_with("v2") as tunnel, datagram_socket() as visitor:
+def test_a_datagram_that_is_too_long_with_its_header_is_dropped_and_counted(shared: Shared) -> None:
+    tunnel = shared.tunnels["v2"]
+    with datagram_socket() as visitor:
         visitor.sendto(bytes(65_500), tunnel.visitor_address)
-        dropped = tunnel.our_client.wait_for("datagram.dropped", reason="too_large")
+        dropped = shared.clients.wait_in("v2", "datagram.dropped", reason="too_large")
         assert dropped["size"] == 65_500
         visitor.sendto(b"next", tunnel.visitor_address)
         assert tunnel.target.udp.recv(65536).endswith(b"next")
 
 
-def test_with_v1_datagrams_have_no_header() -> None:
-    with tunnel_with("v1") as tunnel, datagram_socket() as visitor:
+def test_with_v1_datagrams_have_no_header(shared: Shared) -> None:
+    tunnel = shared.tunnels["v1"]
+    with datagram_socket() as visitor:
         visitor.sendto(b"hello", tunnel.visitor_address)
         assert tunnel.target.udp.recv(65536) == b"hello"
 

@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.conftest import TunnelFactory
 from tests.support.log import loud, one_of
 from tests.support.proc import cpu_seconds
-from tests.support.sockets import PATIENCE, connect, free_port, is_over, receive_exactly, until
+from tests.support.sockets import PATIENCE, connect, free_port, is_over, is_refused, receive_exactly, until
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 from tests.support.v1_client import V1Client
@@ -104,12 +104,10 @@ def test_a_visitor_whom_nobody_can_serve_is_closed_with_one_line(
 ) -> None:
     server = stack.enter_context(OurServer(env={**CALM, "POOL_GET_TIMEOUT": "300ms"}))
     began = time.monotonic()
-    with connect(server.visitor_address) as visitor:
-        assert is_over(visitor)
-        assert time.monotonic() - began > 0.25
+    assert is_refused(lambda: connect(server.visitor_address))
+    assert time.monotonic() - began > 0.25
     server.wait_for("visitor.unserved", level="warn", reason="no_client")
-    with connect(server.visitor_address) as visitor:
-        assert is_over(visitor)
+    assert is_refused(lambda: connect(server.visitor_address))
     until(lambda: len(server.find("visitor.unserved")) == 2)
     assert len(server.find(level=loud)) == 2
 
@@ -164,6 +162,7 @@ def test_a_name_that_does_not_resolve_yet_is_tried_again(stack: contextlib.ExitS
     assert client.stop() == 0
 
 
+@pytest.mark.programs
 def test_a_client_that_is_turned_away_pauses_between_its_attempts(
     stack: contextlib.ExitStack,
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,21 +17,24 @@ import pytest
 from nodepass.daemon.key_file import generate
 from tests.support.certificates import Authority
 from tests.support.checks import check_of, found
-from tests.support.process import run
+from tests.support.process import Finished, run
 from tests.support.sockets import Address, connect, format_address
 from tests.support.target import Target
 from tests.support.wire2.ours import OurServers
 
-KEY = generate()
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("key") / "key"
+    file.write_text(generate())
+    file.chmod(0o600)
+    return file
 
 
 @pytest.fixture(scope="module")
-def servers(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OurServers]:
+def servers(authority: Authority, key_file: Path) -> Iterator[OurServers]:
     """One without protection, one with a key, one with a certificate."""
-    file = tmp_path_factory.mktemp("key") / "key"
-    file.write_text(KEY)
-    file.chmod(0o600)
-    queries = {"open": "tls=0", "keyed": f"tls=1&tunnel_key_file={file}", "certified": "tls=2"}
+    queries = {"open": "tls=0", "keyed": f"tls=1&tunnel_key_file={key_file}", "certified": "tls=2"}
     with OurServers(queries, authority.local) as started:
         yield started
         assert not started.find_crashes()
@@ -40,7 +44,6 @@ class Said(NamedTuple):
     situation: str
     server: str
     query: str  # of the client
-    env: dict[str, str]
     client: tuple[str, str]  # the words of its line
     event: str  # the server's
     words: tuple[str, str]
@@ -52,25 +55,25 @@ NO_CAS = ("its issuer is not trusted here", "SSL_CERT_FILE=/none cannot be read:
 
 TABLE = (
     Said(
-        *("a key on the server only", "keyed", "", {}),
+        *("a key on the server only", "keyed", ""),
         ("the server requires a key and this client has none", SAME_KEY),
         "client.rejected",
         ("disconnected after the challenge (no key, or a different one)", SAME_KEY),
     ),
     Said(
-        *("a key on the client only", "open", "", {"TUNNEL_KEY": KEY}),
+        *("a key on the client only", "open", "tunnel_key_file={key_file}"),
         ("the server does not use TLS (tls=0) and this client requires it because it has a key", SAME_KEY),
         "client.rejected",
         ("this server does not use it (tls=0)", "where the client has a key, set the same here"),
     ),
     Said(
-        *("a certificate that the client demands and rejects", "certified", "tls=2", {"SSL_CERT_FILE": "/none"}),
+        *("a certificate that the client demands and rejects", "certified", "tls=2"),
         NO_CAS,
         "client.certificate_refused",
         REFUSED,
     ),
     Said(
-        *("a certificate that the client adopts and rejects", "certified", "tls=0", {"SSL_CERT_FILE": "/none"}),
+        *("a certificate that the client adopts and rejects", "certified", "tls=0"),
         NO_CAS,
         "client.disconnected",
         REFUSED,
@@ -78,13 +81,26 @@ TABLE = (
 )
 
 
+@pytest.fixture(scope="module")
+def checked(servers: OurServers, key_file: Path) -> Finished:
+    """One check of all these clients, each with a target of its own."""
+    urls = [
+        f"client://{format_address(servers[said.server].tunnel_address)}/127.0.0.1:{port}"
+        + f"?{said.query.format(key_file=key_file)}" * bool(said.query)
+        for port, said in enumerate(TABLE, 1)
+    ]
+    return check_of(*urls, SSL_CERT_FILE="/none")
+
+
 @pytest.mark.parametrize("said", TABLE, ids=lambda said: said.situation)
-def test_both_ends_have_a_line_with_the_cause_and_the_remedy(servers: OurServers, said: Said) -> None:
-    mark = servers.mark()
-    address = format_address(servers[said.server].tunnel_address)
-    done = check_of(f"client://{address}/127.0.0.1:9" + f"?{said.query}" * bool(said.query), **said.env)
-    assert [line for line in done.output.splitlines() if all(words in line for words in said.client)], done.output
-    entry = servers.wait_in(said.server, said.event, after=mark)
+def test_both_ends_have_a_line_with_the_cause_and_the_remedy(
+    servers: OurServers, checked: Finished, said: Said
+) -> None:
+    same = [each for each in TABLE if (each.server, each.client) == (said.server, said.client)]
+    of_server = f" client:{servers[said.server].tunnel_address[1]}: "
+    lines = [line for line in checked.output.splitlines() if of_server in line]
+    assert len([line for line in lines if all(words in line for words in said.client)]) == len(same), lines
+    entry = servers.wait_in(said.server, said.event)
     assert all(words in entry["message"] for words in said.words), entry
 
 

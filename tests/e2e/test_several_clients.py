@@ -127,6 +127,7 @@ def test_no_visitor_is_lost_while_each_client_is_restarted_in_turn(group: Group)
     assert found.answers() == set(NAMES)
 
 
+@pytest.mark.programs
 def test_visitors_that_come_after_a_client_was_killed_are_served_by_the_others(group: Group) -> None:
     for name in NAMES:
         group.clients[name].kill()

@@ -107,7 +107,9 @@ def test_each_line_about_a_server_says_which_one_it_is(pair: Pair) -> None:
         assert found == {format_address(each) for each in pair.tunnels}, event
 
 
-@pytest.mark.parametrize("fault", ["killed", "stopped", pytest.param("suspended", marks=pytest.mark.programs)])
+@pytest.mark.parametrize(
+    "fault", ["killed", *(pytest.param(each, marks=pytest.mark.programs) for each in ("stopped", "suspended"))]
+)
 def test_visitors_and_flows_of_one_server_notice_nothing_when_the_other_is(pair: Pair, fault: str) -> None:
     mark, first = pair.client.mark(), pair.servers[0]
     reconnects = value(pair.metrics, "nodepass_reconnects_total")
@@ -154,6 +156,7 @@ def test_the_client_is_unready_only_without_any_server_and_leaves_all_at_once_wh
         assert client.stop() == 0
 
 
+@pytest.mark.programs
 def test_two_addresses_of_one_server_leave_each_other_alone() -> None:
     """The second connection is rejected, quietly, unless the server has a place for it."""
     with contextlib.ExitStack() as stack:
@@ -176,6 +179,7 @@ def test_two_addresses_of_one_server_leave_each_other_alone() -> None:
             assert ask(server.visitor_address) == "service"
 
 
+@pytest.mark.programs
 def test_a_v1_server_is_one_of_them() -> None:
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(Target())
@@ -187,6 +191,7 @@ def test_a_v1_server_is_one_of_them() -> None:
                 assert_connected(visitor, service)
 
 
+@pytest.mark.programs
 def test_each_server_has_its_own_tls_mode_and_a_new_key_reconnects_to_all(tmp_path: Path) -> None:
     keys, own = tmp_path / "keys", tmp_path / "own"
     keys.write_text(f"- {OLD}\n- {NEW}\n")
@@ -214,6 +219,7 @@ def test_each_server_has_its_own_tls_mode_and_a_new_key_reconnects_to_all(tmp_pa
         assert {ask(server.visitor_address) for server in servers} == {"service"}
 
 
+@pytest.mark.programs
 def test_a_check_tries_each_server_and_says_which_one_fails() -> None:
     missing = ("127.0.0.1", free_port())
     with Service("service") as service, OurServer() as server:

@@ -66,6 +66,7 @@ def test_what_still_runs_after_the_grace_is_cut_and_counted(tunnel: TunnelFactor
     started.our_client.wait_for("server.disconnected", reason="shutdown")
 
 
+@pytest.mark.programs
 def test_a_second_signal_ends_it_at_once(tunnel: TunnelFactory) -> None:
     started = tunnel(server_env=PATIENT, client_env=PATIENT)
     run = started.our_client
@@ -110,6 +111,7 @@ def test_a_client_is_stopped_while_it_waits_for_its_server() -> None:
         assert client.stop() == 0
 
 
+@pytest.mark.programs
 def test_a_server_is_stopped_while_a_visitor_waits() -> None:
     env = {**PATIENT, "POOL_GET_TIMEOUT": "50s", "SHUTDOWN_TIMEOUT": "300ms"}
     with OurServer(env=env) as server, connect(server.visitor_address) as visitor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command import call
 from tests.support.process import REPOSITORY, Nodepass, run, scrubbed
 from tests.support.sockets import (
     Address,
@@ -42,7 +43,7 @@ SETTINGS = (
 
 
 def test_help_names_every_setting_its_flag_and_its_default() -> None:
-    done = run("--help")
+    done = call("--help")
     assert done.code == 0
     for name in SETTINGS:
         assert name in done.output
@@ -59,7 +60,7 @@ def test_urls_may_come_from_the_environment() -> None:
 
 
 def test_a_url_on_the_command_line_wins_over_the_environment() -> None:
-    done = run("client://nowhere", env={"NODEPASS_URL": "server://127.0.0.1:0/127.0.0.1:0"})
+    done = call("client://nowhere", env={"NODEPASS_URL": "server://127.0.0.1:0/127.0.0.1:0"})
     assert done.code == 2
     assert "nowhere" in done.errors
 
@@ -73,7 +74,7 @@ def test_the_program_runs_through_a_symbolic_link_and_tells_its_version(tmp_path
     assert re.fullmatch(rb"nodepass \d+\.\d+\S*\n", done.stdout)
 
 
-@pytest.mark.parametrize("taken", ["tunnel", "target"])
+@pytest.mark.parametrize("taken", ["tunnel", pytest.param("target", marks=pytest.mark.programs)])
 def test_a_port_in_use_ends_it_with_one_line(stack: contextlib.ExitStack, taken: str) -> None:
     holder = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     busy = format_address(holder.getsockname())
@@ -152,9 +153,9 @@ def test_the_target_may_be_a_name(stack: contextlib.ExitStack) -> None:
     visit(target, ("localhost", server.visitor_address[1]))
 
 
-def test_data_port_fixes_the_data_port(stack: contextlib.ExitStack) -> None:
-    port = free_port()
-    server = stack.enter_context(OurServer(env={"DATA_PORT": str(port)}))
+def test_data_port_fixes_the_data_port_and_its_flag_wins_over_its_variable(stack: contextlib.ExitStack) -> None:
+    port, other = free_port(), free_port()
+    server = stack.enter_context(OurServer(env={"DATA_PORT": str(other)}, flags=("--data-port", str(port))))
     assert server.data_address[1] == port
     client = stack.enter_context(V1Client(server.tunnel_address, automatic=False))
     client.connect()
@@ -177,12 +178,6 @@ def test_a_data_port_in_use_ends_it_with_one_line(stack: contextlib.ExitStack) -
     assert done.code == 1
     assert "Traceback" not in done.errors
     assert len([line for line in done.lines if str(port) in line]) == 1
-
-
-def test_a_flag_wins_over_its_variable(stack: contextlib.ExitStack) -> None:
-    port, other = free_port(), free_port()
-    server = stack.enter_context(OurServer(env={"DATA_PORT": str(other)}, flags=("--data-port", str(port))))
-    assert server.data_address[1] == port
 
 
 def test_a_whole_tunnel_runs_in_one_process(stack: contextlib.ExitStack) -> None:

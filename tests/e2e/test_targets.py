@@ -165,6 +165,7 @@ def test_a_server_listens_on_a_unix_socket_and_removes_it(
     assert not path.exists()
 
 
+@pytest.mark.programs
 def test_a_check_tries_each_target(stack: contextlib.ExitStack, tmp_path: Path) -> None:
     server = stack.enter_context(OurServer(env=CALM))
     _, good = tcp_service(stack, b"HTTP/1.1 200 OK\r\n\r\n")

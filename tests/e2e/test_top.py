@@ -115,6 +115,7 @@ def test_without_a_terminal_tables_follow_each_other(endpoint: str) -> None:
         assert looking.stderr.read() == b""
 
 
+@pytest.mark.programs
 def test_a_reader_that_leaves_ends_it_quietly(endpoint: str) -> None:
     with subprocess.Popen(
         [str(PROGRAM), "top", *FAST, endpoint], env=scrubbed(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -192,9 +193,10 @@ def test_a_terminal_shows_tunnels_and_is_left_as_it_was(tunnel: Tunnel, endpoint
         assert terminal.is_as_before
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     "ending",
-    ["q", *(pytest.param(each, marks=pytest.mark.programs) for each in ("\x03", signal.SIGTERM))],
+    ["q", "\x03", signal.SIGTERM],
     ids=["q", "Ctrl-C", "SIGTERM"],
 )
 def test_every_way_to_end_it_leaves_the_terminal_in_order(endpoint: str, ending: str | signal.Signals) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import refusals
+from tests.support.command import call, refusals
 from tests.support.process import run
-from tests.support.sockets import connect, datagram_socket, is_over, receive_exactly, until
+from tests.support.sockets import connect, datagram_socket, is_over, is_refused, receive_exactly, until
 from tests.support.target import Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Tunnel, assert_connected
 
@@ -78,7 +78,8 @@ def test_a_server_counts_over_restarts_and_refuses_new_visitors(target: Target, 
 
         until(lambda: counted(file) == 100_015, what="the count in the file")
         server.kill()
-    with OurServer(query=LIMIT, env=env) as server, connect(server.visitor_address) as visitor:
+    with OurServer(query=LIMIT, env=env) as server:
+        assert is_refused(lambda: connect(server.visitor_address))
         assert server.wait_for("traffic.used_up")["used"] == 100_015
         server.wait_for("visitor.refused", reason="traffic_limit")
         assert server.stop() == 0
@@ -149,5 +150,5 @@ def test_a_client_counts_until_it_stops_and_refuses_launches_and_new_flows(targe
     ids=["none", "not there"],
 )
 def test_a_limit_without_a_usable_directory_is_bad_input(directory: str, parts: list[str]) -> None:
-    done = run(f"{SERVER}&name=web&traffic_limit=1GB/day&log=error", env={"STATE_DIRECTORY": directory})
+    done = call(f"{SERVER}&name=web&traffic_limit=1GB/day&log=error", env={"STATE_DIRECTORY": directory})
     assert not refusals(done, *parts)

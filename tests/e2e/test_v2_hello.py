@@ -247,7 +247,7 @@ def is_refused(talk: Talk) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("interval", "hb"), [("1h", 60_000), ("10ms", 10)])
+@pytest.mark.parametrize(("interval", "hb"), [("1h", 60_000), pytest.param("10ms", 10, marks=pytest.mark.programs)])
 def test_an_interval_that_no_heartbeat_may_have_is_offered_as_the_nearest(interval: str, hb: int) -> None:
     with OurServer(env={**CALM, "REPORT_INTERVAL": interval}) as server, ClientSide(server.tunnel_address) as client:
         client.connect()

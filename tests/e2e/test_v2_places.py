@@ -272,6 +272,9 @@ def test_a_client_that_does_not_prove_the_key_takes_no_place(keyed_server: Membe
         assert incumbent.talk.is_silent(0.2)
 
 
+@pytest.mark.parametrize(
+    "secret", ["with a key", pytest.param("without a key", marks=pytest.mark.programs)], indirect=True
+)
 def test_our_second_client_says_that_another_one_is_connected_and_comes_again(secret: str, server: Member) -> None:
     env = {**SLOW, "TUNNEL_KEY": secret} if secret else SLOW
     where = {"": (server.tunnel_address, f"tls=0&name={server.name}")}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nodepass.daemon.key_file import generate
+from tests.support.command import call
 from tests.support.log import Entry
 from tests.support.process import Nodepass, run
 from tests.support.target import Target
@@ -103,7 +104,7 @@ def test_a_key_that_was_not_generated_is_warned_of_at_both_ends(stack: contextli
 
 
 def test_the_key_is_no_flag() -> None:
-    output = run("--help").output
+    output = call("--help").output
     assert "TUNNEL_KEY" in output
     assert not re.search(r"--tunnel-key(?!s?-file)", output)
 

@@ -145,7 +145,9 @@ def fresh(certificate: Certificate, terms: Terms) -> Terms:
     return Terms(terms.tls, certificate, terms.secret, terms.name, terms.hb, context=make_server_context(certificate))
 
 
-@pytest.mark.parametrize(("tls", "secret"), [(1, SECRET), (2, "")], ids=["with a key", "verified"])
+@pytest.mark.parametrize(
+    ("tls", "secret"), [(1, SECRET), pytest.param(2, "", marks=pytest.mark.programs)], ids=["with a key", "verified"]
+)
 def test_our_client_resumes_sessions_of_its_own_control_connection_only(
     authority: Authority, tls: int, secret: str
 ) -> None:

@@ -263,7 +263,9 @@ def test_a_late_hello_is_given_two_seconds_and_no_more(one_port: OurServers) -> 
         assert time.monotonic() - began > 1
 
 
-@pytest.mark.parametrize("port", ["0", "tunnel"], ids=["two ports", "one port"])
+@pytest.mark.parametrize(
+    "port", ["0", pytest.param("tunnel", marks=pytest.mark.programs)], ids=["two ports", "one port"]
+)
 def test_a_whole_v1_client_is_served_in_every_tls_mode(authority: Authority, port: str) -> None:
     """Its data connections are silent, and it dials one at a time."""
     queries = {tls: f"tls={tls}" for tls in ("0", "1", "2")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.process import run
+from tests.support.command import call
 from tests.support.sockets import PATIENCE, datagram_socket
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, OurServer, Tunnel, assert_connected
@@ -90,7 +90,7 @@ def test_a_file_that_cannot_be_used_at_start_is_bad_input(tmp_path: Path, conten
     path = tmp_path / "allow"
     if content:
         path.write_text(content)
-    done = run("server://127.0.0.1:0/127.0.0.1:0?tls=0", env={"ALLOW": f"@{path}"})
+    done = call("server://127.0.0.1:0/127.0.0.1:0?tls=0", env={"ALLOW": f"@{path}"})
     assert done.code == 2
     [line] = [each for each in done.lines if "ALLOW" in each]
     assert str(path) in line

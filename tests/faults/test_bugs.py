@@ -140,7 +140,11 @@ def is_served(target: Target, server: OurServer) -> bool:
     return True
 
 
-@pytest.mark.parametrize("bugs", [IN_A_SESSION, WHEN_ASKED], ids=["in a session", "when asked"])
+@pytest.mark.parametrize(
+    "bugs",
+    [IN_A_SESSION, pytest.param(WHEN_ASKED, marks=pytest.mark.programs)],
+    ids=["in a session", "when asked"],
+)
 def test_a_bug_in_a_session_ends_that_session_with_a_traceback_in_the_log(
     stack: contextlib.ExitStack, bugs: dict[str, tuple[str, Act]]
 ) -> None:

@@ -29,7 +29,9 @@ def test_a_visitor_without_a_data_connection_is_reset(server: OurServer) -> None
         visitor.recv(1)
 
 
-@pytest.mark.parametrize("end", [Nodepass.stop, Nodepass.kill], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "end", [Nodepass.stop, pytest.param(Nodepass.kill, marks=pytest.mark.programs)], ids=["stopped", "killed"]
+)
 def test_a_visitor_who_waits_when_the_server_ends_is_reset(
     server: OurServer, end: Callable[[Nodepass], object]
 ) -> None:
