@@ -7,9 +7,10 @@ same. It is no child of this one (`detach`): a service manager notices the end o
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import MutableMapping
 from pathlib import Path
+
+from nodepass import installed
 
 VARIABLE = "NODEPASS_HANDOVER"  # the descriptor of the channel, in the environment of a process that takes over
 _DESCRIPTOR = 3
@@ -23,7 +24,7 @@ def start_again(descriptor: int) -> int:
 
     Raises OSError.
     """
-    command = [sys.executable, *sys.orig_argv[1:]]
+    command = installed.command()
     environment = {**_given_environment(), VARIABLE: str(_DESCRIPTOR)}
     for name in _PASSED_ONCE:
         environment.pop(name, None)

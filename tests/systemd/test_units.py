@@ -16,9 +16,9 @@ from nodepass.daemon.key_file import generate
 from tests.support.box import UNITS, BootError, Box, Unit
 from tests.support.certificates import Authority, Certificate
 from tests.support.scope import Closes
-from tests.support.sockets import PATIENCE, connect, datagram_socket, is_silent, receive_all, until
+from tests.support.sockets import PATIENCE, connect, datagram_socket, is_over, is_silent, receive_all, until
 from tests.support.target import Target
-from tests.support.tunnel import OurClient, assert_connected
+from tests.support.tunnel import OurClient, OurServer, assert_connected
 from tests.support.v2_network import enter
 
 needs_box = pytest.mark.programs("a box")
@@ -224,6 +224,54 @@ def test_a_restart_under_load_refuses_and_loses_no_visitor(stack: contextlib.Exi
             load.go_on()
     assert not load.lost
     assert not server.errors()
+
+
+@needs_box
+def test_systemd_follows_a_handover_and_stops_both_processes(stack: contextlib.ExitStack, box: Box) -> None:
+    server = activated(stack, box, "handover", SHUTDOWN_TIMEOUT="100ms")
+    server.drop_in("[Service]\nRestartSec=100ms\n")
+    target = service(stack, box)
+    client(stack, box, target)
+    with visit(stack, box) as visitor, target.accept() as accepted:
+        assert_connected(visitor, accepted)
+        first = server.pid
+        second = hand_over(server)
+        assert_works(stack, box, target)
+        assert_connected(visitor, accepted)
+        server.kill(signal.SIGKILL)  # of the new process, and systemd notices although the old one runs
+        until(lambda: server.show("NRestarts") == "1")
+        until(lambda: server.show("ActiveState") == "active" and server.pid not in (0, first, second))
+        assert is_over(visitor)
+    with visit(stack, box) as visitor, target.accept() as accepted:
+        assert_connected(visitor, accepted)
+        hand_over(server)
+        box.systemctl("stop", server.socket, server.name)
+        assert is_over(visitor)
+    assert server.show("Result") == "success"
+
+
+def hand_over(unit: Unit) -> int:
+    """Have a new process take over; its id."""
+    before = unit.pid
+    unit.kill(signal.SIGUSR2)
+    until(lambda: unit.pid not in (0, before))
+    return unit.pid
+
+
+@needs_box
+def test_a_client_under_systemd_hands_over(stack: contextlib.ExitStack, box: Box) -> None:
+    target = service(stack, box)
+    server = OurServer(tunnel="127.0.0.1:10101", target="127.0.0.1:443")
+    box.inside(lambda: stack.enter_context(server))
+    own = unit(stack, box, "client", f"client://127.0.0.1:10101/127.0.0.1:{target.address[1]}?tls=0")
+    own.start()
+    with visit(stack, box) as visitor, target.accept() as accepted:
+        assert_connected(visitor, accepted)
+        hand_over(own)
+        assert_connected(visitor, accepted)
+        assert_works(stack, box, target)
+    assert not own.errors()
+    assert server.is_running
 
 
 @needs_box
