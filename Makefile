@@ -15,7 +15,7 @@ TYPED := $(wildcard nodepass tests/support tests/fuzz tests/soak tests/matrix be
 # Compiled tests are kept: else every worker compiles them again, 4 s of CPU time each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo test programs coverage lint bench fuzz soak matrix lock dist clean
+.PHONY: help venv demo test programs coverage lint bench fuzz soak handovers matrix lock dist clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -49,6 +49,9 @@ fuzz: $(VENV)/fuzz.stamp ## Fuzz whatever parses a peer's bytes (SECONDS=30 each
 soak: $(VENV)/test.stamp ## Traffic and faults for MINUTES=10 (SEED=number repeats a run's choices)
 	$(RUN) -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 	$(RUN) -m pytest -m soak
+
+handovers: $(VENV)/test.stamp ## Hand over HANDOVERS=50 times while wrk, iperf3 and a UDP flow use the tunnel
+	HANDOVERS=$(or $(HANDOVERS),50) $(RUN) -m pytest -m '' -s tests/e2e/test_handover_programs.py
 
 matrix: $(VENV)/test.stamp ## Test with each installed Python, highest and lowest dependencies (ARGS='--help')
 	$(RUN) -m tests.matrix $(ARGS)
