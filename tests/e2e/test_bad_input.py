@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.support.certificates import Authority
-from tests.support.command import refusals
+from tests.support.command import call, refusals
 from tests.support.process import PROGRAM, Environment, run, scrubbed
 
 SERVER = "server://127.0.0.1:0/127.0.0.1:0"
@@ -36,7 +36,7 @@ def test_bad_input_is_refused_in_one_line(arguments: list[str], env: Environment
 
 def test_a_key_of_another_certificate_is_refused(authority: Authority) -> None:
     crt, key = authority.local.crt, authority.issue().key
-    assert not refusals(run(f"{SERVER}?tls=2&crt={crt}&key={key}"), str(crt), str(key))
+    assert not refusals(call(f"{SERVER}?tls=2&crt={crt}&key={key}"), str(crt), str(key))
 
 
 def test_where_standard_error_is_closed_the_exit_status_is_the_same() -> None:

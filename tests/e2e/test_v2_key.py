@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -295,20 +296,19 @@ def test_lines_out_of_order_never_get_an_offer(servers: OurServers, label: str) 
                 assert line.startswith((b"//challenge?nonce=", b"//error?reason=key-")), (name, line)
 
 
-def test_both_ends_say_that_the_keys_do_not_match(servers: OurServers) -> None:
-    env = {**CALM, "TUNNEL_KEY": OTHER_SECRET}
-    with OurClients({"tls": (servers["tls"].tunnel, "name=tls")}, env=env) as client:
-        client.wait_for("server.rejected", level="error", reason="key_mismatch")
-        servers.wait_in("tls", "client.rejected", level="warn", reason="key_mismatch")
-        assert not client.find("server.connected")
-        assert client.is_running
-
-
-def test_our_client_without_a_key_says_that_the_server_requires_one(servers: OurServers) -> None:
-    with OurClient(servers["clear"].tunnel, ("127.0.0.1", 9), env=CALM) as client:
-        client.wait_for("server.rejected", level="error", reason="key_required")
-        servers.wait_in("clear", "client.rejected", level="warn", reason="key_required")
-        assert not client.find("server.connected")
+def test_both_ends_say_that_the_keys_do_not_match_or_that_the_client_has_none(
+    servers: OurServers, tmp_path: Path
+) -> None:
+    file = tmp_path / "key"
+    file.write_text(OTHER_SECRET)
+    file.chmod(0o600)
+    queries = {"tls": f"name=tls&tunnel_key_file={file}", "clear": ""}
+    with OurClients({label: (servers[label].tunnel, query) for label, query in queries.items()}) as clients:
+        for label, reason in (("tls", "key_mismatch"), ("clear", "key_required")):
+            clients.wait_in(label, "server.rejected", level="error", reason=reason)
+            servers.wait_in(label, "client.rejected", level="warn", reason=reason)
+        assert not clients.find("server.connected")
+        assert clients.is_running
 
 
 @pytest.mark.programs

@@ -33,10 +33,22 @@ def told(notified: NotifySocket, **more: str) -> Environment:
     return {**BRISK, "NOTIFY_SOCKET": notified.address, **more}
 
 
-def test_a_server_is_ready_once_it_listens(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
-    server = stack.enter_context(OurServer(env=told(notified)))
+def test_a_server_is_ready_once_it_listens_and_says_when_it_reloads_and_stops(
+    stack: contextlib.ExitStack, notified: NotifySocket
+) -> None:
+    """It asks for as long as the stop may take."""
+    server = stack.enter_context(OurServer(1, env=told(notified, SHUTDOWN_TIMEOUT="100s", SHUTDOWN_DELAY="10ms")))
     notified.wait_for("READY=1")
     assert server.is_running
+    server.send(signal.SIGHUP)
+    notified.wait_for("RELOADING=1")
+    since = int(notified.wait_for("MONOTONIC_USEC=").partition("=")[2])
+    assert 0 < time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000 - since < 20e6
+    notified.wait_for("READY=1")
+    assert server.stop() == 0
+    notified.wait_for("STOPPING=1")
+    assert notified.wait_for("EXTEND_TIMEOUT_USEC=") == "EXTEND_TIMEOUT_USEC=110010000"
+    notified.wait_for("STATUS=stopping: ")
 
 
 @pytest.mark.programs
@@ -152,16 +164,6 @@ def test_another_process_s_watchdog_is_not_ours(stack: contextlib.ExitStack, not
     notified.wait_for("READY=1")  # with a watchdog of a microsecond it would be all that it does
 
 
-def test_a_reload_is_announced_and_its_end_too(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
-    server = stack.enter_context(OurServer(1, env=told(notified)))
-    notified.wait_for("READY=1")
-    server.send(signal.SIGHUP)
-    notified.wait_for("RELOADING=1")
-    since = int(notified.wait_for("MONOTONIC_USEC=").partition("=")[2])
-    assert 0 < time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000 - since < 20e6
-    notified.wait_for("READY=1")
-
-
 @pytest.mark.programs
 def test_a_reload_does_not_make_a_starting_client_ready(stack: contextlib.ExitStack, notified: NotifySocket) -> None:
     client = stack.enter_context(OurClient(("127.0.0.1", free_port()), ("127.0.0.1", 9), env=told(notified)))
@@ -173,17 +175,6 @@ def test_a_reload_does_not_make_a_starting_client_ready(stack: contextlib.ExitSt
     assert client.stop() == 0
     notified.wait_for("STOPPING=1")
     assert "READY=1" not in notified.heard
-
-
-def test_a_stop_is_announced_and_asks_for_as_long_as_it_may_take(
-    stack: contextlib.ExitStack, notified: NotifySocket
-) -> None:
-    server = stack.enter_context(OurServer(env=told(notified, SHUTDOWN_TIMEOUT="100s", SHUTDOWN_DELAY="10ms")))
-    notified.wait_for("READY=1")
-    assert server.stop() == 0
-    notified.wait_for("STOPPING=1")
-    assert notified.wait_for("EXTEND_TIMEOUT_USEC=") == "EXTEND_TIMEOUT_USEC=110010000"
-    notified.wait_for("STATUS=stopping: ")
 
 
 @pytest.mark.programs
