@@ -19,6 +19,8 @@ from typing import NoReturn
 import configargparse
 
 from nodepass import __version__, log
+from nodepass.config.outbound import hide_user
+from nodepass.config.proxy_variables import ProxyVariables, find_exposed, with_passages
 from nodepass.config.settings import Scope, Settings, rows
 from nodepass.config.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url, with_defaults
 from nodepass.daemon.access_output import AccessOutputs
@@ -68,7 +70,7 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArgP
             wrong = unknown[0].partition("=")[0]
             close = difflib.get_close_matches(wrong.lower().replace("_", "-"), flags, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(map(hide_user, unknown))}{hint}")
         return namespace
 
     def error(self, message: str) -> NoReturn:
@@ -136,6 +138,7 @@ def main(arguments: Sequence[str]) -> int:
     gc.freeze()  # what is imported is not collected at the exit: a fifth of the time of a run that only says something
     gc.enable()
     tidy(os.environ)
+    variables = ProxyVariables.take(os.environ)
     parser = make_parser()
     namespace = parser.parse_strictly(list(arguments))
     if namespace.generate_key and namespace.urls:
@@ -152,11 +155,11 @@ def main(arguments: Sequence[str]) -> int:
     if namespace.check:
         from nodepass.tools import check
 
-        return check.run(texts, lambda: read_settings(parser, namespace), find_keys, os.environ)
+        return check.run(texts, lambda: read_settings(parser, namespace), find_keys, variables, os.environ)
     takeover = None
     try:
         takeover = Takeover.take(os.environ)
-        return _serve(texts, read_settings(parser, namespace), find_keys, takeover)
+        return _serve(texts, read_settings(parser, namespace), find_keys, variables, takeover)
     except (ConfigError, ListenError, StartError) as error:
         text = f"{error}{_name_holder(error)}"
         sys.stderr.write(f"nodepass: {text}\n")
@@ -174,7 +177,13 @@ def _name_holder(error: NodepassError) -> str:
     return name_holder(error)
 
 
-def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Keys], takeover: Takeover | None) -> int:
+def _serve(
+    texts: Sequence[str],
+    settings: Settings,
+    find_keys: Callable[[], Keys],
+    variables: ProxyVariables,
+    takeover: Takeover | None,
+) -> int:
     """Serve the tunnels of these URLs until a signal; the exit status. Raises ConfigError, ListenError, StartError.
 
     `takeover`: from another process, if there is one.
@@ -184,12 +193,13 @@ def _serve(texts: Sequence[str], settings: Settings, find_keys: Callable[[], Key
     manager = ServiceManager.take(os.environ)
     keys = find_keys()
     urls = [with_defaults(url, keys.of(url).has(url.tunnel_name), settings) for url in parsed]
+    urls = [with_passages(url, settings, variables) for url in urls]
     refuse_conflicts(urls, keys, settings)
     stats = Stats()
     LogOutput.replace_stderr(stats)
     has_client = any(isinstance(url, ClientURL) for url in urls)
     cas = find_unusable_cas(os.environ) if has_client else ()
-    _start_log(urls, settings, [*keys.notices, *find_typos(os.environ), *cas])
+    _start_log(urls, settings, [*keys.notices, *find_exposed(urls), *find_typos(os.environ), *cas])
     for url in urls:
         keys.of(url).keys_for(url.tunnel_name)  # derived now, so that no tunnel has to wait for it
     daemon = Daemon(urls, settings, keys, manager, stats, AccessOutputs(stats, os.environ), takeover)

@@ -61,6 +61,14 @@ class ProxyHeaderError(ProtocolError):
         self.reason = reason
 
 
+class ProxyError(NodepassError, ConnectionError):
+    """No connection through a proxy; `code` is what the proxy said: a status of HTTP, a reply of SOCKS5, or ""."""
+
+    def __init__(self, words: str, code: str = "") -> None:
+        super().__init__(words)
+        self.code = code
+
+
 class ClosedError(NodepassError, ConnectionError):
     """The peer closed the connection in good order."""
 

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from nodepass.errors import ClosedError, ProtocolError, RefusedError, TLSError, VerificationError
+from nodepass.errors import ClosedError, ProtocolError, ProxyError, RefusedError, TLSError, VerificationError
 
 # Seconds: from a round trip in a LAN to the default limit of a handshake, and beyond.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -28,6 +28,7 @@ CONTROL_FAILURES = (
     "no_tls",
     "other",
     "protocol",
+    "proxy",
     "shutdown",
     "silent",
     "timeout",
@@ -43,6 +44,7 @@ DATA_FAILURES = (
     "no_client",
     "pool_full",
     "protocol",
+    "proxy",
     "wrong_address",
     "timeout",
     "tls",
@@ -223,6 +225,7 @@ _FAILURES: tuple[tuple[type[OSError], str], ...] = (
     (VerificationError, "certificate"),
     (TLSError, "tls"),
     (ProtocolError, "protocol"),
+    (ProxyError, "proxy"),
     (ClosedError, "closed"),
     (TimeoutError, "timeout"),
     (ConnectionRefusedError, "unreachable"),

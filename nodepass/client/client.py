@@ -18,8 +18,10 @@ from nodepass.client.targets import Targets
 from nodepass.client.udp_flows import TargetFlows
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ClientURL
-from nodepass.log import literal
+from nodepass.errors import reason
+from nodepass.log import Limit, literal
 from nodepass.net.activation import PassedSocket
+from nodepass.outbound.source import find_missing
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import View, name_protocols, report_fields
@@ -64,7 +66,10 @@ class Client:
         self.ready = self._servers.ready
 
     def start(self) -> None:
-        """Nothing to open: whatever a client needs is retried."""
+        """Nothing to open: everything that a client needs is retried."""
+        for error in find_missing(self._settings):
+            words = "%(error)s; until it has, connections fail"
+            self.log.warning("source.missing", words, Limit(), error=reason(error))
 
     def run(self) -> None:
         """Connect, serve, and connect again, until `close`; raises what crashed one of the loops."""

@@ -21,13 +21,14 @@ from nodepass.client.launches import ServerLaunches
 from nodepass.client.names import Member, Name
 from nodepass.client.pool import ClientPool
 from nodepass.config.kinds import DAY
-from nodepass.errors import RefusedError, VerificationError
+from nodepass.errors import ProxyError, RefusedError, VerificationError
 from nodepass.log import Limit
-from nodepass.net.sockets import dial
 from nodepass.net.stream import TCPStream
+from nodepass.outbound.source import bind_of
+from nodepass.outbound.ways import Direct, Proxied, Way
 from nodepass.stats import failure
 from nodepass.tunnel.control import STOPPING, Agreement, ClientControl, Ending
-from nodepass.tunnel.handshake import IS_IT, Terms, connect_to_server, explain
+from nodepass.tunnel.handshake import Terms, connect_to_server, explain, hint_for
 from nodepass.tunnel.part import Common, Part
 from nodepass.tunnel.security import SecurityLog
 from nodepass.wire.auth import Key
@@ -51,6 +52,7 @@ class Server:
     terms: Terms
     is_only: bool = True
     is_new: bool = True  # this tunnel has had no connection to it
+    proxied: Proxied | None = None  # through which proxy it is reached; then `name` is the proxy's
 
 
 class Connector(Part):
@@ -71,6 +73,8 @@ class Connector(Part):
         self.failure = "not connected yet"  # why there is none
         self.server = server
         self._terms = server.terms
+        self._bind = bind_of(common.settings.source_address, "SOURCE_ADDRESS")
+        self._hint = ""  # where to look when the server leaves without a word
         self._ready = ready
         self._security = security
         self._pool_limits = self._settings.min_pool_capacity, self._settings.max_pool_capacity
@@ -155,12 +159,12 @@ class Connector(Part):
             while self._wait_until_allowed():
                 began = time.monotonic()
                 try:
-                    control, agreement = self._connect()
+                    way, control, agreement = self._connect()
                 except OSError as error:
                     self._report_failure(error)
                     told = error.reason if isinstance(error, RefusedError) else ""
                 else:
-                    self._serve(control, agreement)
+                    self._serve(way, control, agreement)
                     told = control.ending.reason
                     if time.monotonic() - began > SETTLED:
                         backoff.reset()
@@ -179,36 +183,41 @@ class Connector(Part):
         gevent.wait([self._may_connect, self._stopping], count=1)
         return not self._stopping.is_set()
 
-    def _connect(self) -> tuple[ClientControl, Agreement]:
-        """A control connection after its handshake. Raises OSError, RefusedError among them."""
+    def _connect(self) -> tuple[Way, ClientControl, Agreement]:
+        """A control connection after its handshake, and the way to it. Raises OSError, RefusedError among them."""
         timeout = self._settings.handshake_timeout
         self._terms.prepare()
         name = self.server.name
         if isinstance(name, Name) and not name.has_endpoints:
             self.failure = f"looking up {name.host!r}"
-        stream = TCPStream(dial(name.endpoints(timeout), timeout))
+        way: Way = self.server.proxied or Direct(name.endpoints(timeout), self._bind)
+        self._hint = hint_for(self._terms, way.has_proxy)
+        stream = TCPStream(way.dial(timeout))
         with contextlib.ExitStack() as failed:
             failed.callback(stream.close)
             settings = self._settings
             control = ClientControl(stream, settings.report_interval, self._log, self._stats, settings.keepalive)
             failed.callback(control.hang_up)
-            late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s; {IS_IT}")
+            if way.has_proxy:
+                control.name_peer(str(way))
+            late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s; {self._hint}")
             with gevent.Timeout(timeout, late):
                 agreement = connect_to_server(control, self._terms)
             failed.pop_all()
-        return control, agreement
+        return way.settle(control.sock), control, agreement
 
     def _report_failure(self, error: OSError) -> None:
         """Count and log why there is no connection; the same kind of it again only after REPEAT_WARNING."""
         self._stats.control_failures[token := failure(error)] += 1
         refused = isinstance(error, RefusedError | VerificationError)
         level, what = (logging.ERROR, "handshake failed with") if refused else (logging.WARNING, "cannot reach")
-        why, repeat = explain(error), REPEAT_WARNING
+        why, repeat = explain(error, self._hint), REPEAT_WARNING
         if not self.server.is_only and isinstance(error, RefusedError) and error.reason == BUSY:
             level, why, repeat = logging.WARNING, f"{why}; {SAME_SERVER}", REPEAT_BUSY
         check = error.check if isinstance(error, VerificationError) else ""
+        code = error.code if isinstance(error, ProxyError) else ""
         # Not by the text, which the server could vary. The kernel's and the resolver's errors have a number.
-        kind = " ".join(filter(None, (token, check, "" if error.errno is None else f"errno {error.errno}")))
+        kind = " ".join(filter(None, (token, check, code, "" if error.errno is None else f"errno {error.errno}")))
         self.failure = f"{what} the server {self.server.text}: {why}"
         self._log.log(
             level,
@@ -221,7 +230,7 @@ class Connector(Part):
             error=why,
         )
 
-    def _serve(self, control: ClientControl, agreement: Agreement) -> None:
+    def _serve(self, way: Way, control: ClientControl, agreement: Agreement) -> None:
         """Run one connection until it ends."""
         if self._stopping.is_set():  # since the dial
             control.close(STOPPING)
@@ -231,7 +240,7 @@ class Connector(Part):
         self._is_first = False
         self._log_connected(control, agreement)
         self._security.report(control)
-        route = Route.of(control, agreement, self._terms.host, self._settings)
+        route = Route.of(way, control, agreement, self._terms.host, self._settings)
         pool = ClientPool(self._log, self._stats, *self._pool_limits)
         self.connection = Connection(self.common, control, pool, route, self._launches, self._log_statistics)
         self._ready.set()

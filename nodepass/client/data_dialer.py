@@ -20,8 +20,9 @@ from nodepass.client.pool import ClientPool
 from nodepass.config.settings import Settings
 from nodepass.errors import ClosedError, ProtocolError, VerificationError, reason
 from nodepass.log import Limit
-from nodepass.net.sockets import Endpoint, Socket, dial
+from nodepass.net.sockets import Socket
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
+from nodepass.outbound.ways import Way
 from nodepass.stats import failure
 from nodepass.tasks import WorkerPool
 from nodepass.tunnel.control import Agreement, Control
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 DIALS_AT_ONCE = 64
 SAME_MOMENT = 0.1  # seconds: a server that goes away refuses dials, too; then its going is logged, and this is not
-UNREACHABLE = ("closed", "timeout", "unreachable")  # failures of which a firewall can be the cause
+UNREACHABLE = ("closed", "proxy", "timeout", "unreachable")  # failures of which a firewall can be the cause
 RARELY = Limit(seconds=60.0, burst=1)
 FIRST_PAUSE = 0.1  # seconds before a failed attempt is repeated; doubled with each failure
 
@@ -140,7 +141,7 @@ class DataDialer(Part):
             words = "no data connections to %(address)s, so visitors are not served: %(error)s"
             if why in UNREACHABLE and not self._route.agreement.offer.mux:
                 words += "; is the data port reachable? DATA_PORT=tunnel on the server needs one port only"
-            address = self._route.endpoint
+            address = self._route.way
             self._log.warning("data.missing", words, RARELY, address=address, reason=why, error=because)
 
 
@@ -148,7 +149,7 @@ class DataDialer(Part):
 class Route:
     """How data connections are made while one control connection lasts."""
 
-    endpoint: Endpoint
+    way: Way
     host: str  # of the server, as it was given: the name that its certificate must have
     timeout: float  # seconds for each connection to become ready
     keepalive: float  # seconds between probes
@@ -156,12 +157,12 @@ class Route:
     sessions: Sessions | None  # to resume TLS from; None without TLS and in wire v1
 
     @classmethod
-    def of(cls, control: Control, agreement: Agreement, host: str, settings: Settings) -> Route:
-        """To the address at which the server was reached, on the port that it offered."""
-        offer, reached = agreement.offer, control.endpoint
-        endpoint = reached if offer.mux else reached.with_port(offer.data_port)
+    def of(cls, way: Way, control: Control, agreement: Agreement, host: str, settings: Settings) -> Route:
+        """The way on which the server was reached, to the port that it offered."""
+        offer = agreement.offer
+        way = way if offer.mux else way.with_port(offer.data_port)
         sessions = _open_sessions(control, agreement, host) if offer.tls and offer.version > 1 else None
-        return cls(endpoint, host, settings.handshake_timeout, settings.keepalive, agreement, sessions)
+        return cls(way, host, settings.handshake_timeout, settings.keepalive, agreement, sessions)
 
     def close(self) -> None:
         """The control connection has ended: its TLS sessions are forgotten."""
@@ -173,13 +174,13 @@ class Route:
         sock: Socket | None = None
         with gevent.Timeout(self.timeout) as late:
             try:
-                sock = dial([self.endpoint], self.timeout, self.keepalive)
+                sock = self.way.dial(self.timeout, self.keepalive)
                 return self._prepare(sock)
             except BaseException as error:
                 if sock:
                     sock.close()
                 if error is late:
-                    raise TimeoutError(f"{self.endpoint}: not ready within {self.timeout:g}s") from None
+                    raise TimeoutError(f"{self.way}: not ready within {self.timeout:g}s") from None
                 raise
 
     def _prepare(self, sock: Socket) -> tuple[str, Stream]:

@@ -223,7 +223,7 @@ class Launches(Part):
                 visit.target = target.text
             for endpoint in target.datagram_endpoints():
                 try:
-                    answer = ask_target(endpoint, question, largest, timeout, any_port)
+                    answer = ask_target(endpoint, question, largest, timeout, any_port, target.bind)
                 except (TimeoutError, ProtocolError):
                     raise
                 except OSError as error:

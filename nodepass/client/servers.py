@@ -20,8 +20,11 @@ from nodepass.client.connector import FAREWELL, Connector, Server
 from nodepass.client.launches import Launches
 from nodepass.client.names import Member, Name
 from nodepass.config.kinds import DAY
-from nodepass.config.urls import SERVERS, ClientURL
+from nodepass.config.urls import SERVERS, Address, ClientURL
 from nodepass.log import Limit
+from nodepass.outbound.source import bind_of
+from nodepass.outbound.ways import Proxied
+from nodepass.tasks import TaskGroup
 from nodepass.tunnel.handshake import Terms
 from nodepass.tunnel.interface import NO_DATA_CONNECTIONS
 from nodepass.tunnel.part import Common, Part
@@ -47,7 +50,12 @@ class Servers(Part):
         self._log_statistics = log_statistics
         self._security = security_of(url, bool(terms.key))
         self._security_log = SecurityLog(self._security, self._log)
-        self._names = [(address, Name(address, self._log)) for address in url.tunnels]
+        self._passages = url.passages
+        self._proxies = {
+            each.proxy: Name(Address(each.proxy.host, each.proxy.port), self._log) for each in url.passages.values()
+        }
+        self._bridges = TaskGroup(self._log, self._stats)
+        self._names = [(address, self._name_of(address)) for address in url.tunnels]
         self._connectors: dict[str, Connector] = {}  # by the address that is shown
         self._absent: dict[str, float] = {}  # since when a name has these no more (time.monotonic())
         self._leaving: set[Connector] = set()
@@ -55,7 +63,7 @@ class Servers(Part):
         self._is_offering = False  # its places, to another process
         if not self._has_all:
             for address, name in self._names:
-                self._add(str(address), address.host, name)
+                self._add(str(address), address.host, name, self._find_proxied(address))
             self._share_pool()
 
     def __len__(self) -> int:
@@ -107,7 +115,7 @@ class Servers(Part):
 
     def start(self) -> None:
         self._security_log.report(None)
-        for _, name in self._names:
+        for name in dict.fromkeys(name for _, name in self._names):
             if self._has_all:
                 name.on_outcome = self._update
             if name.is_followed:
@@ -129,6 +137,7 @@ class Servers(Part):
         super().close()
         for each in (*self._connectors.values(), *self._leaving):
             each.close()
+        self._bridges.kill()
 
     def offer_places(self) -> None:
         """Another process takes the places of this client: stay away where it has, or where the wire has no places."""
@@ -149,6 +158,19 @@ class Servers(Part):
             each.set_key(key)
 
     # Which there are
+
+    def _name_of(self, address: Address) -> Name:
+        """What is looked up to reach a server: its own name, or that of the proxy in front of it."""
+        passage = self._passages.get(address)
+        return self._proxies[passage.proxy] if passage else Name(address, self._log)
+
+    def _find_proxied(self, address: Address) -> Proxied | None:
+        """The way through the proxy in front of a server, if there is one."""
+        passage = self._passages.get(address)
+        if not passage:
+            return None
+        bind = bind_of(self._settings.source_address, "SOURCE_ADDRESS")
+        return Proxied(address, passage, bind, self._proxies[passage.proxy].endpoints, self._bridges.spawn)
 
     def _update(self) -> None:
         """With SERVERS=all: connect to the endpoints that names have now, and leave those that none has any more."""
@@ -189,14 +211,14 @@ class Servers(Part):
             del self._absent[text]
             self._remove(text)
 
-    def _add(self, text: str, host: str, name: Name | Member) -> Connector:
+    def _add(self, text: str, host: str, name: Name | Member, proxied: Proxied | None = None) -> Connector:
         """Make the connector of one more server."""
         common, security = self.common, self._security_log
         if not self._is_one:
             common = replace(common, log=self._log.server(text))
             security = SecurityLog(self._security, common.log)
         terms = self._terms if self._is_one else self._terms.for_server(host, client_id_for(text, self._terms.client))
-        server = Server(text, name, terms, self._is_one, self._is_new)
+        server = Server(text, name, terms, self._is_one, self._is_new, proxied)
         launches, report = self._launches.for_server(common.log), partial(self._report, text)
         connector = self._connectors[text] = Connector(common, server, launches, security, self.ready, report)
         return connector

@@ -12,7 +12,7 @@ from gevent.event import Event
 from nodepass.client.names import Name
 from nodepass.config.urls import Address, Place, UnixPath
 from nodepass.log import Log
-from nodepass.net.sockets import KEEPALIVE, LOCAL, Endpoint, Socket, dial
+from nodepass.net.sockets import KEEPALIVE, LOCAL, Bind, Endpoint, Socket, dial
 from nodepass.net.unix import dial_unix
 
 RISE, FALL = 2, 3  # results of checks in a row that make a target up, or down, as in haproxy
@@ -88,10 +88,18 @@ class UnixTarget(Target):
 class HostTarget(Target):
     """An address or a name with a port, and which of its endpoints answer."""
 
-    def __init__(self, address: Address, log: Log, keepalive: float = KEEPALIVE, health: Health | None = None) -> None:
-        """`keepalive`: seconds between probes of its TCP connections."""
+    def __init__(
+        self,
+        address: Address,
+        log: Log,
+        keepalive: float = KEEPALIVE,
+        health: Health | None = None,
+        bind: Bind | None = None,
+    ) -> None:
+        """`keepalive`: seconds between probes of its TCP connections; `bind`: where they, and datagrams, come from."""
         super().__init__(address, health or Health())
         self.name = Name(address, log)
+        self.bind = bind
         self._keepalive = keepalive
         self._answered: Endpoint | None = None  # by TCP, the last one
         self._answered_udp: Endpoint | None = None
@@ -109,12 +117,12 @@ class HostTarget(Target):
         """A TCP connection to the target. Raises OSError, after a second attempt where it has moved."""
         endpoints, version = self.name.endpoints(timeout), self.name.version
         try:
-            sock = dial(_first(self._answered, endpoints), timeout, self._keepalive)
+            sock = dial(_first(self._answered, endpoints), timeout, self._keepalive, self.bind)
         except OSError:
             endpoints = self.name.newer()
             if self.name.version == version:
                 raise
-            sock = dial(endpoints, timeout, self._keepalive)
+            sock = dial(endpoints, timeout, self._keepalive, self.bind)
         if len(endpoints) > 1:
             self._answered = next((each for each in endpoints if each.sockaddr == sock.getpeername()), None)
         return sock
@@ -128,10 +136,12 @@ class HostTarget(Target):
         self._answered_udp = endpoint
 
 
-def make_target(place: Place, log: Log, keepalive: float, has_checks: bool) -> Target:
+def make_target(place: Place, log: Log, keepalive: float, has_checks: bool, bind: Bind | None = None) -> Target:
     """The target at a place of a URL; `has_checks`: only they make it up again, and the first one counts at once."""
     health = Health(RISE, FALL, is_proven=False) if has_checks else Health()
-    return UnixTarget(place, health) if isinstance(place, UnixPath) else HostTarget(place, log, keepalive, health)
+    if isinstance(place, UnixPath):
+        return UnixTarget(place, health)
+    return HostTarget(place, log, keepalive, health, bind)
 
 
 def http_host(place: Place) -> str:

@@ -22,6 +22,7 @@ from nodepass.config.urls import Place
 from nodepass.errors import reason
 from nodepass.log import Limit, Log
 from nodepass.net.sockets import Socket
+from nodepass.outbound.source import bind_of
 from nodepass.stats import Stats, failure
 from nodepass.tunnel.interface import TargetState
 from nodepass.visitors.access_log import Visit
@@ -81,7 +82,8 @@ class Targets:
         self._has_checks = settings.health_check != "off"
         self._log = log
         self._stats = stats
-        self.all = [make_target(each, log, settings.keepalive, self._has_checks) for each in places]
+        bind = bind_of(settings.target_source_address, "TARGET_SOURCE_ADDRESS")
+        self.all = [make_target(each, log, settings.keepalive, self._has_checks, bind) for each in places]
         self.changed = Event()  # set, and replaced by another one, when one is up or down that was not
         hosts = self._hosts = [each for each in self.all if isinstance(each, HostTarget)]
         self._only = self.all[0] if len(self.all) == 1 and not self._has_checks else None

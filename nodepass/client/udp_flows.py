@@ -210,7 +210,8 @@ class TargetFlows(Part):
             endpoint = flow.untried.pop(0)
             try:
                 # The event loop begins turns: there nothing can wait.
-                sock = AnyPort(endpoint) if self._any_port else dial_udp(endpoint, blocking=self._up is None)
+                bind = flow.target.bind
+                sock = AnyPort(endpoint, bind) if self._any_port else dial_udp(endpoint, self._up is None, bind)
                 break
             except OSError:
                 if not flow.untried:

@@ -1,14 +1,15 @@
 """Files that an operator writes: certificates, keys and lists of keys, whichever editor and system they come from.
 
-What a file means is the business of `tls`, of `visitors.rules` and of the daemon's `key_file`; here is only whether it
-has changed, and its text without what Windows adds. Nothing of OpenSSL is imported, because a process without TLS reads
-keys, too.
+What a file means is the business of `tls`, of `visitors.rules`, of `config.outbound` and of the daemon's `key_file`;
+here is only whether it has changed, which users can change or read a secret one, and its text without what Windows
+adds. Nothing of OpenSSL is imported, because a process without TLS reads keys, too.
 """
 
 from __future__ import annotations
 
 import codecs
 import os
+import stat
 from collections.abc import Mapping
 
 from nodepass.errors import ConfigError, reason
@@ -17,6 +18,7 @@ CA_VARIABLE = "SSL_CERT_FILE"  # names the file of CAs instead of the system's
 RETRY = 2.0  # seconds between two looks at a file that could not be used
 FileState = tuple[int, ...]  # equal as long as nothing about the file has changed; empty where it cannot be found
 
+_MAY_READ, _MAY_WRITE = 0o044, 0o022  # group and others
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -67,3 +69,34 @@ def as_text(content: bytes, place: str, largest: int) -> str:
         return without_mark(content).decode()
     except UnicodeDecodeError:
         raise ConfigError(f"{place}: not UTF-8 text") from None
+
+
+def read_secret(file: str, place: str, largest: int, credentials: str) -> tuple[str, str]:
+    """The text of a file that no other user may write, and a warning where group or others may read it.
+
+    `credentials`: the directory of those that systemd has passed, if it has. Raises ConfigError.
+    """
+    try:
+        with open(file, "rb") as opened:
+            status = os.fstat(opened.fileno())
+            content = opened.read(largest + 1)
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{place}: cannot be read: not a path") from None
+    _judge_access(status, file, place)
+    text, warning = as_text(content, place, largest), ""
+    is_systemds = credentials and os.path.dirname(os.path.realpath(file)) == os.path.realpath(credentials)
+    if status.st_mode & _MAY_READ and not is_systemds:  # systemd lets in the service's user by an ACL, shown as a group
+        warning = f"{place}: readable by group or others; run chmod 600 {file}"
+    return text, warning
+
+
+def _judge_access(status: os.stat_result, file: str, place: str) -> None:
+    """Raise ConfigError where another user could replace the secret."""
+    if status.st_uid not in (0, os.geteuid()):
+        allowed = f"root or the user that runs nodepass ({os.geteuid()})"
+        raise ConfigError(f"{place}: owned by user {status.st_uid}, who can change it; allowed as owner: {allowed}")
+    if status.st_mode & _MAY_WRITE:
+        mode = stat.S_IMODE(status.st_mode)
+        raise ConfigError(f"{place}: mode {mode:04o}, so others can change it; allowed: run chmod 600 {file}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nodepass.config.hostport import Network, normal_host, parse_network, split_host_port
+from nodepass.config.outbound import LONGEST_INTERFACE, hide_user, parse_auth_file, parse_proxy, parse_source
 
 # The syntax of Go's time.ParseDuration without a sign, as NodePass has it.
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -25,11 +26,15 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Kind:
-    """How a text becomes a value: `parse` raises ValueError; `allowed` tells the user what it accepts."""
+    """How a text becomes a value: `parse` raises ValueError; `allowed` tells the user what it accepts.
+
+    `show` gives a text that is not usable as errors repeat it.
+    """
 
     unit: str
     allowed: str
     parse: Callable[[str], Any]
+    show: Callable[[str], str] = repr
 
 
 @dataclass(frozen=True)
@@ -344,3 +349,22 @@ HEALTH_CHECK = Kind("check", "off, tcp, or http:/PATH, as it stands in a request
 
 MODE = Kind("octal", "an octal mode of three digits, such as 0660", parse_mode)
 OWNER = Kind("user", "process (its own user and group), USER:GROUP, USER: or :GROUP, as names or numbers", parse_owner)
+
+PROXY = Kind(
+    "proxy",
+    "off, env, or http://HOST:PORT, https://HOST:PORT or socks5h://HOST:PORT; its user and password stand in"
+    " TUNNEL_PROXY_AUTH_FILE or in the environment, never in a flag or URL, which other users of the machine can see",
+    parse_proxy,
+    lambda text: repr(hide_user(text)),
+)
+AUTH_FILE = Kind(
+    "file",
+    "none, or the absolute path of a file",
+    parse_auth_file,
+    lambda text: repr("…" if ":" in text else text),  # it may be what should stand in the file
+)
+SOURCE = Kind(
+    "source",
+    f"off, an address of this machine, or dev:NAME, an interface's name of at most {LONGEST_INTERFACE} bytes",
+    parse_source,
+)

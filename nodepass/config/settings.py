@@ -20,13 +20,16 @@ from typing import Any
 
 from nodepass.config.kinds import (
     ACCESS_LOG,
+    AUTH_FILE,
     DAY,
     HEALTH_CHECK,
     LISTEN,
     MODE,
     OWNER,
     PORTS,
+    PROXY,
     RATE,
+    SOURCE,
     SWITCH,
     TRAFFIC_LIMIT,
     AccessPlace,
@@ -44,6 +47,7 @@ from nodepass.config.kinds import (
     networks,
     quota,
 )
+from nodepass.config.outbound import ProxyChoice, Source
 from nodepass.errors import ConfigError
 
 
@@ -236,6 +240,34 @@ class Settings:
         "client: time between two checks of a target; 3 failures in a row: it is down, 2 successes: up",
         role="client",
     )
+    tunnel_proxy: ProxyChoice = setting(
+        "off",
+        PROXY,
+        "outbound",
+        "client: the proxy between it and its servers; env: as HTTPS_PROXY, ALL_PROXY and NO_PROXY say",
+        role="client",
+    )
+    tunnel_proxy_auth_file: str = setting(
+        "none",
+        AUTH_FILE,
+        "outbound",
+        "client: file with USER:PASSWORD for that proxy; read again when it has changed",
+        role="client",
+    )
+    source_address: Source = setting(
+        "off",
+        SOURCE,
+        "outbound",
+        "client: where connections to its servers, or to the proxy, come from",
+        role="client",
+    )
+    target_source_address: Source = setting(
+        "off",
+        SOURCE,
+        "outbound",
+        "client: where connections and datagrams to its targets come from",
+        role="client",
+    )
     handshake_timeout: float = setting(
         "5s",
         duration(0.001, DAY),
@@ -329,7 +361,7 @@ class Settings:
             try:
                 values[name] = kind.parse(text)
             except ValueError:
-                raise ConfigError(f"{place}: {text!r} is not usable; allowed: {kind.allowed}") from None
+                raise ConfigError(f"{place}: {kind.show(text)} is not usable; allowed: {kind.allowed}") from None
         return cls(**values)
 
     def for_tunnel(self, overrides: Iterable[tuple[str, str]], place: str) -> Settings:
@@ -360,6 +392,9 @@ class Settings:
                 f"MIN_POOL_CAPACITY {self.min_pool_capacity} is above MAX_POOL_CAPACITY {self.max_pool_capacity};"
                 " allowed: at most as much"
             )
+        if self.servers == "all" and self.tunnel_proxy:
+            words = f"SERVERS=all and TUNNEL_PROXY={self.tunnel_proxy} are set together: a proxy looks up the names"
+            return f"{words}; allowed: one of them, or a URL with several servers"
         return "" if self.protocols else "TCP and UDP are both off; allowed: one of them"
 
 

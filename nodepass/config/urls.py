@@ -12,13 +12,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from nodepass.config.hostport import normal_host, split_host_port
 from nodepass.config.kinds import LONGEST_PATH
+from nodepass.config.outbound import Passage
 from nodepass.config.settings import Scope, Settings, rows
 from nodepass.errors import ConfigError
 
@@ -29,7 +30,11 @@ _PARAMETERS = {"name": "", "tls": "", "crt": "server", "key": "server", "log": "
 _OF_PROCESS = ("tunnel_keys_file",)  # beside the settings of that scope
 _SECRET = re.compile(r"[?&]tunnel[_-]?key=", re.IGNORECASE)
 # Errors show neither the value of a parameter whose name suggests a secret, such as a mistyped one, nor a user part.
-_HIDDEN = re.compile(r"((?:key|pass|secret|token|psk|auth)[^=&]*=)[^&]*|(/)[^/?]*(?=@)", re.IGNORECASE)
+_HIDDEN = re.compile(
+    r"((?:key|pass|secret|token|psk|auth(?!_file=))[^=&]*=)[^&]*"
+    r"|(auth_file=)[^&]*(?::|%3A)[^&]*|(proxy=)[^&]*(?=@|%40)|(/)[^/?]*(?=@)",
+    re.IGNORECASE,
+)
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of a tunnel
 NAMELESS = "-"  # stands for the empty name where a word is needed
 _FORM = "server://HOST:PORT/HOST:PORT?tls=0|1|2 or client://HOST:PORT/HOST:PORT"
@@ -132,6 +137,8 @@ class ClientURL(TunnelURL):
     others: tuple[Place, ...] = field(default=(), kw_only=True)
     other_tunnels: tuple[Address, ...] = field(default=(), kw_only=True)
     tls: int | None = field(default=None, kw_only=True)  # the least that is accepted; None: not given
+    # The proxies in front of its servers, which `with_passages` of `proxy_variables` fills in.
+    passages: Mapping[Address, Passage] = field(default_factory=dict, hash=False, kw_only=True)
 
     @property
     def demand(self) -> int:
@@ -157,7 +164,7 @@ def parse_url(text: str) -> ServerURL | ClientURL:
             "URL …?tunnel_key=…: a key is not allowed in a URL, because every user of the machine can see it in the"
             " process list; allowed: tunnel_key_file=FILE"
         )
-    shown = _HIDDEN.sub(r"\1\2…", text)
+    shown = _HIDDEN.sub(r"\1\2\3\4…", text)
     plain, others = _take_out_others(text)
     try:
         parts = urlsplit(plain)
@@ -328,7 +335,7 @@ def _check_setting(url: str, name: str, text: str) -> str:
     try:
         kind.parse(text)
     except ValueError:
-        raise ConfigError(f"URL {url!r}: {name}={text!r} is not usable; allowed: {kind.allowed}") from None
+        raise ConfigError(f"URL {url!r}: {name}={kind.show(text)} is not usable; allowed: {kind.allowed}") from None
     return text
 
 

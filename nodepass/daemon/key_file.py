@@ -12,11 +12,10 @@ from __future__ import annotations
 import base64
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nodepass.config.files import FileState, as_text, state_of
+from nodepass.config.files import FileState, read_secret, state_of
 from nodepass.config.urls import NAME, NAMELESS, TunnelURL
 from nodepass.errors import ConfigError, Notice
 
@@ -30,7 +29,6 @@ MOST_LINES = 4096  # of a keys file
 LARGEST = 1 << 20  # bytes of a file
 _GENERATED = 32  # random bytes
 _MARK = "\ufeff"  # of the byte order, as the variable has it that a shell read from a file
-_MAY_READ, _MAY_WRITE = 0o044, 0o022  # group and others
 
 
 def generate() -> str:
@@ -177,29 +175,10 @@ def _credential(folder: str, name: str) -> str | None:
 
 def _read(file: str, place: str, credentials: str, notices: list[Notice]) -> str:
     """The text of a file that others may not write; a notice where they may read it."""
-    try:
-        with open(file, "rb") as opened:
-            status = os.fstat(opened.fileno())
-            content = opened.read(LARGEST + 1)
-    except OSError as error:
-        raise ConfigError(f"{place}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ConfigError(f"{place}: cannot be read: not a path") from None
-    _judge_access(status, file, place)
-    is_systemds = credentials and os.path.dirname(os.path.realpath(file)) == os.path.realpath(credentials)
-    if status.st_mode & _MAY_READ and not is_systemds:  # systemd lets in the service's user by an ACL, shown as a group
-        notices.append(Notice("key_readable", f"{place}: readable by group or others; run chmod 600 {file}"))
-    return as_text(content, place, LARGEST)
-
-
-def _judge_access(status: os.stat_result, file: str, place: str) -> None:
-    """Raise ConfigError where another user could replace the key."""
-    if status.st_uid not in (0, os.geteuid()):
-        allowed = f"root or the user that runs nodepass ({os.geteuid()})"
-        raise ConfigError(f"{place}: owned by user {status.st_uid}, who can change it; allowed as owner: {allowed}")
-    if status.st_mode & _MAY_WRITE:
-        mode = stat.S_IMODE(status.st_mode)
-        raise ConfigError(f"{place}: mode {mode:04o}, so others can change it; allowed: run chmod 600 {file}")
+    text, warning = read_secret(file, place, LARGEST, credentials)
+    if warning:
+        notices.append(Notice("key_readable", warning))
+    return text
 
 
 def _parse_one(text: str, place: str, notices: list[Notice]) -> str:

@@ -23,7 +23,7 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gevent
@@ -35,6 +35,7 @@ from nodepass.errors import reason, with_words
 from nodepass.tasks import IdleTimer
 
 Socket = _socket.socket  # gevent does not patch it
+Bind = Callable[[Any], object]  # of a new socket; raises OSError
 _poll = get_original("select", "poll")  # gevent's would switch to other greenlets
 
 LOCAL = "localhost"  # what an empty host is, to connect to
@@ -140,11 +141,11 @@ def endpoint_of(address: Address) -> Endpoint | None:
     return None
 
 
-def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: float = 0.0) -> Socket:
+def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: float = 0.0, bind: Bind | None = None) -> Socket:
     """Connect to the first endpoint that answers, trying all of them within `timeout` seconds.
 
-    With `keepalive`, in seconds, the connection gets probes if it lasts. Raises OSError, which names the last endpoint
-    tried.
+    With `keepalive`, in seconds, the connection gets probes if it lasts; `bind` chooses where it comes from. Raises
+    OSError, which names the last endpoint tried.
     """
     failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
     deadline = time.monotonic() + timeout
@@ -152,6 +153,8 @@ def dial(endpoints: Sequence[Endpoint], timeout: float, keepalive: float = 0.0) 
         share = max(0.001, deadline - time.monotonic()) / left
         sock = Socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
+            if bind:
+                bind(sock)
             _connect(sock, endpoint, share)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if keepalive:

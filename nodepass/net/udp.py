@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from gevent.socket import wait_read
 
-from nodepass.net.sockets import Endpoint, format_sockaddr, plain_host
+from nodepass.net.sockets import Bind, Endpoint, format_sockaddr, plain_host
 
 IP_PKTINFO = 8  # <linux/in.h>; in the standard library from Python 3.14 on
 LARGEST = 65536  # bytes: more than any datagram has
@@ -87,13 +87,15 @@ def send_datagram(sock: socket.socket, payload: bytes, to: ReplyAddress, blockin
     sock.sendmsg([payload], to.control, 0 if blocking else socket.MSG_DONTWAIT, to.sockaddr)
 
 
-def dial_udp(endpoint: Endpoint, blocking: bool = True) -> socket.socket:
+def dial_udp(endpoint: Endpoint, blocking: bool = True, bind: Bind | None = None) -> socket.socket:
     """A UDP socket connected to an endpoint: only its answers arrive, and its refusals are errors. Raises OSError.
 
-    `blocking`: whether its calls wait, in greenlets; a callback of the event loop must not.
+    `blocking`: whether its calls wait, in greenlets; a callback of the event loop must not. `bind`: as of `dial`.
     """
     sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
     try:
+        if bind:
+            bind(sock)
         sock.connect(endpoint.sockaddr)
     except OSError:
         sock.close()
@@ -110,11 +112,14 @@ class AnyPort:
     endpoint's own port is used again. Reads never block. Errors are OSErrors.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        dial_udp(endpoint).close()  # without a route, this raises
+    def __init__(self, endpoint: Endpoint, bind: Bind | None = None) -> None:
+        """`bind`: as of `dial`."""
+        dial_udp(endpoint, bind=bind).close()  # without a route, this raises
         self._endpoint = endpoint
         self._peer = endpoint.sockaddr
         self._sock = socket.socket(endpoint.family, socket.SOCK_DGRAM)
+        if bind:
+            bind(self._sock)
         self._sock.setblocking(False)
         level, option = _REPORTS_ERRORS[self._sock.family]
         with contextlib.suppress(OSError):  # not everywhere, as in gVisor: then a refusal is silence

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from nodepass import log
 from nodepass.config.kinds import AccessPlace, Listen
+from nodepass.config.proxy_variables import ProxyVariables, find_exposed, with_passages
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ClientURL, ServerURL, UnixPath, may_need_tls, parse_url, with_defaults
 from nodepass.daemon.access_output import find_trouble
@@ -49,10 +50,11 @@ def run(
     texts: Sequence[str],
     read_settings: Callable[[], Settings],
     find_keys: Callable[[], Keys],
+    variables: ProxyVariables,
     environ: MutableMapping[str, str],
     stream: TextIO | None = None,
 ) -> int:
-    """Check the tunnels of these URLs; the exit status."""
+    """Check the tunnels of these URLs; the exit status. `variables`: what the environment says of proxies."""
     log.set_up("fatal", environ)
     report = Report(stream or sys.stdout, environ)
     urls = [url for text in texts if (url := _parse(text, report))]
@@ -64,7 +66,7 @@ def run(
     manager = _find_manager(environ, report)
     if settings is None or keys is None or report.status == BAD_INPUT:
         return report.status
-    urls = _with_defaults(urls, settings, keys, report)
+    urls = _with_defaults(urls, settings, keys, variables, report)
     if report.status == BAD_INPUT:
         return report.status
     _limits([url.settings(settings) for url in urls], urls, report)
@@ -126,20 +128,24 @@ def _keys(find_keys: Callable[[], Keys], urls: Sequence[URL], report: Report) ->
     return keys
 
 
-def _with_defaults(urls: Sequence[URL], settings: Settings, keys: Keys, report: Report) -> list[URL]:
+def _with_defaults(
+    urls: Sequence[URL], settings: Settings, keys: Keys, variables: ProxyVariables, report: Report
+) -> list[URL]:
     """The URLs as the program takes them, and what is wrong with them in one process."""
     resolved: list[URL] = []
     for url in urls:
         try:
             own = keys.of(url)
             has_key = own.has(url.tunnel_name)
-            resolved.append(with_defaults(url, has_key, settings))
+            resolved.append(with_passages(with_defaults(url, has_key, settings), settings, variables))
         except ConfigError as error:
             report.bad(url.name, str(error))
             continue
         for warning in own.notices if url.tunnel_key_file else ():
             report.warn(url.name, warning.words)
         _security(security_of(resolved[-1], has_key), url.name, report)
+    for notice in find_exposed(resolved):
+        report.warn("settings", notice.words)
     for conflict in find_conflicts(resolved, keys, settings):
         report.bad("url", conflict)
     return resolved

@@ -403,6 +403,10 @@ class ClientControl(Control):
 
     _told = True  # as the server knows, whether a target answers
 
+    def name_peer(self, text: str) -> None:
+        """The connection ends at a proxy: the server is called this."""
+        self.peer = text
+
     def tell(self, target_answers: bool) -> None:
         """Tell a v2 server whether a target answers, unless it knows; waits while the server reads nothing."""
         if target_answers != self._told:

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 
 SAME_KEY = "set the same key on both ends"
 IS_IT = "is this the server's tunnel address, and not its target address? If so, its log has the reason"
+ONLY_TLS = (
+    "it began in the clear, and the proxy, or a firewall on the way, may let only TLS pass: with a key, or with tls=1,"
+    " it begins with TLS"
+)
 
 
 @dataclass(frozen=True)
@@ -217,11 +221,16 @@ def _negotiate(control: ClientControl, terms: Terms) -> Agreement | None:
     return control.agree(Agreement(offer, _check_server(offer, line, terms.key, transcript), terms.key))
 
 
-def explain(error: OSError) -> str:
-    """Why there is no connection, and, where the server has left without a word, where to look."""
+def explain(error: OSError, hint: str = IS_IT) -> str:
+    """Why there is no connection, and, where the server has left without a word, where to look: `hint`."""
     if isinstance(error, ClosedError | ConnectionResetError):
-        return f"{reason(error)} during the handshake; {IS_IT}"
+        return f"{reason(error)} during the handshake; {hint}"
     return reason(error)
+
+
+def hint_for(terms: Terms, has_proxy: bool) -> str:
+    """Where to look when a server leaves without a word."""
+    return ONLY_TLS if has_proxy and not terms.tls else IS_IT
 
 
 def _expect_offer(opening: Challenge | Refusal | Offer | StartTLS, terms: Terms) -> Offer:

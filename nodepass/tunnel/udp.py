@@ -25,7 +25,7 @@ from gevent.event import Event
 
 from nodepass.errors import ProtocolError, reason
 from nodepass.log import Limit, Log
-from nodepass.net.sockets import Endpoint, stalled
+from nodepass.net.sockets import Bind, Endpoint, stalled
 from nodepass.net.stream import Stream
 from nodepass.net.udp import AnyPort, dial_udp
 from nodepass.stats import Stats
@@ -186,13 +186,15 @@ def read_datagram(stream: Stream, largest: int, timeout: float) -> bytes:
     return bytes(buffer[:size])
 
 
-def ask_target(endpoint: Endpoint, question: bytes, largest: int, timeout: float, any_port: bool = False) -> bytes:
-    """The target's answer to one datagram; with `any_port` from any port of its host.
+def ask_target(
+    endpoint: Endpoint, question: bytes, largest: int, timeout: float, any_port: bool = False, bind: Bind | None = None
+) -> bytes:
+    """The target's answer to one datagram; with `any_port` from any port of its host. `bind`: where it comes from.
 
     Raises TimeoutError after `timeout` seconds, ConnectionRefusedError if nothing listens, ProtocolError if the answer
     is longer than `largest` bytes.
     """
-    with contextlib.closing(AnyPort(endpoint) if any_port else dial_udp(endpoint)) as sock:
+    with contextlib.closing(AnyPort(endpoint, bind) if any_port else dial_udp(endpoint, bind=bind)) as sock:
         sock.send(question)
         try:
             if isinstance(sock, AnyPort):

@@ -14,6 +14,7 @@ from tests.fuzz.connections import (
     check_sorting,
 )
 from tests.fuzz.handshakes import check_client_handshake, check_reader, check_server_handshake
+from tests.fuzz.proxies import check_proxy_answer
 from tests.fuzz.records import check_tls
 from tests.fuzz.settings import check_setting, check_url
 from tests.fuzz.signals import check_introduction, check_lines, check_opening, check_proxy_header, check_signal
@@ -27,6 +28,7 @@ TARGETS: dict[str, Check] = {
     "opening": check_opening,
     "introduction": check_introduction,
     "proxy-header": check_proxy_header,
+    "proxy-answer": check_proxy_answer,
     "reader": check_reader,
     "server-handshake": check_server_handshake,
     "client-handshake": check_client_handshake,

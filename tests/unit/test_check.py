@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nodepass.config.proxy_variables import ProxyVariables
 from nodepass.config.settings import Settings
 from nodepass.daemon import access_output
 from nodepass.daemon.key_file import Keys, generate
@@ -171,7 +172,7 @@ def test_a_port_held_by_systemd_or_by_an_unknown_process_is_a_warning(
     output = io.StringIO()
     with socket.create_server(("127.0.0.1", 0)) as holder:
         url = f"server://{format_address(holder.getsockname())}/127.0.0.1:0?tls=1"
-        assert check.run([url], Settings, Keys, {}, output) == 0
+        assert check.run([url], Settings, Keys, ProxyVariables(), {}, output) == 0
     who = "by systemd" if holders else "by a process that cannot be seen"
     assert re.search(rf"^warn .*tunnel address .*: in use {who}", output.getvalue(), re.M)
 

@@ -14,6 +14,7 @@ from nodepass.client.launches import ServerLaunches
 from nodepass.client.pool import ClientPool
 from nodepass.config.settings import Settings
 from nodepass.log import Log
+from nodepass.outbound.ways import Direct
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.control import Agreement
@@ -59,7 +60,7 @@ def test_a_connection_that_ends_is_not_unhealthy_however_long_a_server_makes_tha
     agreement = Agreement(Offer(9, 0, HEARTBEATS[0]))
     control, launches = ends.client_control(agreement), FullLaunches()
     common = Common(Settings(min_pool_capacity=0), log, stats, TaskGroup(log, stats))
-    route = Route(control.endpoint, "localhost", 1.0, 15.0, agreement, None)
+    route = Route(Direct([control.endpoint], None), "localhost", 1.0, 15.0, agreement, None)
     pool = ClientPool(common.log, common.stats, 0, 1)
     connection = Connection(common, control, pool, route, cast(ServerLaunches, cast(Any, launches)), lambda: None)
     ends.server.sendall(b"//00000000#1\n")
@@ -83,7 +84,7 @@ def test_a_client_refuses_launches_of_what_is_off_and_counts_and_logs_them(
     control = ends.client_control(agreement)
     settings = Settings(min_pool_capacity=0, **{off: False})
     common = Common(settings, Log("test"), stats, TaskGroup(Log("test"), stats))
-    route = Route(control.endpoint, "localhost", 1.0, 15.0, agreement, None)
+    route = Route(Direct([control.endpoint], None), "localhost", 1.0, 15.0, agreement, None)
     pool = ClientPool(common.log, common.stats, 0, 1)
     connection = Connection(common, control, pool, route, cast(ServerLaunches, cast(Any, launches)), lambda: None)
     lines = (Launch(f"0000000{kind}", kind).encode() for kind in (TCP, LANE))

@@ -13,6 +13,7 @@ from nodepass.config.urls import Address
 from nodepass.log import Log
 from nodepass.net import sockets
 from nodepass.net.sockets import KEEPALIVE, PROBES, Endpoint, Socket, dial
+from nodepass.outbound.ways import Direct
 from nodepass.stats import Stats
 from nodepass.tunnel.control import Agreement, ClientControl
 from nodepass.wire.negotiation import Offer
@@ -53,7 +54,8 @@ def test_a_client_probes_targets_and_data_connections_as_its_setting_says(monkey
         listener.listen()
         host, port = listener.getsockname()
         target = HostTarget(Address(host, port), Log("test"), 7.0)
-        route = Route(Endpoint(socket.AF_INET, (host, port)), host, 10.0, 7.0, Agreement(Offer(port, 0)), None)
+        way = Direct([Endpoint(socket.AF_INET, (host, port))], None)
+        route = Route(way, host, 10.0, 7.0, Agreement(Offer(port, 0)), None)
         dialling = gevent.spawn(route.make)
         accepted, _ = listener.accept()
         accepted.sendall(b"00000001")

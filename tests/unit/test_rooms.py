@@ -12,8 +12,8 @@ import nodepass
 PACKAGE = Path(nodepass.__file__).parent
 # In the order of imports.
 ROOMS = (
-    *("config", "wire", "net", "tls", "tunnel", "visitors", "server", "client", "metrics", "handover"),
-    *("daemon", "tools"),
+    *("config", "wire", "net", "tls", "outbound", "tunnel", "visitors", "server"),
+    *("client", "metrics", "handover", "daemon", "tools"),
 )
 APART = {"server", "client"}
 LIMIT = 12  # modules in a room, and

@@ -1,0 +1,357 @@
+"""Dials through proxies that behave, and through those that do not."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import Any
+
+import gevent
+import pytest
+from gevent import socket
+
+from nodepass.config.outbound import Credentials
+from nodepass.errors import ProxyError
+from nodepass.net import sockets
+from nodepass.net.sockets import Endpoint, Socket, as_plain
+from nodepass.outbound import bridge
+from nodepass.outbound.http_connect import LARGEST_HEAD
+from nodepass.outbound.ways import Direct
+from nodepass.tls.certificates import load_pair
+from nodepass.tls.contexts import renew_client_contexts, server_context
+from nodepass.tls.stream import TLSStream, accept_tls
+from tests.support.certificates import Authority
+from tests.support.sockets import receive_exactly
+from tests.unit.proxies import TIMEOUT, Answer, dial, drip, read_request, receive, through
+from tests.unit.streams import receive_all
+
+JOE = Credentials("joe", "open sesame")
+SPEAKS_FIRST = b"//10101#0\n"
+ESTABLISHED = b"HTTP/1.1 200 Connection established\r\nContent-Length: 10\r\n\r\n"
+GRANTED = b"\x05\x00\x00\x01\x7f\x00\x00\x01\x27\x75"
+
+
+def refusal(stack: ExitStack, scheme: str, answer: Answer, credentials: Credentials | None = None) -> ProxyError:
+    """Why a dial through such a proxy fails; it must."""
+    way = through(stack, scheme, answer, credentials)
+    with pytest.raises(ProxyError) as refused:
+        dial(way)
+    assert str(refused.value).startswith(f"the proxy {way.passage.proxy} ")
+    return refused.value
+
+
+def says(*parts: bytes) -> Answer:
+    """A proxy that reads the request, answers so, and leaves the connection open."""
+
+    def answer(sock: Any) -> None:
+        read_request(sock)
+        for part in parts:
+            sock.sendall(part)
+        sock.recv(1)
+
+    return answer
+
+
+def socks(*answers: bytes) -> Answer:
+    """The same of SOCKS5: an answer to the greeting, and one to each message after it."""
+
+    def answer(sock: Any) -> None:
+        for each in answers:
+            sock.recv(512)
+            sock.sendall(each)
+        sock.recv(1)
+
+    return answer
+
+
+@pytest.mark.parametrize("segments", [1, 3, 0])
+def test_the_first_bytes_of_the_server_are_left_in_the_socket(stack: ExitStack, segments: int) -> None:
+    def http(sock: Any) -> None:
+        read_request(sock)
+        send(sock, ESTABLISHED + SPEAKS_FIRST)
+
+    def socks5(sock: Any) -> None:
+        sock.recv(512)
+        sock.sendall(b"\x05\x00")
+        sock.recv(512)
+        send(sock, GRANTED + SPEAKS_FIRST)
+
+    def send(sock: Any, data: bytes) -> None:
+        if segments:
+            size = -(-len(data) // segments)
+            for begin in range(0, len(data), size):
+                sock.sendall(data[begin : begin + size])
+                gevent.sleep(0)
+        else:
+            drip(sock, data)
+
+    for scheme, answer in (("http", http), ("socks5h", socks5)):
+        with closing(dial(through(stack, scheme, answer))) as sock:
+            assert receive(sock, 100) == SPEAKS_FIRST, scheme
+
+
+def test_a_request_names_the_server_and_the_user(stack: ExitStack) -> None:
+    asked: list[bytes] = []
+
+    def answer(sock: Any) -> None:
+        asked.append(read_request(sock))
+        sock.sendall(ESTABLISHED)
+
+    for server, place in (("server.example.", "server.example"), ("2001:db8::1", "[2001:db8::1]")):
+        dial(through(stack, "http", answer, JOE, server)).close()
+        pair = base64.b64encode(b"joe:open sesame").decode()
+        lines = [
+            f"CONNECT {place}:10101 HTTP/1.1",
+            f"Host: {place}:10101",
+            f"Proxy-Authorization: Basic {pair}",
+            "",
+            "",
+        ]
+        assert asked.pop().decode().split("\r\n") == lines
+
+
+@pytest.mark.parametrize(
+    ("server", "address"),
+    [
+        ("server.example", b"\x03\x0eserver.example"),
+        ("192.0.2.7", b"\x01\xc0\x00\x02\x07"),
+        ("2001:db8::1", b"\x04\x20\x01\x0d\xb8" + bytes(11) + b"\x01"),
+    ],
+)
+def test_socks_is_asked_for_a_name_as_a_name(stack: ExitStack, server: str, address: bytes) -> None:
+    asked: list[bytes] = []
+
+    def answer(sock: Any) -> None:
+        for each in (b"\x05\x02", b"\x01\x00", GRANTED):
+            asked.append(sock.recv(512))
+            sock.sendall(each)
+
+    dial(through(stack, "socks5h", answer, JOE, server)).close()
+    assert asked == [b"\x05\x02\x00\x02", b"\x01\x03joe\x0bopen sesame", b"\x05\x01\x00" + address + b"\x27\x75"]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (b"403 Forbidden", "does not allow connections to server.example:10101 (403 Forbidden); many proxies allow"),
+        (b"407 Who are you", "requires a user and a password, see TUNNEL_PROXY_AUTH_FILE (407 Who are you)"),
+        (b"502 Bad Gateway", "cannot reach server.example:10101 (502 Bad Gateway)"),
+        (b"504 ", "got no answer from server.example:10101 (504)"),
+        (b"405 No", "does not accept CONNECT to server.example:10101 (405 No)"),
+        (b"302 Found", "refuses a connection to server.example:10101 (302 Found)"),
+        (b"418 \x1b[31mred", r"refuses a connection to server.example:10101 (418 \x1b[31mred)"),
+    ],
+)
+def test_a_refusal_of_http_is_said_in_words(stack: ExitStack, status: bytes, words: str) -> None:
+    error = refusal(stack, "http", says(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n"))
+    assert words in str(error)
+    assert error.code == status[:3].decode()
+
+
+def test_a_rejected_password_and_a_login_that_this_program_lacks_are_told_apart(stack: ExitStack) -> None:
+    basic = b'HTTP/1.1 407 No\r\nProxy-Authenticate: NTLM\r\nProxy-Authenticate: Basic realm="x"\r\n\r\n'
+    assert "rejects the user and password (407 No)" in str(refusal(stack, "http", says(basic), JOE))
+    other = b"HTTP/1.1 407 No\r\nProxy-Authenticate: Negotiate\r\nproxy-authenticate:NTLM\r\n\r\n"
+    assert "accepts no user and password, only Negotiate, NTLM" in str(refusal(stack, "http", says(other), JOE))
+
+
+@pytest.mark.parametrize(
+    ("answers", "words", "code"),
+    [
+        ((b"\x05\xff",), "requires a user and a password", "auth"),
+        ((b"\x05\x01",), "chooses method 1, which was not offered", ""),
+        ((b"\x04\x00",), "does not speak SOCKS5", ""),
+        ((b"HTTP/1.1 400 Bad Request\r\n\r\n",), "does not speak SOCKS5", ""),
+        ((b"\x05\x00", b"\x05\x02\x00\x01" + bytes(6)), "does not allow connections to server.example:10101", "2"),
+        ((b"\x05\x00", b"\x05\x05\x00\x01" + bytes(6)), "gets its connection to server.example:10101 refused", "5"),
+        ((b"\x05\x00", b"\x05\x63\x00\x01" + bytes(6)), "(SOCKS5 reply 99)", "99"),
+        ((b"\x05\x00", b"\x04\x00\x00\x01" + bytes(6)), "answers with version 4, not 5", ""),
+        ((b"\x05\x00", b"\x05\x00\x00\x02" + bytes(6)), "an address of unknown kind 2", ""),
+    ],
+)
+def test_a_refusal_of_socks_is_said_in_words(
+    stack: ExitStack, answers: tuple[bytes, ...], words: str, code: str
+) -> None:
+    error = refusal(stack, "socks5h", socks(*answers))
+    assert words in str(error)
+    assert error.code == code
+
+
+def test_a_password_that_socks_rejects_is_not_repeated(stack: ExitStack) -> None:
+    error = refusal(stack, "socks5h", socks(b"\x05\x02", b"\x01\x01"), JOE)
+    assert "rejects the user and password" in str(error)
+    assert "sesame" not in str(error)
+
+
+@pytest.mark.parametrize("line", [b"X-Filler: y\r\n", b"y" * 512])
+def test_a_head_without_an_end_is_given_up(stack: ExitStack, line: bytes) -> None:
+    def answer(sock: Any) -> None:
+        read_request(sock)
+        sock.sendall(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            sock.sendall(line)
+            gevent.sleep(0)
+
+    assert f"sends more than {LARGEST_HEAD} bytes" in str(refusal(stack, "http", answer))
+
+
+def test_interim_answers_are_counted_together(stack: ExitStack) -> None:
+    def answer(sock: Any) -> None:
+        read_request(sock)
+        while True:
+            sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            gevent.sleep(0)
+
+    assert f"sends more than {LARGEST_HEAD} bytes" in str(refusal(stack, "http", answer))
+
+
+@pytest.mark.parametrize(
+    "said", [b"HTTP/2 200 OK\r\n\r\n", b"SSH-2.0-x\r\n", b"\x15\x03\x01\x00\x02\x02\x50", b"\x05\x00"]
+)
+def test_what_is_no_answer_of_http_is_given_up_at_once(stack: ExitStack, said: bytes) -> None:
+    assert "does not answer in HTTP/1.1: " in str(refusal(stack, "http", says(said)))
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5h"])
+def test_a_proxy_that_closes_early_is_named(stack: ExitStack, scheme: str) -> None:
+    assert "clos" in str(refusal(stack, scheme, lambda sock: sock.recv(512)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "first"),
+    [
+        ("http", b""),
+        ("http", b"HTTP/1.1 200 OK\r\nX: "),
+        ("socks5h", b"\x05"),
+        ("socks5h", b"\x05\x00\x05\x00\x00\x03\xff" + b"x" * 200),
+        ("https", b""),
+    ],
+)
+def test_one_timeout_bounds_the_whole_dial(stack: ExitStack, scheme: str, first: bytes) -> None:
+    """Also through a proxy that says something now and then, and one that lies about how much it will say."""
+
+    def answer(sock: Any) -> None:
+        sock.sendall(first)
+        while True:
+            gevent.sleep(0.02)
+            sock.sendall(b"x" if first.startswith(b"HTTP") else b"")
+
+    way = through(stack, scheme, answer)
+    with pytest.raises(ProxyError, match=r"does not answer within 0\.3s") as late:
+        dial(way, 0.3)
+    assert late.value.code == "timeout"
+
+
+def test_a_proxy_that_is_not_there_is_named(stack: ExitStack) -> None:
+    way = through(stack, "http", lambda _: None)
+    with closing(socket.socket()) as unused:
+        unused.bind(("127.0.0.1", 0))
+        gone = [Endpoint(socket.AF_INET, unused.getsockname())]
+        object.__setattr__(way, "find", lambda _: gone)
+        with pytest.raises(ProxyError, match=r"the proxy http://.* cannot be reached: .*Connection refused"):
+            dial(way)
+
+
+def test_through_a_proxy_the_data_port_is_asked_of_the_proxy(stack: ExitStack) -> None:
+    way = through(stack, "http", says(ESTABLISHED))
+    with closing(dial(way)) as sock:
+        assert str(way.settle(sock).with_port(443)) == f"server.example:443 through {way.passage.proxy}"
+
+
+def test_without_a_proxy_data_connections_go_to_the_address_that_was_reached() -> None:
+    with closing(socket.socket()) as listener, closing(socket.socket()) as silent:
+        for each in (listener, silent):
+            each.bind(("127.0.0.1", 0))
+        listener.listen()
+        endpoints = [Endpoint(socket.AF_INET, each.getsockname()) for each in (silent, listener)]
+        way = Direct(endpoints, None)
+        with closing(way.dial(TIMEOUT)) as sock:
+            assert str(way.settle(sock).with_port(443)) == "127.0.0.1:443"
+
+
+class SecureProxy:
+    """An https:// proxy: it grants a connection and then does what a test says with its end of the TLS connection."""
+
+    def __init__(self, authority: Authority, then: Callable[[TLSStream], object]) -> None:
+        identity = load_pair(str(authority.local.crt), str(authority.local.key))
+        self._context = server_context(identity.chain, identity.key)
+        self._then = then
+
+    def __call__(self, sock: Any) -> None:
+        plain = as_plain(sock)
+        plain.setblocking(False)
+        with closing(plain):
+            self._serve(accept_tls(plain, self._context))
+
+    def _serve(self, stream: TLSStream) -> None:
+        head, buffer = b"", memoryview(bytearray(1024))
+        while not head.endswith(b"\r\n\r\n"):
+            head += bytes(buffer[: stream.recv_into(buffer)])
+        with closing(stream):
+            stream.write(ESTABLISHED + SPEAKS_FIRST)
+            self._then(stream)
+
+
+@pytest.fixture
+def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Authority:
+    """An authority whose certificates this process trusts."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.crt))
+    renew_client_contexts()
+    return authority
+
+
+def blocking(sock: Socket) -> Any:
+    """The same connection as one of gevent's sockets; tests are not patched."""
+    return socket.socket(fileno=sock.detach())
+
+
+def test_inside_tls_to_a_proxy_bytes_and_both_ends_of_the_stream_pass(stack: ExitStack, trusted: Authority) -> None:
+    said: list[bytes] = []
+
+    def then(stream: TLSStream) -> None:
+        buffer = memoryview(bytearray(65536))
+        while received := stream.recv_into(buffer):
+            said.append(bytes(buffer[:received]))
+        stream.write(b"answer")
+        stream.half_close()
+
+    sent = bytes(range(256)) * 4096
+    with closing(blocking(dial(through(stack, "https", SecureProxy(trusted, then))))) as sock:
+        assert receive_exactly(sock, len(SPEAKS_FIRST)) == SPEAKS_FIRST
+        sock.sendall(sent)
+        sock.shutdown(socket.SHUT_WR)
+        assert receive_all(sock) == b"answer"
+    assert b"".join(said) == sent
+
+
+def test_a_stream_that_is_cut_inside_tls_to_a_proxy_does_not_look_whole(stack: ExitStack, trusted: Authority) -> None:
+    way = through(stack, "https", SecureProxy(trusted, lambda stream: stream.sock.shutdown(socket.SHUT_RDWR)))
+    with closing(blocking(dial(way))) as sock:
+        receive_exactly(sock, len(SPEAKS_FIRST))
+        with pytest.raises(ConnectionResetError):
+            receive_all(sock)
+
+
+def test_a_proxy_under_a_wrong_certificate_gets_no_request(stack: ExitStack, authority: Authority) -> None:
+    renew_client_contexts()
+    proxy = SecureProxy(authority, lambda _: None)  # not trusted here
+    assert "certificate chain rejected for '127.0.0.1'" in str(refusal(stack, "https", proxy, JOE))
+
+
+def test_the_two_sockets_of_a_bridge_take_no_other_connection(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intruders = []
+
+    def dial_late(endpoints: Any, timeout: float) -> Any:
+        intruders.append(stack.enter_context(closing(real_dial(endpoints, timeout))))
+        return real_dial(endpoints, timeout)
+
+    real_dial = sockets.dial
+    monkeypatch.setattr(bridge, "dial", dial_late)
+    near, far = bridge._connected_pair(TIMEOUT)
+    stack.callback(near.close)
+    stack.callback(far.close)
+    assert near.getsockname() == far.getpeername()
+    assert receive(intruders[0], 1) == b""
