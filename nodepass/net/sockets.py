@@ -72,6 +72,10 @@ class Endpoint(NamedTuple):
         """The address without its port: the same for all connections of one peer; "" of a Unix socket."""
         return "" if self.family == socket.AF_UNIX else plain_host(self.sockaddr)
 
+    def has_host_of(self, other: Endpoint) -> bool:
+        """Whether both are at one host; most are by the same text."""
+        return self.sockaddr[0] == other.sockaddr[0] or self.host == other.host
+
     def with_port(self, port: int) -> Endpoint:
         """The same host, another port."""
         host, _, *rest = self.sockaddr

@@ -158,7 +158,7 @@ class ClientSlot(Part):
 
     def is_client(self, peer: Endpoint) -> bool:
         """Whether a connection comes from the address of the connected client."""
-        return self.control is not None and peer.host == self.control.endpoint.host
+        return self.control is not None and peer.has_host_of(self.control.endpoint)
 
     def agreement_with(self, peer: Endpoint) -> Agreement | None:
         """The agreement that a data connection belongs to; without a key it must come from the client's address."""

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import gevent
@@ -21,7 +22,7 @@ from nodepass.errors import NoDataConnection, NoTarget, RefusedError
 from nodepass.net.sockets import Socket
 from nodepass.net.stream import Stream
 from nodepass.server.client_slot import Addresses, ClientSlot
-from nodepass.server.pool import Found, Queue, ServerPool
+from nodepass.server.pool import Found, Queue
 from nodepass.server.udp_flows import VisitorFlows
 from nodepass.tunnel.control import ServerControl
 from nodepass.tunnel.handshake import Candidate
@@ -31,6 +32,9 @@ from nodepass.wire.negotiation import BUSY
 from nodepass.wire.signals import KIND_NAMES, TCP
 
 Refusal = tuple[str, str]  # why no client can serve a session: a token, and the same in words
+
+# What SPREAD compares, in C, because each session asks it of each client; `first` has its order already.
+_ORDERS = {"least": attrgetter("sessions", "turn"), "round": attrgetter("turn")}
 
 LOOK_EVERY = 1.0  # seconds between two looks for clients that leave a heartbeat unanswered, where there are several
 
@@ -65,6 +69,8 @@ class Clients(Part):
         self.flows.slots = self.slots
         self._by_pool = {slot.pool: slot for slot in self.slots}
         self._connected = Event()
+        self._serving: dict[int, list[ClientSlot]] = {kind: [] for kind in KIND_NAMES}  # by kind of session
+        self._order = _ORDERS.get(self._settings.spread)
         self._in_vain: dict[int, Refusal] = {}  # by kind of session: why none is launched
         self._launches = 0
         if len(self.slots) > 1:
@@ -232,14 +238,13 @@ class Clients(Part):
 
     def _in_order(self, kind: int) -> list[ClientSlot]:
         """The slots that serve sessions of this kind now, the preferred one first."""
-        slots = [slot for slot in self.slots if slot.control and not self._queue.withholds(slot.pool, kind)]
-        spread = self._settings.spread
-        if spread == "first":
-            return sorted(slots, key=lambda slot: slot.since)
-        if spread == "round":
-            return sorted(slots, key=lambda slot: slot.turn)
-        flows = self.flows.count_by_slot()
-        return sorted(slots, key=lambda slot: (slot.sessions + flows.get(slot, 0), slot.turn))
+        slots = self._serving[kind]
+        if not self._order:
+            return slots
+        if self._settings.spread == "least" and self.flows.has_lanes:
+            flows = self.flows.count_by_slot()
+            return sorted(slots, key=lambda slot: (slot.sessions + flows.get(slot, 0), slot.turn))
+        return sorted(slots, key=self._order)
 
     def _update(self) -> None:
         """A client has come or left, or whether it can serve has changed."""
@@ -251,16 +256,20 @@ class Clients(Part):
         self._in_vain = {kind: refusal for kind in KIND_NAMES if (refusal := self._find_refusal(kind))}
         for kind, (token, words) in self._in_vain.items():
             self._queue.refuse(kind, partial(NoTarget, token, words))
-        self._queue.withheld = {kind: self._find_withheld(kind) for kind in KIND_NAMES}
+        self._serving = {kind: self._find_serving(kind) for kind in KIND_NAMES}
+        self._queue.withheld = {
+            kind: {slot.pool for slot in connected if slot not in serving} for kind, serving in self._serving.items()
+        }
         for slot in connected:
             slot.pool.serve_waiting()
 
-    def _find_withheld(self, kind: int) -> set[ServerPool]:
-        """The pools of the clients that cannot serve sessions of this kind, or do not while another can."""
-        connected = self.connected
-        able = [slot for slot in connected if slot.serves(kind)]
-        serving = [slot for slot in able if slot.is_good] or able
-        return {slot.pool for slot in connected if slot not in serving}
+    def _find_serving(self, kind: int) -> list[ClientSlot]:
+        """The slots of the clients that are good and can serve sessions of this kind, else of those that can.
+
+        The one that has been connected longest is first.
+        """
+        able = sorted((slot for slot in self.slots if slot.serves(kind)), key=lambda slot: slot.since)
+        return [slot for slot in able if slot.is_good] or able
 
     def _find_refusal(self, kind: int) -> Refusal | None:
         """Why no client can serve a session of this kind, as they say."""

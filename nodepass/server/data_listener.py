@@ -75,6 +75,8 @@ class DataListener(Part):
         slot = self._port.only_slot
         if slot and not self._port.certificate:
             self._admit_at_once(sock, peer, slot)
+        elif self.take_at_once(sock, peer):
+            return  # most clients are here: their line comes with the connection
         elif not self._port.expects(peer):
             self._reject_other(TCPStream(sock), peer)
         elif slot and slot.pool.full:
@@ -82,8 +84,7 @@ class DataListener(Part):
         else:
             may_be_v1 = not self._port.certificate and self._port.find_v1(peer) is not None
             silence = 0.0 if may_be_v1 else self._settings.handshake_timeout
-            if not self.take_at_once(sock, peer):
-                self._pending.accept(sock, peer, self._serve, may_be_v1, silence=silence, shortcut=self.take_at_once)
+            self._pending.accept(sock, peer, self._serve, may_be_v1, silence=silence, shortcut=self.take_at_once)
 
     def take_at_once(self, sock: Socket, peer: Endpoint) -> bool:
         """Whether the first bytes of a connection were a line that eight bytes answer, so that it is in its pool now.

@@ -93,6 +93,7 @@ class TunnelPort:
         self._share = share
         self._members: dict[Clients, Callable[[Exception], object]] = {}
         self._parts: list[Part] = []
+        self._by_sid: dict[str, ClientSlot] = {}  # as it was when a sid was last looked for in vain
         self._has_crashed = False
         self._changing = Semaphore()  # opening and closing let other greenlets run
         self._late_hellos: dict[str, float] = {}  # by address: time.monotonic() at which they are forgotten
@@ -232,10 +233,11 @@ class TunnelPort:
 
     def find_sid(self, sid: str) -> Membership | None:
         """The client whose offer had this sid."""
-        for slot in self.slots:
-            agreement = slot.agreement
-            if agreement and agreement.offer.sid == sid:
+        for _ in range(2):
+            slot = self._by_sid.get(sid)
+            if slot and (agreement := slot.agreement) and agreement.offer.sid == sid:
                 return Membership(slot, agreement)
+            self._by_sid = {agreed.offer.sid: each for each in self.slots if (agreed := each.agreement)}
         return None
 
     def find_v1(self, peer: Endpoint) -> Membership | None:

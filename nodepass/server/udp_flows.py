@@ -160,6 +160,11 @@ class VisitorFlows(Part):
         """Whether a lane waits for its data connection."""
         return any(lane.slot is None and not lane.ended for lane in self._lanes)
 
+    @property
+    def has_lanes(self) -> bool:
+        """Whether lanes run."""
+        return bool(self._lanes)
+
     def count_by_slot(self) -> Counter[LaneClient | None]:
         """How many flows the clients carry."""
         counts: Counter[LaneClient | None] = Counter()

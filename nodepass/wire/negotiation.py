@@ -61,6 +61,7 @@ _FORMS = {
     "hb": re.compile(r"[1-9][0-9]{1,4}"),  # milliseconds
 }
 _PORT = re.compile(rb"[0-9]{1,5}")
+_USUAL_DATA = re.compile(rb"//data\?sid=([0-9a-f]{32})")
 _TLS_MODES = (b"0", b"1", b"2")
 
 
@@ -162,6 +163,8 @@ class DataHello:
 
 def parse_first(line: bytes) -> Hello | DataHello:
     """The first line that a server reads in v2. Raises ProtocolError."""
+    if usual := _USUAL_DATA.fullmatch(line):  # once for each session
+        return DataHello(usual[1].decode())
     host, query, _ = split_strictly(line)
     if host == b"data":
         return DataHello(parameter(line, query, "sid", _FORMS["sid"]))

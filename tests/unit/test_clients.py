@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -267,6 +268,29 @@ def test_a_client_without_data_connections_is_passed_over(stack: ExitStack) -> N
     several.fill(0, 2)
     assert [several.launch(), several.launch()] == [1, 1]
     assert several.common.stats.found_empty == 0
+
+
+@pytest.mark.parametrize("spread", ["least", "round", "first"])
+def test_a_launch_calls_as_many_functions_with_eight_clients_as_with_two(stack: ExitStack, spread: str) -> None:
+    """Each session asks which client it goes to, so what is asked of every client must not be Python's."""
+    counts = []
+    for number in (2, 8):
+        several = Several(stack, number, spread=spread)
+        several.fill(*([2] * number))
+        several.launch()
+        counts.append(count_calls(several.launch))
+    assert counts[0] == counts[1] > 0
+
+
+def count_calls(work: Callable[[], object]) -> int:
+    """How many functions of Python this calls."""
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
 
 
 def test_a_session_that_waits_gets_the_first_connection_of_any_client(stack: ExitStack) -> None:
