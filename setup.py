@@ -36,6 +36,7 @@ def read_readme() -> str:
 # What belongs to the program and is no Python: where a prefix has it, or a virtual environment.
 DATA = {
     "share/man/man1": "docs/nodepass.1",
+    "share/man/man8": "docs/nodepass-manager.8",
     "share/nodepass/systemd": "contrib/systemd/*",
     "share/nodepass/lock": "contrib/lock/*.txt",
 }

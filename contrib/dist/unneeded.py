@@ -29,11 +29,11 @@ PATTERNS = (
     # cryptography brings its own binding, which needs _cffi_backend only.
     "cffi",
     "cffi-*.dist-info/entry_points.txt",
-    "pycparser",
+    "pycparser*",
     # rich without Markdown and syntax colours.
-    "markdown_it",
-    "mdurl",
-    "pygments",
+    "markdown_it*",
+    "mdurl*",
+    "pygments*",
     # Tools.
     "_distutils_hack",
     "distutils-precedence.pth",
