@@ -37,7 +37,7 @@ def end_of(tunnel: Tunnel, side: str) -> Nodepass:
     return tunnel.our_server if side == "server" else tunnel.our_client
 
 
-@pytest.mark.parametrize("side", ["server", "client"])
+@pytest.mark.parametrize("side", ["server", pytest.param("client", marks=pytest.mark.programs)])
 def test_sessions_go_on_in_the_old_process_and_begin_in_the_new_one(
     tunnel: Tunnel, stack: contextlib.ExitStack, side: str
 ) -> None:

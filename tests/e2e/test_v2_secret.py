@@ -40,6 +40,7 @@ def assert_takes_the_key(env: dict[str, str]) -> list[Entry]:
         return server.find("config.warning", level="warn")
 
 
+@pytest.mark.programs
 def test_the_key_comes_from_the_environment() -> None:
     assert_takes_the_key({"TUNNEL_KEY": SECRET})
 

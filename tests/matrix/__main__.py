@@ -30,7 +30,8 @@ LEFT_OUT = ("__pycache__", "*.egg-info", "build", "dist")
 SUITES = {
     "unit": ("tests/unit",),
     "end to end": tuple(
-        f"tests/e2e/test_{name}.py" for name in ("start", "tcp", "udp", "tls", "tls_public_api", "metrics_endpoint")
+        f"tests/e2e/test_{name}.py"
+        for name in ("start", "sessions", "udp", "tls", "tls_public_api", "metrics_endpoint")
     ),
 }
 SHOWN = ("gevent", "pyOpenSSL", "cryptography", "ConfigArgParse", "service-identity")
