@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import TypeVar
 
 from nodepass.config.settings import Scope, Settings, rows
 from nodepass.config.urls import ClientURL, ServerURL, TunnelURL
@@ -15,6 +16,7 @@ from nodepass.daemon.key_file import Keys
 from nodepass.errors import ConfigError
 
 URL = ServerURL | ClientURL
+U = TypeVar("U", bound=URL)
 PORT_SETTINGS = [name for name, row in rows().items() if row.scope is Scope.PORT]
 
 
@@ -32,11 +34,28 @@ def find_conflicts(urls: Sequence[URL], keys: Keys, settings: Settings) -> Itera
             yield f"{keys.place} has no key for {url.name}, {_name(url)}; allowed: a line for each tunnel"
     servers = [url for url in urls if isinstance(url, ServerURL)]
     clients = [url for url in urls if isinstance(url, ClientURL)]
-    for one, other in combinations(servers, 2):
+    for one, other in _find_pairs(servers, keys, settings):
         yield from _compare_servers(one, other, keys, settings)
-    for first, second in combinations(clients, 2):
+    for first, second in _find_pairs(clients, keys, settings):
         if (set(first.tunnels), first.targets) != (set(second.tunnels), second.targets):
             yield from _compare_keys(first, second, keys)
+
+
+def _find_pairs(urls: Sequence[U], keys: Keys, settings: Settings) -> list[tuple[U, U]]:
+    """The pairs that can conflict: of a thousand URLs there are half a million pairs, and hardly any of these."""
+    groups: dict[object, list[int]] = {}  # their members have something in common that they must not have
+    ports: dict[object, dict[object, int]] = {}  # by tunnel address, the first URL of each set of the port's settings
+    for index, url in enumerate(urls):
+        for secret in set(keys.of(url).secrets(url.tunnel_name)):
+            groups.setdefault((url.tunnel_name, secret), []).append(index)
+        if isinstance(url, ServerURL) and url.tunnel.port:
+            groups.setdefault((url.tunnel_name, url.tunnel), []).append(index)
+            own = url.settings(settings)
+            of_port = url.tls, url.crt, url.key, *(repr(getattr(own, name)) for name in PORT_SETTINGS)
+            ports.setdefault(url.tunnel, {}).setdefault(of_port, index)
+    pairs = {pair for group in groups.values() for pair in combinations(group, 2)}
+    pairs |= {pair for firsts in ports.values() for pair in combinations(firsts.values(), 2)}
+    return [(urls[one], urls[other]) for one, other in sorted(pairs)]
 
 
 def _compare_servers(one: ServerURL, other: ServerURL, keys: Keys, settings: Settings) -> Iterator[str]:

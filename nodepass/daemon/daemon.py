@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -445,8 +446,9 @@ def _make_meter(
 
 def name_tunnels(urls: Sequence[ServerURL | ClientURL]) -> list[str]:
     """The tunnels' names in the log: `server:10101`, numbered where two would be the same."""
+    seen: Counter[str] = Counter()
     names: list[str] = []
     for url in urls:
-        same = sum(name.partition("#")[0] == url.name for name in names)
-        names.append(f"{url.name}#{same + 1}" if same else url.name)
+        seen[url.name] += 1
+        names.append(f"{url.name}#{seen[url.name]}" if seen[url.name] > 1 else url.name)
     return names

@@ -92,6 +92,7 @@ class TunnelPort:
         self._stats = stats
         self._share = share
         self._members: dict[Clients, Callable[[Exception], object]] = {}
+        self._by_name: dict[str, Clients] = {}
         self._parts: list[Part] = []
         self._by_sid: dict[str, ClientSlot] = {}  # as it was when a sid was last looked for in vain
         self._has_crashed = False
@@ -142,6 +143,7 @@ class TunnelPort:
                 self._close()
                 self._open()
             self._members[clients] = fail
+            self._by_name[clients.name] = clients
             self.only_slot = None if self.uses_sid else clients.slots[0]
 
     def run(self, make_parts: Callable[[Common, TunnelPort], list[Part]]) -> None:
@@ -157,6 +159,8 @@ class TunnelPort:
         with self._changing:
             if self.only_slot in clients.slots:
                 self.only_slot = None
+            if self._by_name.get(clients.name) is clients:
+                del self._by_name[clients.name]
             if self._members.pop(clients, None) and not self._members:
                 self._close()
 
@@ -198,7 +202,7 @@ class TunnelPort:
 
     def named(self, name: str) -> Clients | None:
         """The tunnel of this name."""
-        return next((each for each in self._members if each.name == name), None)
+        return self._by_name.get(name)
 
     def find(self, hello: Hello) -> Clients | None:
         """The tunnel that a client asks for; None for an unknown one that is challenged all the same.

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nodepass.config.settings import Settings
-from nodepass.config.urls import parse_url, with_defaults
+from nodepass.config.urls import ServerURL, parse_url, with_defaults
+from nodepass.daemon import conflicts as module
 from nodepass.daemon.conflicts import find_conflicts, refuse_conflicts
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.errors import ConfigError
@@ -104,3 +105,14 @@ def test_the_first_conflict_is_raised() -> None:
     urls = [with_defaults(parse_url(SERVER), False, Settings())] * 3
     with pytest.raises(ConfigError, match="same tunnel address"):
         refuse_conflicts(urls, NONE, Settings())
+
+
+def test_only_pairs_that_can_conflict_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a thousand tunnels has half a million pairs."""
+    compared: list[tuple[ServerURL, ServerURL]] = []
+    monkeypatch.setattr(module, "_compare_servers", lambda one, other, *_: compared.append((one, other)) or ())
+    urls = [f"server://:1/:{number}?tls=0&name=n{number}" for number in range(2, 102)]
+    assert conflicts(NONE, *urls) == []
+    assert compared == []
+    conflicts(NONE, *urls, "server://:1/:200?tls=0&name=n7", "server://:1/:201?tls=1&name=other")
+    assert [(one.target.port, other.target.port) for one, other in compared] == [(2, 201), (7, 200)]
