@@ -55,7 +55,6 @@ class Place:
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path) -> None:
         self._stack = stack
-        self._folder = folder
         self.machines = stack.enter_context(Machines(len(NAMES) + len(SERVERS)))
         self.hub = self.machines.hub
         self._near, self._far = self.machines.others[: len(NAMES)], self.machines.others[len(NAMES) :]
@@ -199,10 +198,7 @@ def reload_everything(place: Place, under: Under) -> None:
 @pytest.mark.programs("wrk")
 @pytest.mark.parametrize("change", [restart_everything, drain_server, reload_everything])
 def test_what_is_announced_costs_no_visitor(place: Place, change: Callable[[Place, Under], None]) -> None:
-    with (
-        place.under_load() as under,
-        place.machines.start(contextlib.ExitStack(), place.hub, lambda: Wrk(FRONT)) as wrk,
-    ):
+    with place.under_load() as under, place.hub.inside(partial(Wrk, FRONT)) as wrk:
         began = time.monotonic()
         change(place, under)
         answered, failed = wrk.end()

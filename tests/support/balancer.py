@@ -43,11 +43,9 @@ class Balancer(Closes):
         """`fronts`: where visitors of the servers, and those of the services, come."""
         root.mkdir()
         self._admin = root / "admin.sock"
-        self.text = shipped(fronts[0], servers, metrics_port, self._admin) + DIRECT.format(
-            front=format_address(fronts[1])
-        )
-        self.text += "".join(f"    server {name} {format_address(at)}\n" for name, at in services.items())
-        (root / "haproxy.cfg").write_text(self.text)
+        text = shipped(fronts[0], servers, metrics_port, self._admin) + DIRECT.format(front=format_address(fronts[1]))
+        text += "".join(f"    server {name} {format_address(at)}\n" for name, at in services.items())
+        (root / "haproxy.cfg").write_text(text)
         command = [installed("haproxy"), "-db", "-f", str(root / "haproxy.cfg")]
         self._process = subprocess.Popen(command, env=scrubbed(), stdin=subprocess.DEVNULL)
 
