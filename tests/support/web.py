@@ -87,9 +87,9 @@ class Nginx(Closes):
         self._running = None
 
 
-def ask(address: Address) -> str:
+def ask(address: Address, given_up: float = GIVEN_UP) -> str:
     """The body that a server of HTTP answers; "" where it does not answer in full. Raises OSError."""
-    with socket.create_connection(address, GIVEN_UP) as sock:
+    with socket.create_connection(address, given_up) as sock:
         sock.sendall(REQUEST)
         answer = b""
         while received := sock.recv(4096):
