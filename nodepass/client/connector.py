@@ -239,6 +239,9 @@ class Connector(Part):
         self._stats.reconnects += not self._is_first
         self._is_first = False
         self._log_connected(control, agreement)
+        if way.has_proxy and not agreement.offer.tls:
+            words = "without TLS, most proxies end a session when one of its ends has sent all: use a key, or tls=1"
+            self._log.warning("server.clear_through_proxy", words, Limit(seconds=DAY, burst=1), server=control.peer)
         self._security.report(control)
         route = Route.of(way, control, agreement, self._terms.host, self._settings)
         pool = ClientPool(self._log, self._stats, *self._pool_limits)

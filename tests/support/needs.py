@@ -34,6 +34,12 @@ def _stream_module() -> str:
     return "" if Path(STREAM_MODULE).exists() else "not installed: libnginx-mod-stream"
 
 
+def _ssl_bump() -> str:
+    found = program("squid")
+    done = found and subprocess.run([found, "-v"], capture_output=True, text=True, check=False)
+    return "" if done and "with-openssl" in done.stdout else "not installed: squid-openssl"
+
+
 def _mounts() -> str:
     found = program("unshare")
     done = found and subprocess.run([found, "--mount", "true"], capture_output=True, check=False)
@@ -55,6 +61,7 @@ CAPABILITIES: dict[str, Callable[[], str]] = {
     "mount namespaces": _mounts,
     "nginx's stream module": _stream_module,
     "network namespaces": v2_network.why_not,
+    "squid's ssl-bump": _ssl_bump,
 }
 """What is more than a program on the PATH: each returns the reason why it is not there, or an empty string."""
 

@@ -1,0 +1,130 @@
+"""A client behind a proxy, with each of the proxies that Debian has, and where they let only TLS pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.certificates import Authority
+from tests.support.process import Environment, run
+from tests.support.proxies import PASSWORD, PROXIES, USER, inside_tls
+from tests.support.sockets import free_port, receive_all
+from tests.support.target import Target
+from tests.support.tunnel import (
+    CALM,
+    OurClient,
+    OurServer,
+    Tunnel,
+    assert_arrives,
+    assert_connected,
+    assert_half_closes_pass,
+)
+
+QUICK = {**CALM, "SERVICE_COOLDOWN": "200ms"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OurServer]:
+    with OurServer(1, query="data_port=tunnel", env=CALM) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Target]:
+    with Target() as target:
+        yield target
+
+
+@pytest.fixture
+def login(tmp_path: Path) -> Path:
+    """A file with a wrong password."""
+    path = tmp_path / "login"
+    path.write_text(f"{USER}:wrong\n")
+    path.chmod(0o600)
+    return path
+
+
+def environment(proxy: str, login: Path | None = None) -> Environment:
+    return {**QUICK, "TUNNEL_PROXY": proxy, **({"TUNNEL_PROXY_AUTH_FILE": str(login)} if login else {})}
+
+
+def assert_carries(server: OurServer, client: OurClient, target: Target) -> None:
+    tunnel = Tunnel(server, client, target)
+    with tunnel.session() as ends:
+        assert_half_closes_pass(*ends)
+    assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
+
+
+CASES = [
+    pytest.param(name, has_login, marks=pytest.mark.programs(*needs), id=f"{name}{'-login' * has_login}")
+    for name, (_, _, needs) in PROXIES.items()
+    for has_login in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "has_login"), CASES)
+def test_a_tunnel_works_through_a_proxy_once_the_password_is_right(
+    server: OurServer, target: Target, login: Path, name: str, has_login: bool
+) -> None:
+    scheme, start, _ = PROXIES[name]
+    port = free_port()
+    with start(port, has_login):
+        url = f"{scheme}://127.0.0.1:{port}"
+        with OurClient(
+            server.tunnel_address, target.address, env=environment(url, login if has_login else None)
+        ) as client:
+            if has_login:
+                refused = client.wait_for("server.unreachable", reason="proxy")
+                assert f"the proxy {url} " in refused["error"]
+                login.write_text(f"{USER}:{PASSWORD}\n")
+            client.wait_until_connected(server=f"127.0.0.1:{server.tunnel_address[1]} through {url}")
+            assert_carries(server, client, target)
+            assert not [line for line in client.lines if PASSWORD in line]
+
+
+@pytest.mark.parametrize(("name", "has_login"), [each for each in CASES if "login" in str(each.id)])
+def test_a_proxy_that_demands_a_password_is_named_by_a_check(server: OurServer, name: str, has_login: bool) -> None:
+    scheme, start, _ = PROXIES[name]
+    port = free_port()
+    with Target() as target, start(port, has_login):
+        address = f"127.0.0.1:{server.tunnel_address[1]}"
+        url = f"client://{address}/127.0.0.1:{target.address[1]}?tls=0"
+        proxy = f"{scheme}://127.0.0.1:{port}"
+        refused = run("--check", url, env={"TUNNEL_PROXY": proxy})
+        assert refused.code == 1
+        assert (
+            f"server {address}: cannot be reached: the proxy {proxy} requires a user and a password" in refused.output
+        )
+        passed = run("--check", url, env={"TUNNEL_PROXY": f"{scheme}://{USER}:{PASSWORD}@127.0.0.1:{port}"})
+        assert f"server {address}: reached through {proxy}" in passed.output
+        assert PASSWORD not in passed.output
+        assert passed.code == 0, passed.output
+
+
+@pytest.mark.programs("squid", "squid's ssl-bump", "openssl")
+@pytest.mark.parametrize("tls", [0, 1])
+def test_a_tunnel_works_inside_tls_to_a_proxy(target: Target, authority: Authority, login: Path, tls: int) -> None:
+    port = free_port()
+    login.write_text(f"{USER}:{PASSWORD}\n")
+    env = {**environment(f"https://127.0.0.1:{port}", login), "SSL_CERT_FILE": str(authority.crt)}
+    with (
+        OurServer(tls) as server,
+        inside_tls(port, authority.local),
+        OurClient(server.tunnel_address, target.address, env=env) as client,
+    ):
+        client.wait_until_connected()
+        assert bool(client.find("server.clear_through_proxy")) == (not tls)
+        tunnel = Tunnel(server, client, target)
+        for number in range(2):
+            with tunnel.session() as ends:
+                source, sink = ends[::-1] if number else ends
+                assert_arrives(os.urandom(1 << 20), source, sink)
+        assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
+        with tunnel.session() as (visitor, service):
+            assert_connected(visitor, service)
+            client.kill()
+            with pytest.raises(ConnectionResetError):
+                receive_all(visitor)
