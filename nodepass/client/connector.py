@@ -24,6 +24,7 @@ from nodepass.config.kinds import DAY
 from nodepass.errors import ProxyError, RefusedError, VerificationError
 from nodepass.log import Limit
 from nodepass.net.stream import TCPStream
+from nodepass.outbound.idle_cuts import IdleCuts
 from nodepass.outbound.source import bind_of
 from nodepass.outbound.ways import Direct, Proxied, Way
 from nodepass.stats import failure
@@ -75,6 +76,7 @@ class Connector(Part):
         self._terms = server.terms
         self._bind = bind_of(common.settings.source_address, "SOURCE_ADDRESS")
         self._hint = ""  # where to look when the server leaves without a word
+        self._cuts = IdleCuts()
         self._ready = ready
         self._security = security
         self._pool_limits = self._settings.min_pool_capacity, self._settings.max_pool_capacity
@@ -240,11 +242,14 @@ class Connector(Part):
         self._is_first = False
         self._log_connected(control, agreement)
         if way.has_proxy and not agreement.offer.tls:
-            words = "without TLS, most proxies end a session when one of its ends has sent all: use a key, or tls=1"
+            words = (
+                "without TLS, most proxies end a session when one of its ends has sent all, and make a cut stream look"
+                " whole: use a key, or tls=1"
+            )
             self._log.warning("server.clear_through_proxy", words, Limit(seconds=DAY, burst=1), server=control.peer)
         self._security.report(control)
         route = Route.of(way, control, agreement, self._terms.host, self._settings)
-        pool = ClientPool(self._log, self._stats, *self._pool_limits)
+        pool = ClientPool(self._log, self._stats, *self._pool_limits, self._cuts if way.has_proxy else None)
         self.connection = Connection(self.common, control, pool, route, self._launches, self._log_statistics)
         self._ready.set()
         try:

@@ -22,6 +22,9 @@ visitor's first bytes, or the end of its stream, can arrive before the launch. E
     expire                      timer             early, for longer than LAUNCH_WITHIN, to closed
     close                       connection        idle, early and reserved to closed; no claim waits any more
 
+Behind a proxy an idle connection becomes due when it has been idle for nearly as long as the proxy allows (`IdleCuts`).
+It stays idle, and another one is dialled beside it.
+
 A connection whose id the pool already has is closed by `add`. What leaves `idle` is replaced, so that the pool stays at
 its capacity: `missing` says how many dials to begin. But all connections up to the claim are at most MAX_POOL_CAPACITY:
 a server could otherwise take every descriptor, with one byte behind each id and no launch.
@@ -49,12 +52,14 @@ from nodepass.errors import NoDataConnection
 from nodepass.log import Limit, Log
 from nodepass.net.pump import Steps
 from nodepass.net.stream import Stream
+from nodepass.outbound.idle_cuts import IdleCuts
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer
 from nodepass.tunnel.pool import Capacity, Pool, Waiter
 
 LAUNCH_WITHIN = 2.0  # seconds from a session's first bytes, or its end, to its launch, which was written before
 LOOK_EVERY = LAUNCH_WITHIN / 8  # seconds between two looks for connections that have waited for longer
+LOOK_FOR_DUE_EVERY = 1.0  # seconds
 YOUNG = 1.0  # seconds: the age under which an idle connection's end counts as a failure to make it
 
 OLD = 3  # heartbeats for which a connection must have been idle for its absence at the server to mean something,
@@ -85,6 +90,7 @@ class ConnectionStates(Generic[S]):
         self.early: dict[str, Early[S]] = {}
         self.reserved: dict[str, S] = {}
         self.extra = 0  # beyond the capacity, for idle ones that the server does not have
+        self.due: dict[str, None] = {}  # idle ones that are about to end, so that others are dialled beside them
         self._closed_young: set[str] = (
             set()
         )  # ids of connections that ended soon after they were made, no launch so far
@@ -94,7 +100,7 @@ class ConnectionStates(Generic[S]):
         """How many dials to begin: what the capacity lacks, as far as there is room for it."""
         ready = len(self.idle) + self.dialling
         room = self.capacity.highest - ready - len(self.early) - len(self.reserved)
-        return min(self.capacity.size + self.extra - ready, room)
+        return min(self.capacity.size + self.extra + len(self.due) - ready, room)
 
     def __contains__(self, id: str) -> bool:
         return id in self.idle or id in self.early or id in self.reserved
@@ -110,7 +116,9 @@ class ConnectionStates(Generic[S]):
     def become_early(self, id: str, has_bytes: bool, young: bool, now: float) -> None:
         """Idle to early: by its first bytes, or by its end, soon after it was made if `young`."""
         lowered = 0
-        if not has_bytes and self.extra:
+        if id in self.due:
+            del self.due[id]
+        elif not has_bytes and self.extra:
             self.extra -= 1
         elif not has_bytes:
             lowered = min(1, self.capacity.size - self.capacity.lowest)
@@ -146,6 +154,12 @@ class ConnectionStates(Generic[S]):
         overdue = [id for id, early in self.early.items() if early.since < now - LAUNCH_WITHIN]
         return [(id, early.stream) for id in overdue if (early := self._leave_early(id))]
 
+    def make_due(self, ids: Iterable[str]) -> None:
+        """These idle ones are about to end. Their replacements show no need for a larger pool."""
+        new = dict.fromkeys(id for id in ids if id not in self.due)
+        self.due |= new
+        self.capacity.created -= len(new)
+
     def should_pause(self) -> bool:
         """Whether as many connections as the capacity were closed young; the count starts again then."""
         if len(self._closed_young) < max(1, self.capacity.size):
@@ -157,6 +171,7 @@ class ConnectionStates(Generic[S]):
         """Idle or early to closed, by the caller: a bug was met on it."""
         if self.idle.get(id) is stream:
             del self.idle[id]
+            self.due.pop(id, None)
         elif (early := self.early.get(id)) and early.stream is stream:
             self._leave_early(id)
 
@@ -164,7 +179,7 @@ class ConnectionStates(Generic[S]):
         """All to closed. Nothing is dialled any more: a dial that was ended before it began has no `end_dial`."""
         early = ((id, early.stream) for id, early in self.early.items())
         closing = [*self.idle.items(), *early, *self.reserved.items()]
-        for states in (self.idle, self.early, self.reserved):
+        for states in (self.idle, self.early, self.reserved, self.due):
             states.clear()
         self.dialling = 0
         return closing
@@ -177,6 +192,7 @@ class ConnectionStates(Generic[S]):
         if id not in self.idle:
             return None
         stream = self.idle.pop(id)
+        self.due.pop(id, None)
         self._count_taken()
         return stream
 
@@ -221,12 +237,15 @@ class Comparison:
 class ClientPool(Pool):
     """The pool as the rest of the client sees it; `wanted` is set while a connection is missing."""
 
-    def __init__(self, log: Log, stats: Stats, lowest: int, highest: int) -> None:
+    def __init__(self, log: Log, stats: Stats, lowest: int, highest: int, cuts: IdleCuts | None = None) -> None:
+        """`cuts`: what is known of the proxy, if there is one."""
         self._states: ConnectionStates[Stream] = ConnectionStates(lowest, highest, stats)
         super().__init__(self._states.capacity, self._states.idle, log, stats)
         self._waiting: dict[str, Waiter] = {}  # claims, by the id that they wait for
         self._comparison = Comparison()
         self._timer = IdleTimer(LOOK_EVERY, self._expire)
+        self._cuts = cuts or IdleCuts(has_proxy=False)
+        self._cut_timer = IdleTimer(LOOK_FOR_DUE_EVERY, self._replace_due)
         self.wanted = Event()
         self.wanted.set()
 
@@ -261,7 +280,10 @@ class ClientPool(Pool):
         else:
             refused = self._states.add(id, stream)
             if not refused:
-                self._start_watching(id, stream, self._watch(id, stream, time.monotonic()))
+                now = time.monotonic()
+                if self._cuts.begin(id, now):
+                    self._cut_timer.start()
+                self._start_watching(id, stream, self._watch(id, stream, now))
             self._finish(refused, "duplicate", "its id is another connection's")
 
     def end_dial(self) -> None:
@@ -319,7 +341,7 @@ class ClientPool(Pool):
     def end_interval(self) -> None:
         """Re-evaluate the capacity."""
         self._states.capacity.end_interval()
-        self._finish()
+        self._replace_due()
 
     def limit(self, lowest: int, highest: int) -> None:
         """Keep the capacity within other limits; what is beyond them is used up."""
@@ -331,6 +353,7 @@ class ClientPool(Pool):
     def close(self, because: str) -> None:
         """Close everything; the dialer has been stopped."""
         self._timer.stop()
+        self._cut_timer.stop()
         self._finish(self._states.close(), "flushed", because)
         self._fail_claims()
 
@@ -348,6 +371,8 @@ class ClientPool(Pool):
 
     def _become_early(self, id: str, has_bytes: bool, added: float) -> None:
         now = time.monotonic()
+        if not has_bytes and id not in self._states.due:
+            self._cuts.end(id, now, was_last=len(self._idle) == 1)
         self._states.become_early(id, has_bytes, now - added < YOUNG, now)
         words = "pool: %(id)s received bytes before its launch" if has_bytes else "pool: %(id)s closed by the server"
         self._log.debug("pool.early", words, id=id, ended=not has_bytes)
@@ -357,8 +382,18 @@ class ClientPool(Pool):
     def _expire(self) -> bool:
         """Close what has waited too long for its launch; whether others wait."""
         overdue = self._states.expire(time.monotonic())
+        if self._cuts.learn(id for id, _ in overdue):
+            words = "pool: the proxy ends connections that are idle for %(seconds).3gs; replacing them before"
+            self._log.info("pool.idle_cut", words, Limit(burst=1), seconds=self._cuts.limit)
+            self._cut_timer.start()
         self._finish(overdue, "overdue", f"no launch for it within {LAUNCH_WITHIN:g}s")
         return bool(self._states.early)
+
+    def _replace_due(self) -> bool:
+        """Have the connections replaced that the proxy is about to end; whether others are idle."""
+        self._states.make_due(self._cuts.find_due(self._idle, time.monotonic()))
+        self._finish()
+        return bool(self._idle)
 
     def _forget(self, id: str, stream: Stream) -> None:
         self._states.forget(id, stream)

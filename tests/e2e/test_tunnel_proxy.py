@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,5 +127,8 @@ def test_a_tunnel_works_inside_tls_to_a_proxy(target: Target, authority: Authori
         with tunnel.session() as (visitor, service):
             assert_connected(visitor, service)
             client.kill()
-            with pytest.raises(ConnectionResetError):
-                receive_all(visitor)
+            cut = (
+                pytest.raises(ConnectionResetError) if tls else contextlib.nullcontext()
+            )  # squid makes a whole one of it
+            with cut:
+                assert receive_all(visitor) == b""

@@ -20,6 +20,7 @@ from nodepass.client.pool import LAUNCH_WITHIN, MAKE_UP_EVERY, YOUNG, ClientPool
 from nodepass.errors import NoDataConnection
 from nodepass.log import Log
 from nodepass.net.stream import Stream
+from nodepass.outbound.idle_cuts import REPLACED_AT, SHORTEST, IdleCuts
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer
 from nodepass.tunnel import pool as tunnel_pool
@@ -303,6 +304,104 @@ def test_a_pool_keeps_within_limits_that_change() -> None:
     assert (pool.capacity, pool.missing) == (5, 5)
 
 
+class Proxy:
+    """A pool of four behind a proxy, which ends connections as a test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(client_pool, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(client_pool, "IdleTimer", FakeTimer)
+        self.cuts = IdleCuts()
+        self.pool = ClientPool(Log("test"), Stats(), 4, 16, self.cuts)
+        self._made = 0
+
+    def fill(self) -> list[FakeStream]:
+        """Add what is missing."""
+        made = []
+        while self.pool.missing > 0:
+            self._made += 1
+            made.append(FakeStream(f"{self._made:08x}", self.now))
+            self.pool.add(made[-1].id, cast(Stream, made[-1]))
+        return made
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, and timers that are due look."""
+        self.now += seconds
+        for timer in (self.pool._timer, self.pool._cut_timer):
+            assert isinstance(timer, FakeTimer)
+            if timer.active:
+                timer.run()
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    return Proxy(monkeypatch)
+
+
+def test_a_proxy_that_has_ended_a_pool_finds_the_next_one_replaced_before(proxy: Proxy) -> None:
+    first = proxy.fill()
+    proxy.wait(60)
+    for stream in first:
+        stream.bring(False)
+    second = proxy.fill()
+    created = proxy.pool._capacity.created
+    proxy.wait(LAUNCH_WITHIN + 1)
+    assert proxy.cuts.limit == pytest.approx(60)
+    proxy.wait(60 * REPLACED_AT - LAUNCH_WITHIN - 2)
+    assert proxy.pool.missing == 0
+    proxy.wait(2)
+    assert len(proxy.pool) == 4
+    assert len(proxy.fill()) == 4
+    for stream in second:
+        stream.bring(False)
+    assert (proxy.pool.capacity, proxy.pool.missing, len(proxy.pool)) == (4, 0, 4)
+    assert proxy.pool._capacity.created == created, "replacements show no need for more"
+
+
+def test_connections_that_end_at_other_ages_or_with_launches_say_nothing_of_a_proxy(proxy: Proxy) -> None:
+    """Such as those that the server ends because it has too many: the oldest, and never all."""
+    for age in (20, 40, 30, 60):
+        [oldest, *others] = proxy.fill()
+        proxy.wait(age)
+        oldest.bring(False)
+        proxy.wait(LAUNCH_WITHIN + 1)
+        for stream in others:
+            proxy.pool.reserve(stream.id)
+            proxy.pool.drop(stream.id)
+    streams = proxy.fill()
+    proxy.wait(60)
+    for stream in streams:
+        stream.bring(False)
+        proxy.pool.reserve(stream.id)  # the launch of a visitor that left at once
+    proxy.wait(LAUNCH_WITHIN + 1)
+    assert proxy.cuts.limit is None
+    proxy.pool.end_interval()
+    assert not proxy.cuts._since, "what is not idle is forgotten"
+
+
+def test_two_ends_at_one_age_and_different_times_are_a_limit(proxy: Proxy) -> None:
+    for _ in range(2):
+        assert proxy.cuts.limit is None
+        [oldest, *others] = proxy.fill()
+        proxy.wait(30)
+        oldest.bring(False)
+        proxy.wait(LAUNCH_WITHIN + 1)
+        for stream in others:
+            proxy.pool.reserve(stream.id)
+            proxy.pool.drop(stream.id)
+    assert proxy.cuts.limit == pytest.approx(30)
+
+
+def test_what_ends_soon_was_not_idle_for_too_long(proxy: Proxy) -> None:
+    for _ in range(3):
+        streams = proxy.fill()
+        proxy.wait(SHORTEST - 1)
+        for stream in streams:
+            stream.bring(False)
+        proxy.wait(LAUNCH_WITHIN + 1)
+    assert proxy.cuts.limit is None
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Plays the filler, the signal reader, the launch handlers, the report, the timer and the event loop."""
 
@@ -317,7 +416,7 @@ class PoolMachine(RuleBasedStateMachine):
         for patch in self.patches:
             patch.start()
         self.stats = Stats()
-        self.pool = ClientPool(Log("test"), self.stats, LOWEST, HIGHEST)
+        self.pool = ClientPool(Log("test"), self.stats, LOWEST, HIGHEST, IdleCuts())
         self.timer = cast(FakeTimer, self.pool._timer)
         self.streams: list[FakeStream] = []
         self.waiting: dict[str, Claim] = {}  # claims by id
@@ -330,6 +429,10 @@ class PoolMachine(RuleBasedStateMachine):
     @property
     def extra(self) -> int:
         return self.pool._states.extra
+
+    @property
+    def due(self) -> dict[str, None]:
+        return self.pool._states.due
 
     def at(self, *places: str) -> list[FakeStream]:
         return [each for each in self.streams if each.place in places]
@@ -385,7 +488,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.dialling += 1
         if self.dialling > before:
             everything = len(self.at("idle", "early", "reserved")) + self.dialling
-            assert len(pool) + self.dialling == pool.capacity + self.extra or everything == HIGHEST
+            assert len(pool) + self.dialling == pool.capacity + self.extra + len(self.due) or everything == HIGHEST
 
     @precondition(lambda self: self.dialling)
     @rule(id=IDS)
@@ -440,6 +543,19 @@ class PoolMachine(RuleBasedStateMachine):
         stream.bring(Bug())
         self.bugs += 1
         assert self.stats.trouble["bugs"] == self.bugs
+
+    # The proxy
+
+    @precondition(lambda self: self.at("idle"))
+    @rule(data=st.data())
+    def be_about_to_end(self, data: st.DataObject) -> None:
+        stream = data.draw(st.sampled_from(self.at("idle")))
+        self.pool._states.make_due([stream.id])
+        self.pool._finish()
+
+    @invariant()
+    def only_what_is_idle_is_about_to_end(self) -> None:
+        assert set(self.due) <= {each.id for each in self.at("idle")}
 
     # The signal reader
 
@@ -550,7 +666,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert LOWEST <= self.pool.capacity <= HIGHEST
         ready, leaving = len(self.at("idle")) + self.dialling, len(self.at("early", "reserved"))
         assert ready + leaving <= HIGHEST
-        assert self.pool.missing == min(self.pool.capacity + self.extra - ready, HIGHEST - ready - leaving)
+        wanted = self.pool.capacity + self.extra + len(self.due)
+        assert self.pool.missing == min(wanted - ready, HIGHEST - ready - leaving)
         assert self.pool.wanted.is_set() or self.pool.missing <= 0, "the filler sleeps though something is missing"
 
     @invariant()
