@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.certificates import Authority
-from tests.support.process import Environment, run
-from tests.support.proxies import PASSWORD, PROXIES, USER, inside_tls
-from tests.support.sockets import free_port, receive_all
+from tests.support.process import Environment, Nodepass, run
+from tests.support.proxies import PASSWORD, PROXIES, USER, inside_tls, microsocks, tinyproxy
+from tests.support.sockets import free_port, receive_all, until
 from tests.support.target import Target
 from tests.support.tunnel import (
+    BRISK,
     CALM,
+    STEADY,
     OurClient,
     OurServer,
     Tunnel,
@@ -132,3 +136,44 @@ def test_a_tunnel_works_inside_tls_to_a_proxy(target: Target, authority: Authori
             )  # squid makes a whole one of it
             with cut:
                 assert receive_all(visitor) == b""
+
+
+CUTS_AFTER = 6
+"""Seconds without a byte after which the proxy ends a connection."""
+
+LOWEST = 16
+"""MIN_POOL_CAPACITY."""
+
+
+@pytest.mark.programs("tinyproxy")
+def test_a_proxy_that_ends_idle_connections_is_outlived_once_it_has(target: Target) -> None:
+    port = free_port()
+    with OurServer(1, env=STEADY) as server, tinyproxy(port, False, more=f"Timeout {CUTS_AFTER}\n"):
+        env = {**STEADY, "TUNNEL_PROXY": f"http://127.0.0.1:{port}"}
+        with OurClient(server.tunnel_address, target.address, env=env) as client:
+            client.wait_for("pool.idle_cut")
+            after, ends = server.mark(), time.monotonic() + 2.5 * CUTS_AFTER
+            until(lambda: time.monotonic() > ends, 4 * CUTS_AFTER)
+            left = [entry["idle"] for entry in server.find("pool.closed", after=after)]
+            assert left, "none was replaced"
+            assert min(left) >= LOWEST - 4
+            Tunnel(server, client, target).assert_works()
+            assert not client.find("server.disconnected"), "heartbeats keep the control connection busy"
+
+
+@pytest.mark.programs("microsocks")
+def test_a_server_that_stands_still_behind_a_proxy_is_given_up_after_three_heartbeats(target: Target) -> None:
+    port = free_port()
+    with OurServer(1, env=BRISK) as server, OurServer(1, env=BRISK) as other, microsocks(port, False):
+        env = {**BRISK, "TUNNEL_PROXY": f"socks5h://127.0.0.1:{port}"}
+        both = f"client://localhost:{server.tunnel_address[1]},127.0.0.1:{other.tunnel_address[1]}"
+        with Nodepass(f"{both}/127.0.0.1:{target.address[1]}?log=debug&tls=1", env=env) as client:
+            for each in (server, other):
+                each.wait_for_client()
+            server.send(signal.SIGSTOP)
+            try:
+                client.wait_for("server.disconnected", reason="silent")
+                Tunnel(other, client, target).assert_works()
+            finally:
+                server.send(signal.SIGCONT)
+            client.wait_for("server.connected", after=client.mark())

@@ -75,7 +75,7 @@ def tinyproxy(port: int, has_login: bool, host: str = "127.0.0.1", more: str = "
     with directory() as path:
         login = f"BasicAuth {USER} {PASSWORD}\n" * has_login
         config = path / "tinyproxy.conf"
-        config.write_text(f"Port {port}\nListen {host}\nTimeout 600\nMaxClients 1000\nLogLevel Error\n{login}{more}")
+        config.write_text(f"Port {port}\nListen {host}\nMaxClients 1000\nLogLevel Error\n{login}{more}")
         with running(port, "tinyproxy", "-d", "-c", str(config)):
             yield (host, port)
 
