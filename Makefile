@@ -29,7 +29,7 @@ demo: $(VENV)/stamp ## Show a tunnel at work; ends with Ctrl-C (ONCE=1: check an
 test: $(VENV)/test.stamp ## Run the tests (ARGS='-k name' goes to pytest)
 	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
-programs: $(VENV)/test.stamp ## Run the tests that need other programs or root, take more than 3 s, or try rare conditions
+programs: $(VENV)/test.stamp $(VENV)/kubernetes.stamp ## Run the tests that need other programs or root, take more than 3 s, or try rare conditions
 	$(RUN) -m pytest $(PARALLEL) -m 'programs and not soak' $(ARGS)
 
 coverage: $(VENV)/test.stamp $(VENV)/coverage.stamp ## Report which lines the unit tests run, and which all of make test

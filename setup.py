@@ -95,6 +95,7 @@ setup(
             RICH,
         ],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-gevent", "types-setuptools", METRICS, RICH, COVERAGE],
+        "kubernetes": ["kubernetes-validate>=1.33,<2"],
         "lock": ["uv>=0.9,<1"],
         "bench": ["matplotlib>=3.8,<4"],
         "coverage": [COVERAGE],

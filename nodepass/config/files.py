@@ -86,10 +86,20 @@ def read_secret(file: str, place: str, largest: int, credentials: str) -> tuple[
         raise ConfigError(f"{place}: cannot be read: not a path") from None
     _judge_access(status, file, place)
     text, warning = as_text(content, place, largest), ""
+    # systemd lets in the service's user by an ACL, shown as a group.
     is_systemds = credentials and os.path.dirname(os.path.realpath(file)) == os.path.realpath(credentials)
-    if status.st_mode & _MAY_READ and not is_systemds:  # systemd lets in the service's user by an ACL, shown as a group
+    if _is_readable_by_others(status) and not is_systemds:
         warning = f"{place}: readable by group or others; run chmod 600 {file}"
     return text, warning
+
+
+def _is_readable_by_others(status: os.stat_result) -> bool:
+    """Whether the mode lets more than the owner and this process read it.
+
+    A file of root's for the group of a process that is not root's cannot have less: Kubernetes mounts secrets so.
+    """
+    is_for_us = status.st_uid == 0 and os.geteuid() != 0 and status.st_gid == os.getegid()
+    return bool(status.st_mode & _MAY_READ & ~(stat.S_IRGRP if is_for_us else 0))
 
 
 def _judge_access(status: os.stat_result, file: str, place: str) -> None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.support import box, cgroup, delay_line, v2_network
@@ -52,11 +53,16 @@ def _compose() -> str:
     return "" if done and done.returncode == 0 else "not installed: docker compose"
 
 
+def _kubernetes_validate() -> str:
+    return "" if find_spec("kubernetes_validate") else "not installed: kubernetes-validate"
+
+
 CAPABILITIES: dict[str, Callable[[], str]] = {
     "a box": box.why_not,
     "delay line": delay_line.why_not,
     "docker compose": _compose,
     "faketime": _faketime,
+    "kubernetes-validate": _kubernetes_validate,
     "memory cgroups": cgroup.why_not,
     "mount namespaces": _mounts,
     "nginx's stream module": _stream_module,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from urllib.parse import quote
 
@@ -207,6 +208,26 @@ def test_a_key_file_that_others_may_read_is_warned_of(tmp_path: Path, mode: int,
     ):
         assert reasons(keys) == ["key_readable" for _ in expected]
         assert not expected or keys.notices[0].words.startswith(f"{keys.place}: ")
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "group", "expected"),
+    [
+        (0o440, 0, 65532, []),
+        (0o444, 0, 65532, ["key_readable"]),
+        (0o440, 0, 4, ["key_readable"]),
+        (0o440, 65532, 65532, ["key_readable"]),
+    ],
+)
+def test_a_file_of_roots_for_the_group_of_the_process_is_not_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, owner: int, group: int, expected: list[str]
+) -> None:
+    """As Kubernetes mounts a secret for a user that is not root, with fsGroup."""
+    file = write(tmp_path / "key", generate())
+    monkeypatch.setattr(os, "geteuid", lambda: 65532)
+    monkeypatch.setattr(os, "getegid", lambda: 65532)
+    monkeypatch.setattr(os, "fstat", lambda _: os.stat_result((stat.S_IFREG | mode, 0, 0, 1, owner, group, 0, 0, 0, 0)))
+    assert reasons(Keys.find(file, None, {})) == expected
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
