@@ -75,6 +75,7 @@ TROUBLE = (
     "launches_unknown",
     "limit_reached",
     "pending_dropped",
+    "pending_late",
     "signals_malformed",
     "signals_over_long",
     "signals_unknown",

@@ -52,6 +52,7 @@ _TCP_ESTABLISHED = 1  # tcpi_state of a connection that both ends hold open
 _TCP_CLOSE = 7  # tcpi_state of a connection that is gone
 _UNACKED = struct.Struct("@24xI")  # tcpi_unacked: segments that the peer has not acknowledged
 _LAST_ACK = struct.Struct("@56xI")  # tcpi_last_ack_recv: milliseconds since the last acknowledgement
+_LAST_DATA = struct.Struct("@52xI")  # tcpi_last_data_recv: milliseconds since the last bytes, or since the beginning
 _SO_MEMINFO = 55  # since Linux 4.12; not in the standard library
 _MEMINFO = struct.Struct("@8xII4xI")  # SK_MEMINFO_WMEM_ALLOC, _SNDBUF, _WMEM_QUEUED: bytes of kernel memory
 _TCP_INFO_SIZE = 104  # bytes of struct tcp_info that all supported kernels have
@@ -251,6 +252,20 @@ def acknowledged(sock: Socket) -> bool | None:
     """Whether the peer's kernel has acknowledged everything sent (TCP_INFO); None where the connection is over."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     return not _UNACKED.unpack_from(info)[0] if info[0] == _TCP_ESTABLISHED else None
+
+
+def since_last_bytes(sock: Socket) -> float:
+    """Seconds since bytes last arrived, or the connection began (TCP_INFO); 0 of a Unix socket, which tells nothing."""
+    if sock.family == socket.AF_UNIX:
+        return 0.0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    return int(_LAST_DATA.unpack_from(info)[0]) / 1000
+
+
+def count_waiting(listener: Socket) -> int:
+    """How many connections wait in the kernel's queue of a listener (TCP_INFO)."""
+    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    return int(_UNACKED.unpack_from(info)[0])
 
 
 def is_gone(sock: Socket) -> bool:

@@ -76,7 +76,9 @@ class ControlListener(Part):
 
     def _take(self, sock: Socket, peer: Endpoint) -> None:
         shortcut = self._data_listener.take_at_once if self._port.mux else None
-        if not (shortcut and shortcut(sock, peer)):
+        if shortcut and shortcut(sock, peer):
+            return
+        if not self._pending.turn_away(sock, self._port.tunnel, self._settings.handshake_timeout):
             self._pending.accept(sock, peer, self._serve, silence=self._patience(peer), shortcut=shortcut)
 
     def _patience(self, peer: Endpoint) -> float:

@@ -84,7 +84,8 @@ class DataListener(Part):
         else:
             may_be_v1 = not self._port.certificate and self._port.find_v1(peer) is not None
             silence = 0.0 if may_be_v1 else self._settings.handshake_timeout
-            self._pending.accept(sock, peer, self._serve, may_be_v1, silence=silence, shortcut=self.take_at_once)
+            if not self._pending.turn_away(sock, self._port.data, self._settings.handshake_timeout):
+                self._pending.accept(sock, peer, self._serve, may_be_v1, silence=silence, shortcut=self.take_at_once)
 
     def take_at_once(self, sock: Socket, peer: Endpoint) -> bool:
         """Whether the first bytes of a connection were a line that eight bytes answer, so that it is in its pool now.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from gevent import Greenlet, get_hub
 
 from nodepass.log import Limit, Log
 from nodepass.net.networks import Networks
-from nodepass.net.sockets import Endpoint, Socket, network_of
+from nodepass.net.sockets import Endpoint, Socket, count_waiting, network_of, since_last_bytes
 from nodepass.stats import Stats
 from nodepass.tasks import IdleTimer, TaskGroup, report_bug
 
@@ -29,6 +29,8 @@ PER_PORT = 1024  # pending connections
 PER_NETWORK = 256  # of them, from one network: a quarter, so that three more can flood the port and leave room
 SHARE = 8  # in the whole process they take at most one in so many descriptors,
 AT_LEAST = 64  # but may be so many, as a client dials at once, where a quarter of the descriptors allows that
+WAITED = 0.5  # of a handshake's timeout: it is too late for one that has waited so long,
+LONG_QUEUE = 64  # where so many more wait; fewer are served in time
 LOOK_EVERY = 1 / 16  # seconds between two looks for silences that are over
 READABLE = 1  # the event loop's flag
 
@@ -107,6 +109,23 @@ class PendingConnections:
         PendingConnections._total += 1
         pending.steps = self._steps(pending, work, (peer, *args), silence, shortcut)
         next(pending.steps)
+
+    def turn_away(self, sock: Socket, listeners: Sequence[Any], timeout: float) -> bool:
+        """Whether a connection was closed because it has waited too long in a long queue for a handshake of `timeout`.
+
+        Its peer has given up, or will have before the handshake is over: a thousand clients that come back at once need
+        more time than they wait for. Taken in turn, each would be too late, and make those behind it so; none came in.
+        """
+        try:
+            if since_last_bytes(sock) < timeout * WAITED or sum(map(count_waiting, listeners)) < LONG_QUEUE:
+                return False
+        except OSError:
+            return False  # it has left, which `accept` finds out
+        self._stats.trouble["pending_late"] += 1
+        words = "more clients come to the %(port)s port than it can serve in time; closed one that has waited too long"
+        self._log.warning("pending.late", words, Limit(burst=1), port=self._port)
+        sock.close()
+        return True
 
     def began(self, sock: Socket) -> float:
         """When a pending connection was accepted, in time.monotonic()."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from gevent import get_hub, socket
 from gevent.event import Event
 
 from nodepass.log import Log
-from nodepass.net.sockets import Endpoint, Socket, as_plain
+from nodepass.net.sockets import Endpoint, Socket, as_plain, count_waiting, since_last_bytes
 from nodepass.server import pending as module
 from nodepass.server.pending import PendingConnections
 from nodepass.stats import Stats
@@ -300,3 +301,34 @@ def test_what_a_pending_connection_held_is_free_as_soon_as_its_work_ends(stack: 
     assert watched() is not None
     until(lambda: not len(pending))
     until(lambda: watched() is None)
+
+
+# More than can be served in time
+
+
+@pytest.mark.parametrize(
+    ("waited", "queued", "is_turned_away"),
+    [(3.0, module.LONG_QUEUE, True), (2.0, module.LONG_QUEUE, False), (3.0, module.LONG_QUEUE - 1, False)],
+)
+def test_what_has_waited_too_long_in_a_long_queue_is_turned_away(
+    monkeypatch: pytest.MonkeyPatch, stack: ExitStack, waited: float, queued: int, is_turned_away: bool
+) -> None:
+    monkeypatch.setattr(module, "since_last_bytes", lambda _: waited)
+    monkeypatch.setattr(module, "count_waiting", lambda _: queued)
+    pending, peer = make_pending(stack, stats := Stats()), Peer(stack)
+    assert pending.turn_away(peer.accepted, [object()], timeout=5.0) == is_turned_away
+    assert peer.is_dropped() == is_turned_away
+    assert stats.trouble["pending_late"] == is_turned_away
+    peer.accepted.close()
+
+
+def test_the_kernel_tells_how_long_a_connection_has_waited_and_how_many_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        for waiting in range(3):
+            assert count_waiting(listener) == waiting
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            until(lambda waiting=waiting: count_waiting(listener) == waiting + 1)  # type: ignore[misc]
+        accepted = as_plain(listener.accept()[0])
+        with contextlib.closing(accepted):
+            until(lambda: since_last_bytes(accepted) > 0.02)
+            assert since_last_bytes(accepted) < FOREVER
