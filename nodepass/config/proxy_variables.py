@@ -15,7 +15,16 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import unquote, urlsplit
 
 from nodepass.config.hostport import normal_host, parse_ip, parse_network, split_host_port
-from nodepass.config.outbound import Credentials, Login, Passage, Proxy, hide_user, make_proxy, parse_credentials
+from nodepass.config.outbound import (
+    Credentials,
+    Login,
+    Passage,
+    Proxy,
+    hide_user,
+    make_proxy,
+    parse_credentials,
+    parse_proxy,
+)
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ClientURL, ServerURL
 from nodepass.errors import ConfigError, Notice
@@ -62,9 +71,13 @@ class ProxyVariables:
 
     def find_own(self, proxy: Proxy | None) -> tuple[Proxy, Credentials | None] | None:
         """A proxy that a setting has, with the user and password that TUNNEL_PROXY had for it. Raises ConfigError."""
-        if not proxy or self.own.removesuffix("/") != str(proxy):
-            return (proxy, None) if proxy else None
-        return proxy, _parse_user(self.own_user, _OWN)
+        if not proxy:
+            return None
+        try:
+            is_own = parse_proxy(self.own).proxy == proxy
+        except ValueError:  # there is none, or a flag replaces it
+            is_own = False
+        return proxy, _parse_user(self.own_user, _OWN) if is_own else None
 
 
 def with_passages(url: URL, common: Settings, variables: ProxyVariables) -> URL:

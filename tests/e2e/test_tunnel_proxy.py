@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.certificates import Authority
+from tests.support.connect_proxy import ConnectProxy
 from tests.support.process import Environment, Nodepass, run
 from tests.support.proxies import PASSWORD, PROXIES, USER, inside_tls, microsocks, tinyproxy
 from tests.support.sockets import free_port, receive_all, until
@@ -61,6 +62,19 @@ def assert_carries(server: OurServer, client: OurClient, target: Target) -> None
     with tunnel.session() as ends:
         assert_half_closes_pass(*ends)
     assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
+
+
+def test_a_proxy_looks_up_the_server_and_its_password_is_shown_nowhere(server: OurServer, target: Target) -> None:
+    with ConnectProxy(USER, PASSWORD) as proxy:
+        env = {**QUICK, "TUNNEL_PROXY": f"http://{USER}:{PASSWORD}@127.0.0.1:{proxy.address[1]}"}
+        with OurClient(("localhost", server.tunnel_address[1]), target.address, env=env) as client:
+            client.wait_until_connected()
+            assert_carries(server, client, target)
+            assert set(proxy.asked) == {f"localhost:{server.tunnel_address[1]}"}
+            client.send(signal.SIGUSR1)
+            report = client.wait_for("process.bugs")
+            assert report["bugs"] == 0
+            assert not [line for line in client.lines if PASSWORD in line]
 
 
 CASES = [

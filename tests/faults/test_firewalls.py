@@ -194,6 +194,20 @@ def test_a_nat_that_forgets_idle_connections_keeps_those_that_are_probed_in_time
     assert not client.find("pool.dead_connections")
 
 
+def test_a_source_address_that_comes_later_is_used_then(place: Place) -> None:
+    later = "10.77.0.9"
+    place.route()
+    server = place.start_server()
+    client = place.start_client(env={**CALM, "SOURCE_ADDRESS": later, "TARGET_SOURCE_ADDRESS": "dev:lo"})
+    client.wait_for("source.missing")
+    failed = client.wait_for("server.unreachable")
+    assert f"SOURCE_ADDRESS={later}: this machine has no such address" in failed["error"]
+    place.near.namespace.ip("address", "add", f"{later}/24", "dev", "cable0")
+    client.wait_until_connected()
+    assert server.wait_for_client()["client"].startswith(f"{later}:")
+    place.assert_works(server)
+
+
 SILENT = """
 table ip silent {
     chain output {

@@ -125,6 +125,8 @@ def test_a_user_and_password_of_the_environment_are_for_their_proxy_only() -> No
     fresh = {"TUNNEL_PROXY": f"http://{PAIR}@proxy:3128"}
     assert found(dict(fresh), proxy="http://proxy:3128") == f"{USER}:{PASSWORD}@http://proxy:3128"
     assert found(dict(fresh), proxy="http://other:3128") == "http://other:3128"
+    shouting = {"TUNNEL_PROXY": f"HTTP://{PAIR}@Proxy:3128/"}
+    assert found(shouting, proxy="http://proxy:3128") == f"{USER}:{PASSWORD}@http://proxy:3128"
     assert found({"HTTPS_PROXY": f"https://{PAIR}@proxy"}) == f"{USER}:{PASSWORD}@https://proxy:443"
 
 
