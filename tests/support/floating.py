@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from tests.support.machines import FLOATING, Machine
@@ -14,6 +15,10 @@ from tests.support.programs import installed
 from tests.support.scope import Closes
 
 CONFIG = REPOSITORY / "contrib" / "keepalived" / "keepalived.conf"
+SYSCTLS = re.findall(
+    r"^    (net\.ipv4\.conf\.all\.\w+) = (\d)$", CONFIG.with_name("README.md").read_text(), re.MULTILINE
+)
+"""What README.md asks for."""
 
 
 class Keepalived(Closes):
@@ -33,6 +38,10 @@ class Keepalived(Closes):
         self._running: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Keepalived:
+        assert len(SYSCTLS) == 2
+        for name, value in SYSCTLS:
+            file = Path("/proc/sys", *name.split("."))
+            self._machine.namespace.inside(partial(file.write_text, value))
         self.start()
         return self
 
@@ -68,8 +77,9 @@ class Keepalived(Closes):
         return said.rfind("VRRP_Script(ready) succeeded") > said.rfind("VRRP_Script(ready) failed")
 
     def has_address(self) -> bool:
-        """Whether the machine has the floating address."""
-        command = ["ip", "-n", self._machine.namespace.name, "-oneline", "address", "show", "to", FLOATING]
+        """Whether the machine has the floating address on the network."""
+        where = ("dev", self._machine.cable, "to", FLOATING)
+        command = ["ip", "-n", self._machine.namespace.name, "-oneline", "address", "show", *where]
         return bool(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
@@ -79,6 +89,7 @@ def shipped(machine: Machine, peer: Machine) -> str:
     for pattern, new in (
         (r"interface eth0", f"interface {machine.cable}"),
         (r"192\.0\.2\.10/24", f"{FLOATING}/24"),
+        (r"192\.0\.2\.10/32", f"{FLOATING}/32"),
         (r"unicast_src_ip 192\.0\.2\.1\b", f"unicast_src_ip {machine.address}"),
         (r"^        192\.0\.2\.2$", peer.address),
     ):
