@@ -6,6 +6,7 @@ The same haproxy in front of the same three services, without a tunnel, is under
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from tests.support.balancer import Balancer
 from tests.support.load import Load, load
 from tests.support.machines import Machine, Machines
 from tests.support.process import Nodepass
-from tests.support.sockets import Address, until
+from tests.support.sockets import Address, format_address, until
 from tests.support.tunnel import OurServer
 from tests.support.v2_network import enter
 from tests.support.web import Nginx, ask
@@ -55,6 +56,7 @@ class Place:
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path) -> None:
         self._stack = stack
+        self._folder = folder
         self.machines = stack.enter_context(Machines(len(NAMES) + len(SERVERS)))
         self.hub = self.machines.hub
         self._near, self._far = self.machines.others[: len(NAMES)], self.machines.others[len(NAMES) :]
@@ -76,10 +78,19 @@ class Place:
             "ACCEPT_PROXY": machine.hub_address,
             "METRICS_LISTEN": f"{machine.address}:{METRICS}",
             "SHUTDOWN_DELAY": "2s",
+            "ACCESS_LOG": str(self._access_log(machine)),
         }
         tunnel, target = f"{machine.address}:{TUNNEL}", f"{machine.address}:{TARGET}"
         make = partial(OurServer, tunnel=tunnel, target=target, log="info", env=env)
         return self.machines.start(self._stack, machine.namespace, make)
+
+    def _access_log(self, machine: Machine) -> Path:
+        return self._folder / f"{machine.address}.access"
+
+    def sessions(self, number: int) -> list[dict[str, str]]:
+        """What a server has written about each of its sessions so far."""
+        file = self._access_log(self._far[number])
+        return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def _make_client(self, machine: Machine) -> Nodepass:
         servers = ",".join(f"{each.address}:{TUNNEL}" for each in self._far)
@@ -152,6 +163,14 @@ def report(fault: str, under: Under, began: float) -> None:
         late = max((request.began - began for request in failed), default=0.0)
         words = f"{len(failed)} of {len(found.requests)} requests failed"
         print(f"\n{fault}, {name}: {words}, the last began {late:.2f} s after it; gap {found.longest_gap():.2f} s")
+
+
+def test_each_server_knows_by_haproxys_header_who_came_and_where(place: Place) -> None:
+    with place.under_load():
+        until(lambda: all(place.sessions(number) for number in range(len(SERVERS))))
+    sessions = [each for number in range(len(SERVERS)) for each in place.sessions(number)]
+    assert {each["visitor"].rpartition(":")[0] for each in sessions} == {"127.0.0.1"}
+    assert {each["local"] for each in sessions} == {format_address(FRONT)}
 
 
 # What is announced
