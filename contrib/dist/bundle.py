@@ -12,9 +12,7 @@ a machine is the GNU C library, at least in the version that `find_c_library` re
 
 from __future__ import annotations
 
-import compileall
 import os
-import py_compile
 import re
 import shutil
 import subprocess
@@ -23,7 +21,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from contrib.dist import unneeded
+from contrib.dist import slim
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = ROOT / "contrib" / "lock"
@@ -56,13 +54,14 @@ def make(tree: Path, wheel: Path, workspace: Path) -> None:
     library = tree / "lib" / PYTHON
     library.mkdir(parents=True)
     copy_standard_library(library)
+    slim.compile_tree(library, library)
     packages = install(wheel, workspace)
-    unneeded.remove(packages)
+    slim.remove_unneeded(packages)
     copy_licences(packages, tree / "share" / "doc" / NAME)
+    slim.compile_packages(packages)
     for each in packages.iterdir():
         if not each.name.endswith(".dist-info") and each.name not in ("bin", "share", "__pycache__"):
             copy(each, library / each.name)
-    compile_all(library)
     program = tree / "bin" / NAME
     program.parent.mkdir()
     shutil.copy(Path(sys.executable).resolve(), program)
@@ -120,22 +119,6 @@ def find_python_licence() -> Iterator[Path]:
     """The licence of the interpreter, where its builders have put it."""
     places = (Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", Path(f"/usr/share/doc/{PYTHON}/copyright"))
     yield from [each for each in places if each.exists()][:1]
-
-
-def compile_all(library: Path) -> None:
-    """Replace the sources by byte code that is never compared with them."""
-    compileall.compile_dir(
-        library,
-        maxlevels=20,
-        quiet=1,
-        force=True,
-        legacy=True,
-        stripdir=str(library),
-        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-    )
-    for source in library.rglob("*.py"):
-        if source.with_suffix(".pyc").exists():
-            source.unlink()
 
 
 def set_search_path(program: Path, files: list[Path]) -> None:
