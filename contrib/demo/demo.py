@@ -18,6 +18,7 @@ import socket
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -28,6 +29,8 @@ from typing import Any
 
 NODEPASS = Path(__file__).resolve().parents[2] / "bin" / "nodepass"
 LOOPBACK = "127.0.0.1"
+KEY_FILE = "tunnel.key"
+NAME = "demo"  # of the tunnel, the same at both ends
 
 # Seconds: for a process to become ready, for an answer through the tunnel, for a process to end. The first is long
 # because a first start also compiles the byte code.
@@ -80,7 +83,7 @@ class EchoHandler(socketserver.BaseRequestHandler):
 class Tunnel:
     """One running bin/nodepass, the lines of its log so far, and the events in them."""
 
-    def __init__(self, role: str, url: str) -> None:
+    def __init__(self, role: str, url: str, key: Path) -> None:
         self.role = role
         self.lines: list[str] = []
         self._events: list[dict[str, Any]] = []
@@ -89,7 +92,7 @@ class Tunnel:
         # A session of its own, so that Ctrl-C at the terminal reaches it once, through the demo.
         self.process = subprocess.Popen(
             [NODEPASS, url],
-            env={**os.environ, "LOG_FORMAT": "json"},
+            env={**os.environ, "LOG_FORMAT": "json", "TUNNEL_KEY_FILE": str(key)},
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
@@ -117,18 +120,19 @@ class Tunnel:
         else:
             self._events.append(event)
 
-    def wait_for(self, event: str) -> dict[str, Any]:
-        """The first such event in the log. Raises DemoError if there is none within READY_TIMEOUT."""
+    def wait_for(self, event: str, field: str = "") -> dict[str, Any]:
+        """The first such event in the log, where this field is set. Raises DemoError if none comes in READY_TIMEOUT."""
         with self._grown:
-            self._grown.wait_for(lambda: self._search(event) or self._ended, READY_TIMEOUT)
-            found = self._search(event)
+            self._grown.wait_for(lambda: self._search(event, field) or self._ended, READY_TIMEOUT)
+            found = self._search(event, field)
         if found is None:
             outcome = "ended" if self._ended else f"was not ready after {READY_TIMEOUT:.0f} s"
             raise DemoError(f"the {self.role} {outcome}; its log has no {event}")
         return found
 
-    def _search(self, event: str) -> dict[str, Any] | None:
-        return next((each for each in self._events if each["event"] == event), None)
+    def _search(self, event: str, field: str) -> dict[str, Any] | None:
+        found = (each for each in self._events if each["event"] == event and (not field or each.get(field)))
+        return next(found, None)
 
     def stop(self) -> None:
         """Terminate the process, and kill it after STOP_TIMEOUT."""
@@ -174,10 +178,10 @@ def serving() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def running(role: str, url: str) -> Iterator[Tunnel]:
+def running(role: str, url: str, key: Path) -> Iterator[Tunnel]:
     """Run bin/nodepass with one URL; shows its log if anything fails."""
-    say(f"  $ bin/nodepass {shlex.quote(url)}")
-    tunnel = Tunnel(role, url)
+    say(f"  $ TUNNEL_KEY_FILE={KEY_FILE} bin/nodepass {shlex.quote(url)}")
+    tunnel = Tunnel(role, url, key)
     try:
         yield tunnel
     except BaseException as error:
@@ -187,6 +191,35 @@ def running(role: str, url: str) -> Iterator[Tunnel]:
             say("\n".join(f"  {line}" for line in tunnel.lines) or "  (empty)")
         raise
     tunnel.stop()
+
+
+@contextlib.contextmanager
+def key_file() -> Iterator[Path]:
+    """Make a key, in a file that only this user can read; it is deleted at the end."""
+    say(f"A key, the same file on both machines:\n  $ (umask 077; bin/nodepass --generate-key >{KEY_FILE})\n")
+    made = subprocess.run([NODEPASS, "--generate-key"], stdout=subprocess.PIPE, check=False)
+    if made.returncode:
+        raise DemoError(f"no key could be made: exit status {made.returncode}")
+    with tempfile.TemporaryDirectory(prefix="nodepass-demo.") as directory:
+        path = Path(directory) / KEY_FILE
+        path.touch(mode=0o600)
+        path.write_bytes(made.stdout)
+        yield path
+
+
+def show_next() -> None:
+    """Print what a user types on two machines of their own."""
+    say(f"""
+On two machines of your own, type on the one with the public address, and copy {KEY_FILE} to the other one:
+
+  $ (umask 077; bin/nodepass --generate-key >{KEY_FILE})
+  $ TUNNEL_KEY_FILE={KEY_FILE} DATA_PORT=tunnel bin/nodepass "server://:10101/:8080?name=web"
+
+On the one with the service, here a web server on port 80:
+
+  $ TUNNEL_KEY_FILE={KEY_FILE} bin/nodepass "client://SERVER:10101/127.0.0.1:80?name=web"
+
+Visitors connect to SERVER:8080. With systemd, nodepass-manager makes services of both: docs/manager.md""")
 
 
 def fetch_page(port: int) -> str:
@@ -233,20 +266,24 @@ def run_demo(once: bool) -> None:
     with contextlib.ExitStack() as stack:
         service_port = stack.enter_context(serving())
         say(f"The service, a web page and a UDP echo, listens on {LOOPBACK}:{service_port}.\n")
+        key = stack.enter_context(key_file())
         say("On the machine with the public address:")
-        server = stack.enter_context(running("server", f"server://{LOOPBACK}:0/{LOOPBACK}:0?tls=1"))
+        server = stack.enter_context(running("server", f"server://{LOOPBACK}:0/{LOOPBACK}:0?name={NAME}", key))
         listening = server.wait_for("server.listening")
         tunnel_port, visitor_port = (
             int(listening[name].rpartition(":")[2]) for name in ("tunnel_address", "target_address")
         )
         say("On the machine behind the firewall:")
-        client_url = f"client://{LOOPBACK}:{tunnel_port}/{LOOPBACK}:{service_port}"
-        stack.enter_context(running("client", client_url))
+        client_url = f"client://{LOOPBACK}:{tunnel_port}/{LOOPBACK}:{service_port}?name={NAME}"
+        stack.enter_context(running("client", client_url, key))
         server.wait_for("client.connected")
+        protected = server.wait_for("tunnel.security", "tls_version")
         show_picture(visitor_port, tunnel_port, service_port)
+        say(f"\nWhat protects the tunnel: {protected['security']}")
         say(f"\nA visitor connects to the server, {LOOPBACK}:{visitor_port}:\n")
         say(f"  TCP: {fetch_page(visitor_port)}")
         say(f"  UDP: {echo_datagram(visitor_port)}")
+        show_next()
         if once:
             say("\nIt works.")
             return

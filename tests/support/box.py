@@ -104,10 +104,14 @@ class Machine(Closes):
         prefix = self._python if self._python.startswith("/usr") else PYTHON
         return f"{prefix}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
 
+    @property
+    def enter(self) -> tuple[str, ...]:
+        """The beginning of a command that runs in the box."""
+        return ("nsenter", "-t", str(self._init), "-m", "-p", "-n", "-u", "-i", "-C")
+
     def run(self, *command: str, check: bool = True) -> str:
         """Run a command in the box; what it printed. AssertionError where it fails, unless that is not checked."""
-        entered = ["nsenter", "-t", str(self._init), "-m", "-p", "-n", "-u", "-i", "-C", *command]
-        done = subprocess.run(entered, capture_output=True, text=True, check=False, timeout=LONGEST)
+        done = subprocess.run([*self.enter, *command], capture_output=True, text=True, check=False, timeout=LONGEST)
         assert not check or done.returncode == 0, f"{command}: {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 

@@ -9,8 +9,11 @@ import importlib.util
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +21,9 @@ from types import ModuleType
 import pytest
 
 from tests.support.box import BootError, Machine
+from tests.support.certificates import Authority
 from tests.support.process import REPOSITORY
-from tests.support.sockets import connect
+from tests.support.sockets import PATIENCE, connect, until
 from tests.support.target import Target
 from tests.support.tunnel import OurClient, assert_connected
 from tests.support.wheels import build_wheel, pack_needed
@@ -32,7 +36,10 @@ ENV = "/etc/nodepass/web.env"
 KEY = "/etc/credstore/nodepass.web.tunnel-key"
 UNIT = "/etc/systemd/system/nodepass@.service"
 PORTS = "/etc/systemd/system/nodepass@edge.socket.d/manager.conf"
-COMMANDS = ("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart", "delete", "logs")
+COMMANDS = (
+    *("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart", "enable", "disable"),
+    *("status", "show", "delete", "logs"),
+)
 CHECK_FIRST = "[Service]\nExecStartPre=/usr/local/bin/nodepass --check\n"
 
 
@@ -109,6 +116,7 @@ def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
     box.write("/etc/systemd/system/nodepass@.service.d/check.conf", CHECK_FIRST)
     box.systemctl("daemon-reload")
     start_by_socket(box)
+    guide(box)
     create(box)
     carry(box)
     edit(box)
@@ -160,7 +168,7 @@ def socket_since(box: ManagedBox) -> str:
 def create(box: ManagedBox) -> None:
     assert "fail url: " in box.refuse("create", "web", "--url", "server://:1/:2?tls=7")
     assert "would have no tunnel; use --url" in box.refuse("create", "web")
-    assert "--key-file /srv/none: no such file" in box.refuse(
+    assert "--key-file /srv/none: cannot be read: " in box.refuse(
         "create", "web", "--url", SERVER, "--key-file", "/srv/none"
     )
     assert not box.has(ENV)
@@ -168,12 +176,119 @@ def create(box: ManagedBox) -> None:
     assert f'NODEPASS_URL="{SERVER}"\nDATA_PORT="tunnel"\nTUNNEL_KEY_FILE=' in box.read(ENV)
     assert (box.root / ENV[1:]).stat().st_mode & 0o777 == 0o640
     assert (box.root / KEY[1:]).stat().st_mode & 0o777 == 0o600
-    assert re.search(rf"web +active +enabled +key, tls \d +{re.escape(SERVER)}", box.do("list"))
+    assert re.search(rf"web +active +enabled +[-\d]+ \S+ \S+ +none +key, tls \d +{re.escape(SERVER)}", box.do("list"))
     assert "already exists" in box.refuse("create", "web", "--url", SERVER)
     said = box.refuse("create", "twin", "--url", SERVER, "--set", "SEMAFORE_LIMIT=3")
     assert "SEMAFORE_LIMIT is not a setting of nodepass" in said
     assert "cannot listen on tunnel address 127.0.0.1:10101: Address already in use" in said  # the end of its log
     box.do("delete", "twin", "--yes")
+
+
+class Conversation:
+    """The manager's menu at a terminal in the box."""
+
+    def __init__(self, box: ManagedBox) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [*box.enter, box.python, "/srv/nodepass-manager"],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.said = ""
+
+    def answer(self, *dialog: tuple[str, str]) -> str:
+        """Answer each of the questions as it is asked; what was said until the menu is shown again."""
+        self.said = ""
+        for question, reply in dialog:
+            self._read_until(re.escape(question))
+            os.write(self._master, f"{reply}\n".encode())
+        return self._read_until(r"What\? ")
+
+    def leave(self) -> int:
+        os.write(self._master, b"q\n")
+        return self.process.wait(PATIENCE)
+
+    def _read_until(self, pattern: str) -> str:
+        begun, deadline = len(self.said), time.monotonic() + 3 * PATIENCE
+        while not (found := re.search(pattern, self.said[begun:])):
+            assert time.monotonic() < deadline, (pattern, self.said)
+            if select.select([self._master], [], [], 0.1)[0]:
+                self.said += os.read(self._master, 1 << 16).decode(errors="replace").replace("\r", "")
+        assert found
+        return self.said
+
+
+def guide(box: ManagedBox) -> None:
+    """Create both ends and a server with a certificate by the questions of the menu, and use its other commands."""
+    menu = Conversation(box)
+    assert "show the files of an instance" in menu.answer()
+    said = menu.answer(*server_dialog(key="m", certificate="s", ports="1", metrics="n"))
+    assert "nodepass@east is active" in said
+    assert re.search(
+        r"nodepass-manager create east --url 'client://\S+:10101/127\.0\.0\.1:80\?name=web' --key-file -", said
+    )
+    assert 'NODEPASS_URL="server://:10101/:8080?tls=1&name=web"\nDATA_PORT="tunnel"' in box.read(
+        "/etc/nodepass/east.env"
+    )
+    (key,) = re.findall(r"shown this once:\s+(\S{43})\n", said)
+    said = menu.answer(
+        *(("", "create"), ("Name of the instance", "west"), ("server, which visitors reach, or the client", "c")),
+        *(("Name of the tunnel", "web"), ("Address of the server", "127.0.0.1:10101"), ("Address of the service", "")),
+        *(("paste the server's, or none", "p"), ("tunnel's key", key), ("certificate of its own", "n")),
+        *(("Serve metrics", "n"), ("A further setting", "UDP_LANES=2"), ("A further setting", "")),
+    )
+    assert "nodepass@west is active" in said
+    assert 'UDP_LANES="2"' in box.read("/etc/nodepass/west.env")
+    assert key not in said
+    until(
+        lambda: re.search(r"west +active .* 127\.0\.0\.1:10101 .*key \"web\", tls 1", box.do("list")),
+        what="they are connected",
+    )
+    menu.answer(("", "disable"), ("Name", "west"))
+    assert re.search(r"west +active +disabled", menu.answer(("", "list")))
+    menu.answer(("", "enable"), ("Name", "west"))
+    assert "nodepass@west.service" in menu.answer(("", "status"), ("Name", "west"))
+    said = menu.answer(("", "show"), ("Name", "west"))
+    assert "/etc/credstore/nodepass.west.tunnel-key (not shown)" in said
+    assert "server://:10101/:8080?name=web" in said
+    for name in ("east", "west"):
+        menu.answer(("", "delete"), ("Name", name), ("Stop the tunnel", "y"))
+    guide_certificate(box, menu, key)
+    assert menu.leave() == 0
+
+
+def guide_certificate(box: ManagedBox, menu: Conversation, key: str) -> None:
+    """Create a server with a certificate, a pasted key, a data port and wrong answers on the way."""
+    with tempfile.TemporaryDirectory() as directory:
+        made = Authority(Path(directory)).issue("localhost")
+        for name, file in (("crt", made.crt), ("key", made.key)):
+            box.write(f"/srv/own.{name}", Path(file).read_text(), 0o600)
+    said = menu.answer(*server_dialog(key="p", certificate="o", ports="2", metrics="n", pasted=key))
+    assert "'x' is not usable here" in said
+    assert "nodepass@east is active" in said
+    assert "/127.0.0.1:80?name=web&tls=2' --key-file -" in said
+    assert 'DATA_PORT="10102"' in box.read("/etc/nodepass/east.env")
+    said = menu.answer(("", "delete"), ("Name", "east"), ("Stop the tunnel", "y"))
+    assert "/etc/credstore/nodepass.east.key" in said
+    assert not box.has("/etc/credstore/nodepass.east.key")
+
+
+def server_dialog(key: str, certificate: str, ports: str, metrics: str, pasted: str = "") -> list[tuple[str, str]]:
+    """Questions and answers for a server."""
+    data = [("Port for data", "")] if ports == "2" else []
+    secret = [("tunnel's key", pasted)] if key == "p" else []
+    files = (
+        [("certificate and its chain", "/srv/own.crt"), ("private key", "/srv/own.key")] if certificate == "o" else []
+    )
+    return [
+        *(("", "create"), ("Name of the instance", "east"), ("server, which visitors reach", "x"), ("s, c", "s")),
+        *(("Name of the tunnel", "web"), ("Port for the client", ""), ("Port for visitors", "8080")),
+        *(("One port for the client", ports), *data, ("make one, paste one", key), *secret),
+        *(("self-signed, or your own", certificate), *files, ("Serve metrics", metrics), ("A further setting", "")),
+    ]
 
 
 def carry(box: ManagedBox) -> None:
@@ -183,6 +298,7 @@ def carry(box: ManagedBox) -> None:
         client = OurClient(("127.0.0.1", 10101), target.address, env={"TUNNEL_KEY": box.read("/srv/key")})
         box.inside(lambda: stack.enter_context(client))
         client.wait_until_connected()
+        until(lambda: re.search(r"web .* 127\.0\.0\.1:\d+ .*key, tls 1", box.do("list")), what="its peer in the list")
         visitor = stack.enter_context(box.inside(lambda: connect(("127.0.0.1", 8080))))
         with target.accept() as service:
             assert_connected(visitor, service)
@@ -423,17 +539,62 @@ def test_a_check_reads_the_keys_where_the_unit_will_find_them(
         assert manager.with_keys("web", given) == given
 
 
-def test_the_key_of_a_file_that_will_be_copied_is_checked_by_itself(
+def test_a_secret_of_no_instance_is_not_replaced(
     manager: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(manager, "CREDENTIALS", tmp_path)
-    file, own = tmp_path / "mine", "/run/credentials/nodepass@web.service/tunnel-key"
+    monkeypatch.setattr(manager, "CREDENTIALS", tmp_path / "store")
+    file = tmp_path / "mine"
     file.write_text("secret")
-    for given in ({}, {"TUNNEL_KEY_FILE": own}):
-        assert manager.with_keys("web", given, file) == {"TUNNEL_KEY": "secret"}
+    made = manager.copy_credential("web", "tunnel-key", file, "key-file")
+    assert (made.read_text(), made.stat().st_mode & 0o777) == ("secret", 0o600)
+    with pytest.raises(manager.Problem, match="exists already"):
+        manager.copy_credential("web", "tunnel-key", file, "key-file")
     file.write_bytes(b"\xff")
     with pytest.raises(manager.Problem, match="cannot be read"):
-        manager.with_keys("web", {}, file)
+        manager.copy_credential("other", "tunnel-key", file, "key-file")
+
+
+@pytest.mark.parametrize("place", ["home", "elsewhere"])
+def test_an_interpreter_in_a_home_directory_is_refused(
+    manager: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    link = tmp_path / "python"
+    link.symlink_to(sys.executable)
+    prefix = Path(sys.base_prefix).resolve()
+    monkeypatch.setattr(manager, "HOMES", (prefix if place == "home" else tmp_path / "home",))
+    if place == "home":
+        with pytest.raises(manager.Problem, match="in a home directory, which the units cannot access"):
+            manager.refuse_home(str(link))
+    else:
+        manager.refuse_home(str(link))
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        ("", "-"),
+        ("client none, pool 0 idle of 16, security: none", "none"),
+        ("not connected to the server, security: key, tls 1", "not connected to the server"),
+        ("server:1: client 192.0.2.1:5 (wire v2), pool; client:2: server a:1, x", "192.0.2.1:5 (wire v2); a:1"),
+    ],
+)
+def test_the_list_shows_the_peers_of_an_instance(manager: ModuleType, status: str, shown: str) -> None:
+    assert manager.peers_of(status) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "other"),
+    [
+        ("server://192.0.2.1:10101/:8080?tls=1&name=web", "'client://192.0.2.1:10101/127.0.0.1:80?name=web'"),
+        ("server://192.0.2.1:1/:2?tls=2&crt=/a&key=/b", "'client://192.0.2.1:1/127.0.0.1:80?tls=2'"),
+        ("client://a:10101,b:10101/127.0.0.1:80?name=x", "'server://:10101/:8080?name=x'"),
+    ],
+)
+def test_the_command_for_the_other_end_fits_this_one(
+    manager: ModuleType, capsys: pytest.CaptureFixture[str], url: str, other: str
+) -> None:
+    manager.show_other_end("web", url, has_key=True)
+    assert f"    nodepass-manager create web --url {other} --key-file -\n" in capsys.readouterr().out
 
 
 def test_a_name_where_systemd_takes_addresses_only_is_refused(manager: ModuleType) -> None:
@@ -513,9 +674,9 @@ def test_the_menu_offers_every_command_and_leaves() -> None:
                 said += data
         assert menu.wait(20) == 0
     text = said.decode()
-    assert text.count("11  logs") == 6
+    assert text.count("15  logs") == 6
     assert "aborted" in text
     for choice in ("nonsense", "99"):
-        assert f"{choice!r} is none of these; allowed: 1 to 11" in text
+        assert f"{choice!r} is none of these; allowed: 1 to 15" in text
     assert "NAME" in text
     assert "instance 'no such': the name is not usable" in text
