@@ -42,7 +42,6 @@ class Node:
         self.machine = machine
         self.keepalived = Keepalived(place.folder / name, machine, peer)
         self.start_server()
-        place.stack.enter_context(self.keepalived)
 
     def start_server(self) -> None:
         """At first, and after it has ended."""
@@ -66,6 +65,10 @@ class Place:
         stack.enter_context(Nginx(folder / "service", f"127.0.0.1:{SERVICE}", self._near.namespace))
         self.nodes = (Node(self, "a", a, b), Node(self, "b", b, a))
         self.start_client()
+        for node in self.nodes:  # at its first check, keepalived takes one answer; later two in a row
+            node.server.wait_for_client()
+        for node in self.nodes:
+            stack.enter_context(node.keepalived)
 
     def start_client(self) -> None:
         """At first, and after it has ended."""
