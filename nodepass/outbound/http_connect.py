@@ -49,7 +49,7 @@ def connect(stream: Stream, host: str, port: int, credentials: Credentials | Non
         head = _read_head(stream, room)
         room -= len(head)
     number, said = status
-    if not number < 300:
+    if number >= 300:
         raise ProxyError(_explain(number, said, head, f"{bracketed(host)}:{port}", credentials), str(number))
 
 

@@ -51,8 +51,8 @@ class IdleCuts:
     def find_due(self, idle: Iterable[str], now: float) -> list[str]:
         """Which idle connections must be replaced; all others of the past are forgotten."""
         self._since = {id: self._since[id] for id in idle if id in self._since}
+        self._ends = {id: end for id, end in self._ends.items() if now - end[1] < UNEXPLAINED}
         if self.limit is None:
-            self._ends = {id: end for id, end in self._ends.items() if now - end[1] < UNEXPLAINED}
             return []
         least = REPLACED_AT * self.limit
         return [id for id, since in self._since.items() if now - since >= least]

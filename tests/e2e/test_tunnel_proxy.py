@@ -152,6 +152,17 @@ def test_a_tunnel_works_inside_tls_to_a_proxy(target: Target, authority: Authori
                 assert receive_all(visitor) == b""
 
 
+@pytest.mark.programs("tinyproxy")
+def test_a_proxy_that_does_not_allow_the_data_port_is_answered_by_one_port(target: Target) -> None:
+    port, proxied = free_port(), free_port()
+    with OurServer(1, tunnel=f"127.0.0.1:{proxied}") as server, tinyproxy(port, False, more=f"ConnectPort {proxied}\n"):
+        env = environment(f"http://127.0.0.1:{port}")
+        with OurClient(server.tunnel_address, target.address, env=env) as client:
+            missing = client.wait_for("data.missing", reason="proxy")
+            assert f"does not allow connections to 127.0.0.1:{server.data_address[1]}" in missing["error"]
+            assert "DATA_PORT=tunnel" in missing.line
+
+
 CUTS_AFTER = 6
 """Seconds without a byte after which the proxy ends a connection."""
 
