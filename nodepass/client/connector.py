@@ -201,7 +201,7 @@ class Connector(Part):
             control = ClientControl(stream, settings.report_interval, self._log, self._stats, settings.keepalive)
             failed.callback(control.hang_up)
             if way.has_proxy:
-                control.name_peer(str(way))
+                control.note_proxy(str(way))
             late = TimeoutError(f"{control.peer} did not complete a handshake within {timeout:g}s; {self._hint}")
             with gevent.Timeout(timeout, late):
                 agreement = connect_to_server(control, self._terms)

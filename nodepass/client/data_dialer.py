@@ -20,7 +20,7 @@ from nodepass.client.pool import ClientPool
 from nodepass.config.settings import Settings
 from nodepass.errors import ClosedError, ProtocolError, VerificationError, reason
 from nodepass.log import Limit
-from nodepass.net.sockets import Socket
+from nodepass.net.sockets import Socket, acknowledge
 from nodepass.net.stream import Stream, TCPStream, recv_exactly
 from nodepass.outbound.ways import Way
 from nodepass.stats import failure
@@ -196,6 +196,8 @@ class Route:
         except ClosedError:
             words = "closed by the server before it sent an id: its pool is full (MAX_POOL_CAPACITY), or see its log"
             raise ClosedError(words) from None
+        if self.way.has_proxy:
+            acknowledge(sock)
         if self.sessions and not stream.plain:
             self.sessions.offer(stream)
         # If this process is killed while the launch is in transit, the end must not look like the target's.

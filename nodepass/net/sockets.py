@@ -248,6 +248,15 @@ def bound_failure_detection(sock: Socket, seconds: float, keepalive: float) -> N
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(max(1, round(seconds * 1000)), 2**31 - 1))
 
 
+def acknowledge(sock: Socket) -> None:
+    """Acknowledge what has been received at once, where nothing is sent back.
+
+    The kernel takes up to 40 ms for that, and many proxies delay a small packet while the one before is not
+    acknowledged (Nagle's algorithm).
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
 def acknowledged(sock: Socket) -> bool | None:
     """Whether the peer's kernel has acknowledged everything sent (TCP_INFO); None where the connection is over."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)

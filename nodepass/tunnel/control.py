@@ -22,7 +22,7 @@ from gevent.lock import Semaphore
 
 from nodepass.errors import ClosedError, ProtocolError, reason
 from nodepass.log import Limit, Log
-from nodepass.net.sockets import KEEPALIVE, Endpoint, acknowledged, bound_failure_detection
+from nodepass.net.sockets import KEEPALIVE, Endpoint, acknowledge, acknowledged, bound_failure_detection
 from nodepass.net.stream import Stream
 from nodepass.stats import Stats
 from nodepass.tunnel.security import Security
@@ -109,6 +109,7 @@ class Control:
         self._keepalive = keepalive
         self._log = log
         self._stats = stats
+        self._acknowledges_at_once = False
         self._sending = Semaphore()
         self._lines = LineBuffer(MAX_OPENING)
         self._ready: list[bytes] = []
@@ -228,6 +229,8 @@ class Control:
             received = self.stream.recv_into(_buffer if self.agreement else _buffer[:_FIRST_READ_SIZE])
             if not received:
                 raise ClosedError("closed by the peer")
+            if self._acknowledges_at_once:
+                acknowledge(self.sock)
             skipped = self._lines.skipped
             self._ready = self._lines.feed(bytes(_buffer[:received]))
             if self._lines.skipped > skipped:
@@ -403,9 +406,10 @@ class ClientControl(Control):
 
     _told = True  # as the server knows, whether a target answers
 
-    def name_peer(self, text: str) -> None:
-        """The connection ends at a proxy: the server is called this."""
-        self.peer = text
+    def note_proxy(self, peer: str) -> None:
+        """The connection ends at a proxy: the server is called `peer`, and no launch waits for an acknowledgement."""
+        self.peer = peer
+        self._acknowledges_at_once = True
 
     def tell(self, target_answers: bool) -> None:
         """Tell a v2 server whether a target answers, unless it knows; waits while the server reads nothing."""

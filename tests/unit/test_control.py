@@ -14,7 +14,9 @@ from gevent import socket
 from gevent.event import Event
 
 from nodepass.errors import ClosedError, ProtocolError
+from nodepass.log import Log
 from nodepass.net.stream import Stream
+from nodepass.stats import Stats
 from nodepass.tunnel import control as module
 from nodepass.tunnel.control import (
     CLOSED,
@@ -30,7 +32,7 @@ from nodepass.wire.lines import MAX_LINE, MAX_OPENING
 from nodepass.wire.negotiation import Offer
 from nodepass.wire.signals import BYES, LANE, RELOAD, REPLACED, SHUTDOWN, TCP, Beat, Launch, parse_signal
 from tests.unit.controls import V1, V2, Ends, connect_ends, read_line, run, run_tls, until
-from tests.unit.streams import receive_all, reset
+from tests.unit.streams import receive_all, reset, tcp_pair
 
 SHORT = 0.01  # seconds between heartbeats, where a test waits for some
 VERSIONS = pytest.mark.parametrize("agreement", [V1, V2], ids=["v1", "v2"])
@@ -576,3 +578,19 @@ def test_a_v2_peer_that_is_silent_and_was_not_given_up_is_unhealthy(
     ends.client.sendall(ANSWER)
     control.read_line()
     assert not control.unhealthy_reason()
+
+
+def test_behind_a_proxy_every_signal_is_acknowledged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy may keep the next launch back until then."""
+    acknowledged: list[object] = []
+    monkeypatch.setattr(module, "acknowledge", acknowledged.append)
+    with tcp_pair() as (stream, server):
+        control = ClientControl(stream, 5.0, Log("client"), Stats())
+        server.sendall(b"//a\n")
+        assert control.read_line() == b"//a"
+        assert not acknowledged
+        control.note_proxy("server.example:10101 through http://proxy:3128")
+        server.sendall(b"//b\n")
+        assert control.read_line() == b"//b"
+        assert acknowledged == [stream.sock]
+        assert control.describe().startswith("server.example:10101 through http://proxy:3128 (wire v1")

@@ -11,16 +11,20 @@ import gevent
 import pytest
 from gevent import socket
 
+from nodepass.client import data_dialer
+from nodepass.client.data_dialer import Route
 from nodepass.config.outbound import Credentials
 from nodepass.errors import ProxyError
 from nodepass.net import sockets
 from nodepass.net.sockets import Endpoint, Socket, as_plain
 from nodepass.outbound import bridge
 from nodepass.outbound.http_connect import LARGEST_HEAD
-from nodepass.outbound.ways import Direct
+from nodepass.outbound.ways import Direct, Way
 from nodepass.tls.certificates import load_pair
 from nodepass.tls.contexts import renew_client_contexts, server_context
 from nodepass.tls.stream import TLSStream, accept_tls
+from nodepass.tunnel.control import Agreement
+from nodepass.wire.negotiation import Offer
 from tests.support.certificates import Authority
 from tests.support.sockets import receive_exactly
 from tests.unit.proxies import TIMEOUT, Answer, dial, drip, read_request, receive, through
@@ -257,6 +261,30 @@ def test_through_a_proxy_the_data_port_is_asked_of_the_proxy(stack: ExitStack) -
     way = through(stack, "http", says(ESTABLISHED))
     with closing(dial(way)) as sock:
         assert str(way.settle(sock).with_port(443)) == f"server.example:443 through {way.passage.proxy}"
+
+
+def give_id(listener: Any) -> None:
+    with closing(listener.accept()[0]) as sock:
+        sock.sendall(b"0123abcd")
+
+
+@pytest.mark.parametrize("has_proxy", [False, True])
+def test_behind_a_proxy_a_new_data_connection_is_acknowledged_at_once(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, has_proxy: bool
+) -> None:
+    """The proxy may keep the first bytes of a session back until then."""
+    acknowledged: list[object] = []
+    monkeypatch.setattr(data_dialer, "acknowledge", acknowledged.append)
+    proxied = through(stack, "http", says(ESTABLISHED + b"0123abcd"))
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        way: Way = proxied
+        if not has_proxy:
+            way = Direct([Endpoint(socket.AF_INET, listener.getsockname())], None)
+            stack.callback(gevent.spawn(give_id, listener).join)
+        id, stream = Route(way, "server.example", TIMEOUT, 15.0, Agreement(Offer(10102, 0)), None).make()
+        stream.close()
+    assert id == "0123abcd"
+    assert acknowledged == [stream.sock] * has_proxy
 
 
 def test_without_a_proxy_data_connections_go_to_the_address_that_was_reached() -> None:
