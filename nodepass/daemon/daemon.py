@@ -141,8 +141,7 @@ class Daemon:
         self._start()
         self._log_limits()
         for tunnel in self._tunnels:
-            if not tunnel.is_running:
-                self._tasks.spawn("supervise", tunnel.run)
+            tunnel.begin()
         self._wait_for_stop()
         self._succession.cancel()
         stop = self._tasks.spawn("stop", self._drain if self._succession.is_over else self._stop)
@@ -210,11 +209,11 @@ class Daemon:
         """Have clients take their places, and wait until the servers may accept. Raises StartError, ConfigError."""
         self._refuse_unused_sockets()
         legacy = takeover.legacy
-        takeover.wait_to_connect()
+        peers = takeover.wait_to_connect()
         for tunnel, id in zip(self._tunnels, legacy.clients, strict=True):
             if id:
-                self._tasks.spawn("supervise", tunnel.run)
-        wait_for_peers(self._tunnels, legacy.peers, 2 * self._settings.handshake_timeout)
+                tunnel.begin()
+        wait_for_peers(self._tunnels, peers, 2 * self._settings.handshake_timeout)
         takeover.report_ready()
         takeover.wait_for_turn()
         meters = {each.meter.path: each.meter for each in (one.tunnel for one in self._tunnels) if each.meter}

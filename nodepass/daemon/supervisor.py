@@ -20,7 +20,7 @@ from nodepass.tunnel.interface import Tunnel, Watched
 
 
 class Supervisor:
-    """One tunnel: `start`, `run`, `stop`, `close`, as `tunnel.interface.Tunnel` has them."""
+    """One tunnel: `start`, `begin`, `stop`, `close`, as `tunnel.interface.Tunnel` has them."""
 
     def __init__(self, make: Callable[[], Tunnel], cooldown: float, tasks: TaskGroup) -> None:
         self.tunnel = make()
@@ -29,7 +29,7 @@ class Supervisor:
         self._cooldown = cooldown  # seconds between a crash and the restart
         self._tasks = tasks
         self._stopping = Event()
-        self._is_running = self._ended = False
+        self._has_begun = self._ended = False
 
     @property
     def log(self) -> Log:
@@ -65,18 +65,18 @@ class Supervisor:
             view = replace(view, unready="stopping")
         return Watched(self.log.tunnel, self.stats, view, alive=is_stopping or not self._ended)
 
-    @property
-    def is_running(self) -> bool:
-        """Whether `run` has been called."""
-        return self._is_running
-
     def start(self) -> None:
         """Open the tunnel's listeners. Raises ListenError."""
         self.tunnel.start()
 
+    def begin(self) -> None:
+        """Have `run` run from now on, unless it does already: two would take each other's place at the server."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._tasks.spawn("supervise", self.run)
+
     def run(self) -> None:
         """Serve until `stop` and `close`; restart the tunnel after each crash."""
-        self._is_running = True
         try:
             while not self._stopping.is_set() and self._run_until_crash():
                 self._tasks.spawn("close", self.tunnel.close).join()  # if that crashes too, a restart is still right

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import gevent
 
 from nodepass.errors import StartError, reason
-from nodepass.handover.channel import Channel
+from nodepass.handover.channel import Channel, Message
 from nodepass.handover.program import take_descriptor
 from nodepass.log import Log
 from nodepass.net.activation import PassedSocket
@@ -35,7 +35,6 @@ class Legacy:
     unix: dict[str, socket.socket] = field(default_factory=dict)  # listeners, by path
     locks: dict[str, int] = field(default_factory=dict)  # descriptors, by the path of the file
     clients: list[str] = field(default_factory=list)  # what each calls itself; "" for a server
-    peers: list[int] = field(default_factory=list)  # how many each has
 
 
 NO_LEGACY = Legacy()
@@ -79,10 +78,13 @@ class Takeover:
         os.set_inheritable(descriptor, False)
         return cls(Channel(socket.socket(fileno=descriptor)))
 
-    def wait_to_connect(self) -> None:
-        """Say that only clients' connections are missing, and return when those may be made. Raises StartError."""
+    def wait_to_connect(self) -> list[int]:
+        """Say that only clients' connections are missing, and return when those may be made. Raises StartError.
+
+        How many servers each tunnel's client is connected to, in the order of the URLs.
+        """
         self._say({"prepared": True})
-        self._wait_for("connect")
+        return [int(each) for each in self._wait_for("connect")["connect"]]
 
     def report_ready(self) -> None:
         """Say that this process could serve now. Raises StartError."""
@@ -98,13 +100,14 @@ class Takeover:
         """Return when the old process has stopped to accept. Raises StartError where it goes on instead."""
         self._wait_for("begin")
 
-    def _wait_for(self, word: str) -> None:
+    def _wait_for(self, word: str) -> Message:
         try:
             message, _ = self._channel.receive()
         except OSError as error:
             raise StartError(f"the process before goes on: {reason(error)}") from None
         if word not in message:
             raise StartError(f"the process before said something else than {word}")
+        return message
 
     def additions(self) -> Iterator[dict[str, int]]:
         """What the old process's sessions move, until they have ended: bytes by the file of TRAFFIC_LIMIT."""
@@ -127,13 +130,10 @@ class Takeover:
         while True:
             message, descriptors = self._channel.receive()
             if "legacy" in message:
-                legacy.process, legacy.clients, legacy.peers = (message["legacy"][each] for each in _LAST)
+                legacy.process, legacy.clients = message["legacy"]["process"], message["legacy"]["clients"]
                 return legacy
             for item, descriptor in zip(message["items"], descriptors, strict=True):
                 _add(legacy, item, descriptor)
-
-
-_LAST = ("process", "clients", "peers")
 
 
 def wait_for_peers(tunnels: Sequence[Observed], wanted: Sequence[int], timeout: float) -> None:

@@ -33,13 +33,12 @@ class Handover:
         sockets: Sequence[PassedSocket],
         locks: Mapping[str, int],
         clients: Sequence[str],
-        peers: Sequence[int],
         timeout: float,
     ) -> None:
         """Start the new process, and return when it lacks only its clients' connections, within `timeout` seconds.
 
         `sockets`: listeners by their role; `locks`: descriptors by path; `clients`: what each tunnel's client calls
-        itself, and `peers` how many each has, in the order of the URLs.
+        itself, in the order of the URLs.
         """
         try:
             with _deadline(timeout):
@@ -47,16 +46,18 @@ class Handover:
                 self._its.close()
                 self.process = self._receive("process")
                 self._pass_on(sockets, locks)
-                last = {"process": os.getpid(), "clients": list(clients), "peers": list(peers)}
-                self._channel.send({"legacy": last})
+                self._channel.send({"legacy": {"process": os.getpid(), "clients": list(clients)}})
                 self._receive("prepared")
         finally:
             self._its.close()
 
-    def connect(self, timeout: float) -> None:
-        """Have the clients of the new process connect, and return when it could serve, within `timeout` seconds."""
+    def connect(self, peers: Sequence[int], timeout: float) -> None:
+        """Have the clients of the new process connect, and return when it could serve, within `timeout` seconds.
+
+        `peers`: how many servers each tunnel's client is connected to, in the order of the URLs.
+        """
         with _deadline(timeout):
-            self._channel.send({"connect": True})
+            self._channel.send({"connect": list(peers)})
             self._receive("ready")
 
     def begin(self) -> None:

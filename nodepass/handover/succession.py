@@ -116,10 +116,10 @@ class Succession:
         unique = {each.sock.fileno(): each for each in sockets}  # tunnels share ports
         locks = {each.meter.path: each.meter.lock for each in tunnels if each.meter and each.meter.lock is not None}
         clients = [tunnel.client_id for tunnel in tunnels]
-        peers = [len(tunnel.view().peers) if tunnel.client_id else 0 for tunnel in tunnels]
-        handover.start(list(unique.values()), locks, clients, peers, START_WITHIN)
+        handover.start(list(unique.values()), locks, clients, START_WITHIN)
+        peers = [len(each.tunnel.view().peers) if each.tunnel.client_id else 0 for each in self._holders]
         self._each(lambda tunnel: tunnel.offer_places())
-        handover.connect(START_WITHIN)
+        handover.connect(peers, START_WITHIN)
 
     def _each(self, step: Callable[[Tunnel], None]) -> None:
         """Take a step with all tunnels at once, and wait for the slowest."""

@@ -127,6 +127,16 @@ def events(log: list[Any]) -> list[str]:
 AFTER_A_CRASH = ("make", "t start", "t run", "t close", "make", "t start", "t run")
 
 
+def test_a_tunnel_that_has_begun_does_not_begin_again() -> None:
+    process = Process()
+    for _ in range(2):  # at once, so that it does not run yet
+        process.supervisor.begin()
+    for _ in range(3):
+        gevent.sleep(0)
+    assert process.calls == ["make", "t run"]
+    process.supervisor.close()
+
+
 def test_a_tunnel_that_crashed_is_closed_and_after_the_cooldown_there_is_another(log: list[Any]) -> None:
     process = Process("run")
     supervisor = process.supervisor
