@@ -202,6 +202,8 @@ class Daemon:
                 part.start()
                 if not self._takeover:  # else the listeners' files belong to the process before
                     started.callback(part.close)
+                    if part is self._endpoint:
+                        self._endpoint.answer()
             self._refuse_unused_sockets()
             started.pop_all()
 
@@ -216,6 +218,8 @@ class Daemon:
         wait_for_peers(self._tunnels, peers, 2 * self._settings.handshake_timeout)
         takeover.report_ready()
         takeover.wait_for_turn()
+        if self._endpoint:
+            self._endpoint.answer()
         meters = {each.meter.path: each.meter for each in (one.tunnel for one in self._tunnels) if each.meter}
         for meter in meters.values():
             meter.take_over()

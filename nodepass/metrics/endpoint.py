@@ -28,7 +28,7 @@ LOOPBACK = "localhost"  # where no host is given: the metrics are for this machi
 
 
 class MetricsEndpoint:
-    """The endpoint, from `start` to `close`; `watch` returns the present state of all tunnels."""
+    """The endpoint: `start`, `answer`, `close`. `watch` returns the present state of all tunnels."""
 
     def __init__(
         self,
@@ -49,17 +49,21 @@ class MetricsEndpoint:
         self._server: HTTPServer | None = None
 
     def start(self) -> None:
-        """Listen, and answer requests from now on. Raises ListenError."""
+        """Listen; requests wait. Raises ListenError."""
         if self._listen.path:
             path = self._listen.path
             self._unix = UnixListener(path, WHAT, passed=self._share.take_unix(path))
-            listeners, where = [self._unix.sock], f"unix:{path}"
+            self._listeners = [self._unix.sock]
         else:
-            listeners = listen_tcp(Address(self._listen.host or LOOPBACK, self._listen.port), WHAT, self._share)
-            where = " and ".join(f"http://{format_sockaddr(each.getsockname())}/metrics" for each in listeners)
-        self._listeners = listeners
-        self._server = HTTPServer(listeners, self._answer, self._log, self._stats)
+            self._listeners = listen_tcp(Address(self._listen.host or LOOPBACK, self._listen.port), WHAT, self._share)
+        self._server = HTTPServer(self._listeners, self._answer, self._log, self._stats)
+
+    def answer(self) -> None:
+        """Answer requests from now on: this process is the one that serves the tunnels."""
+        assert self._server, "it has started"
         self._server.start()
+        names = [format_sockaddr(each.getsockname()) for each in self._listeners if not self._listen.path]
+        where = " and ".join(f"http://{name}/metrics" for name in names) or f"unix:{self._listen.path}"
         self._log.info("metrics.listening", "metrics listening: %(address)s", address=where)
 
     @property

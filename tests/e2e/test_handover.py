@@ -120,11 +120,15 @@ def test_a_client_whose_new_process_is_not_accepted_keeps_its_place(
     key_file.write_text(KEY)
     env = {**CALM, "HANDSHAKE_TIMEOUT": "1s"}
     server = stack.enter_context(OurServer(1, env={**env, "TUNNEL_KEY": KEY}))
-    target = stack.enter_context(Target())
-    client = OurClient(server.tunnel_address, target.address, query="", env={**env, "TUNNEL_KEY_FILE": str(key_file)})
+    target, place = stack.enter_context(Target()), tmp_path / "metrics"
+    own = {"TUNNEL_KEY_FILE": str(key_file), "METRICS_LISTEN": f"unix:{place}"}
+    client = OurClient(server.tunnel_address, target.address, query="", env={**env, **own})
     stack.enter_context(client).wait_until_connected()
+    until(lambda: get(place, "/readyz").status == 200)
     key_file.write_text(KEY[::-1])
     client.send(signal.SIGUSR2)
+    while not client.find("process.handover_failed"):
+        assert get(place, "/readyz").status == 200  # the new process, which has no server, does not answer
     assert "no handshake" in client.wait_for("process.handover_failed")["error"]
     Tunnel(server, client, target).assert_works()
     for _ in range(20):  # more than the pool had: it is filled again
