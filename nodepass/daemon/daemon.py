@@ -217,12 +217,12 @@ class Daemon:
                 tunnel.begin()
         wait_for_peers(self._tunnels, peers, 2 * self._settings.handshake_timeout)
         takeover.report_ready()
-        takeover.wait_for_turn()
+        counts = takeover.wait_for_turn()
         if self._endpoint:
             self._endpoint.answer()
         meters = {each.meter.path: each.meter for each in (one.tunnel for one in self._tunnels) if each.meter}
-        for meter in meters.values():
-            meter.take_over()
+        for path, count in counts.items():
+            meters[path].take_over(count)
         self._tasks.spawn("count the old sessions' traffic", self._count_old, takeover, meters)
         self._log.info("process.took_over", "took over from process %(process)d", process=legacy.process)
 

@@ -22,6 +22,7 @@ from nodepass.handover.channel import Channel, Message
 from nodepass.handover.program import take_descriptor
 from nodepass.log import Log
 from nodepass.net.activation import PassedSocket
+from nodepass.tunnel.traffic_file import Counts
 
 LOOK_EVERY = 0.02  # seconds between two looks whether clients are connected
 
@@ -84,7 +85,7 @@ class Takeover:
         How many servers each tunnel's client is connected to, in the order of the URLs.
         """
         self._say({"prepared": True})
-        return [int(each) for each in self._wait_for("connect")["connect"]]
+        return [int(each) for each in self._receive_any("connect")["connect"]]
 
     def report_ready(self) -> None:
         """Say that this process could serve now. Raises StartError."""
@@ -96,17 +97,23 @@ class Takeover:
             self._channel.send({"failed": text})
         self._channel.close()
 
-    def wait_for_turn(self) -> None:
-        """Return when the old process has stopped to accept. Raises StartError where it goes on instead."""
-        self._wait_for("begin")
+    def wait_for_turn(self) -> dict[str, Counts]:
+        """Return when the old process has stopped to accept. Raises StartError where it goes on instead.
 
-    def _wait_for(self, word: str) -> Message:
+        The counts of traffic, by the file that has them.
+        """
+        counts: dict[str, Counts] = {}
+        while "begin" not in (message := self._receive_any("counts", "begin")):
+            counts.update(message["counts"])
+        return counts
+
+    def _receive_any(self, *words: str) -> Message:
         try:
             message, _ = self._channel.receive()
         except OSError as error:
             raise StartError(f"the process before goes on: {reason(error)}") from None
-        if word not in message:
-            raise StartError(f"the process before said something else than {word}")
+        if not any(word in message for word in words):
+            raise StartError(f"the process before said something else than {words[-1]}")
         return message
 
     def additions(self) -> Iterator[dict[str, int]]:

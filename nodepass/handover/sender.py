@@ -17,6 +17,7 @@ from nodepass.errors import ClosedError, StartError, reason
 from nodepass.handover.channel import MOST_DESCRIPTORS, make_pair
 from nodepass.handover.program import start_again
 from nodepass.net.activation import PassedSocket
+from nodepass.tunnel.traffic_file import Counts
 
 REAP_EVERY = 0.02  # seconds between two looks at the process that the new one has detached itself from
 
@@ -60,9 +61,11 @@ class Handover:
             self._channel.send({"connect": list(peers)})
             self._receive("ready")
 
-    def begin(self) -> None:
-        """Have the new process serve."""
+    def begin(self, counts: Mapping[str, Counts]) -> None:
+        """Have the new process serve. `counts`: of traffic, by the file that has them."""
         with _deadline(None):
+            for path, count in counts.items():  # each in a message of its own: all would be too large for one
+                self._channel.send({"counts": {path: count}})
             self._channel.send({"begin": True})
 
     def add(self, traffic: Mapping[str, int]) -> None:

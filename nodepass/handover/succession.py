@@ -20,6 +20,8 @@ from nodepass.log import Log
 from nodepass.net.activation import PassedSocket
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.interface import Tunnel
+from nodepass.tunnel.traffic import Meter
+from nodepass.tunnel.traffic_file import Counts
 
 START_WITHIN = 60.0  # seconds for the new process to be ready; on a small machine it may start slowly
 ADD_EVERY = 1.0  # seconds between two messages about the traffic of sessions that still run
@@ -77,10 +79,16 @@ class Succession:
             return False
         self._each(lambda tunnel: tunnel.end_accepting())
         self._each(lambda tunnel: tunnel.hand_over())
-        self._each(_end_counting)
+        counts: dict[str, Counts] = {}
+        self._each(lambda tunnel: counts.update(_end_counting(tunnel)))
         self.process = handover.process
         self._announce(self.process)
-        handover.begin()
+        try:
+            handover.begin(counts)
+        except StartError:
+            for meter in self._meters():
+                meter.keep()
+            raise
         self.is_over = True
         if self._endpoint:
             self._endpoint.hand_over()
@@ -94,10 +102,12 @@ class Succession:
 
     def count(self) -> None:
         """Tell the new process what sessions have moved since the last time."""
-        meters = [each.tunnel.meter for each in self._holders if each.tunnel.meter]
-        moved = {meter.path: count for meter in meters if (count := meter.take_moved())}
+        moved = {meter.path: count for meter in self._meters() if (count := meter.take_moved())}
         if moved and self._handover:
             self._handover.add(moved)
+
+    def _meters(self) -> list[Meter]:
+        return [each.tunnel.meter for each in self._holders if each.tunnel.meter]
 
     def _find_obstacle(self) -> str:
         if self.is_over:
@@ -114,7 +124,7 @@ class Succession:
         if self._endpoint:
             sockets += self._endpoint.listeners
         unique = {each.sock.fileno(): each for each in sockets}  # tunnels share ports
-        locks = {each.meter.path: each.meter.lock for each in tunnels if each.meter and each.meter.lock is not None}
+        locks = {meter.path: meter.lock for meter in self._meters() if meter.lock is not None}
         clients = [tunnel.client_id for tunnel in tunnels]
         handover.start(list(unique.values()), locks, clients, START_WITHIN)
         peers = [len(each.tunnel.view().peers) if each.tunnel.client_id else 0 for each in self._holders]
@@ -134,7 +144,6 @@ class Succession:
 Announce = Callable[[int], object]
 
 
-def _end_counting(tunnel: Tunnel) -> None:
-    """The new process writes the file of TRAFFIC_LIMIT from now on."""
-    if tunnel.meter:
-        tunnel.meter.hand_over()
+def _end_counting(tunnel: Tunnel) -> dict[str, Counts]:
+    """The new process writes the file of TRAFFIC_LIMIT from now on: what it goes on with."""
+    return {tunnel.meter.path: tunnel.meter.hand_over()} if tunnel.meter else {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import gevent
@@ -20,12 +21,12 @@ from nodepass.config.kinds import TrafficLimit
 from nodepass.errors import reason
 from nodepass.log import Limit, Log
 from nodepass.stats import Stats
-from nodepass.tunnel.traffic_file import TrafficFile
+from nodepass.tunnel.traffic_file import Counts, TrafficFile
 
 INTERVAL = 1.0  # seconds between two counts, and between two writes
 WARN_AT = 80  # percent
 KEPT = 12  # days or months that the file has
-SAVE_WITHIN = 2.0  # seconds for the disk to take the last count at the stop
+SAVE_WITHIN = 2.0  # seconds for the disk to take a count, at the stop
 REPEAT = Limit(seconds=60.0, burst=1)
 
 _FORMATS = {"day": "%Y-%m-%d", "month": "%Y-%m"}
@@ -71,9 +72,8 @@ class Meter:
                 gevent.sleep(INTERVAL)
                 self._save()
         finally:
+            self._wait_until_saved()
             with contextlib.suppress(TimeoutError), gevent.Timeout(SAVE_WITHIN, TimeoutError()):
-                if self._saving is not None:
-                    self._saving.wait()
                 self._save()
 
     # Where a new process takes over
@@ -88,20 +88,26 @@ class Meter:
         """The descriptor of the file's lock, None where there could be none."""
         return self._file.lock
 
-    def hand_over(self) -> None:
-        """Write for the last time: from now on `take_moved` says what the next process must add."""
-        self._save()
+    def hand_over(self) -> Counts:
+        """Write no more, and return the counts: from now on `take_moved` says what the next process must add."""
         self._is_kept = False
+        self._wait_until_saved()
+        self._count()
         self._told = self._moved()
+        return dict(self._counts)
+
+    def keep(self) -> None:
+        """Write again: there is no next process after all."""
+        self._is_kept = True
 
     def take_moved(self) -> int:
         """The bytes since the last time."""
         before, self._told = self._told, self._moved()
         return self._told - before
 
-    def take_over(self) -> None:
-        """Go on with what the process before has written for the last time."""
-        self._counts = self._file.load()
+    def take_over(self, counts: Mapping[str, int]) -> None:
+        """Go on with the counts of the process before; the file may lack what it has counted last."""
+        self._counts = dict(counts)
 
     def add(self, moved: int) -> None:
         """Count bytes that a session of the process before has moved."""
@@ -146,6 +152,12 @@ class Meter:
             words = "%(percent)d %% of TRAFFIC_LIMIT=%(traffic_limit)s are used"
             self._log.warning("traffic.nearly_used", words, percent=percent, traffic_limit=text, used=used)
         self._said = period, max(level, said)
+
+    def _wait_until_saved(self) -> None:
+        """Return when no thread writes: two would write into one new file."""
+        with contextlib.suppress(TimeoutError), gevent.Timeout(SAVE_WITHIN, TimeoutError()):
+            if self._saving is not None:
+                self._saving.wait()
 
     def _save(self) -> None:
         """Have a thread write what has changed; a disk that does not take it is logged, and asked again."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
+import gevent
 import pytest
 
 from nodepass.config.kinds import TrafficLimit
@@ -110,12 +113,46 @@ def test_the_count_of_traffic_passes_to_the_new_process_and_then_only_what_is_ad
     assert old.lock is not None
     new = Meter(limit, TrafficFile(str(tmp_path), "server-web", log, {file.path: old.lock}), log, Stats())
     moved.tcp.up.bytes += 100
-    old.hand_over()
-    new.take_over()
+    new.take_over(old.hand_over())
     assert new.used == 100
     moved.tcp.up.bytes += 20
     new.add(old.take_moved())
     assert new.used == 120
     assert old.take_moved() == 0
-    old.hand_over()  # writes nothing any more
-    assert file.load() == {next(iter(file.load())): 100}
+
+
+def test_a_count_that_is_being_written_while_traffic_passes_reaches_the_new_process_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old process writes no more afterwards, and until then, no two of its threads at once."""
+    log, moved, writing, may_end = Log("server"), Stats(), threading.Event(), threading.Event()
+    file = TrafficFile(str(tmp_path), "server-web", log)
+    old, saved = Meter(TrafficLimit(1000, "month"), file, log, moved), list[int]()
+
+    def save(counts: Mapping[str, int]) -> None:
+        saved.append(sum(counts.values()))
+        writing.set()
+        may_end.wait(10)
+
+    monkeypatch.setattr(file, "save", save)
+    moved.tcp.up.bytes += 100
+    run = gevent.spawn(old._save)
+    until_set(writing)
+    handing = gevent.spawn(old.hand_over)
+    gevent.sleep(0)
+    moved.tcp.up.bytes += 20
+    may_end.set()
+    assert sum(handing.get().values()) + old.take_moved() == 120
+    run.join()
+    moved.tcp.up.bytes += 3
+    old._save()
+    assert saved == [100]
+    old.keep()
+    old._save()
+    assert saved == [100, 123]
+    file.close()
+
+
+def until_set(event: threading.Event) -> None:
+    while not event.is_set():
+        gevent.sleep(0.001)
