@@ -223,7 +223,7 @@ def test_traffic_is_counted_in_both_processes(stack: contextlib.ExitStack, tmp_p
         with tunnel.session() as (other, other_service):
             move(other, other_service, 40_000)  # by the new one
     assert server.process.wait(10) == 0
-    until(lambda: sum(json.loads(file.read_text())["bytes"].values()) == 70_000)
+    until(lambda: file.exists() and sum(json.loads(file.read_text())["bytes"].values()) == 70_000)
 
 
 def move(source: socket.socket, sink: socket.socket, size: int) -> None:
