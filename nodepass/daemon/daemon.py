@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
+from gevent import Greenlet
 from gevent.lock import Semaphore
 from gevent.queue import Queue
 
@@ -104,6 +105,7 @@ class Daemon:
         self._terminal = Terminal()
         self._reloading = Semaphore()
         self._unusable_keys: FileState | None = None  # of the keys file, where it could not be used at a reload
+        self._counting: Greenlet[..., None] | None = None  # the traffic of the process before, until it has ended
         self._takeover, legacy = takeover, takeover.legacy if takeover else Legacy()
         self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
         if takeover:
@@ -114,6 +116,8 @@ class Daemon:
             Supervisor(make, own.service_cooldown, self._tasks)
             for make, own in zip(makers, self._limits.settings, strict=True)
         ]
+        if takeover:  # which waits for the servers that there are; one that is missing was missing before
+            settings = replace(settings, start_timeout=0.0)
         self._notifier = Notifier(manager, self._tunnels, settings, self._log, self._stats, self._fail)
         # In the order of starting. All stop at once; the endpoint answers until it is closed, while tunnels drain.
         self._endpoint = self._make_endpoint()
@@ -223,7 +227,8 @@ class Daemon:
         meters = {each.meter.path: each.meter for each in (one.tunnel for one in self._tunnels) if each.meter}
         for path, count in counts.items():
             meters[path].take_over(count)
-        self._tasks.spawn("count the old sessions' traffic", self._count_old, takeover, meters)
+        counting = self._tasks.spawn("count the old sessions' traffic", self._count_old, takeover, meters)
+        self._counting = counting if meters else None
         self._log.info("process.took_over", "took over from process %(process)d", process=legacy.process)
 
     def _count_old(self, takeover: Takeover, meters: Mapping[str, Meter]) -> None:
@@ -232,19 +237,24 @@ class Daemon:
             for path, count in moved.items():
                 meters[path].add(count)
 
+    def _is_counting(self) -> bool:
+        """Whether traffic of the process before may still have to be passed on to the next one."""
+        return self._counting is not None and not self._counting.ready()
+
     def _hand_over(self) -> None:
         """SIGUSR2: have a new process take over."""
         try:
             if self._succession.run():
+                self._inherited.close()
                 self._signals.put(HANDED_OVER)
         except StartError as error:
             self._fail(error)
 
     def _refuse_unused_sockets(self) -> None:
-        """Raise ConfigError where systemd passed a socket that no URL uses: connections to it would wait forever."""
+        """Raise ConfigError where a socket was passed that no URL uses: connections to it would wait forever."""
         if unused := self._inherited.unused():
             allowed = "the tunnel, data and target addresses of the server URLs, unless TCP or UDP is off there"
-            raise ConfigError(f"systemd passed {unused}, which no URL uses; allowed: {allowed}")
+            raise ConfigError(f"{self._inherited.source} passed {unused}, which no URL uses; allowed: {allowed}")
 
     def _stop(self) -> None:
         """Drain within SHUTDOWN_TIMEOUT, then close every part."""
@@ -271,7 +281,7 @@ class Daemon:
         )
         deadline = time.monotonic() + timeout
         self._end_sessions(timeout)
-        while self._flows() and time.monotonic() < deadline:
+        while (self._flows() or self._is_counting()) and time.monotonic() < deadline:
             gevent.sleep(LOOK_EVERY)
         self._succession.count()
         self._close_parts()

@@ -40,11 +40,13 @@ class Channel:
     def receive(self) -> tuple[Message, list[int]]:
         """The next message, and the descriptors that came with it, which are the caller's."""
         space = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
-        data, ancillary, _, _ = self._sock.recvmsg(LARGEST, space, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = self._sock.recvmsg(LARGEST, space, socket.MSG_CMSG_CLOEXEC)
         descriptors = array.array("i")
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError("too few free descriptors for those that are passed")
         if not data:
             raise ClosedError("it has ended or given up, as the lines before say")
         try:

@@ -27,6 +27,7 @@ class Handover:
 
     def __init__(self) -> None:
         self.process = 0  # the new one's id, once it is known
+        self._started = 0  # that of the process that is started, until the new one has detached itself from it
         self._channel, self._its = make_pair()
 
     def start(
@@ -43,8 +44,9 @@ class Handover:
         """
         try:
             with _deadline(timeout):
-                _reap(start_again(self._its.fileno()))
+                self._started = start_again(self._its.fileno())
                 self._its.close()
+                self._reap()
                 self.process = self._receive("process")
                 self._pass_on(sockets, locks)
                 self._channel.send({"legacy": {"process": os.getpid(), "clients": list(clients)}})
@@ -76,9 +78,18 @@ class Handover:
     def abandon(self) -> None:
         """End the new process; this one goes on."""
         self._channel.close()
-        if self.process:
+        for process in filter(None, (self._started, self.process)):
             with contextlib.suppress(OSError):
-                os.kill(self.process, signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
+        self._reap()
+
+    def _reap(self) -> None:
+        """Wait for the end of the process that was started, which is this one's child."""
+        while self._started:
+            if os.waitpid(self._started, os.WNOHANG) == (0, 0):
+                gevent.sleep(REAP_EVERY)
+            else:
+                self._started = 0
 
     def _receive(self, key: str) -> int:
         message, _ = self._channel.receive()
@@ -104,9 +115,3 @@ def _deadline(timeout: float | None) -> Iterator[None]:
             yield
     except OSError as error:
         raise StartError(f"the new process does not take over: {reason(error)}") from None
-
-
-def _reap(process: int) -> None:
-    """Wait for the end of the process that was started: the new one has detached itself then."""
-    while os.waitpid(process, os.WNOHANG) == (0, 0):
-        gevent.sleep(REAP_EVERY)

@@ -60,6 +60,7 @@ class Succession:
         self._log = log
         self._tasks = tasks
         self._announce = announce
+        self._is_cancelled = False
         self._handover: Handover | None = None  # while one is under way, and from then on
 
     def run(self) -> bool:
@@ -72,6 +73,8 @@ class Succession:
         try:
             self._start(handover)
         except StartError as error:
+            if self._is_cancelled:
+                return False
             self._handover = None
             handover.abandon()
             self._each(lambda tunnel: tunnel.keep_places())
@@ -81,6 +84,8 @@ class Succession:
         self._each(lambda tunnel: tunnel.hand_over())
         counts: dict[str, Counts] = {}
         self._each(lambda tunnel: counts.update(_end_counting(tunnel)))
+        if self._is_cancelled:
+            return False
         self.process = handover.process
         self._announce(self.process)
         try:
@@ -98,6 +103,7 @@ class Succession:
     def cancel(self) -> None:
         """This process stops: no other one is to take over, unless it has already."""
         if self._handover and not self.is_over:
+            self._is_cancelled = True
             self._handover.abandon()
 
     def count(self) -> None:

@@ -59,6 +59,11 @@ class Inherited:
         """The sockets that no share has taken, for the user; empty where there are none."""
         return ", ".join(_describe(each) for each in self._sockets if each not in self._owners)
 
+    def close(self) -> None:
+        """Close the originals: another process listens from now on, and none must when it has ended."""
+        for sock in (*(each.sock for each in self._sockets), *self.unix.values()):
+            sock.close()
+
     def _check(self, passed: PassedSocket) -> None:
         sock = passed.sock
         listens = sock.type == socket.SOCK_DGRAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

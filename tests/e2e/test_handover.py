@@ -226,6 +226,35 @@ def test_traffic_is_counted_in_both_processes(stack: contextlib.ExitStack, tmp_p
     until(lambda: file.exists() and sum(json.loads(file.read_text())["bytes"].values()) == 70_000)
 
 
+@pytest.mark.programs
+def test_of_several_handovers_only_the_last_process_listens_and_counts_the_traffic_of_all(
+    stack: contextlib.ExitStack, tmp_path: Path
+) -> None:
+    file, env = tmp_path / "traffic-server-web.json", {**CALM, "STATE_DIRECTORY": str(tmp_path)}
+    server = stack.enter_context(OurServer(query="name=web&udp=off&traffic_limit=100kB/month", env=env))
+    target = stack.enter_context(Target())
+    client = stack.enter_context(OurClient(server.tunnel_address, target.address, query="tls=0&name=web"))
+    client.wait_until_connected()
+    tunnel = Tunnel(server, client, target)
+    visitor, service = stack.enter_context(tunnel.session())
+    move(visitor, service, 10_000)
+    second = hand_over(stack, server)
+    third = hand_over(stack, server, second)
+    move(visitor, service, 20_000)  # by the first process, when the second one has no sessions
+    visitor.close()
+    service.close()
+    assert server.process.wait(10) == 0
+    until(lambda: file.exists() and sum(json.loads(file.read_text())["bytes"].values()) == 30_000)
+    until(lambda: not is_running(second))
+    visitor, service = stack.enter_context(tunnel.session())
+    fourth = hand_over(stack, server, third)
+    end(fourth)
+    assert is_running(third)  # with the session
+    for address in (server.tunnel_address, server.visitor_address):
+        with pytest.raises(ConnectionRefusedError):
+            connect(address)
+
+
 def move(source: socket.socket, sink: socket.socket, size: int) -> None:
     """Bytes through a session, until they have arrived."""
     source.sendall(bytes(size))
@@ -249,7 +278,7 @@ def test_a_peer_of_wire_v1_comes_back_to_the_new_process(
 def test_systemd_is_told_the_new_main_process(stack: contextlib.ExitStack) -> None:
     notified = stack.enter_context(NotifySocket())
     server = stack.enter_context(
-        OurServer(env={**CALM, "NOTIFY_SOCKET": notified.address, "WATCHDOG_USEC": "60000000"})
+        OurServer(env={**CALM, "NOTIFY_SOCKET": notified.address, "WATCHDOG_USEC": "60000000", "START_TIMEOUT": "1m"})
     )
     notified.wait_for("READY=1")
     notified.forget()
@@ -259,6 +288,7 @@ def test_systemd_is_told_the_new_main_process(stack: contextlib.ExitStack) -> No
     notified.wait_for("WATCHDOG=1")
     assert server.process.wait(10) == 0
     assert "STOPPING=1" not in notified.heard
+    assert not any(each.startswith("EXTEND_TIMEOUT_USEC") for each in notified.heard)  # START_TIMEOUT has had its time
 
 
 @pytest.mark.programs

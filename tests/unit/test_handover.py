@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import gevent
 import pytest
 
 from nodepass.config.kinds import TrafficLimit
-from nodepass.errors import ClosedError, ConfigError, ProtocolError
+from nodepass.errors import ClosedError, ConfigError, ProtocolError, StartError
 from nodepass.handover import program
 from nodepass.handover.channel import MOST_DESCRIPTORS, Channel, make_pair
+from nodepass.handover.sender import Handover
 from nodepass.handover.succession import Succession
 from nodepass.log import Log
 from nodepass.net.activation import Inherited, PassedSocket
 from nodepass.net.unix import UnixListener
+from nodepass.server.server import Server
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.traffic import Meter
@@ -71,6 +76,46 @@ def test_the_descriptor_of_the_channel_is_taken_out_of_the_environment(text: str
     environ = {"NODEPASS_HANDOVER": text}
     assert program.take_descriptor(environ) == found
     assert not environ
+
+
+def test_descriptors_that_do_not_fit_are_an_error() -> None:
+    mine, its = make_pair()
+    mine.send({"items": []}, [0] * 50)
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.closing(Channel(its)) as other, contextlib.closing(mine):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (its.fileno() + 20, allowed[1]))
+        try:
+            with pytest.raises(ProtocolError, match="too few free descriptors"):
+                other.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+
+
+def test_a_process_that_is_stopped_while_it_hands_over_stops_in_good_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, announced = Log("nodepass"), list[int]()
+    handover = MagicMock(spec=Handover, process=7)
+    handover.begin.side_effect = StartError("the channel is closed")
+    monkeypatch.setattr("nodepass.handover.succession.Handover", lambda: handover)
+    tunnel = MagicMock(spec=Server, client_id="", meter=None, listeners=[])
+    holder = SimpleNamespace(tunnel=tunnel)
+    succession = Succession([holder], None, log, TaskGroup(log, Stats()), announced.append)
+    tunnel.end_accepting.side_effect = succession.cancel
+    assert not succession.run()
+    handover.abandon.assert_called_once()
+    assert not announced
+
+
+def test_a_process_that_does_not_get_as_far_as_to_detach_itself_is_ended_and_reaped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+    monkeypatch.setattr("nodepass.handover.sender.start_again", lambda _: started)
+    handover = Handover()
+    with pytest.raises(StartError, match=r"not ready within 0\.01s"):
+        handover.start([], {}, [], 0.01)
+    handover.abandon()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(started, os.WNOHANG)
 
 
 def test_process_1_of_a_container_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
