@@ -135,13 +135,13 @@ def test_a_tunnel_works_inside_tls_to_a_proxy(target: Target, authority: Authori
         OurClient(server.tunnel_address, target.address, env=env) as client,
     ):
         client.wait_until_connected()
-        assert bool(client.find("server.clear_through_proxy")) == (not tls)
         tunnel = Tunnel(server, client, target)
         for number in range(2):
             with tunnel.session() as ends:
                 source, sink = ends[::-1] if number else ends
                 assert_arrives(os.urandom(1 << 20), source, sink)
         assert tunnel.exchange(b"question", b"answer") == (b"question", b"answer")
+        assert bool(client.find("server.clear_through_proxy")) == (not tls)
         with tunnel.session() as (visitor, service):
             assert_connected(visitor, service)
             client.kill()
