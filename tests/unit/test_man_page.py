@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from contrib.dist.completion import load_manager
 from nodepass.config.settings import Scope, rows
 from tests.support.process import REPOSITORY, run
 
@@ -70,6 +71,12 @@ def test_what_shows_manual_pages_has_nothing_to_say_against_it(command: list[str
         assert "SEMAPHORE_LIMIT" in done.stdout
     else:
         assert done.stdout == ""
+
+
+def test_the_page_of_the_manager_names_its_commands() -> None:
+    page = (REPOSITORY / "docs" / "nodepass-manager.8").read_text()
+    commands = load_manager().COMMANDS
+    assert re.findall(r"^\.It Cm (\S+)", page, re.MULTILINE) == list(commands)
 
 
 if __name__ == "__main__":
