@@ -84,6 +84,7 @@ class Targets:
         self._stats = stats
         bind = bind_of(settings.target_source_address, "TARGET_SOURCE_ADDRESS")
         self.all = [make_target(each, log, settings.keepalive, self._has_checks, bind) for each in places]
+        self._text = ",".join(each.text for each in self.all)
         self.changed = Event()  # set, and replaced by another one, when one is up or down that was not
         hosts = self._hosts = [each for each in self.all if isinstance(each, HostTarget)]
         self._only = self.all[0] if len(self.all) == 1 and not self._has_checks else None
@@ -96,7 +97,7 @@ class Targets:
                 stats.target_failures[target.text, what] += 0  # exported from the start
 
     def __str__(self) -> str:
-        return ",".join(each.text for each in self.all)
+        return self._text
 
     @property
     def names(self) -> list[HostTarget]:

@@ -91,7 +91,8 @@ def format_sockaddr(sockaddr: Sequence[object]) -> str:
 
 def format_without_zone(sockaddr: Sequence[Any]) -> str:
     """As `format_sockaddr`, without the zone of a link-local address, which means nothing on another machine."""
-    return format_sockaddr((str(sockaddr[0]).partition("%")[0], sockaddr[1]))
+    host = str(sockaddr[0])
+    return format_sockaddr((host.partition("%")[0], sockaddr[1])) if ":" in host else f"{host}:{sockaddr[1]}"
 
 
 def plain_host(sockaddr: Sequence[object]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from socket import AF_INET, AF_INET6, inet_pton
 
-from nodepass.config.hostport import parse_ip
 from nodepass.errors import ProtocolError
 from nodepass.wire.lines import TOKEN, parameter, printable, split, split_strictly
 
@@ -149,11 +149,13 @@ def parse_signal(line: bytes) -> Signal:
 def _address(text: str) -> str:
     """`ip:port` or `[ip]:port` as it is; nothing where the text is no such address, which has no zone."""
     match = _ADDRESS.fullmatch(text)
-    try:
-        parse_ip(match[1] or match[2] if match else "")
-    except ValueError:
+    if not match or int(match[3]) > 65535:
         return ""
-    return text if match and int(match[3]) <= 65535 else ""
+    try:
+        inet_pton(AF_INET6 if match[1] else AF_INET, match[1] or match[2])
+    except OSError:
+        return ""
+    return text
 
 
 def parse_id(data: bytes) -> str:
