@@ -37,8 +37,8 @@ KEY = "/etc/credstore/nodepass.web.tunnel-key"
 UNIT = "/etc/systemd/system/nodepass@.service"
 PORTS = "/etc/systemd/system/nodepass@edge.socket.d/manager.conf"
 COMMANDS = (
-    *("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart", "enable", "disable"),
-    *("status", "show", "delete", "logs"),
+    *("install", "update", "uninstall", "list", "create", "edit", "start", "stop", "restart"),
+    *("handover", "enable", "disable", "status", "show", "delete", "logs"),
 )
 CHECK_FIRST = "[Service]\nExecStartPre=/usr/local/bin/nodepass --check\n"
 
@@ -124,6 +124,7 @@ def test_an_instance_lives_from_install_and_create_to_delete_and_uninstall(
     start_without_its_key(box)
     assert "still running the previous release: web" in box.do("update", *installing)
     assert (box.root / "usr/local/lib/nodepass/current").readlink() == Path("2")
+    hand_over(box, *installing)
     stop_and_delete(box)
     uninstall(box)
 
@@ -337,6 +338,24 @@ def start_without_its_key(box: ManagedBox) -> None:
     assert box.systemctl("is-active", "nodepass@web.service", check=False).strip() in ("failed", "activating")
     box.write(KEY, key, 0o600)
     box.do("restart", "web")
+
+
+def hand_over(box: ManagedBox, *installing: str) -> None:
+    """Check that a handover starts the installed release, and that one is refused where settings have changed."""
+    before = main_process(box)
+    assert "has taken over" in box.do("update", *installing, "--handover")
+    after = main_process(box)
+    assert after != before
+    assert "/lib/nodepass/3/" in box.run("cat", f"/proc/{after}/cmdline")  # the interpreter of the new release
+    kept = box.read(ENV)
+    box.do("edit", "web", "--set", "UDP_LANES=2", "--unset", "SEMAPHORE_LIMIT")
+    assert "SEMAPHORE_LIMIT, UDP_LANES changed" in box.refuse("handover", "web")
+    box.write(ENV, kept, 0o600)
+    assert "has taken over" in box.do("handover", "web")
+
+
+def main_process(box: ManagedBox) -> str:
+    return box.systemctl("show", "nodepass@web.service", "--property", "MainPID", "--value").strip()
 
 
 def stop_and_delete(box: ManagedBox) -> None:
@@ -674,9 +693,9 @@ def test_the_menu_offers_every_command_and_leaves() -> None:
                 said += data
         assert menu.wait(20) == 0
     text = said.decode()
-    assert text.count("15  logs") == 6
+    assert text.count("16  logs") == 6
     assert "aborted" in text
     for choice in ("nonsense", "99"):
-        assert f"{choice!r} is none of these; allowed: 1 to 15" in text
+        assert f"{choice!r} is none of these; allowed: 1 to 16" in text
     assert "NAME" in text
     assert "instance 'no such': the name is not usable" in text
