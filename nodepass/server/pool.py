@@ -106,6 +106,11 @@ class ServerPool(Pool):
 
     def add(self, id: str, stream: Stream) -> None:
         """Take over a connection that is ready for its session."""
+        # A client that has connected again may have closed what it dialled for the connection before.
+        if self._queue.find(self) and stream.peek() is not None:
+            self._stats.trouble["idle_connections_lost"] += 1
+            self._close(id, stream, "dead", "dead")
+            return
         self._capacity.count_created()
         self._is_supplied, self._last_idle = True, time.monotonic()
         self._give_or_keep(id, stream)

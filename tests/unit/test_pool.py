@@ -138,6 +138,20 @@ def test_a_connection_that_speaks_out_of_turn_is_dead_to_the_server(
     assert not len(server)
 
 
+def test_a_session_that_waits_is_given_no_connection_that_the_client_has_closed(
+    server: ServerPool, connections: Connections
+) -> None:
+    waiting = gevent.spawn(take, server, 5)
+    gevent.idle()
+    stream, peer = connections.make()
+    peer.close()
+    stream.wait_readable()
+    server.add("0000000a", stream)
+    assert stream.sock.fileno() < 0
+    [alive] = connections.add_to(server)
+    assert waiting.get()[0] == alive
+
+
 def test_a_waiter_that_is_ended_leaves_its_connection_to_the_next(server: ServerPool, connections: Connections) -> None:
     first = gevent.Greenlet.spawn(take, server, 10)
     second = gevent.Greenlet.spawn(take, server, 10)
