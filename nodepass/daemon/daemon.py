@@ -157,6 +157,7 @@ class Daemon:
         if not stop.ready():
             words = "exiting immediately, cutting %(sessions)d sessions"
             self._log.warning("process.exiting", words, sessions=self._sessions())
+            self._succession.count()
             if self._endpoint:
                 self._endpoint.close()  # removes the file of its socket; the kernel closes everything else
         if self._failure:

@@ -19,6 +19,7 @@ from nodepass.handover.program import start_again
 from nodepass.net.activation import PassedSocket
 from nodepass.tunnel.traffic_file import Counts
 
+ADD_WITHIN = 1.0  # seconds for the new process to take a message about traffic
 REAP_EVERY = 0.02  # seconds between two looks at the process that the new one has detached itself from
 
 
@@ -72,7 +73,8 @@ class Handover:
 
     def add(self, traffic: Mapping[str, int]) -> None:
         """Tell the new process how many bytes have been moved since it began, by the file that counts them."""
-        with contextlib.suppress(OSError):  # it has ended; then nothing counts
+        # It may have ended, or stand still, which must not keep this process from its end: then nothing counts.
+        with contextlib.suppress(OSError), gevent.Timeout(ADD_WITHIN, TimeoutError()):
             self._channel.send({"traffic": dict(traffic)})
 
     def abandon(self) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import gevent
+import gevent.socket
 import pytest
 
 from nodepass.config.kinds import TrafficLimit
@@ -116,6 +117,19 @@ def test_a_process_that_does_not_get_as_far_as_to_detach_itself_is_ended_and_rea
     handover.abandon()
     with pytest.raises(ChildProcessError):
         os.waitpid(started, os.WNOHANG)
+
+
+def test_a_new_process_that_stands_still_does_not_keep_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodepass.handover.sender.ADD_WITHIN", 0.01)
+    mine, its = gevent.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    monkeypatch.setattr("nodepass.handover.sender.make_pair", lambda: (Channel(mine), its))
+    handover = Handover()
+    with gevent.Timeout(10):
+        for _ in range(20):  # more than wait in the kernel
+            handover.add({"file": 1})
+    handover.abandon()
+    its.close()
 
 
 def test_process_1_of_a_container_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
