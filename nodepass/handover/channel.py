@@ -18,6 +18,8 @@ LARGEST = 128 * 1024  # bytes of a message
 MOST_DESCRIPTORS = 200  # with one message; the kernel takes 253
 
 Message = dict[str, Any]
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # what reading a message raises that means something else
+OTHER_VERSION = "it is a version of the program with other messages"
 
 
 def make_pair() -> tuple[Channel, socket.socket]:

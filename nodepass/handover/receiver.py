@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import gevent
 
 from nodepass.errors import StartError, reason
-from nodepass.handover.channel import Channel, Message
+from nodepass.handover.channel import MALFORMED, OTHER_VERSION, Channel, Message
 from nodepass.handover.program import take_descriptor
 from nodepass.log import Log
 from nodepass.net.activation import PassedSocket
@@ -69,6 +69,8 @@ class Takeover:
             self.legacy = self._receive()
         except OSError as error:
             raise StartError(f"cannot take over from the process before: {reason(error)}") from None
+        except MALFORMED:
+            raise StartError(f"cannot take over from the process before: {OTHER_VERSION}") from None
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Takeover | None:

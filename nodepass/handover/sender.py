@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import gevent
 
 from nodepass.errors import ClosedError, StartError, reason
-from nodepass.handover.channel import MOST_DESCRIPTORS, make_pair
+from nodepass.handover.channel import MALFORMED, MOST_DESCRIPTORS, OTHER_VERSION, make_pair
 from nodepass.handover.program import start_again
 from nodepass.net.activation import PassedSocket
 from nodepass.tunnel.traffic_file import Counts
@@ -117,3 +117,5 @@ def _deadline(timeout: float | None) -> Iterator[None]:
             yield
     except OSError as error:
         raise StartError(f"the new process does not take over: {reason(error)}") from None
+    except MALFORMED:
+        raise StartError(f"the new process does not take over: {OTHER_VERSION}") from None

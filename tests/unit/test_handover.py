@@ -20,6 +20,7 @@ from nodepass.config.kinds import TrafficLimit
 from nodepass.errors import ClosedError, ConfigError, ProtocolError, StartError
 from nodepass.handover import program
 from nodepass.handover.channel import MOST_DESCRIPTORS, Channel, make_pair
+from nodepass.handover.receiver import Takeover
 from nodepass.handover.sender import Handover
 from nodepass.handover.succession import Succession
 from nodepass.log import Log
@@ -215,3 +216,12 @@ def test_a_count_that_is_being_written_while_traffic_passes_reaches_the_new_proc
 def until_set(event: threading.Event) -> None:
     while not event.is_set():
         gevent.sleep(0.001)
+
+
+def test_messages_of_another_version_are_a_reason_not_to_take_over() -> None:
+    mine, its = make_pair()
+    mine.send({"legacy": 1})
+    with pytest.raises(StartError, match="other messages"):
+        Takeover(Channel(its))
+    its.close()
+    mine.close()
