@@ -37,7 +37,7 @@ def command() -> list[str]:
 def how_to_add(error: ImportError) -> str:
     """What the user does about a missing package, for the end of a line."""
     module = (error.name or "").partition(".")[0]
-    package = _DISTRIBUTIONS.get(module, module)
+    package = _DISTRIBUTIONS.get(module, module) or "nodepass"  # some errors name none
     prefix = Path(sys.prefix)
     if _is_bundle():
         remedy = "reinstall the package nodepass" if prefix.parts[1:2] == ("opt",) else f"remove {prefix}"

@@ -92,10 +92,12 @@ def test_an_address_in_use_ends_the_start_with_one_line(server: OurServer) -> No
 
 @pytest.mark.programs
 def test_without_prometheus_client_the_line_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "prometheus_client.py").write_text("raise ModuleNotFoundError('No module named prometheus_client')")
+    (tmp_path / "prometheus_client.py").write_text(
+        "raise ModuleNotFoundError('No module named prometheus_client', name='prometheus_client')"
+    )
     line = refused(":0", 2, PYTHONPATH=str(tmp_path))
     assert "METRICS_LISTEN" in line
-    assert "pip install prometheus-client" in line
+    assert " -m pip install prometheus-client" in line
 
 
 def test_a_unix_socket_is_for_user_and_group_and_removed_at_the_end(path: Path) -> None:

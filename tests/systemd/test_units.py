@@ -263,7 +263,7 @@ def test_a_client_under_systemd_hands_over(stack: contextlib.ExitStack, box: Box
     target = service(stack, box)
     server = OurServer(tunnel="127.0.0.1:10101", target="127.0.0.1:443")
     box.inside(lambda: stack.enter_context(server))
-    own = unit(stack, box, "client", f"client://127.0.0.1:10101/127.0.0.1:{target.address[1]}?tls=0")
+    own = unit(stack, box, "leaving", f"client://127.0.0.1:10101/127.0.0.1:{target.address[1]}?tls=0")
     own.start()
     with visit(stack, box) as visitor, target.accept() as accepted:
         assert_connected(visitor, accepted)
