@@ -19,6 +19,7 @@ from nodepass.handover.program import start_again
 from nodepass.net.activation import PassedSocket
 from nodepass.tunnel.traffic_file import Counts
 
+BEGIN_WITHIN = 10.0  # seconds for the new process, which could serve, to take what it begins with
 ADD_WITHIN = 1.0  # seconds for the new process to take a message about traffic
 REAP_EVERY = 0.02  # seconds between two looks at the process that the new one has detached itself from
 
@@ -27,9 +28,11 @@ class Handover:
     """One attempt: `start`, `connect`, `begin`, or `abandon` after any of them. Each raises StartError."""
 
     def __init__(self) -> None:
+        """Raises StartError, too."""
         self.process = 0  # the new one's id, once it is known
         self._started = 0  # that of the process that is started, until the new one has detached itself from it
-        self._channel, self._its = make_pair()
+        with _deadline():
+            self._channel, self._its = make_pair()
 
     def start(
         self,
@@ -66,7 +69,7 @@ class Handover:
 
     def begin(self, counts: Mapping[str, Counts]) -> None:
         """Have the new process serve. `counts`: of traffic, by the file that has them."""
-        with _deadline(None):
+        with _deadline(BEGIN_WITHIN):
             for path, count in counts.items():  # each in a message of its own: all would be too large for one
                 self._channel.send({"counts": {path: count}})
             self._channel.send({"begin": True})
@@ -110,8 +113,8 @@ class Handover:
 
 
 @contextlib.contextmanager
-def _deadline(timeout: float | None) -> Iterator[None]:
-    """Raise StartError where the new process does not do something, within `timeout` seconds."""
+def _deadline(timeout: float | None = None) -> Iterator[None]:
+    """Raise StartError where a step fails or, if a timeout is given, takes longer."""
     try:
         with gevent.Timeout(timeout, TimeoutError(f"not ready within {timeout}s")):
             yield

@@ -69,16 +69,12 @@ class Succession:
             self._log.warning("process.handover_refused", "SIGUSR2: %(error)s; this process goes on", error=why)
             return False
         self._log.info("process.handover", "SIGUSR2: starting the program again, which then takes over")
-        self._handover = handover = Handover()
         try:
+            self._handover = handover = Handover()
             self._start(handover)
         except StartError as error:
-            if self._is_cancelled:
-                return False
-            self._handover = None
-            handover.abandon()
-            self._each(lambda tunnel: tunnel.keep_places())
-            self._log.error("process.handover_failed", "%(error)s; this process goes on", error=error)
+            if not self._is_cancelled:
+                self._go_on(error)
             return False
         self._each(lambda tunnel: tunnel.end_accepting())
         self._each(lambda tunnel: tunnel.hand_over())
@@ -99,6 +95,14 @@ class Succession:
             self._endpoint.hand_over()
         self._tasks.spawn("count traffic for the new process", self._count_forever)
         return True
+
+    def _go_on(self, error: StartError) -> None:
+        """Be as before: the new process cannot take over."""
+        handover, self._handover = self._handover, None
+        if handover:
+            handover.abandon()
+        self._each(lambda tunnel: tunnel.keep_places())
+        self._log.error("process.handover_failed", "%(error)s; this process goes on", error=error)
 
     def cancel(self) -> None:
         """This process stops: no other one is to take over, unless it has already."""

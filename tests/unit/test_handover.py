@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -120,8 +121,25 @@ def test_a_process_that_does_not_get_as_far_as_to_detach_itself_is_ended_and_rea
         os.waitpid(started, os.WNOHANG)
 
 
+def test_without_a_descriptor_for_the_channel_the_process_goes_on_and_may_be_told_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("nodepass.handover.sender.make_pair", fail)
+    tunnel = MagicMock(spec=Server, client_id="", meter=None, listeners=[])
+    log = Log("nodepass")
+    succession = Succession([SimpleNamespace(tunnel=tunnel)], None, log, TaskGroup(log, Stats()), int)
+    for _ in range(2):
+        assert not succession.run()
+    assert tunnel.keep_places.call_count == 2
+    tunnel.end_accepting.assert_not_called()
+
+
 def test_a_new_process_that_stands_still_does_not_keep_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nodepass.handover.sender.ADD_WITHIN", 0.01)
+    monkeypatch.setattr("nodepass.handover.sender.BEGIN_WITHIN", 0.01)
     mine, its = gevent.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     monkeypatch.setattr("nodepass.handover.sender.make_pair", lambda: (Channel(mine), its))
@@ -129,6 +147,8 @@ def test_a_new_process_that_stands_still_does_not_keep_the_old_one(monkeypatch: 
     with gevent.Timeout(10):
         for _ in range(20):  # more than wait in the kernel
             handover.add({"file": 1})
+        with pytest.raises(StartError, match=r"not ready within 0\.01s"):
+            handover.begin({"file": {}})
     handover.abandon()
     its.close()
 
