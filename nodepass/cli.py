@@ -19,6 +19,7 @@ from typing import NoReturn
 import configargparse
 
 from nodepass import __version__, log
+from nodepass.config.environment import find_typos, find_unusable_cas, refuse_service_link, tidy
 from nodepass.config.outbound import hide_user
 from nodepass.config.proxy_variables import ProxyVariables, find_exposed, with_passages
 from nodepass.config.settings import Scope, Settings, rows
@@ -26,7 +27,6 @@ from nodepass.config.urls import LOG_LEVELS, ClientURL, ServerURL, parse_url, wi
 from nodepass.daemon.access_output import AccessOutputs
 from nodepass.daemon.conflicts import refuse_conflicts
 from nodepass.daemon.daemon import Daemon
-from nodepass.daemon.environment import find_typos, find_unusable_cas, refuse_service_link, tidy
 from nodepass.daemon.key_file import Keys, generate
 from nodepass.daemon.limits import forbid_core_dumps
 from nodepass.daemon.log_output import LogOutput

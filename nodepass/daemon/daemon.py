@@ -11,19 +11,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
-from gevent import Greenlet
 from gevent.lock import Semaphore
 from gevent.queue import Queue
 
 from nodepass.config.files import RETRY, FileState
-from nodepass.config.kinds import TrafficLimit, format_duration
+from nodepass.config.kinds import format_duration
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ClientURL, ServerURL, may_need_tls
 from nodepass.daemon.access_output import AccessOutputs
@@ -34,8 +31,10 @@ from nodepass.daemon.notifier import Notifier
 from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
 from nodepass.daemon.terminal import Terminal
+from nodepass.daemon.tunnels import make_tunnels
 from nodepass.errors import ConfigError, StartError, reason
-from nodepass.handover.receiver import NO_LEGACY, Legacy, Takeover, wait_for_peers
+from nodepass.handover.accession import Accession
+from nodepass.handover.receiver import NO_LEGACY, Legacy, Takeover
 from nodepass.handover.succession import Succession
 from nodepass.installed import how_to_add
 from nodepass.log import Log, literal
@@ -43,15 +42,10 @@ from nodepass.net.activation import Inherited
 from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup, report_bug
 from nodepass.tunnel.buffers import kernel_buffers
-from nodepass.tunnel.interface import LISTENER_ROLES, Tunnel, Watched, report_fields
-from nodepass.tunnel.part import Records
-from nodepass.tunnel.traffic import Meter
-from nodepass.tunnel.traffic_file import TrafficFile
-from nodepass.wire.auth import new_client_id
+from nodepass.tunnel.interface import LISTENER_ROLES, Watched, report_fields
 
 if TYPE_CHECKING:
     from nodepass.metrics.endpoint import MetricsEndpoint
-    from nodepass.server.tunnel_port import TunnelPort
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 HANDED_OVER = 0  # in the queue of signals: another process has taken over
@@ -88,8 +82,7 @@ class Daemon:
 
         `takeover`: from another process, if there is one.
         """
-        self._log = Log("nodepass")
-        self._stats = stats
+        self._log, self._stats = Log("nodepass"), stats
         self._tasks = TaskGroup(self._log, self._stats)
         # not SimpleQueue: until gevent 25 that was the standard library's, whose `get` stops the whole process
         self._signals: Queue[int] = Queue()
@@ -105,17 +98,13 @@ class Daemon:
         self._terminal = Terminal()
         self._reloading = Semaphore()
         self._unusable_keys: FileState | None = None  # of the keys file, where it could not be used at a reload
-        self._counting: Greenlet[..., None] | None = None  # the traffic of the process before, until it has ended
-        self._takeover, legacy = takeover, takeover.legacy if takeover else Legacy()
-        self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
+        legacy = takeover.legacy if takeover else NO_LEGACY
         if takeover:
             self._inherited = Inherited(legacy.sockets, LISTENER_ROLES, legacy.unix, "the process before")
-        state = manager.state_directory
-        makers = make_tunnels(urls, self._limits.settings, keys, self._inherited, access, state, legacy)
-        self._tunnels = [
-            Supervisor(make, own.service_cooldown, self._tasks)
-            for make, own in zip(makers, self._limits.settings, strict=True)
-        ]
+        else:
+            self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
+        self._tunnels = self._make_tunnels(manager.state_directory, legacy)
+        self._accession = Accession(takeover, self._tunnels, self._log, self._tasks) if takeover else None
         if takeover:  # which waits for the servers that there are; one that is missing was missing before
             settings = replace(settings, start_timeout=0.0)
         self._notifier = Notifier(manager, self._tunnels, settings, self._log, self._stats, self._fail)
@@ -126,6 +115,11 @@ class Daemon:
             self._parts.insert(0, self._endpoint)
         announce = self._notifier.hand_over
         self._succession = Succession(self._tunnels, self._endpoint, self._log, self._tasks, announce)
+
+    def _make_tunnels(self, state_directory: str, legacy: Legacy) -> list[Supervisor]:
+        own = self._limits.settings
+        makers = make_tunnels(self._urls, own, self._keys, self._inherited, self._access, state_directory, legacy)
+        return [Supervisor(make, its.service_cooldown, self._tasks) for make, its in zip(makers, own, strict=True)]
 
     @property
     def bugs(self) -> int:
@@ -202,45 +196,22 @@ class Daemon:
         """Start every part; if one fails, close those that have started."""
         with contextlib.ExitStack() as started:
             for part in self._parts:
-                if part is self._notifier and self._takeover:
-                    self._take_over(self._takeover)  # until then another process is the service
+                if part is self._notifier and self._accession:
+                    self._take_over(self._accession)  # until then another process is the service
                 part.start()
-                if not self._takeover:  # else the listeners' files belong to the process before
+                if not self._accession:  # else the listeners' files belong to the process before
                     started.callback(part.close)
                     if part is self._endpoint:
                         self._endpoint.answer()
             self._refuse_unused_sockets()
             started.pop_all()
 
-    def _take_over(self, takeover: Takeover) -> None:
-        """Have clients take their places, and wait until the servers may accept. Raises StartError, ConfigError."""
+    def _take_over(self, accession: Accession) -> None:
+        """Return when this process is the service. Raises StartError, ConfigError."""
         self._refuse_unused_sockets()
-        legacy = takeover.legacy
-        peers = takeover.wait_to_connect()
-        for tunnel, id in zip(self._tunnels, legacy.clients, strict=True):
-            if id:
-                tunnel.begin()
-        wait_for_peers(self._tunnels, peers, 2 * self._settings.handshake_timeout)
-        takeover.report_ready()
-        counts = takeover.wait_for_turn()
+        accession.run(2 * self._settings.handshake_timeout)
         if self._endpoint:
             self._endpoint.answer()
-        meters = {each.meter.path: each.meter for each in (one.tunnel for one in self._tunnels) if each.meter}
-        for path, count in counts.items():
-            meters[path].take_over(count)
-        counting = self._tasks.spawn("count the old sessions' traffic", self._count_old, takeover, meters)
-        self._counting = counting if meters else None
-        self._log.info("process.took_over", "took over from process %(process)d", process=legacy.process)
-
-    def _count_old(self, takeover: Takeover, meters: Mapping[str, Meter]) -> None:
-        """Count what the sessions of the process before still move."""
-        for moved in takeover.additions():
-            for path, count in moved.items():
-                meters[path].add(count)
-
-    def _is_counting(self) -> bool:
-        """Whether traffic of the process before may still have to be passed on to the next one."""
-        return self._counting is not None and not self._counting.ready()
 
     def _hand_over(self) -> None:
         """SIGUSR2: have a new process take over."""
@@ -282,10 +253,15 @@ class Daemon:
         )
         deadline = time.monotonic() + timeout
         self._end_sessions(timeout)
-        while (self._flows() or self._is_counting()) and time.monotonic() < deadline:
+        while self._is_needed() and time.monotonic() < deadline:
             gevent.sleep(LOOK_EVERY)
         self._succession.count()
         self._close_parts()
+
+    def _is_needed(self) -> bool:
+        """Whether flows go on here, or traffic of the process before must be passed on."""
+        is_counting = self._accession is not None and self._accession.is_counting
+        return is_counting or any(each.tunnel.view().flows for each in self._tunnels)
 
     def _end_sessions(self, timeout: float) -> None:
         """Stop every part; sessions have so many seconds. A crash in one part does not keep the others."""
@@ -394,75 +370,3 @@ class Daemon:
     def _report_stray(self, context: object, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """Report what gevent would print of an uncaught exception, of a callback of the event loop for example."""
         report_bug(f"{context!r:.200}", (error or kind()).with_traceback(trace), self._log, self._stats)
-
-
-def make_tunnels(
-    urls: Sequence[ServerURL | ClientURL],
-    settings: Sequence[Settings],
-    keys: Keys,
-    inherited: Inherited,
-    access: AccessOutputs,
-    state_directory: str = "",
-    legacy: Legacy = NO_LEGACY,
-) -> list[Callable[[], Tunnel]]:
-    """How to make the tunnel of each URL, again after a crash.
-
-    Raises ConfigError where a file is not usable, StartError where another process uses it.
-
-    `settings`: of each tunnel; `legacy`: what another process passes. A tunnel's records and its rules about visitors
-    outlive it, and so does the tunnel port that servers share.
-    """
-    makers: list[Callable[[], Tunnel]] = []
-    ports: dict[object, TunnelPort] = {}
-    servers = [(url, own) for url, own in zip(urls, settings, strict=True) if isinstance(url, ServerURL)]
-    ids = (each or new_client_id() for each in legacy.clients or ("",) * len(urls))
-    for url, own, name, id in zip(urls, settings, name_tunnels(urls), ids, strict=True):
-        log, stats, tunnel_keys = Log(name), Stats(), partial(keys.of(url).keys_for, url.tunnel_name)
-        meter = _make_meter(url, own.traffic_limit, state_directory, log, stats, legacy)
-        records = Records(log, stats, access.writer(own.access_log), meter)
-        if isinstance(url, ClientURL):
-            from nodepass.client.client import Client  # here, because most processes are one end only
-
-            makers.append(partial(Client, url, id, tunnel_keys, own, records))
-            continue
-        from nodepass.server.server import Server
-        from nodepass.server.tunnel_port import TunnelPort
-        from nodepass.visitors.proxies import all_networks
-        from nodepass.visitors.rules import Rules
-
-        share = inherited.share()
-        address: object = url.tunnel if url.tunnel.port else object()  # a port that the kernel chooses is not shared
-        if address not in ports:
-            sharing = [(url, own)]
-            if url.tunnel.port:
-                sharing = [each for each in servers if each[0].tunnel == url.tunnel]
-            proxies = all_networks(each.accept_proxy for _, each in sharing)
-            port_settings = replace(own, accept_proxy=proxies)
-            joining, has_several = [each for each, _ in sharing], any(each.clients > 1 for _, each in sharing)
-            ports[address] = TunnelPort(joining, port_settings, log, stats, share, has_several_clients=has_several)
-        rules = Rules(own, url.name)
-        makers.append(partial(Server, url, ports[address], own, tunnel_keys, records, share, rules))
-    return makers
-
-
-def _make_meter(
-    url: ServerURL | ClientURL, limit: TrafficLimit, directory: str, log: Log, stats: Stats, legacy: Legacy
-) -> Meter | None:
-    """What counts the traffic of a tunnel, None without a limit. Raises ConfigError, StartError."""
-    if not limit:
-        return None
-    if not directory:
-        allowed = "allowed: the directory that keeps the count, as StateDirectory= of a systemd unit sets it"
-        raise ConfigError(f"{url.name}: TRAFFIC_LIMIT={limit} needs STATE_DIRECTORY, which is not set; {allowed}")
-    tunnel = f"{url.role}-{url.tunnel_name or url.tunnel.port}"
-    return Meter(limit, TrafficFile(directory, tunnel, log, legacy.locks), log, stats)
-
-
-def name_tunnels(urls: Sequence[ServerURL | ClientURL]) -> list[str]:
-    """The tunnels' names in the log: `server:10101`, numbered where two would be the same."""
-    seen: Counter[str] = Counter()
-    names: list[str] = []
-    for url in urls:
-        seen[url.name] += 1
-        names.append(f"{url.name}#{seen[url.name]}" if seen[url.name] > 1 else url.name)
-    return names

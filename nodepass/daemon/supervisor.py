@@ -50,10 +50,6 @@ class Supervisor:
         """The tunnel's state, for an operator."""
         return self.tunnel.status()
 
-    def count_peers(self) -> int:
-        """How many other ends are connected."""
-        return len(self.tunnel.view().peers)
-
     def unhealthy_reason(self) -> str:
         """Why a restart of the process is needed, or ""."""
         return self.tunnel.unhealthy_reason()

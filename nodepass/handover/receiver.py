@@ -1,7 +1,7 @@
 """The new process's end of a handover: what it takes over, and when it may begin.
 
 It is told what the old process has, says when it could serve, and waits until the old one has stopped to accept. What
-can fail fails before that, and then the old process goes on. `sender` is the other end; `daemon` does what is said
+can fail fails before that, and then the old process goes on. `sender` is the other end; `accession` does what is said
 here.
 """
 
@@ -10,21 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import gevent
+from typing import Any
 
 from nodepass.errors import StartError, reason
 from nodepass.handover.channel import MALFORMED, OTHER_VERSION, Channel, Message
 from nodepass.handover.program import take_descriptor
-from nodepass.log import Log
 from nodepass.net.activation import PassedSocket
 from nodepass.tunnel.traffic_file import Counts
-
-LOOK_EVERY = 0.02  # seconds between two looks whether clients are connected
 
 
 @dataclass
@@ -39,20 +33,6 @@ class Legacy:
 
 
 NO_LEGACY = Legacy()
-
-
-class Observed(Protocol):
-    """A client, as far as it is waited for."""
-
-    @property
-    def log(self) -> Log:
-        """Its own, which names it."""
-
-    def status(self) -> str:
-        """How it is, for an operator: one line."""
-
-    def count_peers(self) -> int:
-        """How many servers it is connected to."""
 
 
 class Takeover:
@@ -143,20 +123,6 @@ class Takeover:
                 return legacy
             for item, descriptor in zip(message["items"], descriptors, strict=True):
                 _add(legacy, item, descriptor)
-
-
-def wait_for_peers(tunnels: Sequence[Observed], wanted: Sequence[int], timeout: float) -> None:
-    """Return when each client has as many servers as the one before, or after `timeout` seconds where it has any.
-
-    Raises StartError where one has none.
-    """
-    deadline = time.monotonic() + timeout
-    for tunnel, number in zip(tunnels, wanted, strict=True):
-        while number and tunnel.count_peers() < number and time.monotonic() < deadline:
-            gevent.sleep(LOOK_EVERY)
-        if number and not tunnel.count_peers():
-            name, status = tunnel.log.tunnel, tunnel.status()
-            raise StartError(f"{name}: no handshake within {timeout:.3g}s: {status}")
 
 
 def _add(legacy: Legacy, item: dict[str, Any], descriptor: int) -> None:

@@ -16,13 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 from nodepass import log
+from nodepass.config.environment import find_typos, find_unusable_cas
 from nodepass.config.kinds import AccessPlace, Listen
 from nodepass.config.proxy_variables import ProxyVariables, find_exposed, with_passages
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ClientURL, ServerURL, UnixPath, may_need_tls, parse_url, with_defaults
 from nodepass.daemon.access_output import find_trouble
 from nodepass.daemon.conflicts import find_conflicts
-from nodepass.daemon.environment import find_typos, find_unusable_cas
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.limits import survey
 from nodepass.daemon.systemd import ServiceManager

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from nodepass.cli import make_parser, read_settings
+from nodepass.config.environment import find_typos
 from nodepass.config.settings import Settings
 from nodepass.config.urls import ServerURL, parse_url
-from nodepass.daemon.environment import find_typos
 from tests.support.machines import Lan, Machine
 from tests.support.process import REPOSITORY, Nodepass
 from tests.support.programs import installed

@@ -13,10 +13,11 @@ from nodepass.client.client import Client
 from nodepass.config.settings import Settings, rows
 from nodepass.config.urls import ClientURL, ServerURL, parse_url
 from nodepass.daemon.access_output import AccessOutputs
-from nodepass.daemon.daemon import Daemon, make_tunnels, name_tunnels
+from nodepass.daemon.daemon import Daemon
 from nodepass.daemon.key_file import Keys
 from nodepass.daemon.supervisor import Supervisor
 from nodepass.daemon.systemd import ServiceManager
+from nodepass.daemon.tunnels import make_tunnels, name_tunnels
 from nodepass.errors import ListenError, StartError
 from nodepass.log import Log
 from nodepass.net.activation import Inherited

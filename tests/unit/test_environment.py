@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from nodepass.config.environment import KEYS, find_typos, tidy
 from nodepass.config.settings import rows
-from nodepass.daemon.environment import KEYS, find_typos, tidy
 from tests.support.checks import check_here, found
 from tests.support.command import Accepted, call, refusals
 from tests.support.table import each_row

@@ -18,8 +18,8 @@ from nodepass.config.kinds import Rule
 from nodepass.config.settings import Settings
 from nodepass.config.urls import parse_url
 from nodepass.daemon.access_output import AccessOutputs
-from nodepass.daemon.daemon import make_tunnels
 from nodepass.daemon.key_file import Keys
+from nodepass.daemon.tunnels import make_tunnels
 from nodepass.errors import ConfigError
 from nodepass.log import Log
 from nodepass.net.activation import Inherited
