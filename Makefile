@@ -50,8 +50,9 @@ soak: $(VENV)/test.stamp ## Traffic and faults for MINUTES=10 (SEED=number repea
 	$(RUN) -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 	$(RUN) -m pytest -m soak
 
-handovers: $(VENV)/test.stamp ## Hand over HANDOVERS=50 times while wrk, iperf3 and a UDP flow use the tunnel
-	HANDOVERS=$(or $(HANDOVERS),50) $(RUN) -m pytest -m '' -s tests/e2e/test_handover_programs.py
+handovers: $(VENV)/test.stamp ## Hand over HANDOVERS=50 times under wrk, iperf3 and a UDP flow, and under systemd
+	HANDOVERS=$(or $(HANDOVERS),50) $(RUN) -m pytest -m '' -s tests/e2e/test_handover_programs.py \
+		tests/systemd/test_units.py::test_handovers_under_load_lose_no_visitor
 
 matrix: $(VENV)/test.stamp ## Test with each installed Python, highest and lowest dependencies (ARGS='--help')
 	$(RUN) -m tests.matrix $(ARGS)

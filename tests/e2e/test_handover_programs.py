@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,14 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.handover import hand_over
+from tests.support.handover import HANDOVERS, hand_over
 from tests.support.process import Nodepass, scrubbed
 from tests.support.programs import installed, running, running_nginx
 from tests.support.sockets import PATIENCE, Address, connect, datagram_socket, free_port, until
 from tests.support.tunnel import CALM
 from tests.support.v2_echo import DatagramEcho
 
-HANDOVERS = int(os.environ.get("HANDOVERS", "4"))
 LONGEST = 60 + 30 * HANDOVERS  # seconds for which a client would run that is not told to end
 
 PAGES = "http {{ access_log off; server {{ listen 127.0.0.1:{port}; location / {{ return 200 page; }} }} }}"

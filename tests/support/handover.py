@@ -11,6 +11,9 @@ from tests.support.log import Entry
 from tests.support.process import Nodepass
 from tests.support.sockets import until
 
+HANDOVERS = int(os.environ.get("HANDOVERS", "4"))
+"""How many a test makes under load; `make handovers` makes 50."""
+
 
 def hand_over(stack: contextlib.ExitStack, run: Nodepass, process: int | None = None) -> int:
     """Have a new process take over from a run, or from the one that has taken over from it; the new one's id.

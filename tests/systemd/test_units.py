@@ -15,6 +15,7 @@ import pytest
 from nodepass.daemon.key_file import generate
 from tests.support.box import UNITS, BootError, Box, Unit
 from tests.support.certificates import Authority, Certificate
+from tests.support.handover import HANDOVERS
 from tests.support.scope import Closes
 from tests.support.sockets import PATIENCE, connect, datagram_socket, is_over, is_silent, receive_all, until
 from tests.support.target import Target
@@ -248,6 +249,19 @@ def test_systemd_follows_a_handover_and_stops_both_processes(stack: contextlib.E
         box.systemctl("stop", server.socket, server.name)
         assert is_over(visitor)
     assert server.show("Result") == "success"
+
+
+@needs_box
+def test_handovers_under_load_lose_no_visitor(stack: contextlib.ExitStack, box: Box) -> None:
+    server = activated(stack, box, "succession")
+    target = service(stack, box)
+    client(stack, box, target)
+    with Load(box, target) as load:
+        for _ in range(HANDOVERS):
+            hand_over(server)
+            load.go_on()
+    assert not load.lost
+    assert not server.errors()
 
 
 def hand_over(unit: Unit) -> int:
