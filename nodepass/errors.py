@@ -62,7 +62,7 @@ class ProxyHeaderError(ProtocolError):
 
 
 class ProxyError(NodepassError, ConnectionError):
-    """No connection through a proxy; `code` is what the proxy said: a status of HTTP, a reply of SOCKS5, or ""."""
+    """No connection through a proxy. `code` tells causes apart: a status of HTTP, a reply of SOCKS5, a token, or ""."""
 
     def __init__(self, words: str, code: str = "") -> None:
         super().__init__(words)

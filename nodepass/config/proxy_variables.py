@@ -69,10 +69,8 @@ class ProxyVariables:
             return None
         return _parse(self.name, self.url)
 
-    def find_own(self, proxy: Proxy | None) -> tuple[Proxy, Credentials | None] | None:
+    def find_own(self, proxy: Proxy) -> tuple[Proxy, Credentials | None]:
         """A proxy that a setting has, with the user and password that TUNNEL_PROXY had for it. Raises ConfigError."""
-        if not proxy:
-            return None
         try:
             is_own = parse_proxy(self.own).proxy == proxy
         except ValueError:  # there is none, or a flag replaces it
@@ -90,7 +88,7 @@ def with_passages(url: URL, common: Settings, variables: ProxyVariables) -> URL:
     settings, passages = url.settings(common), dict[Address, Passage]()
     choice, file = settings.tunnel_proxy, settings.tunnel_proxy_auth_file
     for address in url.tunnels if choice else ():
-        found = variables.find(address) if choice.is_environment else variables.find_own(choice.proxy)
+        found = variables.find_own(choice.proxy) if choice.proxy else variables.find(address)
         if found:
             login = Login(file, folder=variables.folder) if file else Login(fixed=found[1])
             login.credentials()

@@ -10,7 +10,7 @@ All sessions are looked at, by a timer and a share at a time. One that has read 
 two comparisons; a quiet connection costs a system call (2 microseconds). Nothing is added to the path of the bytes.
 One that waits for its turn under a rate has bytes to move, and counts as active.
 `relay` adds the sessions and ends them; `client_slot` and `launches` each have the deadlines of those with one other
-end, and tell them when that has vanished.
+end, and tell them when that has vanished. A client's `bridge` to a proxy has some of its own.
 """
 
 from __future__ import annotations

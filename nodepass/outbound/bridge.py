@@ -4,6 +4,9 @@ The tunnel's own TLS runs inside the proxy's, and all that handles connections h
 TCP_INFO, splice. So there are two sockets of this machine, connected to each other. One is returned, and a relay moves
 the bytes between the other one and the proxy's TLS. It costs a greenlet, two sockets and another pass over the bytes,
 for https:// proxies only. They are sockets of TCP, because a cut stream must end in a reset, which a Unix socket lacks.
+
+A proxy may keep its side open when the connection here is over, and a proxy that has vanished never ends it. So a
+bridge has the deadlines of sessions: it ends when either of its two connections is gone, or takes no bytes any more.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from collections.abc import Callable
 
 from gevent.socket import wait_read
 
+from nodepass.net.deadlines import Deadlines
 from nodepass.net.relay import relay
-from nodepass.net.sockets import Endpoint, Socket, dial
+from nodepass.net.sockets import Endpoint, Socket, dial, set_stream_options
 from nodepass.net.stream import Stream, TCPStream
 from nodepass.stats import Stats
 
 _HERE = Endpoint(socket.AF_INET, ("127.0.0.1", 0))
 _TRIES = 16  # connections of others that may come to the listener before ours
+_PROBE_EVERY = 60.0  # seconds: a socket that was closed answers probes for as long, if its peer has not closed
 _uncounted = Stats()  # the bytes are counted where they are payload
+_deadlines = Deadlines(idle=0, first_byte=0, data_is_near=True)
 
 
 def open_bridge(stream: Stream, spawn: Callable[..., object], timeout: float) -> Socket:
@@ -31,7 +37,7 @@ def open_bridge(stream: Stream, spawn: Callable[..., object], timeout: float) ->
     """
     near, far = _connected_pair(timeout)
     # The proxy's stream is the near one: what followed the proxy's answer in a record is read from it at once.
-    spawn("relay to the proxy", relay, stream, TCPStream(far), _uncounted)
+    spawn("relay to the proxy", relay, stream, TCPStream(far), _uncounted, None, _deadlines)
     return near
 
 
@@ -59,7 +65,7 @@ def _accept_from(listener: Socket, peer: object, timeout: float) -> Socket:
         sock = Socket(fileno=descriptor)
         if source == peer:
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            set_stream_options(sock, _PROBE_EVERY)
             return sock
         sock.close()
     raise OSError(errno.ECONNABORTED, "other processes connect to a socket of this one")

@@ -14,6 +14,7 @@ import base64
 import re
 
 from nodepass.config.outbound import Credentials
+from nodepass.config.urls import Address
 from nodepass.errors import ProxyError
 from nodepass.net.stream import Stream
 from nodepass.wire.lines import printable
@@ -50,12 +51,12 @@ def connect(stream: Stream, host: str, port: int, credentials: Credentials | Non
         room -= len(head)
     number, said = status
     if number >= 300:
-        raise ProxyError(_explain(number, said, head, f"{bracketed(host)}:{port}", credentials), str(number))
+        raise ProxyError(_explain(number, said, head, str(Address(host, port)), credentials), str(number))
 
 
 def request(host: str, port: int, credentials: Credentials | None) -> bytes:
     """The request for a connection to this host."""
-    place = f"{bracketed(host)}:{port}"
+    place = str(Address(host, port))
     lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}"]
     if credentials:
         pair = base64.b64encode(f"{credentials.user}:{credentials.password}".encode()).decode()
@@ -69,11 +70,6 @@ def parse_status(head: bytes) -> tuple[int, str]:
     if not match:
         raise ProxyError(f"does not answer in HTTP/1.1: {printable(head)}")
     return int(match[1]), printable(match[2] or b"", _SAID)[1:-1]
-
-
-def bracketed(host: str) -> str:
-    """A host as it stands in front of a port."""
-    return f"[{host}]" if ":" in host else host
 
 
 def _read_head(stream: Stream, room: int) -> bytes:

@@ -106,24 +106,22 @@ class Proxied:
             raise ProxyError(f"cannot be reached: {reason(error)}", "unreachable") from None
         with contextlib.ExitStack() as failed:
             failed.callback(sock.close)
-            stream = self._speak(sock)
-            if not stream.plain:
-                sock = open_bridge(stream, self.spawn, timeout)
+            connected = self._connect(sock, timeout)
             failed.pop_all()
-        return sock
+        return connected
 
-    def _speak(self, sock: Socket) -> Stream:
-        """What carries the bytes, once the proxy has connected. Raises ProxyError."""
-        proxy, stream = self.passage.proxy, TCPStream(sock)
+    def _connect(self, sock: Socket, timeout: float) -> Socket:
+        """The socket that leads to the server, once the proxy has connected. Raises ProxyError."""
+        scheme = self.passage.proxy.scheme
         try:
-            carrier: Stream = self._encrypted(sock) if proxy.scheme == "https" else stream
+            stream: Stream = self._encrypted(sock) if scheme == "https" else TCPStream(sock)
             host, port = certified_host(self.address.host or LOCAL), self.address.port
-            _CONNECT[proxy.scheme](carrier, host, port, self.passage.login.credentials())
+            _CONNECT[scheme](stream, host, port, self.passage.login.credentials())
+            return sock if stream.plain else open_bridge(stream, self.spawn, timeout)
         except ProxyError:
             raise
         except (OSError, ConfigError) as error:
             raise ProxyError(f"gives no connection: {reason(error)}", "failed") from None
-        return carrier
 
     def _encrypted(self, sock: Socket) -> Stream:
         from nodepass.tls.stream import connect_tls

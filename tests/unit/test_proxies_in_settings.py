@@ -130,7 +130,15 @@ def test_a_user_and_password_of_the_environment_are_for_their_proxy_only() -> No
     assert found({"HTTPS_PROXY": f"https://{PAIR}@proxy"}) == f"{USER}:{PASSWORD}@https://proxy:443"
 
 
-@pytest.mark.parametrize("text", [f"gopher://{PAIR}@proxy:70", f"http://{PAIR}@proxy:x", f"http://a%3Ab:{PASSWORD}@p"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"gopher://{PAIR}@proxy:70",
+        f"http://{PAIR}@proxy:x",
+        f"http://a%3Ab:{PASSWORD}@p",
+        f"http://jo\udcff:{PASSWORD}@proxy",  # a byte that is not UTF-8, as Python has it
+    ],
+)
 def test_an_unusable_variable_is_refused_without_what_is_secret_in_it(text: str) -> None:
     with pytest.raises(ConfigError, match="HTTPS_PROXY: ") as refused:
         found({"HTTPS_PROXY": text})

@@ -10,12 +10,14 @@ from typing import Any
 import gevent
 import pytest
 from gevent import socket
+from gevent.event import Event
 
 from nodepass.client import data_dialer
 from nodepass.client.data_dialer import Route
 from nodepass.config.outbound import Credentials
 from nodepass.errors import ProxyError
-from nodepass.net import sockets
+from nodepass.net import deadlines, sockets
+from nodepass.net.deadlines import Deadlines
 from nodepass.net.sockets import Endpoint, Socket, as_plain
 from nodepass.outbound import bridge
 from nodepass.outbound.http_connect import LARGEST_HEAD
@@ -182,9 +184,16 @@ def test_a_refusal_of_socks_is_said_in_words(
     assert error.code == code
 
 
-def test_a_password_that_socks_rejects_is_not_repeated(stack: ExitStack) -> None:
-    error = refusal(stack, "socks5h", socks(b"\x05\x02", b"\x01\x01"), JOE)
-    assert "rejects the user and password" in str(error)
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"\x01\x01", "rejects the user and password"),
+        (b"\x05\x00", "answers the user and password with version 5, not 1"),
+    ],
+)
+def test_a_password_that_socks_rejects_is_not_repeated(stack: ExitStack, answer: bytes, words: str) -> None:
+    error = refusal(stack, "socks5h", socks(b"\x05\x02", answer), JOE)
+    assert words in str(error)
     assert "sesame" not in str(error)
 
 
@@ -211,7 +220,14 @@ def test_interim_answers_are_counted_together(stack: ExitStack) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [b"HTTP/2 200 OK\r\n\r\n", b"SSH-2.0-x\r\n", b"\x15\x03\x01\x00\x02\x02\x50", b"\x05\x00"]
+    "said",
+    [
+        b"HTTP/2 200 OK\r\n\r\n",
+        b"HTTP/1.1 banana\r\n\r\n",
+        b"SSH-2.0-x\r\n",
+        b"\x15\x03\x01\x00\x02\x02\x50",
+        b"\x05\x00",
+    ],
 )
 def test_what_is_no_answer_of_http_is_given_up_at_once(stack: ExitStack, said: bytes) -> None:
     assert "does not answer in HTTP/1.1: " in str(refusal(stack, "http", says(said)))
@@ -245,6 +261,21 @@ def test_one_timeout_bounds_the_whole_dial(stack: ExitStack, scheme: str, first:
     with pytest.raises(ProxyError, match=r"does not answer within 0\.3s") as late:
         dial(way, 0.3)
     assert late.value.code == "timeout"
+
+
+def test_a_data_connection_that_is_late_behind_a_proxy_is_closed(stack: ExitStack) -> None:
+    """Its deadline is that of the whole attempt, which ends the dial; a TLS handshake would have what is left."""
+    closed = Event()
+
+    def answer(sock: Any) -> None:
+        while sock.recv(512):
+            pass
+        closed.set()
+
+    way = through(stack, "http", answer)
+    with pytest.raises(TimeoutError, match=r"server\.example:10101 through .*: not ready within 0\.2s"):
+        Route(way, "server.example", 0.2, 15.0, Agreement(Offer(10102, 0)), None).make()
+    assert closed.wait(TIMEOUT)
 
 
 def test_a_proxy_that_is_not_there_is_named(stack: ExitStack) -> None:
@@ -367,19 +398,63 @@ def test_a_proxy_under_a_wrong_certificate_gets_no_request(stack: ExitStack, aut
     assert "certificate chain rejected for '127.0.0.1'" in str(refusal(stack, "https", proxy, JOE))
 
 
+def test_a_bridge_ends_with_its_connection_though_the_proxy_keeps_its_own(
+    stack: ExitStack, trusted: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the stream has ended, no watcher tells that the connection is gone."""
+    monkeypatch.setattr(deadlines, "ROUND", 0.2)
+    monkeypatch.setattr(bridge, "_deadlines", Deadlines(idle=0, first_byte=0, data_is_near=True))
+    ended, is_gone = Event(), Event()  # the stream to the proxy, and its connection
+
+    def then(stream: TLSStream) -> None:
+        assert not stream.recv_into(memoryview(bytearray(1)))
+        ended.set()
+        stream.wait_readable()
+        is_gone.set()
+
+    with closing(dial(through(stack, "https", SecureProxy(trusted, then)))) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert ended.wait(TIMEOUT)
+        assert not is_gone.is_set()
+        sockets.reset_on_close(sock, True)
+    assert is_gone.wait(TIMEOUT)
+
+
+def test_both_sockets_of_a_bridge_find_out_that_the_other_is_gone(stack: ExitStack) -> None:
+    """Without probes, the one that waits for a proxy would never learn that its peer was closed."""
+    _, far = (stack.enter_context(closing(each)) for each in bridge._connected_pair(TIMEOUT))
+    assert far.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+class Intruders:
+    """Connections of another process, each of which comes to the listener of a bridge just before its own."""
+
+    def __init__(self, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.all: list[Socket] = []
+        self.own: list[Socket] = []
+        self._stack = stack
+        monkeypatch.setattr(bridge, "dial", self._dial)
+
+    def _dial(self, endpoints: Any, timeout: float) -> Socket:
+        self.all.append(self._stack.enter_context(closing(sockets.dial(endpoints, timeout))))
+        self.own.append(sockets.dial(endpoints, timeout))
+        return self.own[-1]
+
+
 def test_the_two_sockets_of_a_bridge_take_no_other_connection(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    intruders = []
-
-    def dial_late(endpoints: Any, timeout: float) -> Any:
-        intruders.append(stack.enter_context(closing(real_dial(endpoints, timeout))))
-        return real_dial(endpoints, timeout)
-
-    real_dial = sockets.dial
-    monkeypatch.setattr(bridge, "dial", dial_late)
-    near, far = bridge._connected_pair(TIMEOUT)
-    stack.callback(near.close)
-    stack.callback(far.close)
+    intruders = Intruders(stack, monkeypatch)
+    near, far = (stack.enter_context(closing(each)) for each in bridge._connected_pair(TIMEOUT))
     assert near.getsockname() == far.getpeername()
-    assert receive(intruders[0], 1) == b""
+    assert receive(intruders.all[0], 1) == b""
+
+
+def test_a_bridge_that_cannot_be_made_is_a_failed_dial(
+    stack: ExitStack, trusted: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intruders = Intruders(stack, monkeypatch)
+    monkeypatch.setattr(bridge, "_TRIES", 1)
+    error = refusal(stack, "https", SecureProxy(trusted, lambda stream: stream.recv_into(memoryview(bytearray(1)))))
+    assert "gives no connection: other processes connect" in str(error)
+    assert [each.fileno() for each in intruders.own] == [-1]
