@@ -91,19 +91,12 @@ class Daemon:
         if self._limits.buffers is not None:
             kernel_buffers.limit(self._limits.buffers)
         self._settings = settings  # of the process
-        self._keys = keys
-        self._access = access
-        self._urls = urls
+        self._urls, self._keys, self._access = urls, keys, access
         self._runtime_directory = manager.runtime_directory
-        self._terminal = Terminal()
-        self._reloading = Semaphore()
+        self._terminal, self._reloading = Terminal(), Semaphore()
         self._unusable_keys: FileState | None = None  # of the keys file, where it could not be used at a reload
-        legacy = takeover.legacy if takeover else NO_LEGACY
-        if takeover:
-            self._inherited = Inherited(legacy.sockets, LISTENER_ROLES, legacy.unix, "the process before")
-        else:
-            self._inherited = Inherited(manager.sockets, LISTENER_ROLES)
-        self._tunnels = self._make_tunnels(manager.state_directory, legacy)
+        self._inherited = takeover.legacy.as_inherited() if takeover else Inherited(manager.sockets, LISTENER_ROLES)
+        self._tunnels = self._make_tunnels(manager.state_directory, takeover.legacy if takeover else NO_LEGACY)
         self._accession = Accession(takeover, self._tunnels, self._log, self._tasks) if takeover else None
         if takeover:  # which waits for the servers that there are; one that is missing was missing before
             settings = replace(settings, start_timeout=0.0)

@@ -17,7 +17,8 @@ from typing import Any
 from nodepass.errors import StartError, reason
 from nodepass.handover.channel import MALFORMED, OTHER_VERSION, Channel, Message
 from nodepass.handover.program import take_descriptor
-from nodepass.net.activation import PassedSocket
+from nodepass.net.activation import Inherited, PassedSocket
+from nodepass.tunnel.interface import LISTENER_ROLES
 from nodepass.tunnel.traffic_file import Counts
 
 
@@ -30,6 +31,10 @@ class Legacy:
     unix: dict[str, socket.socket] = field(default_factory=dict)  # listeners, by path
     locks: dict[str, int] = field(default_factory=dict)  # descriptors, by the path of the file
     clients: list[str] = field(default_factory=list)  # what each calls itself; "" for a server
+
+    def as_inherited(self) -> Inherited:
+        """The listeners, which are found by their address then. Raises ConfigError."""
+        return Inherited(self.sockets, LISTENER_ROLES, self.unix, "the process before")
 
 
 NO_LEGACY = Legacy()

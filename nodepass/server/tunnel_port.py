@@ -88,8 +88,7 @@ class TunnelPort:
         self._is_shared = len(urls) > 1 or has_several_clients
         self._serves_v1 = any(not url.tunnel_name and url.wire != "2" for url in urls)
         self._settings = settings
-        self._log = log
-        self._stats = stats
+        self._log, self._stats = log, stats
         self._share = share
         self._members: dict[Clients, Callable[[Exception], object]] = {}
         self._by_name: dict[str, Clients] = {}
