@@ -59,6 +59,7 @@ class Clients(Part):
         """
         super().__init__(common)
         self.name = name
+        self.on_change: Callable[[], object] = int  # called when a client has come or left, or serves other sessions
         self.keys = tuple(keys)
         self.flows = VisitorFlows(common, self.launch)
         self._queue = Queue()
@@ -260,6 +261,7 @@ class Clients(Part):
         self._queue.withheld = {
             kind: {slot.pool for slot in connected if slot not in serving} for kind, serving in self._serving.items()
         }
+        self.on_change()
         for slot in connected:
             slot.pool.serve_waiting()
 

@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from gevent.lock import Semaphore
@@ -93,7 +94,8 @@ class TunnelPort:
         self._members: dict[Clients, Callable[[Exception], object]] = {}
         self._by_name: dict[str, Clients] = {}
         self._parts: list[Part] = []
-        self._by_sid: dict[str, ClientSlot] = {}  # as it was when a sid was last looked for in vain
+        self._by_sid: dict[str, ClientSlot] = {}  # of the connected clients that were offered one
+        self._sids: dict[Clients, list[str]] = {}  # those of each tunnel
         self._has_crashed = False
         self._changing = Semaphore()  # opening and closing let other greenlets run
         self._late_hellos: dict[str, float] = {}  # by address: time.monotonic() at which they are forgotten
@@ -143,6 +145,7 @@ class TunnelPort:
                 self._open()
             self._members[clients] = fail
             self._by_name[clients.name] = clients
+            clients.on_change = partial(self._learn_sids, clients)
             self.only_slot = None if self.uses_sid else clients.slots[0]
 
     def run(self, make_parts: Callable[[Common, TunnelPort], list[Part]]) -> None:
@@ -160,6 +163,8 @@ class TunnelPort:
                 self.only_slot = None
             if self._by_name.get(clients.name) is clients:
                 del self._by_name[clients.name]
+            clients.on_change = int
+            self._forget_sids(clients)
             if self._members.pop(clients, None) and not self._members:
                 self._close()
 
@@ -236,12 +241,21 @@ class TunnelPort:
 
     def find_sid(self, sid: str) -> Membership | None:
         """The client whose offer had this sid."""
-        for _ in range(2):
-            slot = self._by_sid.get(sid)
-            if slot and (agreement := slot.agreement) and agreement.offer.sid == sid:
-                return Membership(slot, agreement)
-            self._by_sid = {agreed.offer.sid: each for each in self.slots if (agreed := each.agreement)}
+        slot = self._by_sid.get(sid)
+        if slot and (agreement := slot.agreement) and agreement.offer.sid == sid:
+            return Membership(slot, agreement)
         return None
+
+    def _learn_sids(self, clients: Clients) -> None:
+        """A client of this tunnel has come or left; thousands of other tunnels are not looked at."""
+        self._forget_sids(clients)
+        slots = {agreed.offer.sid: slot for slot in clients.slots if (agreed := slot.agreement) and agreed.offer.sid}
+        self._by_sid.update(slots)
+        self._sids[clients] = list(slots)
+
+    def _forget_sids(self, clients: Clients) -> None:
+        for sid in self._sids.pop(clients, ()):
+            del self._by_sid[sid]
 
     def find_v1(self, peer: Endpoint) -> Membership | None:
         """The v1 client, on trial or not, that a connection from this address belongs to."""

@@ -291,6 +291,22 @@ def test_only_a_sid_that_was_offered_is_found(stack: ExitStack) -> None:
     assert found
     assert found.slot is port.slots[1]
     assert port.port.find_sid("2" * 32) is None
+    assert port.port.find_sid("") is None
+
+
+def test_a_sid_is_forgotten_with_its_client_or_its_tunnel_and_asked_of_no_other(stack: ExitStack) -> None:
+    """Each client that comes brings a new one: with thousands of tunnels, a look at all of them would take longest."""
+    port = OpenPort(stack, tunnels={"": [], "web": []})
+    (first, second), sids = port.slots, [number * 32 for number in "123"]
+    _, control = occupy(stack, first, Agreement(Offer(1, 0, 5000, sids[0])))
+    occupy(stack, second, Agreement(Offer(1, 0, 5000, sids[1])))
+    first.release(control, STOPPING)
+    occupy(stack, first, Agreement(Offer(1, 0, 5000, sids[2])))
+    assert [bool(port.port.find_sid(sid)) for sid in sids] == [False, True, True]
+    port.port.leave(port.tunnels[1])
+    port.tunnels[1].close()
+    assert [bool(port.port.find_sid(sid)) for sid in sids] == [False, False, True]
+    assert (list(port.port._by_sid), port.port._sids) == ([sids[2]], {port.tunnels[0]: [sids[2]]})
 
 
 # Late hellos
