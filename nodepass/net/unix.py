@@ -60,15 +60,16 @@ class UnixListener:
     ) -> None:
         """Listen at `path`, with the listener that was passed for it if there is one. Raises ListenError.
 
-        `what` names it in the error.
+        `what` names it in the error. Where the file of the passed one is gone, nothing could connect to it.
         """
         self._path = path
         self._is_kept = True  # the file is this process's
-        self._file: tuple[int, int] | None
-        if passed:
+        self._file = _identity_or_none(path) if passed else None
+        if passed and self._file:
             self.sock = passed
-            self._file = _identity_or_none(path)
             return
+        if passed:
+            passed.close()
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             user, group = _find_user(owner.user), _find_group(owner.group)

@@ -173,9 +173,13 @@ def test_a_passed_unix_listener_keeps_its_file(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as visitor:
         visitor.connect(path)
     new.close()
-    original.close()
     assert not Path(path).exists()
     assert share.take_unix("elsewhere") is None
+    restarted = UnixListener(path, "target address", passed=share.take_unix(path))
+    with socket.socket(socket.AF_UNIX) as visitor:
+        visitor.connect(path)  # after a crash, which removes the file
+    restarted.close()
+    original.close()
 
 
 def test_what_the_process_before_passes_and_no_url_uses_is_named_as_its() -> None:
