@@ -107,13 +107,14 @@ class ServerPool(Pool):
     def add(self, id: str, stream: Stream) -> None:
         """Take over a connection that is ready for its session."""
         # A client that has connected again may have closed what it dialled for the connection before.
-        if self._queue.find(self) and stream.peek() is not None:
+        waiter = self._queue.find(self)
+        if waiter and stream.peek() is not None:
             self._stats.trouble["idle_connections_lost"] += 1
             self._close(id, stream, "dead", "dead")
             return
         self._capacity.count_created()
         self._is_supplied, self._last_idle = True, time.monotonic()
-        self._give_or_keep(id, stream)
+        self._give_or_keep(id, stream, waiter)
 
     def take(self, kind: int) -> Found | None:
         """The newest idle connection that is alive, for a session of this kind; None where there is none.
@@ -143,7 +144,8 @@ class ServerPool(Pool):
     def serve_waiting(self) -> None:
         """Give what is idle to sessions that wait: it was withheld from them until now."""
         while (waiter := self._queue.find(self)) and (found := self._find_alive(waiter.kind)):
-            self._give_or_keep(*found)  # a connection that proved dead may have had this session served by another pool
+            # A connection that proved dead may have had this session served by another pool.
+            self._give_or_keep(*found, self._queue.find(self))
 
     def forget(self, waiter: PoolWaiter) -> None:
         """A session has got what it was given."""
@@ -153,8 +155,8 @@ class ServerPool(Pool):
         """A session has waited in vain."""
         self._is_supplied = False
 
-    def _give_or_keep(self, id: str, stream: Stream) -> None:
-        if waiter := self._queue.find(self):
+    def _give_or_keep(self, id: str, stream: Stream, waiter: PoolWaiter | None) -> None:
+        if waiter:
             self._queue.discard(waiter)
             self._taken += 1
             self._given[waiter] = stream
