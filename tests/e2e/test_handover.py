@@ -17,7 +17,7 @@ from tests.support.handover import end, hand_over, is_running
 from tests.support.load import load
 from tests.support.process import REPOSITORY, Environment, Nodepass
 from tests.support.scrape import get
-from tests.support.sockets import Address, connect, datagram_socket, is_over, receive_exactly, until
+from tests.support.sockets import PATIENCE, Address, connect, datagram_socket, is_over, receive_exactly, until
 from tests.support.systemd import NotifySocket
 from tests.support.target import Echo, Target
 from tests.support.tunnel import CALM, OurClient, OurServer, Pair, Tunnel, assert_connected, open_tunnel
@@ -48,7 +48,7 @@ def test_sessions_go_on_in_the_old_process_and_begin_in_the_new_one(
         assert_connected(visitor, service)
         tunnel.assert_works()
         assert run.is_running
-    assert run.process.wait(10) == 0
+    assert run.process.wait(PATIENCE) == 0
     assert is_running(new)
     tunnel.assert_works()
     end(new, signal.SIGTERM)
@@ -127,8 +127,10 @@ def test_a_client_whose_new_process_is_not_accepted_keeps_its_place(
     until(lambda: get(place, "/readyz").status == 200)
     key_file.write_text(KEY[::-1])
     client.send(signal.SIGUSR2)
-    while not client.find("process.handover_failed"):
-        assert get(place, "/readyz").status == 200  # the new process, which has no server, does not answer
+    # Meanwhile the new process, which has no server, does not answer.
+    statuses = {200}
+    until(lambda: statuses.add(get(place, "/readyz").status) or client.find("process.handover_failed"))
+    assert statuses == {200}
     assert "no handshake" in client.wait_for("process.handover_failed")["error"]
     Tunnel(server, client, target).assert_works()
     for _ in range(20):  # more than the pool had: it is filled again
@@ -149,7 +151,7 @@ def test_sigterm_shortens_what_the_old_process_has(
     assert str(new) in server.wait_for("process.handover_refused", after=mark)["error"]
     move(visitor, service, 20_000)
     server.send(signal.SIGTERM)
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE) == 0
     assert is_over(visitor)
     until(lambda: any(count_traffic(file) > 20_000 for file in tmp_path.glob("traffic-*.json")))
     tunnel.assert_works()
@@ -205,7 +207,7 @@ def test_listeners_at_paths_and_the_metrics_pass_to_the_new_process(
     client.wait_until_connected()
     identity = place.stat().st_ino, target_path.stat().st_ino
     hand_over(stack, server)
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE) == 0
     assert (place.stat().st_ino, target_path.stat().st_ino) == identity
     until(lambda: get(place, "/readyz").status == 200)
     with socket.socket(socket.AF_UNIX) as visitor:
@@ -227,7 +229,7 @@ def test_traffic_is_counted_in_both_processes(stack: contextlib.ExitStack, tmp_p
         move(visitor, service, 20_000)  # by the old process
         with tunnel.session() as (other, other_service):
             move(other, other_service, 40_000)  # by the new one
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE) == 0
     until(lambda: count_traffic(file) == 70_000)
 
 
@@ -248,7 +250,7 @@ def test_of_several_handovers_only_the_last_process_listens_and_counts_the_traff
     move(visitor, service, 20_000)  # by the first process, when the second one has no sessions
     visitor.close()
     service.close()
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE) == 0
     until(lambda: count_traffic(file) == 30_000)
     until(lambda: not is_running(second))
     visitor, service = stack.enter_context(tunnel.session())
@@ -296,7 +298,7 @@ def test_systemd_is_told_the_new_main_process(stack: contextlib.ExitStack) -> No
     notified.wait_for(f"MAINPID={new}")
     notified.wait_for("READY=1")
     notified.wait_for("WATCHDOG=1")
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE) == 0
     assert "STOPPING=1" not in notified.heard
     assert not any(each.startswith("EXTEND_TIMEOUT_USEC") for each in notified.heard)  # START_TIMEOUT has had its time
 
@@ -334,7 +336,7 @@ def test_the_old_process_needs_no_file_of_its_program(
     assert_connected(visitor, service)
     run.send(signal.SIGTERM)
     visitor.close()
-    assert run.process.wait(10) == 0
+    assert run.process.wait(PATIENCE) == 0
     assert not run.find_crashes()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from nodepass.errors import NoDataConnection, NoTarget, RefusedError
 from nodepass.server import clients as module
 from nodepass.server.clients import Clients
+from nodepass.server.udp_flows import VisitorFlows
 from nodepass.tunnel import control as control_module
 from nodepass.tunnel.control import CLOSED, STOPPING, Agreement, Ending, ServerControl
 from nodepass.tunnel.handshake import Candidate
@@ -282,6 +284,16 @@ def test_a_launch_calls_as_many_functions_with_eight_clients_as_with_two(stack: 
     assert counts[0] == counts[1] > 0
 
 
+def test_flows_count_as_sessions_do_where_the_least_busy_client_is_chosen(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = Several(stack, 2, spread="least")
+    several.fill(3, 3)
+    monkeypatch.setattr(VisitorFlows, "has_lanes", True)
+    monkeypatch.setattr(several.clients.flows, "count_by_slot", lambda: Counter({several.slots[0]: 2}))
+    assert [several.launch() for _ in range(3)] == [1, 1, 0]
+
+
 def count_calls(work: Callable[[], object]) -> int:
     """How many functions of Python this calls."""
     calls: list[str] = []
@@ -401,6 +413,9 @@ def test_a_visitor_is_refused_where_no_target_of_a_client_with_tcp_answers(stack
     several.answer(0, ok=False)
     with pytest.raises(NoTarget, match="target does not answer"):
         several.launch()
+    several.answer(1, ok=False)
+    several.fill(0, 1)
+    assert several.launch(LANE) == 1, "heartbeats say nothing of a target of UDP"
 
 
 @pytest.mark.parametrize("number", [1, 2])

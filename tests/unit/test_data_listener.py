@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from gevent import socket
 
+from nodepass.server import pending as pending_module
 from nodepass.server.client_slot import ClientSlot
 from nodepass.server.pending import PendingConnections
 from nodepass.tunnel.control import STOPPING, Agreement
@@ -249,6 +250,20 @@ def test_a_line_without_tls_and_key_is_answered_without_a_greenlet_unless_it_com
     assert_pooled(port.slot, receive_id(peer))
     until(lambda: len(listener._pending) == 0)
     assert len(served) == (begins == "with half of it")
+
+
+@pytest.mark.parametrize("at", ["tunnel port", "data port", "one port"])
+def test_what_has_waited_too_long_in_a_long_queue_is_turned_away_at_each_port(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    port = OpenPort(stack, tunnels=SHARED, mux=at == "one port")
+    occupy(stack, port.slot, agreed(sid=SIDS[0]))
+    queues = []
+    monkeypatch.setattr(pending_module, "since_last_bytes", lambda _: 60.0)
+    monkeypatch.setattr(pending_module, "count_waiting", lambda sock: queues.append(sock) or pending_module.LONG_QUEUE)
+    assert is_closed(port.connect_data() if at == "data port" else port.connect())
+    assert port.common.stats.trouble["pending_late"] == 1
+    assert queues == (port.port.data if at == "data port" else port.port.tunnel)
 
 
 def test_an_unknown_sid_is_rejected(shared: OpenPort) -> None:

@@ -20,8 +20,9 @@ import pytest
 from nodepass.config.kinds import TrafficLimit
 from nodepass.errors import ClosedError, ConfigError, ProtocolError, StartError
 from nodepass.handover import program
+from nodepass.handover.accession import Accession
 from nodepass.handover.channel import MOST_DESCRIPTORS, Channel, make_pair
-from nodepass.handover.receiver import Takeover
+from nodepass.handover.receiver import Legacy, Takeover
 from nodepass.handover.sender import Handover
 from nodepass.handover.succession import Succession
 from nodepass.log import Log
@@ -32,6 +33,7 @@ from nodepass.stats import Stats
 from nodepass.tasks import TaskGroup
 from nodepass.tunnel.traffic import Meter
 from nodepass.tunnel.traffic_file import TrafficFile
+from tests.unit.controls import until
 
 
 def test_a_message_arrives_with_its_descriptors() -> None:
@@ -106,6 +108,57 @@ def test_a_process_that_is_stopped_while_it_hands_over_stops_in_good_order(monke
     assert not succession.run()
     handover.abandon.assert_called_once()
     assert not announced
+
+
+def test_where_the_new_process_fails_the_old_one_keeps_its_places_and_may_try_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handover = MagicMock(spec=Handover, process=7)
+    handover.connect.side_effect = StartError("no handshake")
+    monkeypatch.setattr("nodepass.handover.succession.Handover", lambda: handover)
+    tunnel = MagicMock(spec=Server, client_id="", meter=None, listeners=[])
+    log = Log("nodepass")
+    succession = Succession([SimpleNamespace(tunnel=tunnel)], None, log, TaskGroup(log, Stats()), int)
+    for attempt in (1, 2):
+        assert not succession.run()
+        assert (handover.abandon.call_count, tunnel.keep_places.call_count) == (attempt, attempt)
+    tunnel.end_accepting.assert_not_called()
+
+
+def test_more_descriptors_than_a_message_takes_arrive_with_their_names() -> None:
+    handover, number = Handover(), MOST_DESCRIPTORS + 50
+    with open(os.devnull) as null, contextlib.closing(Channel(handover._its)) as other:
+        handover._pass_on([], {f"/{each}": null.fileno() for each in range(number)})
+        handover._channel.send({"legacy": {"process": 7, "clients": [""]}})
+        legacy = Takeover(other).legacy
+    handover.abandon()
+    for descriptor in legacy.locks.values():
+        os.close(descriptor)
+    assert list(legacy.locks) == [f"/{each}" for each in range(number)]
+    assert (legacy.process, legacy.clients) == (7, [""])
+
+
+def test_a_new_process_waits_until_each_client_has_as_many_servers_as_the_one_before() -> None:
+    looks = []
+
+    def view() -> SimpleNamespace:
+        looks.append(0)
+        return SimpleNamespace(peers=range(min(len(looks), 3)))
+
+    def accession(*wanted: int, timeout: float) -> None:
+        takeover = MagicMock(spec=Takeover, legacy=Legacy(clients=["id"] * len(wanted)))
+        takeover.wait_to_connect.return_value, takeover.wait_for_turn.return_value = wanted, {}
+        log, holders = Log("nodepass"), [joining, lost][: len(wanted)]
+        Accession(takeover, holders, log, TaskGroup(log, Stats())).run(timeout)
+
+    joining = MagicMock(**{"tunnel.view": view, "tunnel.meter": None})
+    lost = MagicMock(**{"tunnel.view.return_value.peers": [], "tunnel.meter": None})
+    accession(3, timeout=10)
+    joining.begin.assert_called_once()
+    assert len(looks) >= 3
+    accession(4, timeout=0)  # it has some
+    with pytest.raises(StartError, match="no handshake"):
+        accession(3, 1, timeout=0)
 
 
 def test_a_process_that_does_not_get_as_far_as_to_detach_itself_is_ended_and_reaped(
@@ -221,7 +274,7 @@ def test_a_count_that_is_being_written_while_traffic_passes_reaches_the_new_proc
     monkeypatch.setattr(file, "save", save)
     moved.tcp.up.bytes += 100
     run = gevent.spawn(old._save)
-    until_set(writing)
+    until(writing.is_set)
     handing = gevent.spawn(old.hand_over)
     gevent.sleep(0)
     moved.tcp.up.bytes += 20
@@ -235,11 +288,6 @@ def test_a_count_that_is_being_written_while_traffic_passes_reaches_the_new_proc
     old._save()
     assert saved == [100, 123]
     file.close()
-
-
-def until_set(event: threading.Event) -> None:
-    while not event.is_set():
-        gevent.sleep(0.001)
 
 
 def test_messages_of_another_version_are_a_reason_not_to_take_over() -> None:

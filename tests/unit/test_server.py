@@ -10,6 +10,7 @@ from dataclasses import replace
 import gevent
 import pytest
 from gevent import Greenlet, socket
+from gevent.event import Event
 
 from nodepass.config.settings import Settings
 from nodepass.config.urls import Address, ServerURL
@@ -17,6 +18,7 @@ from nodepass.daemon.supervisor import Supervisor
 from nodepass.errors import ListenError
 from nodepass.log import Log
 from nodepass.net.activation import NOTHING
+from nodepass.server import server as module
 from nodepass.server.clients import Clients
 from nodepass.server.pool import ServerPool
 from nodepass.server.server import Server
@@ -31,6 +33,7 @@ from nodepass.wire.negotiation import DataHello, Hello, Offer, parse_opening
 from nodepass.wire.signals import ID_LENGTH
 from tests.unit.controls import is_closed, read_line, until
 from tests.unit.servers import PATIENT, SOON, a_server_room, server_url
+from tests.unit.streams import tcp_pair
 
 SETTINGS = Settings(report_interval=PATIENT, pool_get_timeout=PATIENT)  # no heartbeat is due in any test
 
@@ -173,9 +176,13 @@ def test_a_visitor_that_has_connected_before_a_stop_is_served(stack: ExitStack) 
     assert stopping.get() == 0
 
 
-def test_visitors_and_clients_are_served_for_the_delay_of_a_stop(stack: ExitStack) -> None:
+def test_visitors_and_clients_are_served_for_the_delay_of_a_stop(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A balancer learns meanwhile that the server is not ready."""
-    running = Running(stack, replace(SETTINGS, shutdown_delay=0.2))
+    delay, is_over, sleep = 4711.0, Event(), gevent.sleep
+    monkeypatch.setattr(gevent, "sleep", lambda seconds=0.0: is_over.wait() if seconds == delay else sleep(seconds))
+    running = Running(stack, replace(SETTINGS, shutdown_delay=delay))
     client, connections = running.connect_client()
     stopping = gevent.spawn(running.server.stop, PATIENT)
     gevent.sleep(0)
@@ -183,9 +190,30 @@ def test_visitors_and_clients_are_served_for_the_delay_of_a_stop(stack: ExitStac
     data.close()
     visitor.close()
     assert not stopping.ready()
+    is_over.set()
     assert is_closed_after_a_bye(client)
     client.close()
     assert stopping.get() == 0
+
+
+def test_a_server_that_hands_over_waits_for_the_data_connections_of_visitors_that_it_has_accepted(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEGIN_WITHIN", PATIENT)
+    running = Running(stack)
+    client, _ = running.connect_client(0)
+    running.connect(running.server._visitors[0], b"hello")
+    until(lambda: len(running.server.sessions) == 1)
+    ending = gevent.spawn(running.server.end_accepting)
+    until(lambda: not running.server._visitors[0].fileno() >= 0)
+    gevent.sleep(0)
+    assert not ending.ready()
+    stream, data = stack.enter_context(tcp_pair())
+    running.server._clients.slots[0].pool.add("00000001", stream)
+    assert data.recv(100) == b"hello"
+    assert read_line(client) == b"//00000001#1\n"
+    ending.join(10)
+    assert ending.ready()
 
 
 def test_a_stop_cuts_what_does_not_end_in_time_and_says_how_many(stack: ExitStack) -> None:
